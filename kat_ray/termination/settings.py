@@ -1,0 +1,54 @@
+"""Parameters of the termination rules: a discriminated union over `rule`.
+
+Symbols and defaults are those of arXiv 2606.09471 where it gives them; the other defaults and the
+reasons for them are in docs/termination.md.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RuleSettings(BaseModel):
+    """Base of all rules' settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class NoneSettings(RuleSettings):
+    """No rollout is cut; d's are still scored and recorded."""
+
+    rule: Literal["none"] = "none"
+
+
+class KatSettings(RuleSettings):
+    """KL Agreement Trap Termination (arXiv 2606.09471)."""
+
+    rule: Literal["kat"] = "kat"
+    window: int = Field(64, ge=1)
+    """W, tokens: z(e) is the mean reverse KL of the last W tokens."""
+    stride: int = Field(1, ge=1)
+    """Tokens between two windows that are looked at."""
+    consecutive: int = Field(4, ge=1)
+    """C: consecutive low windows that confirm a trap."""
+    eta: float = Field(0.3, gt=0, lt=1)
+    """The threshold is the (1 - eta) quantile of recent minima: a smaller eta cuts more."""
+    buffer: int = Field(4096, ge=1)
+    """Capacity of the FIFO of minima, rollouts."""
+    min_samples: int = Field(512, ge=1)
+    """The rule is inactive until the buffer holds so many minima."""
+    min_steps: int = Field(50, ge=0)
+    """The rule is inactive in the first so many optimiser steps."""
+    exempt: int = Field(128, ge=0)
+    """Tokens at the start of a rollout that no window looked at may reach into: e - W >= exempt."""
+    probe_share: float = Field(0.1, ge=0, le=1)
+    """Share of rollouts that are never cut; their minima are uncensored."""
+    calibrate_on: Literal["probes", "all", "finished"] = "probes"
+    """Whose minima feed the buffer once the rule is active: `probes` (unbiased), `all` (a cut rollout
+    counts with its minimum so far), `finished` (only uncut ones; the threshold can run away).
+    While the rule is inactive nothing is cut, and every rollout feeds the buffer."""
+
+
+TerminationConfig = Annotated[NoneSettings | KatSettings, Field(discriminator="rule")]

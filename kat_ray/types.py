@@ -1,0 +1,187 @@
+"""The frozen records that cross actor boundaries.
+
+Everything moves forward as a new record in the object store; no later stage fills a record in.
+Ragged data is flat: `offsets[i]:offsets[i + 1]` are the rows of the i-th rollout of a chunk. All
+log-probabilities are natural logarithms of the *unfiltered* distributions at temperature 1; all KL
+values are in nats.
+
+A worked example. Rollout 7 has the prompt `[5, 6]` and the student has generated `[9, 4, 2]` so far.
+Its first chunk (two tokens) has `start = 0`, `token_ids = [9, 4]`, `context_ids = [5, 6]`; row 0 holds
+the student's top-k after `[5, 6]`, row 1 after `[5, 6, 9]`. Its second chunk has `start = 2`,
+`token_ids = [2]`, an empty context, and one row: the top-k after `[5, 6, 9, 4]`. `d[i]` of the rollout
+belongs to generated token i and is KL(student || teacher) on the prefix *before* that token.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray: TypeAlias = NDArray[np.integer[Any]]
+FloatArray: TypeAlias = NDArray[np.floating[Any]]
+
+
+class StopReason(enum.StrEnum):
+    """How a rollout ended. Every rollout that was started reaches exactly one of these.
+
+    Order of precedence where several hold: `FAILED`, then `TRAPPED` (the rule confirmed a cut at or
+    before the last token), then `EOS`, then `MAX_TOKENS`.
+    """
+
+    EOS = "eos"
+    MAX_TOKENS = "max_tokens"
+    TRAPPED = "trapped"
+    FAILED = "failed"
+
+
+class EngineEnd(enum.IntEnum):
+    """What the engine says of a rollout after a chunk's last token (`RolloutChunk.ended`)."""
+
+    RUNNING = 0
+    EOS = 1
+    MAX_TOKENS = 2
+    FAILED = 3
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of the data set, tokenised. `answer` is the gold answer of a graded task."""
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """One rollout to be generated: an order to a sampler.
+
+    `rollout_id` is unique in a run. `seed` makes the draw independent of which sampler serves it.
+    A `probe` is never cut; its d's feed the calibration uncensored.
+    """
+
+    rollout_id: int
+    prompt_id: str
+    prompt_ids: tuple[int, ...]
+    seed: int
+    probe: bool
+    step: int
+
+
+@dataclass(frozen=True)
+class RolloutChunk:
+    """New tokens of all active rollouts of one sampler that stay with one scorer.
+
+    Shapes: R rollouts, N new tokens in all, k = top-k, C context tokens in all.
+    """
+
+    sampler: str
+    policy_version: int
+    rollout_ids: IntArray  # [R] int64
+    start: IntArray  # [R] int32, index of the first new token among the rollout's generated tokens
+    offsets: IntArray  # [R + 1] int32, rows of each rollout
+    token_ids: IntArray  # [N] int32, the generated tokens
+    sampled_logprobs: FloatArray  # [N] float32, log p(token) at generation time
+    topk_ids: IntArray  # [N, k] uint16 if the vocabulary fits, else int32; most likely first
+    topk_logprobs: FloatArray  # [N, k] float32 or float16
+    # Log of the mass outside the top k, taken before any narrowing of topk_logprobs.
+    tail_logprobs: FloatArray  # [N] float32
+    # Tokens a scorer must run before the first row and has not seen: the prompt for a new rollout,
+    # prompt + generated tokens when another scorer takes the rollout over, nothing in between.
+    context_offsets: IntArray  # [R + 1] int32
+    context_ids: IntArray  # [C] int32
+    ended: IntArray  # [R] int8, EngineEnd after the rollout's last new token
+    released: IntArray  # [*] int64, rollouts (not in this chunk) whose scorer state can be dropped
+
+    @property
+    def tokens(self) -> int:
+        """Number of new tokens, N."""
+        return int(self.offsets[-1])
+
+
+@dataclass(frozen=True)
+class ScoredChunk:
+    """What the monitor sees of a chunk: floats only. Rows as in the RolloutChunk it answers."""
+
+    scorer: str
+    policy_version: int
+    rollout_ids: IntArray  # [R] int64
+    start: IntArray  # [R] int32
+    offsets: IntArray  # [R + 1] int32
+    d: FloatArray  # [N] float32, reverse KL in nats; NaN where the teacher gave no finite value
+    ended: IntArray  # [R] int8, EngineEnd
+    # Health features per token (arXiv 2604.13016), each [N] float32.
+    overlap: FloatArray  # share of the student's top-16 ids among the teacher's top-16
+    teacher_max: FloatArray  # the teacher's largest probability
+    teacher_entropy: FloatArray  # nats, full vocabulary
+    student_entropy: FloatArray  # nats, of the (k + 1)-event student distribution
+    student_tail: FloatArray  # probability mass outside the student's top k
+    seconds: float  # time the scorer worked on this chunk
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """The teacher's side of the loss for one chunk; stays in the object store until the learner."""
+
+    topk_logprobs: FloatArray  # [N, k] log q at the student's top-k ids
+    tail_logprobs: FloatArray  # [N] float32, log of the mass outside those ids
+    stop_logprobs: FloatArray  # [N] float32, log of the mass of all stop ids of both models
+
+
+@dataclass(frozen=True)
+class TerminationDecision:
+    """Rollouts newly confirmed as trapped: the sampler aborts them at once.
+
+    `cut[i]` is the first token not kept; `confirmed[i]` counts the tokens seen at confirmation.
+    """
+
+    rollout_ids: IntArray  # [M] int64
+    cut: IntArray  # [M] int32
+    confirmed: IntArray  # [M] int32
+
+
+@dataclass(frozen=True)
+class RolloutOutcome:
+    """The monitor's last word on a rollout.
+
+    `cut` is None when nothing is cut. `would_cut` is what the rule says of a probe. `scored` counts
+    the d's that reached the monitor before the rollout ended. `minimum` is m(y) in nats, None when
+    no window was full.
+    """
+
+    rollout_id: int
+    stop_reason: StopReason
+    scored: int
+    cut: int | None
+    confirmed: int | None
+    threshold: float | None
+    minimum: float | None
+    probe: bool
+    would_cut: int | None
+
+
+@dataclass(frozen=True)
+class KeptRollout:
+    """One row of a learner's work list: the first `kept` generated tokens are trained on."""
+
+    rollout_id: int
+    prompt_length: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """The whole student under one `policy_version`, as it travels to the samplers.
+
+    Arrays are contiguous; bfloat16 travels as uint16 with its name in `dtypes`. `lm_head.weight` is
+    present even where embeddings are tied: vLLM would silently keep the old output layer.
+    """
+
+    policy_version: int
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    arrays: tuple[NDArray[Any], ...]
