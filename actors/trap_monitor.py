@@ -16,7 +16,6 @@ from kat_ray.termination import Finished, RolloutTracker, make_rule
 from kat_ray.termination.settings import TerminationConfig
 from kat_ray.types import (
     EngineEnd,
-    IntArray,
     RolloutOutcome,
     ScoredChunk,
     StopReason,
@@ -89,11 +88,6 @@ class TrapMonitor:
             cut=np.asarray(cuts, dtype=np.int32),
             confirmed=np.asarray(confirmed, dtype=np.int32),
         )
-
-    def fail(self, rollout_ids: IntArray | Sequence[int]) -> None:
-        """Close rollouts that their sampler gave up."""
-        for rollout_id in rollout_ids:
-            self._rollouts[int(rollout_id)].close(StopReason.FAILED)
 
     def end_step(self) -> list[RolloutOutcome]:
         """Close the step: every rollout has ended; outcomes in the order of rollout ids.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,7 @@ FloatArray: TypeAlias = NDArray[np.floating[Any]]
 class StopReason(enum.StrEnum):
     """How a rollout ended. Every rollout that was started reaches exactly one of these.
 
-    Order of precedence where several hold: `FAILED`, then `TRAPPED` (the rule confirmed a cut at or
-    before the last token), then `EOS`, then `MAX_TOKENS`.
+    Where the rule confirms a cut at or before the last token, `TRAPPED` goes before what the engine says.
     """
 
     EOS = "eos"
@@ -185,3 +184,56 @@ class WeightUpdate:
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
     arrays: tuple[NDArray[Any], ...]
+
+
+@dataclass(frozen=True)
+class ChunkRefs:
+    """Where the records of one chunk lie in the object store (Ray object references)."""
+
+    rollout_ids: tuple[int, ...]
+    chunk: Any  # reference to a RolloutChunk
+    scored: Any  # reference to its ScoredChunk
+    teacher: Any  # reference to its TeacherRows
+
+
+@dataclass(frozen=True)
+class SampledRollout:
+    """What the engine generated for one rollout, cut or not."""
+
+    rollout_id: int
+    token_ids: IntArray  # [T] int32, every token the engine generated, overshoot included
+    sent: int  # tokens that went to the scorer; the rest was dropped when the rollout was aborted
+
+
+@dataclass(frozen=True)
+class SamplerReport:
+    """A sampler's account of one `generate` call."""
+
+    sampler: str
+    policy_version: int
+    rollouts: tuple[SampledRollout, ...]
+    chunks: tuple[ChunkRefs, ...]
+    engine_steps: int
+    seconds: float  # whole call
+    wait_seconds: float  # part of it spent waiting for decisions (back-pressure and the last chunks)
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How one kind of request is sampled. `logprobs` = 0 asks for none."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    logprobs: int
+    stop_ids: tuple[int, ...]
+
+
+class EngineRows(NamedTuple):
+    """What one engine step gave one request: n new tokens (n is 1 unless the engine speculates)."""
+
+    request_id: str
+    token_ids: list[int]
+    topk_ids: IntArray | None  # [n, 1 + k], the sampled token first; None if none were asked for
+    logprobs: FloatArray | None  # [n, 1 + k]
+    end: EngineEnd

@@ -1,0 +1,121 @@
+"""Chunks to rows to micro-batches: nothing lost, nothing past the cut, padding by length."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kat_ray.batch import assign_ranks, collect_rows, micro_batches
+from kat_ray.chunking import PendingRollout, build_chunk, id_dtype
+from kat_ray.types import EngineEnd, KeptRollout, TeacherRows
+
+K = 3
+
+
+def stream(rollouts, size):
+    """Chunks of `size` tokens as a sampler builds them, with teacher rows that name their token."""
+    pending = {i: PendingRollout(i, tuple(p), scorer=0) for i, (p, _) in rollouts.items()}
+    chunks, teacher = [], []
+    for at in range(0, max(len(t) for _, t in rollouts.values()), size):
+        for i, (_, tokens) in rollouts.items():
+            for token in tokens[at : at + size]:
+                row = np.arange(token, token + K + 1, dtype=np.int32)[None]
+                pending[i].add([token], row, -row.astype(np.float32) / 10)
+            if at < len(tokens) <= at + size:
+                pending[i].end = EngineEnd.EOS
+        news = [r for r in pending.values() if r.has_news]
+        chunks.append(build_chunk(news, [], sampler="s", policy_version=1, top_k=K, vocabulary=500))
+        ids = chunks[-1].token_ids
+        column = ids.astype(np.float32)
+        teacher.append(TeacherRows(np.repeat(column[:, None], K, 1), column + 0.25, column + 0.5))
+    return chunks, teacher
+
+
+rollout = st.tuples(
+    st.lists(st.integers(2, 400), min_size=1, max_size=6), st.lists(st.integers(2, 400), min_size=1, max_size=12)
+)
+
+
+@given(st.lists(rollout, min_size=1, max_size=6), st.integers(1, 14), st.data())
+@settings(max_examples=150, deadline=None)
+def test_rows_hold_the_kept_tokens_and_their_targets_whatever_the_chunks(rollouts, size, data):
+    rollouts = dict(enumerate(rollouts))
+    chunks, teacher = stream(rollouts, size)
+    kept = [
+        KeptRollout(i, len(p), data.draw(st.integers(1, len(t)), label=f"kept of {i}"))
+        for i, (p, t) in rollouts.items()
+    ]
+    rows = collect_rows(chunks, teacher, kept)
+    for k, row in zip(kept, rows, strict=True):
+        prompt, tokens = rollouts[k.rollout_id]
+        expected = tokens[: k.kept]
+        assert row.prompt_ids.tolist() == prompt and row.token_ids.tolist() == expected
+        assert row.topk_ids[:, 0].tolist() == [t + 1 for t in expected]
+        assert row.teacher_topk[:, -1].tolist() == expected
+        assert row.teacher_tail.tolist() == [t + 0.25 for t in expected]
+        np.testing.assert_allclose(row.sampled_logprobs, -np.array(expected) / 10, rtol=1e-6)
+    for budget in (1, 20, 1000):
+        batches = micro_batches(rows, budget)
+        assert sorted(r.rollout_id for b in batches for r in b.rows) == sorted(rollouts)
+        for batch in batches:
+            assert batch.input_ids.size <= max(budget, batch.input_ids.shape[1])
+            assert batch.attention_mask.sum() == sum(r.inputs for r in batch.rows)
+            at = [int(batch.input_ids[b, c]) for b, c in batch.positions]
+            before = [
+                x
+                for r in batch.rows
+                for x in [*r.prompt_ids.tolist(), *r.token_ids.tolist()][len(r.prompt_ids) - 1 : -1]
+            ]
+            assert at == before, "a position is the one before the token it predicts"
+
+
+def test_a_token_equal_to_the_padding_is_not_padding():
+    chunks, teacher = stream({0: ([0, 0], [0, 0, 0]), 1: ([5], [6])}, 2)
+    rows = collect_rows(chunks, teacher, [KeptRollout(0, 2, 3), KeptRollout(1, 1, 1)])
+    (batch,) = micro_batches(rows, 1000)
+    assert batch.attention_mask.sum(axis=1).tolist() == [1, 4]
+
+
+def test_missing_rows_are_refused():
+    chunks, teacher = stream({0: ([5], list(range(10, 20)))}, 4)
+    with pytest.raises(ValueError, match="starts at token 8, expected 4"):
+        collect_rows([chunks[0], chunks[2]], [teacher[0], teacher[2]], [KeptRollout(0, 1, 9)])
+    with pytest.raises(ValueError, match="9 tokens are kept, the chunks hold 4"):
+        collect_rows(chunks[:1], teacher[:1], [KeptRollout(0, 1, 9)])
+
+
+def test_a_take_over_context_is_not_taken_for_the_prompt():
+    chunks, teacher = stream({0: ([5, 6], [10, 11, 12])}, 2)
+    second = chunks[1]
+    context = np.array([5, 6, 10, 11], dtype=np.int32)
+    taken_over = type(second)(
+        **{**second.__dict__, "context_ids": context, "context_offsets": np.array([0, 4], np.int32)}
+    )
+    (row,) = collect_rows([chunks[0], taken_over], teacher, [KeptRollout(0, 2, 3)])
+    assert row.prompt_ids.tolist() == [5, 6]
+
+
+@given(st.lists(st.integers(1, 100), max_size=30), st.integers(1, 5))
+def test_ranks_share_all_rollouts_evenly(lengths, world):
+    kept = [KeptRollout(i, 3, n) for i, n in enumerate(lengths)]
+    shares = assign_ranks(kept, world)
+    assert sorted(k.rollout_id for s in shares for k in s) == list(range(len(lengths)))
+    loads = [sum(3 + k.kept for k in s) for s in shares]
+    assert max(loads) - min(loads) <= max([0, *(3 + n for n in lengths)])
+
+
+def test_ids_are_as_narrow_as_the_vocabulary_allows():
+    assert id_dtype(2**16) is np.uint16 and id_dtype(2**16 + 1) is np.int32
+
+
+def test_an_end_without_tokens_is_news_once():
+    pending = PendingRollout(1, (5,), scorer=0)
+    pending.add([7], np.zeros((1, K + 1), np.int32), np.zeros((1, K + 1), np.float32))
+    arguments = dict(sampler="s", policy_version=0, top_k=K, vocabulary=500)
+    build_chunk([pending], [], **arguments)
+    assert not pending.has_news
+    pending.end = EngineEnd.MAX_TOKENS
+    assert pending.has_news
+    chunk = build_chunk([pending], [3], **arguments)
+    assert (chunk.tokens, chunk.ended.tolist(), chunk.released.tolist()) == (0, [2], [3])
+    assert not pending.has_news

@@ -1,0 +1,134 @@
+"""The distillation loss: gradient, chunks, masks; and that it moves the student to the teacher."""
+
+import math
+
+import pytest
+import torch
+
+from kat_ray.divergence import full_reverse_kl, tail_from_logprobs
+from kat_ray.loss import SUMS, TeacherTargets, distillation_loss
+
+V, H, K, T = 50, 8, 6, 11
+
+
+def problem(seed=0, teacher_nan=()):
+    """A linear student over T hidden states, and a teacher's targets at the student's top k."""
+    g = torch.Generator().manual_seed(seed)
+    head = torch.nn.Linear(H, V, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(V, H, generator=g))
+    hidden = torch.randn(T, H, generator=g)
+    teacher_logits = torch.randn(T, V, generator=g) * 2
+    q = torch.log_softmax(teacher_logits, -1)
+    ids = head(hidden).topk(K, dim=-1).indices
+    topk = q.gather(-1, ids)
+    for row in teacher_nan:
+        topk[row, 0] = torch.nan
+    tokens = torch.randint(0, V, (T,), generator=g)
+    sampled = torch.log_softmax(head(hidden), -1).gather(-1, tokens[:, None])[:, 0].detach()
+    tail = tail_from_logprobs(q, ids)
+    return head, hidden, TeacherTargets(ids, topk, tail, torch.full((T,), -9.0), tokens, sampled), teacher_logits
+
+
+def run(head, hidden, targets, chunk=1000, eos="raw", stop_ids=()):
+    hidden = hidden.clone().requires_grad_()
+    head.zero_grad()
+    result = distillation_loss(hidden, head, targets, stop_ids, eos, chunk)
+    result.loss.backward()
+    return result, hidden.grad.clone(), head.weight.grad.clone()
+
+
+def sums(result):
+    return dict(zip(SUMS, result.sums.tolist(), strict=True))
+
+
+def test_value_and_gradient_equal_a_float64_autograd_of_the_definition():
+    head, hidden, t, _ = problem()
+    result, dh, dw = run(head, hidden, t)
+    h = hidden.double().clone().requires_grad_()
+    w = head.weight.detach().double().clone().requires_grad_()
+    p = torch.softmax(h @ w.T, -1)
+    top = p.gather(-1, t.topk_ids)
+    rest = 1 - top.sum(-1)
+    q = t.topk_logprobs.double()
+    kl = (top * (top.log() - q)).sum(-1) + rest * (rest.log() - t.tail.double())
+    kl.sum().backward()
+    assert result.loss.item() == pytest.approx(kl.sum().item(), rel=1e-5)
+    torch.testing.assert_close(dh.double(), h.grad, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(dw.double(), w.grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, T, 100])
+@pytest.mark.parametrize("eos", ["raw", "merged", "mask"])
+def test_chunked_equals_whole(chunk, eos):
+    head, hidden, t, _ = problem()
+    whole, dh, dw = run(head, hidden, t, eos=eos, stop_ids=(3, 4))
+    part, ph, pw = run(head, hidden, t, chunk=chunk, eos=eos, stop_ids=(3, 4))
+    assert part.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
+    torch.testing.assert_close(ph, dh, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(pw, dw, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(part.sums, whole.sums, atol=1e-5, rtol=1e-4)
+
+
+def test_a_masked_nan_adds_nothing_to_value_and_gradient():
+    head, hidden, t, _ = problem(teacher_nan=(2, 7))
+    result, dh, dw = run(head, hidden, t)
+    keep = [i for i in range(T) if i not in (2, 7)]
+    fewer = TeacherTargets(*(f[keep] for f in t.rows(0, T)))
+    expected, eh, ew = run(head, hidden[keep], fewer)
+    assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    torch.testing.assert_close(dw, ew)
+    torch.testing.assert_close(dh[keep], eh)
+    assert dh[[2, 7]].abs().max() == 0
+    assert (sums(result)["tokens"], sums(result)["dropped"]) == (T - 2, 2)
+
+
+def test_a_student_that_diverged_is_dropped_not_repaired():
+    head, hidden, t, _ = problem()
+    hidden[3] = torch.nan
+    result, _, _ = run(head, hidden, t)
+    assert sums(result)["dropped"] == 1 and math.isfinite(result.loss.item())
+
+
+def test_logprob_difference_is_zero_for_the_same_weights_and_counts_otherwise():
+    head, hidden, t, _ = problem()
+    result, *_ = run(head, hidden, t)
+    assert sums(result)["logprob_diff"] < 1e-4 and result.logprob_diff_max < 1e-5
+    shifted = TeacherTargets(*t.rows(0, T)[:5], t.sampled_logprobs - 0.5)
+    assert sums(run(head, hidden, shifted)[0])["logprob_diff"] == pytest.approx(0.5 * T, rel=1e-4)
+
+
+def test_empty_chunks_change_nothing():
+    head, hidden, t, _ = problem()
+    h = hidden.clone().requires_grad_()
+    calls = []
+    counted = lambda x: calls.append(len(x)) or head(x)  # noqa: E731
+    padded = distillation_loss(h, counted, t, (), "raw", 4, min_chunks=5)
+    assert calls == [4, 4, 3, 0, 0]
+    padded.loss.backward()
+    whole, dh, _ = run(head, hidden, t, chunk=4)
+    assert padded.loss.item() == whole.loss.item() and torch.equal(h.grad, dh)
+
+
+def test_no_tokens():
+    head, hidden, t, _ = problem()
+    none = TeacherTargets(*t.rows(0, 0))
+    assert distillation_loss(hidden[:0], head, none, (), "raw", 4).loss.item() == 0.0
+
+
+def test_descent_brings_the_student_to_the_teacher_over_the_whole_vocabulary():
+    # Were the tail bucket left out, mass could leave the top k at no cost and the full KL would grow.
+    head, hidden, t, teacher_logits = problem(seed=3)
+    logits = head(hidden).detach().clone().requires_grad_()
+    optimiser = torch.optim.Adam([logits], lr=0.05)
+    before = full_reverse_kl(logits.detach(), teacher_logits).mean()
+    q = torch.log_softmax(teacher_logits, -1)
+    for _ in range(150):
+        ids = logits.detach().topk(K, dim=-1).indices
+        now = TeacherTargets(
+            ids, q.gather(-1, ids), tail_from_logprobs(q, ids), t.stop, t.token_ids, t.sampled_logprobs
+        )
+        optimiser.zero_grad()
+        distillation_loss(logits, lambda x: x, now, (), "raw", 100).loss.backward()
+        optimiser.step()
+    assert full_reverse_kl(logits.detach(), teacher_logits).mean() < 0.25 * before
