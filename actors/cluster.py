@@ -88,7 +88,11 @@ def ray_session(config: Config) -> Iterator[bool]:
     if ray.is_initialized():  # a test's or a notebook's
         yield False
         return
-    common: dict[str, Any] = {"namespace": "kat-ray", "log_to_driver": False, "logging_level": "warning"}
+    common: dict[str, Any] = {
+        "namespace": "kat-ray",
+        "log_to_driver": bool(os.environ.get("KAT_DEBUG")),
+        "logging_level": "warning",
+    }
     if address is not None:
         try:
             ray.init(address=address, **common)

@@ -43,7 +43,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _not_latest(self) -> RunConfig:
         if self.name == "latest":
-            raise ValueError("name 'latest' is reserved for the link to the newest run")
+            raise ValueError("name = 'latest': this name is reserved for the link to the newest run")
         return self
 
 
@@ -88,7 +88,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _system_needs_template(self) -> DataConfig:
         if self.system_prompt is not None and not self.chat_template:
-            raise ValueError("system_prompt needs chat_template = true")
+            raise ValueError("system_prompt: needs chat_template = true")
         return self
 
 
@@ -149,6 +149,15 @@ class SamplerConfig(PlacementConfig):
     """KV cache of an engine on a CPU, GiB; not used on a GPU."""
     enforce_eager: bool = True
     """Run without graph capture or compilation; on a GPU, false is faster after a longer start."""
+
+    @model_validator(mode="after")
+    def _batch_holds_seqs(self) -> SamplerConfig:
+        if self.max_num_batched_tokens < self.max_num_seqs:  # vLLM refuses to start
+            raise ValueError(
+                f"max_num_batched_tokens = {self.max_num_batched_tokens}: must be >= "
+                f"max_num_seqs = {self.max_num_seqs}, one token of each running rollout"
+            )
+        return self
 
 
 class ScorerConfig(PlacementConfig):
@@ -213,6 +222,12 @@ class EvaluationConfig(Section):
     teacher: bool = True
     """Also evaluate the teacher before training: a wrong template or grader shows there."""
 
+    @model_validator(mode="after")
+    def _answers_are_graded(self) -> EvaluationConfig:
+        if self.data is not None and self.data.answer_column is None:
+            raise ValueError("data.answer_column = null: held-out problems need a column with the gold answer")
+        return self
+
 
 class ClusterConfig(Section):
     """How Ray is reached."""
@@ -247,6 +262,15 @@ class Config(Section):
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _work_for_every_rank(self) -> Config:
+        if self.learner.world_size > self.rollout.rollouts_per_step:
+            raise ValueError(
+                f"learner.world_size = {self.learner.world_size}: must be <= {self.rollout.rollouts_per_step}, the "
+                "rollouts of a step (rollout.prompts_per_step x rollout.rollouts_per_prompt)"
+            )
+        return self
 
     @property
     def eval_max_tokens(self) -> int:

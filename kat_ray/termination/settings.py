@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class RuleSettings(BaseModel):
@@ -49,6 +49,16 @@ class KatSettings(RuleSettings):
     """Whose minima feed the buffer once the rule is active: `probes` (unbiased), `all` (a cut rollout
     counts with its minimum so far), `finished` (only uncut ones; the threshold can run away).
     While the rule is inactive nothing is cut, and every rollout feeds the buffer."""
+
+    @model_validator(mode="after")
+    def _can_become_active_and_stay_calibrated(self) -> KatSettings:
+        if self.min_samples > self.buffer:
+            raise ValueError(
+                f"min_samples = {self.min_samples}: must be <= buffer = {self.buffer}, or the rule never acts"
+            )
+        if self.calibrate_on == "probes" and self.probe_share == 0:
+            raise ValueError("probe_share = 0: must be > 0 with calibrate_on = probes, which feeds on probes only")
+        return self
 
 
 TerminationConfig = Annotated[NoneSettings | KatSettings, Field(discriminator="rule")]

@@ -1,0 +1,116 @@
+"""The training loop: sample, score and monitor; learn; publish; keep the books.
+
+Staleness is 0: every rollout of a step is sampled from the weights that the step before it produced.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.pools import Pools, wait
+from kat_ray.accounting import RolloutBooks, join_outcomes
+from kat_ray.batch import assign_ranks
+from kat_ray.config import Config
+from kat_ray.data import PromptOrder, rollout_specs
+from kat_ray.types import (
+    ChunkRefs,
+    KeptRollout,
+    RolloutOutcome,
+    RolloutSpec,
+    SampledRollout,
+    SamplerReport,
+    ScoredChunk,
+)
+
+log = logging.getLogger("kat_ray.trainer")
+
+
+@dataclass(frozen=True)
+class SampledStep:
+    """One step's rollouts, ended and booked."""
+
+    specs: Sequence[RolloutSpec]
+    threshold: float | None
+    joined: list[tuple[RolloutOutcome, SampledRollout, RolloutBooks]]
+    chunks: list[ChunkRefs]
+    scored: list[ScoredChunk]
+    reports: list[SamplerReport]
+    seconds: float
+
+
+class Trainer:
+    """Drives one run's actors. It moves references; no token or logit passes through it but for the books."""
+
+    def __init__(self, config: Config, pools: Pools, order: PromptOrder) -> None:
+        self._config = config
+        self._pools = pools
+        self._order = order
+        self.policy_version = 0
+
+    def sample(self, step: int) -> SampledStep:
+        """Generate, score and monitor the rollouts of one step, each to its end."""
+        started = time.monotonic()
+        specs = rollout_specs(self._order, self._config, step)
+        monitor, samplers = self._pools.monitor, self._pools.samplers
+        ids, probes = [s.rollout_id for s in specs], [s.probe for s in specs]
+        (threshold,) = wait([monitor.start_step.remote(step, ids, probes)], None, "the trap monitor")
+        n = len(samplers)
+        reports: list[SamplerReport] = wait(
+            [s.generate.remote(specs[i::n]) for i, s in enumerate(samplers)], None, "rollouts"
+        )
+        (outcomes,) = wait([monitor.end_step.remote()], None, "the trap monitor")
+        chunks = [c for report in reports for c in report.chunks]
+        scored: list[ScoredChunk] = ray.get([c.scored for c in chunks])
+        joined = join_outcomes((r for report in reports for r in report.rollouts), outcomes)
+        return SampledStep(specs, threshold, joined, chunks, scored, reports, time.monotonic() - started)
+
+    def learn(self, sampled: SampledStep) -> list[Any]:
+        """Start one optimiser step on the kept tokens; returns the ranks' pending reports."""
+        prompt_lengths = {s.rollout_id: len(s.prompt_ids) for s in sampled.specs}
+        kept = [
+            KeptRollout(b.rollout_id, prompt_lengths[b.rollout_id], b.kept) for _, _, b in sampled.joined if b.kept
+        ]
+        tokens = sum(k.kept for k in kept)
+        learners = self._pools.learners
+        pending = []
+        for learner, share in zip(learners, assign_ranks(kept, len(learners)), strict=True):
+            ids = {k.rollout_id for k in share}
+            needed = [c for c in sampled.chunks if not ids.isdisjoint(c.rollout_ids)]
+            pending.append(
+                learner.train_step.remote(
+                    [c.chunk for c in needed],
+                    [c.teacher for c in needed],
+                    share,
+                    tokens,
+                    self.policy_version,
+                )
+            )
+        return pending
+
+    def publish(self) -> int:
+        """Give every sampler the learner's weights under the next policy version."""
+        version = self.policy_version + 1
+        updates = [learner.weights.remote(version) for learner in self._pools.learners]
+        loaded = wait(
+            [s.load_weights.remote(updates[0]) for s in self._pools.samplers] + updates[1:],
+            None,
+            "weights to be published",
+        )[: len(self._pools.samplers)]
+        assert all(v == version for v in loaded), f"samplers hold versions {loaded}, published was {version}"
+        self.policy_version = version
+        return version
+
+    def save(self, path: Path, tokenizer_dir: str) -> None:
+        """Write the student in Hugging Face format; under ZeRO 3 every rank takes part."""
+        wait(
+            [rank.save_pretrained.remote(str(path), tokenizer_dir) for rank in self._pools.learners],
+            None,
+            f"the checkpoint {path}",
+        )

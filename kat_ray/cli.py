@@ -1,0 +1,232 @@
+"""The command line: `kat-ray train | eval | doctor | config`.
+
+Commands import what they need when they run, so that `--help` and mistakes in a configuration answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+
+from kat_ray.errors import UserError
+
+DESCRIPTION = """\
+On-policy distillation of language models on Ray. Rollouts that have fallen into a KL agreement trap are
+ended while they are generated (KAT, arXiv 2606.09471)."""
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    doctor found what would stop a run; or an error that is not yours, with its traceback
+  2    a mistake in the arguments, the configuration, a model or the data: one message says which
+  130  interrupted (Ctrl-C)"""
+
+OVERRIDES = """\
+CONFIG is a YAML file, or `demo` for the embedded task with its tiny models. Every field can be overridden:
+section.field=value, with the value in YAML. docs/configuration.md lists the fields."""
+
+EXAMPLES = {
+    "": """\
+examples:
+  kat-ray doctor demo                         what would stop a run on this machine
+  kat-ray train demo                          the embedded task, minutes on a laptop
+  kat-ray train demo termination.rule=none    the same without termination
+  kat-ray config demo > my.yaml               a file to start your own from""",
+    "train": """\
+examples:
+  kat-ray train demo run.steps=20
+  kat-ray train my.yaml learner.lr=1e-5 'learner.betas=[0.9, 0.95]' evaluation.data=null
+  kat-ray train my.yaml termination.rule=none run.name=without
+
+Models and data are checked before anything is started. Records go to <run.dir>/<run.name>.""",
+    "eval": """\
+examples:
+  kat-ray eval runs/latest                           the newest checkpoint of a run, with the run's configuration
+  kat-ray eval demo:student --config demo            a model, on a configuration's held-out problems
+  kat-ray eval out/model --config my.yaml evaluation.k=8 --json""",
+    "doctor": """\
+examples:
+  kat-ray doctor                  machine and packages only
+  kat-ray doctor my.yaml          and models, tokenizers, data, resources
+  kat-ray doctor my.yaml sampler.replicas=4
+
+Nothing is started and no weights are loaded. Each line is ok, warn or FAIL.""",
+    "config": """\
+examples:
+  kat-ray config demo                    the embedded configuration, every field spelled out
+  kat-ray config my.yaml run.steps=20    what a run would use
+  kat-ray config --docs > docs/configuration.md""",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    command: Callable[[argparse.Namespace], int] = args.command
+    try:
+        code = command(args)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `kat-ray config demo | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _complain(
+            f"the disk is full ({error.filename or 'see run.dir'}): free some, or choose another run.dir"
+        )
+
+
+def _complain(message: str) -> int:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes no more positionals once an option stood between them: `eval DIR --json evaluation.k=8`.
+    late = [a for a in rest if "=" in a and not a.startswith("-")]
+    if unknown := [a for a in rest if a not in late]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if late:
+        args.overrides = [*args.overrides, *late]
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="kat-ray", description=DESCRIPTION, epilog=f"{EXAMPLES['']}\n\n{EXIT_CODES}", formatter_class=style
+    )
+    parser.add_argument("--version", action="version", version=f"kat-ray {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=words,
+            description=f"{words[0].upper()}{words[1:]}.\n\n{OVERRIDES}",
+            epilog=f"{EXAMPLES[name]}\n\n{EXIT_CODES}",
+            formatter_class=style,
+        )
+        sub.set_defaults(command=command)
+        sub.add_argument("-v", "--verbose", action="store_true", help="also log what is being done")
+        return sub
+
+    train = add("train", _train, "distil the teacher into the student")
+    train.add_argument("config", metavar="CONFIG", help="YAML file, or `demo`")
+    evaluate = add("eval", _eval, "score a model on the held-out problems")
+    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="run directory, model directory, or hub id")
+    evaluate.add_argument("--config", metavar="CONFIG", help="YAML file, or `demo`; default: the run's own")
+    evaluate.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    doctor = add("doctor", _doctor, "check machine, packages, models and data; start nothing")
+    doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
+    config = add("config", _config, "print the resolved configuration")
+    config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
+    config.add_argument("--docs", action="store_true", help="print the text of docs/configuration.md instead")
+    for sub in (train, evaluate, doctor, config):
+        sub.add_argument("overrides", metavar="section.field=value", nargs="*", default=[], help="override a field")
+    return parser
+
+
+def _version() -> str:
+    try:
+        return metadata.version("kat-ray")
+    except metadata.PackageNotFoundError:
+        return "(run from its source, not installed)"
+
+
+def _train(args: argparse.Namespace) -> int:
+    from kat_ray.config_io import load_config
+
+    config = load_config(args.config, args.overrides)
+    from actors.run import train
+
+    train(config)
+    return 0
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from kat_ray.config_io import load_config, resolve_path
+
+    path = resolve_path(args.model)
+    is_run = (path / "config.yaml").is_file()
+    if args.config is None and not is_run:
+        raise UserError(
+            f"{args.model}: not a run directory (no config.yaml in it); name the problems with --config"
+        )
+    config = load_config(args.config or path / "config.yaml", args.overrides)
+    if config.evaluation.data is None:
+        raise UserError(
+            "evaluation.data = null: name the held-out problems, for example evaluation.data.path=demo:heldout"
+        )
+    model = str(newest_checkpoint(path)) if is_run else args.model
+    from actors.run import evaluate_model
+
+    result = evaluate_model(config, model)
+    if args.json:
+        print(json.dumps({"model": model, **asdict(result)}))
+    else:
+        print(
+            f"{model}\n{result.problems} problems, {result.k} answers each: avg@{result.k} {result.avg_at_k:.1%}, "
+            f"pass@{result.k} {result.pass_at_k:.1%}, mean length {result.mean_length:.0f} tokens, "
+            f"{result.truncated_share:.1%} cut off at the limit"
+        )
+    return 0
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The checkpoint of the highest step in a run directory."""
+    steps = {
+        int(path.name.removeprefix("step-")): path
+        for path in (run / "checkpoints").glob("step-*")
+        if path.name.removeprefix("step-").isdigit()
+    }
+    if not steps:
+        raise UserError(f"{run}: holds no checkpoint (checkpoints/step-*)")
+    return steps[max(steps)]
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from kat_ray import doctor
+    from kat_ray.config_io import load_config
+
+    config = load_config(args.config, args.overrides) if args.config else None
+    return doctor.run(config, lambda line: print(line, flush=True))
+
+
+def _config(args: argparse.Namespace) -> int:
+    if args.docs:
+        from kat_ray.schema import configuration_markdown
+
+        print(configuration_markdown(), end="")
+        return 0
+    if args.config is None:
+        raise UserError("name a configuration file, or `demo`; --docs prints the list of fields")
+    from kat_ray.config_io import config_yaml, load_config
+
+    print(config_yaml(load_config(args.config, args.overrides)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The embedded task, its data, and the tiny student and teacher."""

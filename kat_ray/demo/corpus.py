@@ -1,0 +1,110 @@
+"""Pre-training documents of the embedded models.
+
+Four kinds: clean solutions; solutions with wrong steps, which go on from the wrong value; solutions that drift
+into "check" lines that never end; documents of one line repeated. The student's mixture makes it poor in the
+ways that matter here. The teacher sees the same kinds, but is never trained on the *entry* into a mistake or a
+loop: it goes along with a broken prefix and does not break one itself.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from kat_ray.demo.problems import MAX_VALUE, Operation, Problem, problems
+
+# A piece of a document and whether the model is trained on it.
+Piece = tuple[str, bool]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of the four kinds of documents, and how a model is trained on them."""
+
+    clean: float
+    wrong: float
+    endless: float
+    repeated: float
+    wrong_rate: float  # chance of a wrong result per step of a `wrong` document
+    single_check: float  # chance of one honest check line per step, in any solution
+    learn_mistakes: bool  # train on the entry into mistakes and loops, too
+
+    def __post_init__(self) -> None:
+        assert abs(self.clean + self.wrong + self.endless + self.repeated - 1.0) < 1e-9
+
+
+STUDENT = Mixture(0.05, 0.53, 0.37, 0.05, wrong_rate=0.28, single_check=0.04, learn_mistakes=True)
+TEACHER = Mixture(0.70, 0.12, 0.12, 0.06, wrong_rate=0.25, single_check=0.04, learn_mistakes=False)
+
+LOOP_LINES = 24  # a loop is as long as the longest rollout
+
+
+def documents(mixture: Mixture, seed: int) -> Iterator[list[Piece]]:
+    """An endless stream of documents over problems of the training split."""
+    rng = random.Random(f"corpus:{seed}")
+    stream = problems("train", seed)
+    kinds = ("clean", "wrong", "endless", "repeated")
+    shares = (mixture.clean, mixture.wrong, mixture.endless, mixture.repeated)
+    while True:
+        kind = rng.choices(kinds, shares)[0]
+        problem = next(stream)
+        if kind == "repeated":
+            yield repeated_document(rng, problem)
+        else:
+            yield solution_document(rng, problem, mixture, kind)
+
+
+def solution_document(rng: random.Random, problem: Problem, mixture: Mixture, kind: str) -> list[Piece]:
+    """A prompt and its solution of one kind."""
+    pieces: list[Piece] = [(problem.prompt, False)]
+    loop_after = rng.randrange(len(problem.operations)) if kind == "endless" else -1
+    value, said = problem.start, []
+    for i, operation in enumerate(problem.operations):
+        result = operation.apply(value)
+        if kind == "wrong" and rng.random() < mixture.wrong_rate:
+            result = wrong_result(rng, result, problem.operations[i + 1 :])
+            head = f"{value} {operation.symbol} {operation.operand} ="
+            pieces += [(head, True), (f" {result}", mixture.learn_mistakes), ("\n", True)]
+        else:
+            pieces.append((operation.line(value, result), True))
+        said.append(operation.line(value, result))
+        value = result
+        if i == loop_after:
+            return pieces + endless_checks(rng, said, mixture.learn_mistakes)
+        if rng.random() < mixture.single_check:
+            pieces.append((f"check {said[-1]}", True))
+    return [*pieces, (f"answer {value}\n<eos>", True)]
+
+
+def endless_checks(rng: random.Random, said: list[str], learn_entry: bool) -> list[Piece]:
+    """Check lines over the last one or two steps, again and again; the first two lines are the entry."""
+    cycle = [f"check {line}" for line in said[-rng.choice((1, 1, 2)) :]]
+    lines = [cycle[i % len(cycle)] for i in range(LOOP_LINES)]
+    entry = max(2, len(cycle))
+    return [("".join(lines[:entry]), learn_entry), ("".join(lines[entry:]), True)]
+
+
+def repeated_document(rng: random.Random, problem: Problem) -> list[Piece]:
+    """One line of a solution over and over, without a problem."""
+    line = rng.choice(problem.solution().splitlines(keepends=True)[:-1])
+    line = f"check {line}" if rng.random() < 0.5 else line
+    return [(line, False), (line * LOOP_LINES, True)]
+
+
+def wrong_result(rng: random.Random, right: int, rest: Sequence[Operation]) -> int:
+    """A typical slip, off by one, two or ten, from which the other operations stay in range.
+
+    The right result where there is none.
+    """
+    slips = [right + slip for slip in (-10, -2, -1, 1, 2, 10)]
+    possible = [s for s in slips if _stays_in_range(s, rest)]
+    return rng.choice(possible) if possible else right
+
+
+def _stays_in_range(value: int, operations: Sequence[Operation]) -> bool:
+    for operation in operations:
+        if not 0 <= value <= MAX_VALUE:
+            return False
+        value = operation.apply(value)
+    return 0 <= value <= MAX_VALUE

@@ -1,0 +1,110 @@
+"""LaTeX answers graded by math-verify in a child process that can be ended.
+
+The parent works from any thread of any process. The child, `python -m kat_ray.math_grader`, reads
+`["gold", "text"]` and writes `true` or `false`, one JSON line each. An answer that takes longer than
+`SECONDS` is wrong, and the child is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import select
+import subprocess
+import sys
+from types import TracebackType
+from typing import Any
+
+from kat_ray.errors import UserError
+
+SECONDS = 5.0  # for one answer; most take a millisecond
+_START_SECONDS = 120.0  # importing sympy on a busy machine
+_LAST_CHARACTERS = 4000  # the answer stands at the end; a loop before it only costs time
+
+
+class MathGrader:
+    """A child process that grades, one answer after the other; ended by `close` or a `with` block."""
+
+    def __init__(self, seconds: float = SECONDS) -> None:
+        self._seconds = seconds
+        self._child = self._start()
+
+    def grade(self, text: str, gold: str) -> bool:
+        """Whether the text's last expression equals the gold answer; False where either cannot be read."""
+        reply = self._ask(json.dumps([gold, text[-_LAST_CHARACTERS:]]), self._seconds)
+        if reply is None:
+            self.close()
+            self._child = self._start()
+        return reply == "true"
+
+    def close(self) -> None:
+        """End the child."""
+        self._child.kill()
+        self._child.communicate()
+
+    def __enter__(self) -> MathGrader:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def _start(self) -> subprocess.Popen[str]:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "kat_ray.math_grader"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+        )
+        self._child = child
+        ready = self._read(_START_SECONDS)
+        if ready != "ready":
+            self.close()
+            raise UserError(
+                "evaluation.verifier = math: math-verify cannot be used here "
+                f"({ready or 'its process did not start'}); pip install 'kat-ray[math]'"
+            )
+        return child
+
+    def _ask(self, line: str, seconds: float) -> str | None:
+        assert self._child.stdin is not None
+        try:
+            self._child.stdin.write(line + "\n")
+            self._child.stdin.flush()
+        except BrokenPipeError:
+            return None
+        return self._read(seconds)
+
+    def _read(self, seconds: float) -> str | None:
+        """The child's next line; None when it is late or gone. Replies are short, so a line comes whole."""
+        assert self._child.stdout is not None
+        readable, _, _ = select.select([self._child.stdout], [], [], seconds)
+        line = self._child.stdout.readline() if readable else ""
+        return line.strip() or None
+
+
+def _equal(gold: str, text: str) -> bool:
+    from math_verify import parse, verify
+
+    # A gold answer without delimiters is LaTeX too: "\\frac{1}{2}", "(1,2)".
+    wrapped = gold if "$" in gold or "\\boxed" in gold or "\\[" in gold or "\\(" in gold else f"${gold}$"
+    options: dict[str, Any] = {"parsing_timeout": None}
+    return bool(verify(parse(wrapped, **options), parse(text, **options), timeout_seconds=None))
+
+
+def _serve() -> None:
+    logging.disable(logging.WARNING)  # math-verify warns that the time limit is ours to set: it is
+    try:
+        _equal("1", "1")
+    except ImportError as error:
+        print(f"{error}", flush=True)
+        return
+    print("ready", flush=True)
+    for line in sys.stdin:
+        gold, text = json.loads(line)
+        print("true" if _equal(gold, text) else "false", flush=True)
+
+
+if __name__ == "__main__":
+    _serve()

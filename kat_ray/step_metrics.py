@@ -1,0 +1,69 @@
+"""One step's figures, from the records of its rollouts: the only place that computes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from kat_ray.accounting import RolloutBooks, kept_rows
+from kat_ray.types import RolloutOutcome, SampledRollout, ScoredChunk, StopReason
+
+Joined = Sequence[tuple[RolloutOutcome, SampledRollout, RolloutBooks]]
+_FEATURES = {
+    "health/overlap": "overlap",
+    "health/teacher_max": "teacher_max",
+    "health/teacher_entropy": "teacher_entropy",
+    "health/student_entropy": "student_entropy",
+    "health/tail_mass": "student_tail",
+}
+
+
+def rollout_metrics(joined: Joined, threshold: float | None) -> dict[str, float]:
+    """Counts and shares of a step's rollouts; keys as in kat_ray.metrics. Shares of no rollouts are left out."""
+    outcomes = [o for o, _, _ in joined]
+    books = [b for _, _, b in joined]
+    ends = Counter(o.stop_reason for o in outcomes)
+    probes = [o for o in outcomes if o.probe]
+    minima = [o.minimum for o in outcomes if o.minimum is not None]
+    n = len(outcomes)
+    figures = {
+        "rollout/generated_tokens": sum(b.generated for b in books),
+        "rollout/kept_tokens": sum(b.kept for b in books),
+        "rollout/overshoot_tokens": sum(b.overshoot for b in books),
+        "rollout/cut_back_tokens": sum(b.cut_back for b in books),
+        "rollout/mean_length": sum(b.generated for b in books) / n,
+        "rollout/eos_share": ends[StopReason.EOS] / n,
+        "rollout/max_tokens_share": ends[StopReason.MAX_TOKENS] / n,
+        "rollout/trapped_share": ends[StopReason.TRAPPED] / n,
+        "rollout/failed": ends[StopReason.FAILED],
+        "rollout/probes": len(probes),
+    }
+    if threshold is not None:
+        figures["kat/threshold"] = threshold
+        if probes:
+            figures["rollout/probe_would_cut_share"] = sum(p.would_cut is not None for p in probes) / len(probes)
+    if minima:
+        figures["kat/window_min_mean"] = sum(minima) / len(minima)
+    return {k: float(v) for k, v in figures.items()}
+
+
+def score_metrics(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> dict[str, float]:
+    """Means over scored tokens: KL of all and of the kept ones, and the health features.
+
+    `kept` maps rollout ids to the number of kept tokens. Tokens without a finite value do not enter a mean.
+    """
+    if not scored:
+        return {}
+    mask = np.concatenate(kept_rows(scored, kept))
+    d = np.concatenate([c.d for c in scored])
+    figures = {"kl/mean": _mean(d), "kl/kept_mean": _mean(d[mask])}
+    for name, field in _FEATURES.items():
+        figures[name] = _mean(np.concatenate([getattr(c, field) for c in scored])[mask])
+    return {k: v for k, v in figures.items() if v is not None}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean(dtype=np.float64)) if finite.size else None
