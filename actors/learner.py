@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -22,12 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actors.student_model import DTYPES, load_student, weight_update
 from kat_ray.batch import MicroBatch, TrainRow, collect_rows, micro_batches
 from kat_ray.config import Config
 from kat_ray.loss import SUMS, LossSums, TeacherTargets, distillation_loss
 from kat_ray.types import KeptRollout, RolloutChunk, TeacherRows, WeightUpdate
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LearnerReport:
 
     policy_version: int
     loss: float
-    grad_norm: float  # before clipping; NaN with zero_stage 0 in float32, where DeepSpeed keeps none
+    grad_norm: float  # before clipping; inf where it was not finite: the update was then skipped
     lr: float
     tokens: int  # tokens in the loss
     dropped_tokens: int  # kept, but without a finite KL
@@ -85,6 +85,8 @@ class Learner:
         self._student_dir = student_dir
         self._stop_ids = stop_ids
         self._engine: Any = None
+        self._optimizer_steps = 0
+        self._clipped_norm = 0.0
 
     def address(self) -> tuple[str, int]:
         """Host and a free port of this rank's node, for the ranks to meet at."""
@@ -116,32 +118,17 @@ class Learner:
             # Its shared-memory collective needs a compiler and a minute at the first start; gloo needs neither.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
-        module = StudentWithLoss(self._load_student(), self._stop_ids, config)
+        module = StudentWithLoss(load_student(config, self._student_dir), self._stop_ids, config)
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=list(module.parameters()), config=deepspeed_config(config)
         )
-        self._optimizer_steps = 0
+        if config.learner.zero_stage == 0:
+            # In bf16 DeepSpeed has just run AdamW on zero gradients, which puts its bias correction one step ahead
+            # (the first update half as large). In fp32 it clips without keeping the norm: `_clip` does both.
+            self._engine.basic_optimizer.state.clear()
+            if config.learner.dtype == "float32":
+                self._engine.basic_optimizer.register_step_pre_hook(self._clip)
         return {"rank": self._rank, "seconds": time.monotonic() - started}
-
-    def _load_student(self) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        model = self._config.student
-        student = AutoModelForCausalLM.from_pretrained(
-            self._student_dir,
-            revision=model.revision,
-            dtype=_DTYPES[self._config.learner.dtype],
-            trust_remote_code=model.trust_remote_code,
-            use_safetensors=None if model.allow_pickle else True,
-        )
-        student.config.use_cache = False
-        if self._config.learner.gradient_checkpointing:
-            student.gradient_checkpointing_enable()
-        student.train()
-        for layer in student.modules():  # dropout would make the student another one than the sampler's
-            if isinstance(layer, nn.Dropout):
-                layer.p = 0.0
-        return student
 
     def train_step(
         self,
@@ -171,7 +158,7 @@ class Learner:
                     worst = max(worst, float(sums.logprob_diff_max))
             self._engine.step()
             norm = self._engine.get_global_grad_norm()
-            grad_norm = math.nan if norm is None else float(norm)
+            grad_norm = self._clipped_norm if norm is None else float(norm)
         self._optimizer_steps += 1
         totals = self._reduce(totals, torch.distributed.ReduceOp.SUM)
         worst = float(self._reduce([worst], torch.distributed.ReduceOp.MAX)[0])
@@ -220,6 +207,15 @@ class Learner:
         self._engine.backward(loss * weight)
         return None if batch is None else LossSums(loss.detach(), sums, worst)
 
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Clip reduced gradients before an fp32 step without ZeRO, and skip the step where ZeRO would."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._clipped_norm = float(nn.utils.clip_grad_norm_(parameters, self._config.learner.clip))
+        if not math.isfinite(self._clipped_norm):
+            self._clipped_norm = math.inf
+            for parameter in parameters:
+                parameter.grad = None  # AdamW leaves parameters without a gradient alone
+
     def _set_lr(self) -> float:
         config = self._config.learner
         lr = config.lr * lr_factor(
@@ -239,7 +235,7 @@ class Learner:
         with self._gathered():
             if self._rank != 0:
                 return None
-            return weight_update(self._engine.module.student, policy_version, _DTYPES[self._config.student.dtype])
+            return weight_update(self._engine.module.student, policy_version, DTYPES[self._config.student.dtype])
 
     def save_pretrained(self, path: str, tokenizer_dir: str) -> None:
         """Write the student in Hugging Face format (safetensors, tokenizer). All ranks must call it.
@@ -252,9 +248,10 @@ class Learner:
             if self._rank != 0:
                 return
             partial = Path(f"{path}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that died here
             student = self._engine.module.student
             student.config.use_cache = True
-            dtype = _DTYPES[self._config.learner.dtype]
+            dtype = DTYPES[self._config.learner.dtype]
             state = {k: v.detach().to(dtype) for k, v in student.state_dict().items()}
             student.save_pretrained(partial, state_dict=state)
             student.config.use_cache = False
@@ -288,6 +285,7 @@ def lr_factor(step: int, steps: int, warmup_ratio: float, min_ratio: float) -> f
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """DeepSpeed's own configuration of a run."""
     learner = config.learner
+    plain = learner.zero_stage == 0 and learner.dtype == "float32"  # clipped by `Learner._clip`
     return {
         "train_micro_batch_size_per_gpu": 1,  # not used: micro-batches are ours, budgeted by tokens
         "gradient_accumulation_steps": 1,
@@ -302,27 +300,12 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
                 "torch_adam": True,  # the fused one has to be compiled
             },
         },
-        "gradient_clipping": learner.clip,
+        "gradient_clipping": 0.0 if plain else learner.clip,
         "zero_optimization": {"stage": learner.zero_stage},
         "bf16": {"enabled": learner.dtype == "bfloat16"},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-
-
-def weight_update(student: Any, policy_version: int, dtype: torch.dtype) -> WeightUpdate:
-    """A whole state dict as contiguous arrays, in the data type in which samplers run it."""
-    state = dict(student.state_dict())
-    if "lm_head.weight" not in state and student.get_output_embeddings() is not None:
-        state["lm_head.weight"] = student.get_output_embeddings().weight
-    names, dtypes, arrays = [], [], []
-    for name, tensor in state.items():
-        plain = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-        is_bf16 = plain.dtype == torch.bfloat16
-        names.append(name)
-        dtypes.append(str(plain.dtype).removeprefix("torch."))
-        arrays.append((plain.view(torch.uint16) if is_bf16 else plain).numpy())
-    return WeightUpdate(policy_version, tuple(names), tuple(dtypes), tuple(arrays))
 
 
 def _fetch(records: Sequence[Any]) -> Sequence[Any]:

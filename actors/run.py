@@ -19,9 +19,10 @@ from kat_ray.config_io import config_yaml
 from kat_ray.data import PromptOrder, PromptSet, load_prompts
 from kat_ray.models import ModelFacts, check_models, resolve_model
 from kat_ray.progress import Progress, StepLine
-from kat_ray.records import RunDirectory, TraceRow
+from kat_ray.records import RunDirectory
 from kat_ray.step_metrics import rollout_metrics, score_metrics
 from kat_ray.summary import Totals, run_summary
+from kat_ray.traces import TraceRow
 from kat_ray.verify import EvalResult
 
 log = logging.getLogger("kat_ray.run")
@@ -151,9 +152,8 @@ class _Job:
             if not last and config.run.checkpoint_every and done % config.run.checkpoint_every == 0:
                 self._save(done)
         checkpoint = self._save(config.run.steps)
-        summary = run_summary(
-            config, self._totals, before, after, wall_seconds=time.monotonic() - started, eval_teacher=teacher
-        )
+        evaluations = {"eval_before": before, "eval_after": after, "eval_teacher": teacher}
+        summary = run_summary(config, self._totals, evaluations, time.monotonic() - started)
         self._run.write_summary(summary)
         self._progress.finish(summary, self._run.paths(checkpoint))
 
@@ -199,12 +199,11 @@ class _Job:
         learnt_at = time.monotonic()
         self._trainer.publish()
         ended = time.monotonic()
-        self._totals.add_learnt(report.tokens)
+        self._totals.add_trained(report.tokens)
         generated = metrics["rollout/generated_tokens"]
-        learner = asdict(report)
-        learner.pop("policy_version")
-        entropy = {"learner/entropy": learner.pop("entropy"), "learner/tail_mass": learner.pop("tail_mass")}
-        metrics |= {f"learner/{name}": float(value) for name, value in learner.items()} | entropy
+        learner = {f"learner/{name}": float(value) for name, value in asdict(report).items()}
+        del learner["learner/policy_version"]
+        metrics |= learner
         metrics |= {
             "policy_version": float(version),
             "time/step": ended - started,

@@ -90,8 +90,13 @@ def _join(
         stop = min(rows.stop, rows.start + max(0, kept.kept - start))
         spans.append((c, slice(rows.start, stop)))
         have += rows.stop - rows.start
-    if prompt is None or have < kept.kept:
+    if have < kept.kept:
         raise ValueError(f"rollout {kept.rollout_id}: {kept.kept} tokens are kept, the chunks hold {have}")
+    if prompt is None or len(prompt) != kept.prompt_length:
+        held = 0 if prompt is None else len(prompt)
+        raise ValueError(
+            f"rollout {kept.rollout_id}: its prompt has {kept.prompt_length} tokens, the chunks hold {held}"
+        )
     return TrainRow(
         rollout_id=kept.rollout_id,
         prompt_ids=prompt,
@@ -107,11 +112,11 @@ def _join(
 def micro_batches(rows: Sequence[TrainRow], budget: int) -> list[MicroBatch]:
     """Group rows of similar length so that B x L <= budget tokens, padding included.
 
-    A row longer than the budget is a micro-batch of its own.
+    A row longer than the budget is a micro-batch of its own; a row of which no token is kept is in none.
     """
     batches: list[MicroBatch] = []
     group: list[TrainRow] = []
-    for row in sorted(rows, key=lambda r: (r.inputs, r.rollout_id)):
+    for row in sorted((r for r in rows if len(r.token_ids)), key=lambda r: (r.inputs, r.rollout_id)):
         if group and (len(group) + 1) * row.inputs > budget:
             batches.append(_pad(group))
             group = []

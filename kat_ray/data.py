@@ -237,9 +237,9 @@ def _hugging_face(data: DataConfig, path: Path) -> Iterator[_Row]:
     try:
         table = datasets.load_dataset(str(path) if path.is_dir() else data.path, split=data.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error.__cause__ or error).strip() or type(error).__name__
         raise DataError(
-            f"{data.path} (split {data.split}): no such file, and no data set to be had: {first}"
+            f"{data.path} (split {data.split}): no such file, and no data set to be had: {reason.splitlines()[0]}"
         ) from error
     for number, columns in enumerate(table, 1):
         yield _Row(f"{data.path} (split {data.split}), row {number}", number, columns)

@@ -21,6 +21,8 @@ from kat_ray.errors import ModelError
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+# One of these holds a tokenizer's vocabulary. Without any, transformers makes up an empty tokenizer.
+_VOCABULARIES = ("tokenizer.json", ".model", "vocab.json", "vocab.txt", "tekken.json", ".tiktoken")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_HEADER = 100 * 2**20  # the safetensors format's own limit
 
@@ -85,7 +87,9 @@ def resolve_model(model: ModelConfig) -> str:
 
 def load_tokenizer(model: ModelConfig) -> Any:
     """The model's tokenizer (transformers)."""
-    directory, _ = _files_of(model)
+    directory, names = _files_of(model)
+    if not any(name.endswith(_VOCABULARIES) for name in names):
+        raise ModelError(f"{model.path}: there is no tokenizer (tokenizer.json)")
     from transformers import AutoTokenizer
 
     try:

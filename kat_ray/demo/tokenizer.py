@@ -22,9 +22,7 @@ def vocabulary() -> dict[str, int]:
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer; text comes back with single spaces between tokens."""
     core = Tokenizer(WordLevel(vocabulary(), unk_token=UNKNOWN))
-    core.pre_tokenizer = Sequence(
-        [Split(Regex(" +"), behavior="removed"), Split(Regex("\n"), behavior="isolated")]
-    )
+    core.pre_tokenizer = Sequence([Split(Regex(" +"), behavior="removed"), Split(Regex("\n"), behavior="isolated")])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN, clean_up_tokenization_spaces=False
     )

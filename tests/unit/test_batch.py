@@ -104,6 +104,25 @@ def test_ranks_share_all_rollouts_evenly(lengths, world):
     assert max(loads) - min(loads) <= max([0, *(3 + n for n in lengths)])
 
 
+def test_ranks_are_balanced_by_tokens_not_by_rollouts():
+    # 100 tokens on one rank against 4 x 20 on the other; by count it would be 140 against 40.
+    kept = [KeptRollout(i, 3, n) for i, n in enumerate([17, 17, 97, 17, 17])]
+    assert [[k.rollout_id for k in s] for s in assign_ranks(kept, 2)] == [[2], [0, 1, 3, 4]]
+
+
+def test_a_prompt_of_another_length_is_refused():
+    chunks, teacher = stream({0: ([5, 6], [10, 11])}, 2)
+    with pytest.raises(ValueError, match="its prompt has 3 tokens, the chunks hold 2"):
+        collect_rows(chunks, teacher, [KeptRollout(0, 3, 1)])
+
+
+def test_a_rollout_of_which_nothing_is_kept_is_in_no_micro_batch():
+    chunks, teacher = stream({0: ([5], [6]), 1: ([7], [8])}, 2)
+    rows = collect_rows(chunks, teacher, [KeptRollout(0, 1, 0), KeptRollout(1, 1, 1)])
+    assert [r.rollout_id for b in micro_batches(rows, 1000) for r in b.rows] == [1]
+    assert micro_batches(rows[:1], 1000) == []
+
+
 def test_ids_are_as_narrow_as_the_vocabulary_allows():
     assert id_dtype(2**16) is np.uint16 and id_dtype(2**16 + 1) is np.int32
 

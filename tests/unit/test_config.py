@@ -110,20 +110,29 @@ def test_termination_without_rule_takes_the_default_rule(write):
         ("run:\n  seed: 1\n  steps: 1.5\n", "F:6: run.steps = 1.5: must be a whole number >= 1"),
         ("run: {steps: true}\n", "F:4: run.steps = true: must be a whole number >= 1"),
         ("rollout: {top_p: .nan}\n", "F:4: rollout.top_p = NaN: must be a number > 0 and <= 1"),
-        ("rollout: {eos: mergd}\n", "F:4: rollout.eos = \"mergd\": must be one of raw, merged, mask; did you mean merged?"),
+        (
+            "rollout: {eos: mergd}\n",
+            'F:4: rollout.eos = "mergd": must be one of raw, merged, mask; did you mean merged?',
+        ),
         ("learner: {betas: [0.9, 2]}\n", "F:4: learner.betas[1] = 2: must be a number >= 0 and < 1"),
-        ("run: {name: 7}\n", "F:4: run.name = 7: must be text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$; put it in quotes"),
+        (
+            "run: {name: 7}\n",
+            "F:4: run.name = 7: must be text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$; put it in quotes",
+        ),
         ("run: {name: latest}\n", "F:4: run.name = 'latest': this name is reserved for the link to the newest run"),
         ("run: {stpes: 3}\n", "F:4: run.stpes: unknown field; did you mean steps?"),
         ("run: {max_num_seqs: 3}\n", "F:4: run.max_num_seqs: unknown field; did you mean sampler.max_num_seqs?"),
         ("sampelr: {}\n", "F:4: sampelr: unknown field; did you mean sampler?"),
         ("run: 3\n", "F:4: run = 3: must be a section with fields"),
         ("1: 2\n", "F: [1]: the name of a field must be text"),
-        ("termination: {rule: kta}\n", 'F:4: termination.rule = "kta": must be one of none, kat; did you mean kat?'),
+        (
+            "termination: {rule: kta}\n",
+            'F:4: termination.rule = "kta": must be one of none, kat; did you mean kat?',
+        ),
         ("run: {steps: 1}\nrun: {seed: 2}\n", "F:5: run is given twice, first in line 4"),
         ("run:\n  steps: 1\n  steps: 2\n", "F:6: run.steps is given twice, first in line 5"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_name_line_field_value_and_what_is_allowed(write, text, message):
     found = refusal(write(text))
     if "one of none, kat" in message:  # other rules may join them
@@ -137,11 +146,17 @@ def test_mistakes_name_line_field_value_and_what_is_allowed(write, text, message
         ("termination: {min_samples: 9, buffer: 8}\n", "termination.min_samples = 9: must be <= buffer = 8"),
         ("termination: {probe_share: 0}\n", "termination.probe_share = 0: must be > 0 with calibrate_on = probes"),
         ("learner: {world_size: 3}\nrollout: {prompts_per_step: 2}\n", "learner.world_size = 3: must be <= 2"),
-        ("sampler: {max_num_seqs: 65, max_num_batched_tokens: 64}\n", "sampler.max_num_batched_tokens = 64: must be >= max_num_seqs = 65"),
+        (
+            "sampler: {max_num_seqs: 65, max_num_batched_tokens: 64}\n",
+            "sampler.max_num_batched_tokens = 64: must be >= max_num_seqs = 65",
+        ),
         ("evaluation: {data: {path: x, answer_column: null}}\n", "evaluation.data.answer_column = null"),
-        ("evaluation: {data: {path: x, system_prompt: hi}}\n", "evaluation.data.system_prompt: needs chat_template"),
+        (
+            "evaluation: {data: {path: x, system_prompt: hi}}\n",
+            "evaluation.data.system_prompt: needs chat_template",
+        ),
     ],
-)  # fmt: skip
+)
 def test_fields_that_contradict_each_other(write, text, message):
     assert message in refusal(write(text))
 
@@ -218,8 +233,14 @@ def test_saved_configuration_loads_back_equal(write, tmp_path):
 )
 def test_any_value_survives_saving(tmp_path_factory, lr, name, path):
     config = Config.model_validate(
-        {"student": {"path": path}, "teacher": {"path": "b"}, "data": {"path": "c"}, "learner": {"lr": lr}, "run": {"name": name}}
-    )  # fmt: skip
+        {
+            "student": {"path": path},
+            "teacher": {"path": "b"},
+            "data": {"path": "c"},
+            "learner": {"lr": lr},
+            "run": {"name": name},
+        }
+    )
     file = tmp_path_factory.mktemp("saved") / "c.yaml"
     file.write_text(config_yaml(config), encoding="utf-8", newline="")
     assert load_config(file) == config
@@ -229,7 +250,7 @@ def test_demo_names(write):
     assert resolve_path("demo:student") == DEMO_FILES["demo:student"]
     assert resolve_path("some/where") == Path("some/where")
     with pytest.raises(
-        ConfigError, match="demo:studnt.*there are demo:student, demo:teacher, demo:train, demo:heldout"
+        ConfigError, match=r"demo:studnt.*there are demo:student, demo:teacher, demo:train, demo:heldout"
     ):
         resolve_path("demo:studnt")
 

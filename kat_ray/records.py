@@ -1,0 +1,144 @@
+"""A run's directory: configuration, metrics, traces, log, checkpoints, summary.
+
+Each file is written so that what was there before stays good: lines are appended whole, files are renamed into
+place. A full disk is an error that names the path, and what was recorded until then remains.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kat_ray.config import RunConfig
+from kat_ray.errors import UserError
+from kat_ray.metrics import check_names
+from kat_ray.traces import TraceRow, write_traces
+
+# A run that starts with less would end in the middle of its first checkpoint.
+MIN_FREE_BYTES = 64 * 2**20
+
+
+class RecordError(UserError):
+    """A record could not be written; what was written before is intact."""
+
+
+class RunDirectory:
+    """One run's records, open for writing."""
+
+    def __init__(self, path: Path, tensorboard: bool) -> None:
+        self.path = path
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._log = logging.FileHandler(path / "run.log", encoding="utf-8")
+        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root = logging.getLogger("kat_ray")
+        root.addHandler(self._log)
+        root.setLevel(logging.INFO)
+        self._events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(path / "tensorboard"))
+
+    @classmethod
+    def create(cls, run: RunConfig, config_yaml: str) -> RunDirectory:
+        """Make `<dir>/<name>` (or `<name>-2`, ... if it exists) and point `<dir>/latest` to it."""
+        root = Path(run.dir)
+        with _named(root):
+            root.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(root).free
+            if free < MIN_FREE_BYTES:
+                raise RecordError(f"{root}: only {free / 2**20:.0f} MiB are free; a run needs more (run.dir)")
+            path = _new_directory(root, run)
+            (path / "traces").mkdir()
+            (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
+            link = root / f".latest-{os.getpid()}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name)
+            link.replace(root / "latest")
+            return cls(path, run.tensorboard)
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        log = logging.getLogger("kat_ray")
+        if error is not None:
+            log.error("the run ended early", exc_info=error)
+        log.removeHandler(self._log)
+        self._log.close()
+        self._metrics.close()
+        if self._events is not None:
+            self._events.close()
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line: step, time and values. What is not finite becomes null and is named."""
+        check_names(values)
+        odd = sorted(name for name, value in values.items() if not math.isfinite(value))
+        line: dict[str, Any] = {"step": step, "time": time.time()}
+        line |= {name: None if name in odd else value for name, value in values.items()}
+        if odd:
+            line["non_finite"] = odd
+        with _named(self.path / "metrics.jsonl"):
+            self._metrics.write(json.dumps(line) + "\n")
+            self._metrics.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    def write_traces(self, step: int, rows: Sequence[TraceRow]) -> None:
+        """Write the traces of a step."""
+        with _named(self.path / "traces"):
+            write_traces(self.path / "traces", step, rows)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json in one piece."""
+        path = self.path / "summary.json"
+        with _named(path):
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            partial.replace(path)
+
+    def paths(self, checkpoint: Path) -> dict[str, Path]:
+        """What a user looks for after a run."""
+        return {
+            "checkpoint": checkpoint,
+            "metrics": self.path / "metrics.jsonl",
+            "traces": self.path / "traces",
+            "summary": self.path / "summary.json",
+            "log": self.path / "run.log",
+        }
+
+
+def _new_directory(root: Path, run: RunConfig) -> Path:
+    path = root / run.name
+    if run.overwrite and path.is_dir():
+        shutil.rmtree(path)
+    number = 1
+    while True:
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+            path = root / f"{run.name}-{number}"
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(
+            f"{path}: cannot be written: {error.strerror or error}; earlier records are intact"
+        ) from error
