@@ -23,7 +23,7 @@ from kat_ray.records import RunDirectory
 from kat_ray.step_metrics import rollout_metrics, score_metrics
 from kat_ray.summary import Totals, run_summary
 from kat_ray.traces import TraceRow
-from kat_ray.verify import EvalResult
+from kat_ray.verify import EvalResult, check_golds
 
 log = logging.getLogger("kat_ray.run")
 
@@ -50,6 +50,7 @@ def prepare(config: Config) -> Prepared:
     longest = train.longest + config.rollout.max_tokens
     if config.evaluation.data is not None:
         heldout = prompts(config.evaluation.data, config.eval_max_tokens, True)
+        check_golds(heldout.prompts, config.evaluation.verifier)
         longest = max(longest, heldout.longest + config.eval_max_tokens)
     paths = ModelPaths(
         student_dir=resolve_model(config.student),

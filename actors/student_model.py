@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kat_ray.config import Config
+from kat_ray.errors import UserError
 from kat_ray.types import WeightUpdate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,7 +53,7 @@ def check_output_layer(student: Any, path: str) -> None:
     if not all(parts) or not torch.allclose(
         student.lm_head(student.model(input_ids=ids)[0]), student(input_ids=ids).logits, rtol=1e-3, atol=1e-3
     ):
-        raise ValueError(
+        raise UserError(
             f"student.path = {path!r}: {type(student).__name__} has no `lm_head` over a `model`, or scales or caps "
             "the logits behind it; the loss would be that of another distribution. Qwen, Llama and Mistral fit."
         )

@@ -65,14 +65,21 @@ def join_outcomes(
 
 def traces_of(scored: Sequence[ScoredChunk]) -> Mapping[int, FloatArray]:
     """Reverse KL of every scored token by rollout, nats, float32, in the order of tokens."""
-    pieces: dict[int, list[FloatArray]] = {}
-    for chunk in sorted(scored, key=lambda c: int(c.start.max(initial=0))):
+    pieces: dict[int, list[tuple[int, FloatArray]]] = {}
+    for chunk in scored:
         for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
             rows = chunk.d[chunk.offsets[i] : chunk.offsets[i + 1]]
-            got = pieces.setdefault(rollout_id, [])
-            assert sum(map(len, got)) == int(chunk.start[i]), f"rollout {rollout_id}: chunks out of order"
-            got.append(rows)
-    return {rollout_id: np.concatenate(parts) for rollout_id, parts in pieces.items()}
+            pieces.setdefault(rollout_id, []).append((int(chunk.start[i]), rows))
+    return {rollout_id: _joined(rollout_id, parts) for rollout_id, parts in pieces.items()}
+
+
+def _joined(rollout_id: int, parts: list[tuple[int, FloatArray]]) -> FloatArray:
+    have = 0
+    ordered = sorted(parts, key=lambda part: (part[0], len(part[1])))
+    for start, rows in ordered:
+        assert start == have, f"rollout {rollout_id}: a scored chunk starts at token {start}, expected {have}"
+        have += len(rows)
+    return np.concatenate([rows for _, rows in ordered])
 
 
 def kept_rows(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> list[np.ndarray]:

@@ -73,9 +73,12 @@ def examine(config: Config | None) -> Iterator[Check]:
     try:
         yield from _machine()
         yield from _packages()
-        yield _torch()
+        torch = _torch()
+        yield torch
         yield from _ray(os.environ, config)
-        if config is not None:
+        if config is not None and (torch.level == "FAIL" or _version("transformers") is None):
+            yield fail("configuration", "not looked at: that needs torch and transformers")
+        elif config is not None:
             yield from _disk(config)
             yield from _settings(config)
             yield from _resources(config, os.cpu_count() or 1, _gpus())

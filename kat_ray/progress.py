@@ -34,12 +34,12 @@ class Progress:
     def __init__(self, steps: int, stream: TextIO | None = None) -> None:
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
         self._steps = steps
-        self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
         self._phase = ""
         self._phase_started = time.monotonic()
         self._line = ""
         self._durations: list[float] = []
         self._last_step: float | None = None
+        self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
 
     def __enter__(self) -> Progress:
         if self._console.is_terminal:
@@ -82,7 +82,8 @@ class Progress:
         kl = "-" if line.kl is None else f"{line.kl:.4f}"
         threshold = "-" if line.threshold is None else f"{line.threshold:.4f}"
         return (
-            f"step {line.step:>{len(str(self._steps))}}/{self._steps}  KL {kl}  {line.generated_tokens:>6,} tokens  "
+            f"step {line.step:>{len(str(self._steps))}}/{self._steps}  KL {kl}  "
+            f"{line.generated_tokens:>6,} tokens  "
             f"trapped {line.trapped_share:>4.0%}  threshold {threshold}  "
             f"{line.tokens_per_second:>6,.0f} tok/s  ETA {int(left) // 60}:{int(left) % 60:02d}"
         )

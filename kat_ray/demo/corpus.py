@@ -27,17 +27,18 @@ class Mixture:
     endless: float
     repeated: float
     wrong_rate: float  # chance of a wrong result per step of a `wrong` document
-    single_check: float  # chance of one honest check line per step, in any solution
+    check_rate: float  # chance per step of honest check lines, in any solution
     learn_mistakes: bool  # train on the entry into mistakes and loops, too
 
     def __post_init__(self) -> None:
         assert abs(self.clean + self.wrong + self.endless + self.repeated - 1.0) < 1e-9
 
 
-STUDENT = Mixture(0.05, 0.53, 0.37, 0.05, wrong_rate=0.28, single_check=0.04, learn_mistakes=True)
-TEACHER = Mixture(0.70, 0.12, 0.12, 0.06, wrong_rate=0.25, single_check=0.04, learn_mistakes=False)
+STUDENT = Mixture(0.05, 0.51, 0.40, 0.04, wrong_rate=0.4, check_rate=0.15, learn_mistakes=True)
+TEACHER = Mixture(0.72, 0.10, 0.12, 0.06, wrong_rate=0.25, check_rate=0.15, learn_mistakes=False)
 
 LOOP_LINES = 24  # a loop is as long as the longest rollout
+HONEST_CHECKS = 4  # a line is checked again with even chance, at most so often; more is a loop
 
 
 def documents(mixture: Mixture, seed: int) -> Iterator[list[Piece]]:
@@ -72,17 +73,24 @@ def solution_document(rng: random.Random, problem: Problem, mixture: Mixture, ki
         value = result
         if i == loop_after:
             return pieces + endless_checks(rng, said, mixture.learn_mistakes)
-        if rng.random() < mixture.single_check:
-            pieces.append((f"check {said[-1]}", True))
+        if rng.random() < mixture.check_rate:
+            pieces.append((f"check {said[-1]}" * honest_checks(rng), True))
     return [*pieces, (f"answer {value}\n<eos>", True)]
 
 
+def honest_checks(rng: random.Random) -> int:
+    """How often a solution that goes on checks a line: once or more, each time with even chance."""
+    count = 1
+    while count < HONEST_CHECKS and rng.random() < 0.5:
+        count += 1
+    return count
+
+
 def endless_checks(rng: random.Random, said: list[str], learn_entry: bool) -> list[Piece]:
-    """Check lines over the last one or two steps, again and again; the first two lines are the entry."""
+    """Check lines over the last one or two steps, again and again; the entry is what still looks honest."""
     cycle = [f"check {line}" for line in said[-rng.choice((1, 1, 2)) :]]
     lines = [cycle[i % len(cycle)] for i in range(LOOP_LINES)]
-    entry = max(2, len(cycle))
-    return [("".join(lines[:entry]), learn_entry), ("".join(lines[entry:]), True)]
+    return [("".join(lines[:HONEST_CHECKS]), learn_entry), ("".join(lines[HONEST_CHECKS:]), True)]
 
 
 def repeated_document(rng: random.Random, problem: Problem) -> list[Piece]:

@@ -109,6 +109,13 @@ def test_chat_template_for_text_and_messages(jsonl):
     assert text_of(load(path, CHAT, chat_template=True).prompts[0]) == "[user]hi[assistant]"
 
 
+def test_special_tokens_come_from_the_tokenizer_or_from_the_template_not_from_both(jsonl):
+    tokenizer = make_tokenizer(chat_template=TEMPLATE, bos=True)
+    path = jsonl({"prompt": "ab"})
+    assert load(path, tokenizer).prompts[0].token_ids == (0, 3, 4)
+    assert load(path, tokenizer, chat_template=True).prompts[0].token_ids[0] != 0
+
+
 def test_too_long_prompts_are_skipped_and_counted_or_refused(jsonl):
     path = jsonl({"prompt": "abc"}, {"prompt": "abcd"}, {"prompt": "ab"})
     found = load(path, longest=3)
@@ -237,7 +244,11 @@ def test_probes_are_drawn_with_their_share_and_nested():
     def probes(share):
         kat = {"rule": "kat", "probe_share": share, "calibrate_on": "all"}
         big = make_config("a", "b", rollout={"prompts_per_step": 2000}, termination=kat)
-        return {s.rollout_id for s in rollout_specs(order, big, 1) if s.probe}
+        specs = rollout_specs(order, big, 1)
+        # probes are drawn from a stream of their own: their sampling seeds are like everybody's
+        low = sum(s.seed < 2**30 for s in specs if s.probe)
+        assert share in (0, 1) or 0.35 < low / sum(s.probe for s in specs) < 0.65
+        return {s.rollout_id for s in specs if s.probe}
 
     tenth, third = probes(0.1), probes(0.3)
     # binomial, 2000 draws: standard deviations 13.4 and 20.5, so five of them

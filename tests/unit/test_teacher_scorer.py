@@ -149,7 +149,7 @@ def test_llama_scores_like_its_full_forward(models, tmp_path):
     config = make_config(models["student"][0], str(tmp_path / "llama"))
     scorer = TeacherScorer("scorer:0", config, str(tmp_path / "llama"), (1,))
     student, rollouts = models["student"][1], random_rollouts(3, seed=8)
-    scored, rows = scorer.score(chunk_of(student, rollouts))
+    _scored, rows = scorer.score(chunk_of(student, rollouts))
     chunk = chunk_of(student, rollouts)
     for j, (prompt, tokens) in enumerate(rollouts.values()):
         with torch.no_grad():

@@ -9,9 +9,9 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(extra=(), *, swap=False, chat_template=None, lowercase=False):
+def make_tokenizer(extra=(), *, swap=False, chat_template=None, lowercase=False, bos=False):
     """Ids: 0 <pad>, 1 </s>, 2 <unk>, then characters, then `extra`. `swap` exchanges the ids of a and b."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     characters = list(CHARACTERS)
@@ -21,6 +21,8 @@ def make_tokenizer(extra=(), *, swap=False, chat_template=None, lowercase=False)
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
+    if bos:  # texts begin with <pad>
+        tokenizer.post_processor = processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
     if lowercase:
         tokenizer.normalizer = normalizers.Lowercase()
     fast = PreTrainedTokenizerFast(

@@ -1,0 +1,218 @@
+"""The whole job on a local Ray, with the real vLLM and DeepSpeed, two of everything; asserted on its records."""
+
+import json
+
+import numpy as np
+import pytest
+
+from actors import run as job
+from actors.pools import wait
+from kat_ray.config import Config
+from kat_ray.demo.tokenizer import build_tokenizer
+from kat_ray.termination.calibration import quantile
+from kat_ray.traces import read_traces
+from tests.conftest import make_model, random_rollouts
+
+CHUNK, AHEAD = 4, 1
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Random student and teacher with the demo's tokenizer, and prompts that both can read."""
+    root = tmp_path_factory.mktemp("job")
+    tokenizer = build_tokenizer()
+    for name, seed in (("student", 1), ("teacher", 2)):
+        make_model(root / name, seed=seed, vocabulary=len(tokenizer))
+        tokenizer.save_pretrained(root / name)
+    rows = [
+        {"prompt": " ".join(str(n % 150) for n in prompt) + "\n", "answer": "7"}
+        for prompt, _ in random_rollouts(40).values()
+    ]
+    (root / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return root
+
+
+def config_of(root, tmp_path, **sections):
+    tree = {
+        "run": {"dir": str(tmp_path), "steps": 5, "tensorboard": False},
+        "student": {"path": str(root / "student"), "dtype": "float32"},
+        "teacher": {"path": str(root / "teacher"), "dtype": "float32"},
+        "data": {"path": str(root / "prompts.jsonl")},
+        "rollout": {
+            "prompts_per_step": 8, "rollouts_per_prompt": 2, "max_tokens": 48, "chunk_tokens": CHUNK,
+            "max_chunks_ahead": AHEAD,
+        },
+        "termination": {
+            "rule": "kat", "window": 8, "exempt": 4, "consecutive": 2, "eta": 0.5, "buffer": 32, "min_samples": 12,
+            "min_steps": 1, "probe_share": 0.25,
+        },
+        "sampler": {"replicas": 2, "kv_cache_gib": 0.05, "num_cpus": 0.5, "max_num_seqs": 64},
+        "scorer": {"replicas": 2, "num_cpus": 0.5},
+        "learner": {"world_size": 2, "dtype": "float32", "lr": 1e-3, "num_cpus": 0.5},
+        "evaluation": {
+            "data": {"path": str(root / "prompts.jsonl"), "limit": 6}, "k": 2, "max_tokens": 16, "teacher": False,
+        },
+    }  # fmt: skip
+    for name, values in sections.items():
+        tree[name] = values if "rule" in values else {**tree[name], **values}
+    return Config.model_validate(tree)
+
+
+@pytest.fixture(scope="module")
+def finished(ray_local, files, tmp_path_factory):
+    """One finished run: its configuration, directory, summary, traces and metrics."""
+    config = config_of(files, tmp_path_factory.mktemp("runs"))
+    path = job.train(config)
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return config, path, json.loads((path / "summary.json").read_text()), read_traces(path).to_pylist(), metrics
+
+
+def test_every_rollout_ended_once_and_every_token_is_accounted_for(finished):
+    config, _, summary, traces, _ = finished
+    expected = config.run.steps * config.rollout.rollouts_per_step
+    assert summary["rollouts_started"] == expected == sum(summary["rollouts_ended"].values())
+    assert sorted(t["rollout_id"] for t in traces) == list(range(expected))
+    books = {name: summary[f"{name}_tokens"] for name in ("generated", "kept", "overshoot", "cut_back", "scored")}
+    assert books["generated"] == books["kept"] + books["overshoot"] + books["cut_back"]
+    assert books["generated"] == sum(len(t["token_ids"]) for t in traces)
+    assert books["scored"] == sum(len(t["d"]) for t in traces)
+    assert summary["rollouts_ended"]["failed"] == 0
+
+
+def test_cut_rollouts_stop_in_the_engine_and_keep_nothing_past_the_cut(finished):
+    config, _, summary, traces, _ = finished
+    cut = [t for t in traces if t["stop_reason"] == "trapped"]
+    assert len(cut) >= 5, "the run must trap rollouts for this to mean anything"
+    assert any(len(t["token_ids"]) < config.rollout.max_tokens - 8 for t in cut)
+    # A decision answers one of AHEAD chunks under way; the chunk being built and the one sent meanwhile follow it.
+    allowed = (AHEAD + 1) * CHUNK
+    kept = 0
+    for t in traces:
+        length = len(t["token_ids"])
+        if t["stop_reason"] == "trapped":
+            assert not t["probe"] and config.termination.exempt <= t["cut"] < t["confirmed"] <= length
+            assert length <= t["confirmed"] + allowed
+            kept += t["cut"]
+        else:
+            assert t["cut"] is None and len(t["d"]) == length
+            assert t["stop_reason"] == ("eos" if t["token_ids"][-1] == 1 else "max_tokens")
+            kept += length
+    assert kept == summary["kept_tokens"] == summary["trained_tokens"], "the loss saw the kept tokens and no other"
+
+
+def test_the_threshold_is_the_quantile_of_the_minima_seen_before(finished):
+    config, _, _, traces, metrics = finished
+    rule, buffer, steps = config.termination, [], config.run.steps
+    for step in range(steps):
+        rows = [t for t in traces if t["step"] == step]
+        active = step >= rule.min_steps and len(buffer) >= rule.min_samples
+        threshold = quantile(buffer, 1 - rule.eta) if active else None
+        assert {t["threshold"] for t in rows} == {threshold}
+        fed = [t for t in rows if t["minimum"] is not None and (t["probe"] or not active)]
+        buffer = [*buffer, *(t["minimum"] for t in fed)][-rule.buffer :]
+    assert threshold is not None
+    assert any("kat/threshold" in m for m in metrics)
+
+
+def test_recorded_values_replay_to_the_same_cuts(finished):
+    from kat_ray.termination.kat import KatTracker
+
+    config, _, _, traces, _ = finished
+    for t in traces:
+        tracker = KatTracker(config.termination, t["threshold"], t["probe"])
+        tracker.observe(t["d"])
+        at = tracker.cut.at if tracker.cut else None
+        assert at == (t["would_cut"] if t["probe"] else t["cut"])
+        assert tracker.minimum == t["minimum"]
+
+
+def test_sampler_and_learner_are_the_same_student_after_every_update(finished):
+    _, _, _, _, metrics = finished
+    steps = [m for m in metrics if "learner/loss" in m]
+    assert [m["policy_version"] for m in steps] == [0, 1, 2, 3, 4]
+    for m in steps:
+        assert m["learner/logprob_diff_max"] < 1e-4, "the sampler's log-probabilities follow the learner's"
+        assert m["learner/loss"] == pytest.approx(m["kl/kept_mean"], rel=1e-3)
+        assert m["learner/tokens"] == m["rollout/kept_tokens"]
+
+
+def test_the_checkpoint_loads_and_has_moved(finished, files):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, path, _, _, _ = finished
+    before = AutoModelForCausalLM.from_pretrained(files / "student").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(path / "checkpoints" / "step-5").state_dict()
+    assert max((after[n].float() - before[n].float()).abs().max() for n in before) > 1e-3
+    assert len(AutoTokenizer.from_pretrained(path / "checkpoints" / "step-5")) == 166
+
+
+def test_vllm_loads_the_checkpoint_and_evaluation_repeats(finished, ray_local):
+    config, path, summary, _, _ = finished
+    result = job.evaluate_model(config, str(path / "checkpoints" / "step-5"))
+    assert result.avg_at_k == summary["eval_after"]["avg_at_k"]
+    assert result.mean_length == pytest.approx(summary["eval_after"]["mean_length"])
+
+
+def test_summary_says_what_ran(finished):
+    config, path, summary, _, _ = finished
+    assert summary["seed"] == 0 and summary["steps"] == 5 and summary["wall_seconds"] > 0
+    for name in ("eval_before", "eval_after"):
+        assert {"avg_at_k", "pass_at_k", "k", "problems", "mean_length"} <= set(summary[name])
+        assert (summary[name]["k"], summary[name]["problems"]) == (2, 6)
+    assert "ray" in summary["versions"]
+    from kat_ray.config_io import load_config
+
+    assert load_config(path / "config.yaml") == config
+    assert "run" in (path / "run.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_teacher_equal_to_the_student_gives_no_kl_through_the_whole_pipeline(ray_local, files, tmp_path):
+    config = config_of(
+        files, tmp_path, teacher={"path": str(files / "student")}, termination={"rule": "none"}, run={"steps": 2},
+        learner={"lr": 1e-12},
+    )  # fmt: skip
+    path = job.train(config)
+    d = np.concatenate([t["d"] for t in read_traces(path).to_pylist()])
+    assert len(d) > 500 and np.abs(d).max() < 1e-4
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert all(abs(m["learner/loss"]) < 1e-4 for m in metrics if "learner/loss" in m)
+
+
+@pytest.mark.slow
+def test_the_same_command_gives_the_same_run(ray_local, files, tmp_path):
+    runs = [job.train(config_of(files, tmp_path / name, run={"steps": 3})) for name in "ab"]
+    curves = [
+        [json.loads(line).get("learner/loss") for line in (r / "metrics.jsonl").read_text().splitlines()]
+        for r in runs
+    ]
+    for a, b in zip(*curves, strict=True):
+        assert a == b or a == pytest.approx(b, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_placed_is_named(ray_local, files, tmp_path):
+    from kat_ray.errors import UserError
+
+    config = config_of(files, tmp_path, sampler={"replicas": 3, "num_gpus": 1}, cluster={"placement_timeout": 3})
+    with pytest.raises(UserError, match=r"the cluster has 0 GPU, the roles ask for 3 \(3 x sampler 1\)"):
+        job.train(config)
+    with pytest.raises(UserError, match=r"the cluster has 8 CPU"):
+        job.train(config_of(files, tmp_path, scorer={"num_cpus": 9}, cluster={"placement_timeout": 3}))
+
+
+def test_a_deadline_names_what_was_waited_for(ray_local):
+    import ray
+
+    from kat_ray.errors import UserError
+
+    @ray.remote
+    def sleep():
+        import time
+
+        time.sleep(20)
+
+    ref = sleep.remote()
+    with pytest.raises(UserError, match=r"waited 0.2 s for a nap"):
+        wait([ref], 0.2, "a nap")
+    ray.cancel(ref, force=True)

@@ -1,0 +1,213 @@
+"""A run's records: nothing overwritten, nothing half-written, books that balance."""
+
+import errno
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+
+from kat_ray import records
+from kat_ray.accounting import join_outcomes, keep_books, kept_rows, traces_of
+from kat_ray.config import RunConfig
+from kat_ray.metrics import METRICS
+from kat_ray.records import RecordError, RunDirectory
+from kat_ray.step_metrics import rollout_metrics, score_metrics
+from kat_ray.summary import Totals, git_commit, package_versions
+from kat_ray.traces import SCHEMA, TraceRow, read_traces
+from kat_ray.types import RolloutOutcome, SampledRollout, StopReason
+from tests.unit.test_termination import chunk
+
+
+def outcome(rollout_id, reason, scored, cut=None, confirmed=None, probe=False, would_cut=None, minimum=0.5):
+    return RolloutOutcome(rollout_id, reason, scored, cut, confirmed, 0.25, minimum, probe, would_cut)
+
+
+def sampled(rollout_id, tokens, sent=None):
+    return SampledRollout(rollout_id, np.arange(tokens, dtype=np.int32), tokens if sent is None else sent)
+
+
+def trace(rollout_id=7, **changes):
+    values = dict(
+        rollout_id=rollout_id, prompt_id="p:1", step=3, policy_version=3, token_ids=np.array([5, 6, 7], np.int32),
+        d=np.array([0.5, math.nan], np.float32), stop_reason=StopReason.TRAPPED, cut=1, confirmed=2, threshold=0.25,
+        probe=False, minimum=None, would_cut=None,
+    )  # fmt: skip
+    return TraceRow(**(values | changes))
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunDirectory.create(RunConfig(dir=str(tmp_path), tensorboard=False), "run: {}\n") as run:
+        yield run
+
+
+def test_a_run_never_overwrites_another_and_latest_points_to_the_newest(tmp_path):
+    settings = RunConfig(name="a", dir=str(tmp_path), tensorboard=False)
+    paths = []
+    for _ in range(3):
+        with RunDirectory.create(settings, "x: 1\n") as run:
+            paths.append(run.path.name)
+        assert (tmp_path / "latest").resolve().name == run.path.name
+        assert (tmp_path / "latest" / "config.yaml").read_text() == "x: 1\n"
+    assert paths == ["a", "a-2", "a-3"]
+    (tmp_path / "a" / "old").touch()
+    with RunDirectory.create(settings.model_copy(update={"overwrite": True}), "x: 2\n") as run:
+        assert run.path.name == "a" and not (run.path / "old").exists()
+
+
+def test_metrics_are_whole_lines_and_odd_numbers_are_named(run):
+    run.log_metrics(1, {"kl/mean": 0.5, "learner/grad_norm": math.inf})
+    run.log_metrics(2, {"kl/mean": 0.25})
+    first, second = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
+    assert (first["step"], first["kl/mean"], first["learner/grad_norm"]) == (1, 0.5, None)
+    assert first["non_finite"] == ["learner/grad_norm"] and "non_finite" not in second
+    with pytest.raises(AssertionError, match="no/such"):
+        run.log_metrics(3, {"no/such": 1.0})
+
+
+def test_tensorboard_gets_the_same_values(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunDirectory.create(RunConfig(dir=str(tmp_path)), "") as run:
+        run.log_metrics(4, {"kl/mean": 0.5})
+    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("kl/mean")] == [(4, 0.5)]
+
+
+def test_traces_come_back_as_they_were_written(run):
+    run.write_traces(3, [trace(), trace(8, cut=None, confirmed=None, threshold=None, probe=True, would_cut=2)])
+    run.write_traces(2, [trace(1, step=2, stop_reason=StopReason.EOS)])
+    table = read_traces(run.path)
+    assert table.schema == SCHEMA
+    rows = table.to_pylist()
+    assert [r["rollout_id"] for r in rows] == [1, 7, 8]
+    assert rows[1]["token_ids"] == [5, 6, 7] and rows[1]["stop_reason"] == "trapped"
+    assert rows[1]["d"][0] == 0.5 and math.isnan(rows[1]["d"][1])
+    assert (rows[2]["cut"], rows[2]["threshold"], rows[2]["probe"], rows[2]["would_cut"]) == (None, None, True, 2)
+    assert not list((run.path / "traces").glob("*.partial"))
+
+
+def test_no_traces_is_an_empty_table(tmp_path):
+    assert read_traces(tmp_path).num_rows == 0
+
+
+def test_a_full_disk_is_one_message_and_loses_nothing(run, monkeypatch):
+    run.write_traces(1, [trace()])
+    run.log_metrics(1, {"kl/mean": 0.5})
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("kat_ray.traces.pq.write_table", full)
+    with pytest.raises(RecordError, match=r"traces: cannot be written: No space left on device; earlier"):
+        run.write_traces(2, [trace(9)])
+    assert read_traces(run.path).num_rows == 1
+    assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_metrics_on_a_full_device(run):
+    run._metrics.close()
+    run._metrics = open("/dev/full", "a")  # noqa: SIM115 - the run closes it
+    with pytest.raises(RecordError, match="No space left"):
+        run.log_metrics(1, {"kl/mean": 0.5})
+    run._metrics = open(os.devnull, "a")  # noqa: SIM115
+
+
+def test_too_little_room_is_said_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MIN_FREE_BYTES", 2**62)
+    with pytest.raises(RecordError, match="MiB are free"):
+        RunDirectory.create(RunConfig(dir=str(tmp_path), tensorboard=False), "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_summary_replaces_the_last_one_whole(run):
+    run.write_summary({"steps": 1})
+    run.write_summary({"steps": 2})
+    assert json.loads((run.path / "summary.json").read_text()) == {"steps": 2}
+
+
+def test_where_the_tokens_of_a_rollout_went():
+    # Cut at 3, confirmed at 8, 11 generated: 3 kept, 5 cut back, 3 overshoot.
+    books = keep_books(outcome(0, StopReason.TRAPPED, 8, cut=3, confirmed=8), 11)
+    assert (books.kept, books.cut_back, books.overshoot) == (3, 5, 3)
+    whole = keep_books(outcome(0, StopReason.EOS, 11), 11)
+    assert (whole.kept, whole.cut_back, whole.overshoot) == (11, 0, 0)
+    failed = keep_books(outcome(0, StopReason.FAILED, 4), 11)
+    assert (failed.kept, failed.cut_back, failed.overshoot) == (0, 0, 11)
+    with pytest.raises(AssertionError, match="generated 11 tokens, 10 were scored"):
+        keep_books(outcome(0, StopReason.EOS, 10), 11)
+
+
+def test_every_rollout_is_in_the_books_once():
+    outcomes = [outcome(1, StopReason.EOS, 4), outcome(2, StopReason.MAX_TOKENS, 5)]
+    joined = join_outcomes([sampled(2, 5), sampled(1, 4)], outcomes)
+    assert [(o.rollout_id, r.rollout_id, b.kept) for o, r, b in joined] == [(1, 1, 4), (2, 2, 5)]
+    with pytest.raises(AssertionError, match="generated twice"):
+        join_outcomes([sampled(1, 4), sampled(1, 4)], outcomes)
+    with pytest.raises(AssertionError, match="1 rollouts generated, 2 ended"):
+        join_outcomes([sampled(1, 4)], outcomes)
+
+
+def test_totals_balance_or_say_so():
+    totals = Totals()
+    books = [keep_books(outcome(0, StopReason.TRAPPED, 8, cut=3, confirmed=8), 11)]
+    totals.add_step(started=1, ended=[StopReason.TRAPPED], books=books, scored_tokens=9)
+    totals.add_trained(3)
+    summary = totals.as_dict()
+    assert summary["rollouts_ended"] == {"eos": 0, "max_tokens": 0, "trapped": 1, "failed": 0}
+    assert (summary["generated_tokens"], summary["cut_back_tokens"], summary["trained_tokens"]) == (11, 5, 3)
+    with pytest.raises(AssertionError, match="3 rollouts started, 2 ended"):
+        totals.add_step(started=2, ended=[StopReason.EOS], books=[], scored_tokens=0)
+
+
+def test_traces_and_masks_follow_the_chunks():
+    scored = [chunk([0, 1], [0, 0], [[1.0, 2.0], [9.0]]), chunk([0], [2], [[3.0, 4.0]], [1])]
+    traces = traces_of(scored)
+    assert traces[0].tolist() == [1, 2, 3, 4] and traces[1].tolist() == [9]
+    masks = kept_rows(scored, {0: 3, 1: 0})
+    assert [m.tolist() for m in masks] == [[True, True, False], [True, False]]
+    figures = score_metrics(scored, {0: 3, 1: 0})
+    assert figures["kl/mean"] == pytest.approx(19 / 5) and figures["kl/kept_mean"] == pytest.approx(2.0)
+    assert figures["health/overlap"] == pytest.approx(2.0)
+
+
+def test_chunks_of_two_scorers_may_interleave():
+    # Rollout 1 is far ahead in the first chunk and has ended in the second.
+    scored = [
+        chunk([1], [0], [[7.0] * 9]),
+        chunk([0, 1], [0, 9], [[1.0] * 4, [8.0]], [0, 1]),
+        chunk([0], [4], [[5.0]]),
+    ]
+    assert traces_of(scored)[0].tolist() == [1, 1, 1, 1, 5] and traces_of(scored)[1].tolist() == [7] * 9 + [8]
+    with pytest.raises(AssertionError, match="starts at token 4, expected 0"):
+        traces_of(scored[2:])
+
+
+def test_metrics_of_a_step_by_hand():
+    joined = join_outcomes(
+        [sampled(0, 11), sampled(1, 4), sampled(2, 5)],
+        [
+            outcome(0, StopReason.TRAPPED, 8, cut=3, confirmed=8, minimum=0.2),
+            outcome(1, StopReason.EOS, 4, probe=True, would_cut=2, minimum=0.4),
+            outcome(2, StopReason.MAX_TOKENS, 5, minimum=None),
+        ],
+    )
+    figures = rollout_metrics(joined, 0.25)
+    expected = {
+        "rollout/generated_tokens": 20, "rollout/kept_tokens": 12, "rollout/overshoot_tokens": 3,
+        "rollout/cut_back_tokens": 5, "rollout/mean_length": 20 / 3, "rollout/trapped_share": 1 / 3,
+        "rollout/probes": 1, "rollout/probe_would_cut_share": 1.0, "kat/threshold": 0.25,
+        "kat/window_min_mean": 0.3,
+    }  # fmt: skip
+    assert {k: figures[k] for k in expected} == pytest.approx(expected)
+    assert "kat/threshold" not in rollout_metrics(joined, None)
+    assert set(figures) | set(score_metrics([chunk([0], [0], [[1.0]])], {0: 1})) <= set(METRICS)
+
+
+def test_what_a_run_ran_on():
+    assert {"ray", "torch", "transformers", "deepspeed"} <= set(package_versions())
+    commit = git_commit()
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40
