@@ -48,7 +48,16 @@ class Pools:
         self.monitor = self._make("monitor", 0, TrapMonitor, config.termination)
         self.learners = [self._learner(i) for i in range(config.learner.world_size)]
         self.scorers = [
-            self._make("scorer", i, TeacherScorer, f"scorer:{i}", config, paths.teacher_dir, paths.stop_ids)
+            self._make(
+                "scorer",
+                i,
+                TeacherScorer,
+                f"scorer:{i}",
+                config,
+                paths.teacher_dir,
+                paths.stop_ids,
+                paths.max_model_len,
+            )
             for i in range(config.scorer.replicas)
         ]
         self.samplers: list[Any] = []

@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kat_ray.config import ModelConfig
+from actors.hf_model import load_causal_lm
+from actors.teacher_columns import TeacherColumns, columns_of
+from kat_ray.config import Config
+from kat_ray.errors import UserError
+from kat_ray.types import RolloutChunk
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FIRST_CAPACITY = 64
+_LOGITS_TOKENS = 1024  # tokens whose logits over the vocabulary exist at once
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -135,7 +138,7 @@ class SlotCache(Cache):
 
 
 @dataclass(frozen=True)
-class Feed:
+class _Feed:
     """Tokens of one rollout to run: `past` tokens are in its slot; the last `wanted` give a row each."""
 
     slot: int
@@ -144,36 +147,115 @@ class Feed:
     wanted: int
 
 
-class TransformersTeacher:
-    """The model and its slots."""
+@dataclass
+class _State:
+    """A live rollout: `fed` tokens are in its slot, `pending` is its last token, not yet run."""
 
-    def __init__(self, model: ModelConfig, model_dir: str, max_batch_tokens: int) -> None:
-        self._model = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            revision=model.revision,
-            dtype=_DTYPES[model.dtype],
-            trust_remote_code=model.trust_remote_code,
-            use_safetensors=None if model.allow_pickle else True,
-            attn_implementation="sdpa",
-        ).eval()
+    slot: int
+    fed: int
+    pending: int
+
+
+class TransformersTeacher:
+    """The model, its slots, and which rollout lies in which."""
+
+    def __init__(self, config: Config, model_dir: str, stop_ids: tuple[int, ...]) -> None:
+        teacher = config.teacher
+        self._model = load_causal_lm(teacher, model_dir, teacher.dtype, "teacher")
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(self._device)
-        config = self._model.config
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        model_config = self._model.config
+        kinds = set(getattr(model_config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
-            raise ValueError(
-                f"teacher.path = {model.path!r}: its layers attend by {', '.join(sorted(kinds))}; the transformers "
-                "backend scores models with full attention only. Use scorer.backend = vllm on a GPU."
+            raise UserError(
+                f"teacher.path = {teacher.path!r}: its layers attend by {', '.join(sorted(kinds))}; the "
+                "transformers backend scores models with full attention only. Use scorer.backend = vllm on a GPU."
             )
-        self.vocabulary = int(config.vocab_size)
-        self.cache = SlotCache(config.num_hidden_layers)
-        self._budget = max_batch_tokens
+        self._cache = SlotCache(model_config.num_hidden_layers)
+        self._budget = config.scorer.max_batch_tokens
+        self._stop_ids = stop_ids
+        self._states: dict[int, _State] = {}
+        self.run_tokens = 0
+
+    @property
+    def held(self) -> int:
+        """Rollouts with a state."""
+        return len(self._states)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of all slots."""
+        return self._cache.bytes
+
+    def release(self, rollout_ids: Sequence[int]) -> None:
+        """Forget rollouts; unknown ones are ignored."""
+        for rollout_id in rollout_ids:
+            if (state := self._states.pop(rollout_id, None)) is not None:
+                self._cache.free(state.slot)
 
     @torch.inference_mode()
-    def run(self, feeds: Sequence[Feed], take_rows: Callable[[int, Tensor], None]) -> None:
+    def score(self, chunk: RolloutChunk) -> TeacherColumns:
+        """The teacher's columns for all rows of a chunk.
+
+        ValueError names rollouts whose past is not held: send them again with their context.
+        """
+        feeds = self._feeds(chunk)
+        hidden: dict[int, Tensor] = {}
+        self._run(feeds, hidden.__setitem__)
+        self.run_tokens += sum(len(f.token_ids) for f in feeds)
+        parts = []
+        rows = [hidden[i] for i in range(len(feeds)) if feeds[i].wanted]
+        if rows:
+            hidden_NH = torch.cat(rows)
+            for first in range(0, chunk.tokens, _LOGITS_TOKENS):
+                part = slice(first, first + _LOGITS_TOKENS)
+                ids = torch.from_numpy(chunk.topk_ids[part].astype("int64"))
+                parts.append(columns_of(self.logprobs(hidden_NH[part]), ids, self._stop_ids))
+        self._advance(chunk)
+        return TeacherColumns.join(parts, chunk.topk_ids.shape[1])
+
+    def logprobs(self, hidden_NH: Tensor) -> Tensor:
+        """Log-probabilities [N, V] float32 over the teacher's whole vocabulary."""
+        return torch.log_softmax(self._model.lm_head(hidden_NH).float(), dim=-1).cpu()
+
+    def _feeds(self, chunk: RolloutChunk) -> list[_Feed]:
+        """What has to be run for each rollout: its unseen context and all new tokens but the last."""
+        unknown = [
+            rollout_id
+            for i, rollout_id in enumerate(chunk.rollout_ids.tolist())
+            if not chunk.context(i).size and rollout_id not in self._states
+        ]
+        if unknown:
+            raise ValueError(f"the past of rollouts {unknown} is not held: send their context")
+        feeds = []
+        for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
+            context, new = chunk.context(i).tolist(), chunk.new_tokens(i).tolist()
+            if context:
+                self.release([rollout_id])
+                self._states[rollout_id] = _State(self._cache.take(), fed=0, pending=-1)
+                # A row per new token: after the context, and after each new token but the last.
+                tokens = context + new[:-1] if new else context[:-1]
+            else:
+                tokens = [self._states[rollout_id].pending, *new[:-1]] if new else []
+            state = self._states[rollout_id]
+            if tokens:
+                feeds.append(_Feed(state.slot, state.fed, tokens, wanted=len(new)))
+        return feeds
+
+    def _advance(self, chunk: RolloutChunk) -> None:
+        for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
+            state = self._states[rollout_id]
+            context = chunk.context(i)
+            tokens = [*context.tolist(), *chunk.new_tokens(i).tolist()]
+            if tokens:
+                # The pending token was run if any new one came after it.
+                state.fed += len(tokens) - (1 if context.size else 0)
+                state.pending = tokens[-1]
+
+    def _run(self, feeds: Sequence[_Feed], take_rows: Callable[[int, Tensor], None]) -> None:
         """Run all feeds; `take_rows(i, hidden [wanted, H])` gets the last rows of feed i.
 
-        Feeds of similar length share a pass of at most `max_batch_tokens`, padding included.
+        Feeds of similar length share a pass of at most `scorer.max_batch_tokens`, padding included.
         """
         order = sorted(range(len(feeds)), key=lambda i: (len(feeds[i].token_ids), feeds[i].past))
         start = 0
@@ -185,7 +267,7 @@ class TransformersTeacher:
             start = end
 
     def _pass(
-        self, feeds: Sequence[Feed], indices: Sequence[int], take_rows: Callable[[int, Tensor], None]
+        self, feeds: Sequence[_Feed], indices: Sequence[int], take_rows: Callable[[int, Tensor], None]
     ) -> None:
         counts = torch.tensor([len(f.token_ids) for f in feeds])
         pasts = torch.tensor([f.past for f in feeds])
@@ -197,22 +279,17 @@ class TransformersTeacher:
         real_BN = column < counts[:, None]
         positions_BN = torch.where(real_BN, pasts[:, None] + column, length)
         device = self._device
-        self.cache.select([f.slot for f in feeds], positions_BN.to(device), length)
+        self._cache.select([f.slot for f in feeds], positions_BN.to(device), length)
         seen_from = torch.where(real_BN, positions_BN, 0)
         visible_BNL = torch.arange(length) <= seen_from[:, :, None]
         hidden_BNH = self._model.model(
             input_ids=ids.to(device),
             attention_mask=visible_BNL[:, None].to(device),
             position_ids=seen_from.to(device),
-            past_key_values=self.cache,
+            past_key_values=self._cache,
             use_cache=True,
         )[0]
         for b, feed in enumerate(feeds):
             if feed.wanted:
                 n = len(feed.token_ids)
                 take_rows(indices[b], hidden_BNH[b, n - feed.wanted : n])
-
-    @torch.inference_mode()
-    def logprobs(self, hidden_NH: Tensor) -> Tensor:
-        """Log-probabilities [N, V] float32 over the teacher's whole vocabulary."""
-        return torch.log_softmax(self._model.lm_head(hidden_NH).float(), dim=-1).cpu()

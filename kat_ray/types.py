@@ -101,6 +101,14 @@ class RolloutChunk:
         """Number of new tokens, N."""
         return int(self.offsets[-1])
 
+    def new_tokens(self, i: int) -> IntArray:
+        """New tokens of the i-th rollout."""
+        return self.token_ids[self.offsets[i] : self.offsets[i + 1]]
+
+    def context(self, i: int) -> IntArray:
+        """Context tokens of the i-th rollout."""
+        return self.context_ids[self.context_offsets[i] : self.context_offsets[i + 1]]
+
 
 @dataclass(frozen=True)
 class ScoredChunk:

@@ -110,7 +110,7 @@ def test_a_chunk_may_mix_new_continued_taken_over_and_silent_rollouts(models):
 def test_the_past_of_an_unknown_rollout_is_asked_for(models):
     student = models["student"][1]
     chunk = chunk_of(student, {7: ([5, 6], [8, 9, 10])}, start={7: 1})
-    with pytest.raises(ValueError, match=r"does not hold the past of rollouts \[7\]"):
+    with pytest.raises(ValueError, match=r"the past of rollouts \[7\] is not held"):
         scorer_of(models).score(chunk)
 
 
@@ -165,3 +165,24 @@ def test_a_teacher_with_sliding_windows_is_refused(models, tmp_path):
     config = make_config(models["student"][0], str(tmp_path / "m"))
     with pytest.raises(ValueError, match="sliding_attention"):
         TeacherScorer("scorer:0", config, str(tmp_path / "m"), (1,))
+
+
+def test_the_vllm_teacher_needs_a_gpu(models):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=r"scorer.backend = 'vllm'.*needs a GPU"):
+        scorer_of(models, scorer={"backend": "vllm"})
+
+
+def test_the_tail_from_the_top_k_alone_is_that_of_the_whole_vocabulary():
+    """The two backends differ in where the tail comes from: same result to 1e-5 in probability."""
+    from actors.teacher_columns import columns_of
+    from kat_ray.divergence import tail_from_topk
+
+    logprobs = torch.log_softmax(torch.randn(50, 200, generator=torch.Generator().manual_seed(0)) * 3, -1)
+    ids = logprobs.topk(64, dim=-1).indices
+    columns = columns_of(logprobs, ids, (1, 5))
+    np.testing.assert_allclose(tail_from_topk(columns.topk).exp(), columns.tail.exp(), atol=1e-5)
+    assert columns.overlap.tolist() == [1.0] * 50
+    expected = torch.logsumexp(logprobs[:, [1, 5]], -1)
+    torch.testing.assert_close(columns.stop, expected)

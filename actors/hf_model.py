@@ -1,0 +1,41 @@
+"""Causal language models as transformers loads them, for the learner's student and the scorer's teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kat_ray.config import ModelConfig
+from kat_ray.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_causal_lm(model: ModelConfig, directory: str, dtype: str, role: str) -> Any:
+    """The model of a directory or hub id; refused where its logits are not those of its output layer."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        directory,
+        revision=model.revision,
+        dtype=DTYPES[dtype],
+        trust_remote_code=model.trust_remote_code,
+        use_safetensors=None if model.allow_pickle else True,
+    ).eval()
+    check_output_layer(loaded, f"{role}.path = {model.path!r}")
+    return loaded
+
+
+@torch.no_grad()
+def check_output_layer(model: Any, name: str) -> None:
+    """Refuse a model that changes its logits after the output layer: loss and scores take them from there."""
+    parts = [hasattr(model, part) for part in ("model", "lm_head")]
+    ids = torch.arange(4)[None] % model.config.get_text_config().vocab_size
+    if not all(parts) or not torch.allclose(
+        model.lm_head(model.model(input_ids=ids)[0]), model(input_ids=ids).logits, rtol=1e-3, atol=1e-3
+    ):
+        raise UserError(
+            f"{name}: {type(model).__name__} has no `lm_head` over a `model`, or scales or caps the logits behind "
+            "it; the distribution would be another one. Qwen, Llama and Mistral fit."
+        )
