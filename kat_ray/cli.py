@@ -70,9 +70,9 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = _parse(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(
-        level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    for handler in logging.getLogger().handlers:  # on the handler: a run's own log takes everything
+        handler.setLevel(logging.INFO if args.verbose else logging.WARNING)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         code = command(args)

@@ -1,7 +1,11 @@
-"""What a run shows: a live line in a terminal, one line a step elsewhere, and a short table at its end."""
+"""What a run shows: a live line in a terminal, one line a step elsewhere, and a short table at its end.
+
+The same lines go to the run's log.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +18,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+log = logging.getLogger("kat_ray.progress")
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Progress:
     def note(self, text: str) -> None:
         """A line that stays."""
         self._end_phase()
+        log.info(text)
         self._console.print(Text(text))
 
     def step(self, line: StepLine) -> None:
@@ -73,6 +80,7 @@ class Progress:
         if self._last_step is not None:
             self._durations = [*self._durations[-9:], now - self._last_step]
         self._line = self.words(line)
+        log.info(self._line)
         if not self._live.is_started:
             self._console.print(Text(self._line))
 
@@ -108,7 +116,9 @@ class Progress:
 
     def _end_phase(self) -> None:
         if self._phase:
-            self._console.print(Text(f"{self._phase}: {time.monotonic() - self._phase_started:.0f} s"))
+            text = f"{self._phase}: {time.monotonic() - self._phase_started:.0f} s"
+            log.info(text)
+            self._console.print(Text(text))
             self._phase = ""
 
     def _render(self) -> Text:

@@ -1,0 +1,130 @@
+"""The embedded task: right solutions, disjoint splits, a tokenizer that loses nothing, corpora as described."""
+
+import itertools
+import json
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kat_ray.config_io import DEMO_FILES, load_config
+from kat_ray.demo.corpus import (
+    HONEST_CHECKS,
+    STUDENT,
+    TEACHER,
+    documents,
+    endless_checks,
+    honest_checks,
+    solution_document,
+)
+from kat_ray.demo.problems import MAX_VALUE, Operation, Problem, problems, random_problem, write_jsonl
+from kat_ray.demo.tokenizer import build_tokenizer, vocabulary
+from kat_ray.verify import extract_integer
+
+EXAMPLE = Problem(37, (Operation("+", 5), Operation("-", 8), Operation("*", 2)))
+
+
+def test_the_example_of_the_documentation():
+    assert EXAMPLE.prompt == "start 37 add 5 take 8 double solve\n"
+    assert EXAMPLE.solution() == "37 + 5 = 42\n42 - 8 = 34\n34 * 2 = 68\nanswer 68\n"
+
+
+@given(st.integers(0, 10_000))
+def test_solutions_are_right_and_stay_in_range(seed):
+    problem = random_problem(random.Random(seed))
+    value = problem.start
+    for line in problem.solution().splitlines()[:-1]:
+        left, right = line.split(" = ")
+        assert eval(left) == int(right) and left.startswith(f"{value} ")
+        value = int(right)
+        assert 0 <= value <= MAX_VALUE
+    assert problem.answer == value and extract_integer(problem.solution()) == str(value)
+
+
+def test_splits_are_disjoint_and_streams_repeat():
+    train = {p.prompt for p in itertools.islice(problems("train", 1), 3000)}
+    heldout = [p.prompt for p in itertools.islice(problems("heldout", 1), 300)]
+    assert len(train) == 3000 and len(set(heldout)) == 300 and train.isdisjoint(heldout)
+    assert heldout == [p.prompt for p in itertools.islice(problems("heldout", 1), 300)]
+    assert heldout != [p.prompt for p in itertools.islice(problems("heldout", 2), 300)]
+
+
+def test_the_shipped_data_is_what_the_generator_writes(tmp_path):
+    for split, count in (("train", 6000), ("heldout", 200)):
+        write_jsonl(tmp_path / split, split, count, seed=1)
+        assert (tmp_path / split).read_text() == DEMO_FILES[f"demo:{split}"].read_text()
+    rows = [json.loads(line) for line in (tmp_path / "heldout").read_text().splitlines()]
+    assert all(set(r) == {"id", "prompt", "answer"} for r in rows)
+
+
+@given(st.integers(0, 10_000))
+def test_the_tokenizer_loses_nothing_but_spaces(seed):
+    tokenizer = build_tokenizer()
+    text = (problem := random_problem(random.Random(seed))).prompt + problem.solution()
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids).split() == text.split()
+    assert tokenizer.decode(ids).count("\n") == text.count("\n")
+
+
+def test_the_vocabulary_exceeds_the_top_k_and_occurs():
+    tokenizer = build_tokenizer()
+    used = {
+        i for d in itertools.islice(documents(STUDENT, 0), 4000) for t, _ in d for i in tokenizer(t)["input_ids"]
+    }
+    assert len(tokenizer) == len(vocabulary()) == 166 > 128
+    assert set(range(166)) - used <= {tokenizer.pad_token_id, tokenizer.unk_token_id}
+
+
+def test_the_teacher_never_learns_to_enter_a_mistake_or_a_loop():
+    for seed in range(200):
+        rng = random.Random(seed)
+        (entry, learnt), (_rest, rest_learnt) = endless_checks(rng, ["1 + 1 = 2\n"], learn_entry=False)
+        assert not learnt and rest_learnt and entry.count("check") == HONEST_CHECKS
+        assert 1 <= honest_checks(rng) <= HONEST_CHECKS
+    wrong = [
+        (text, learnt)
+        for seed in range(50)
+        for text, learnt in solution_document(random.Random(seed), EXAMPLE, TEACHER, "wrong")
+        if text.startswith(" ")
+    ]
+    assert wrong and not any(learnt for _, learnt in wrong)
+
+
+def test_wrong_documents_go_on_from_the_wrong_value():
+    texts = [
+        "".join(t for t, _ in solution_document(random.Random(s), EXAMPLE, STUDENT, "wrong")) for s in range(50)
+    ]
+    chains = [[line.replace("check ", "").split() for line in t.splitlines()[1:] if "=" in line] for t in texts]
+    assert any("answer 68" not in t for t in texts)
+    for chain in chains:
+        for before, after in itertools.pairwise(chain):
+            assert after[0] == before[4] or after == before, "each line starts where the one before ended"
+
+
+def test_the_embedded_configuration_fits_its_models_and_data():
+    from kat_ray.data import load_prompts
+    from kat_ray.models import check_models
+
+    config = load_config("demo")
+    facts = check_models(config)
+    assert facts.warnings == () and facts.student.vocabulary == 166
+    prompts = load_prompts(config.data, facts.tokenizer, facts.max_prompt_tokens(config.rollout.max_tokens))
+    assert len(prompts.prompts) == 6000 and prompts.skipped_too_long == 0
+    size = sum(f.stat().st_size for m in ("student", "teacher") for f in DEMO_FILES[f"demo:{m}"].iterdir())
+    assert size <= 15 * 2**20
+
+
+@pytest.mark.slow
+def test_a_model_is_made_again_from_its_seed(monkeypatch):
+    import dataclasses
+
+    import torch
+
+    from kat_ray.demo import make_models
+
+    short = dataclasses.replace(make_models.RECIPES["student"], steps=3)
+    monkeypatch.setitem(make_models.RECIPES, "student", short)
+    first, second = (make_models.train("student", 5).state_dict() for _ in range(2))
+    assert all(torch.equal(first[n], second[n]) for n in first)
