@@ -54,7 +54,7 @@ def config_of(root, tmp_path, **sections):
         },
     }  # fmt: skip
     for name, values in sections.items():
-        tree[name] = values if "rule" in values else {**tree[name], **values}
+        tree[name] = values if "rule" in values else {**tree.get(name, {}), **values}
     return Config.model_validate(tree)
 
 
