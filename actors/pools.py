@@ -122,9 +122,11 @@ def wait(refs: Sequence[Any], timeout: float | None, what: str) -> list[Any]:
     except GetTimeoutError as error:
         raise UserError(f"waited {timeout:g} s for {what}") from error
     except RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, UserError) else None
-        if cause is not None:
-            raise UserError(str(cause)) from error
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from error
+        if isinstance(error.cause, OSError):  # a full disk, a directory that cannot be written
+            reason = error.cause.strerror or error.cause
+            raise UserError(f"{what}: {reason}; what was written before is intact") from error
         raise
     except RayActorError as error:
         raise UserError(

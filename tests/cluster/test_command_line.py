@@ -1,0 +1,82 @@
+"""The command a user types, as a process of its own on the embedded models."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def kat_ray(*arguments, cwd):
+    """Run the command line; returns the finished process."""
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.run(
+        [sys.executable, "-m", "kat_ray.cli", *arguments], cwd=cwd, env=environment, capture_output=True, text=True,
+        timeout=400,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_train_the_embedded_task_and_score_what_it_leaves(tmp_path):
+    changes = ["run.steps=3", "evaluation.data.limit=10", "evaluation.k=1", "termination.min_steps=1"]
+    done = kat_ray("train", "demo", *changes, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for text in (
+        "starting Ray",
+        "evaluation of the teacher",
+        "step 3/3",
+        "student before",
+        "student after",
+        "checkpoint",
+    ):
+        assert text in done.stdout
+    assert "Traceback" not in done.stderr
+    summary = json.loads((tmp_path / "runs" / "latest" / "summary.json").read_text())
+    assert summary["steps"] == 3 and summary["eval_before"]["problems"] == 10
+    scored = kat_ray("eval", "runs/latest", "--json", cwd=tmp_path)
+    assert scored.returncode == 0, scored.stderr
+    result = json.loads(scored.stdout.splitlines()[-1])
+    assert result["avg_at_k"] == summary["eval_after"]["avg_at_k"]
+
+
+@pytest.mark.slow
+def test_a_learner_that_cannot_write_its_checkpoint_says_so(ray_local):
+    import ray
+
+    from actors.pools import wait
+    from kat_ray.errors import UserError
+
+    @ray.remote
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(
+        UserError, match="the checkpoint x: No space left on device; what was written before is intact"
+    ):
+        wait([full.remote()], None, "the checkpoint x")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("termination.eta=1", "termination.eta"),
+        ("rollout.max_tokens=4000", "rollout.max_tokens"),
+        ("rollout.top_k_logprobs=170", "rollout.top_k_logprobs = 170: must be <= 166"),
+        ("student.path=/no/such/model", "/no/such/model"),
+        ("data.path=/no/such/file.jsonl", "/no/such/file.jsonl"),
+        ("sampler.replicas=none", "sampler.replicas"),
+    ],
+)
+def test_mistakes_are_one_message_and_leave_nothing(tmp_path, change, message):
+    done = kat_ray("train", "demo", change, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_what_the_machine_lacks_is_said_before_models_are_loaded(tmp_path):
+    done = kat_ray("train", "demo", "cluster.num_cpus=2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "the cluster has 2 CPU, the roles ask for 3.1" in done.stderr and "Traceback" not in done.stderr
