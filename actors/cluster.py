@@ -107,7 +107,9 @@ def ray_session(config: Config) -> Iterator[bool]:
                 "Start one (`ray start --head`), or leave cluster.address empty for a local Ray."
             ) from error
     else:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only: nobody to keep out
+        # The command line has chosen token mode before ray was imported, which is when ray reads it; a program
+        # that calls this as a library chooses for itself.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         store = cluster.object_store_gib
         ray.init(
@@ -116,7 +118,6 @@ def ray_session(config: Config) -> Iterator[bool]:
             object_store_memory=int(store * 2**30) if store else None,
             include_dashboard=cluster.dashboard,
             dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
             **common,
         )
     try:

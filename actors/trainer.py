@@ -65,6 +65,8 @@ class Trainer:
         reports: list[SamplerReport] = wait(
             [s.generate.remote(specs[i::n]) for i, s in enumerate(samplers)], None, "rollouts"
         )
+        stale = [r.sampler for r in reports if r.policy_version != self.policy_version]
+        assert not stale, f"{stale} sampled from other weights than version {self.policy_version}"
         (outcomes,) = wait([monitor.end_step.remote()], None, "the trap monitor")
         chunks = [c for report in reports for c in report.chunks]
         scored: list[ScoredChunk] = ray.get([c.scored for c in chunks])

@@ -10,13 +10,18 @@ import errno
 import json
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kat_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from kat_ray.config import Config
 
 DESCRIPTION = """\
 On-policy distillation of language models on Ray. Rollouts that have fallen into a KL agreement trap are
@@ -159,10 +164,21 @@ def _train(args: argparse.Namespace) -> int:
     from kat_ray.config_io import load_config
 
     config = load_config(args.config, args.overrides)
+    _keep_others_out(config)
     from actors.run import train
 
     train(config)
     return 0
+
+
+def _keep_others_out(config: Config) -> None:
+    """Give a local Ray a token of its own: its ports are open on all interfaces, and its callers can run code.
+
+    Ray reads the mode when it is imported. A mode that the user has set stays.
+    """
+    if config.cluster.address is None and not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & os.environ.keys():
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def _eval(args: argparse.Namespace) -> int:
@@ -180,6 +196,7 @@ def _eval(args: argparse.Namespace) -> int:
             "evaluation.data = null: name the held-out problems, for example evaluation.data.path=demo:heldout"
         )
     model = str(newest_checkpoint(path)) if is_run else args.model
+    _keep_others_out(config)
     from actors.run import evaluate_model
 
     result = evaluate_model(config, model)

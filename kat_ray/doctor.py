@@ -205,6 +205,13 @@ def vllm_verdict(code: int, errors: str) -> Check:
     return fail("vllm", f"cannot be imported: {last}")
 
 
+def _local_token(mode: str | None) -> Check:
+    """A local Ray's ports are open on all interfaces; only a token keeps others out."""
+    if mode == "disabled":
+        return warn("ray token", "off (RAY_AUTH_MODE = disabled): whoever reaches this machine can run code here")
+    return ok("ray token", "a local Ray takes calls with this run's own token only")
+
+
 def _ray(env: Mapping[str, str], config: Config | None) -> Iterator[Check]:
     mode = env.get("RAY_AUTH_MODE")
     address = (config.cluster.address if config else None) or env.get("RAY_ADDRESS")
@@ -226,7 +233,7 @@ def _ray(env: Mapping[str, str], config: Config | None) -> Iterator[Check]:
     elif address:
         yield ok("ray token", "on")
     else:
-        yield ok("ray token", f"{mode or 'off'}; a local Ray listens on loopback only")
+        yield _local_token(mode)
 
 
 # --- the configuration -------------------------------------------------------------------------------------

@@ -200,3 +200,22 @@ def test_doctor_reports_and_returns_its_verdict(config, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("FAIL  disk: 3\n")
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().out.startswith("FAIL  disk: None\n")
+
+
+@pytest.mark.parametrize(
+    ("environment", "address", "expected"),
+    [
+        ({}, None, "token"),
+        ({"RAY_AUTH_MODE": "disabled"}, None, "disabled"),
+        ({"RAY_ADDRESS": "auto"}, None, None),
+        ({}, "auto", None),
+    ],
+)
+def test_a_local_ray_gets_a_token_of_its_own(monkeypatch, environment, address, expected):
+    from kat_ray.cli import _keep_others_out
+    from tests.conftest import make_config
+
+    monkeypatch.setattr("os.environ", environment := dict(environment))
+    _keep_others_out(make_config("a", "b", cluster={"address": address}))
+    assert environment.get("RAY_AUTH_MODE") == expected
+    assert len(environment.get("RAY_AUTH_TOKEN", "")) == (64 if expected == "token" else 0)

@@ -152,7 +152,7 @@ def test_settings_that_do_not_do_what_they_seem_to(files):
     ("env", "address", "level"),
     [
         ({}, None, "ok"),
-        ({"RAY_AUTH_MODE": "disabled"}, None, "ok"),
+        ({"RAY_AUTH_MODE": "disabled"}, None, "warn"),
         ({"RAY_AUTH_MODE": "on"}, None, "FAIL"),
         ({"RAY_AUTH_MODE": "token"}, "auto", "FAIL"),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t"}, "auto", "ok"),
