@@ -18,6 +18,7 @@ from kat_ray.config import Config, DataConfig, ModelConfig
 from kat_ray.config_io import config_yaml
 from kat_ray.data import PromptOrder, PromptSet, load_prompts
 from kat_ray.models import ModelFacts, check_models, resolve_model
+from kat_ray.probes import RolloutGrader, probe_metrics, seen_to_the_end
 from kat_ray.progress import Progress, StepLine
 from kat_ray.records import RunDirectory
 from kat_ray.step_metrics import rollout_metrics, score_metrics
@@ -132,6 +133,12 @@ class _Job:
         order = PromptOrder(prepared.train.prompts, config.run.seed, config.data.shuffle)
         self._trainer = Trainer(config, self._pools, order)
         self._evaluator = _evaluator(config, prepared)
+        tokenizer = prepared.facts.tokenizer
+        self._grader = RolloutGrader(
+            prepared.train.prompts,
+            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+            config.evaluation.verifier,
+        )
         self._totals = Totals()
 
     def run_all(self, started: float) -> None:
@@ -230,6 +237,10 @@ class _Job:
         kept = {b.rollout_id: b.kept for _, _, b in sampled.joined}
         traces = traces_of(sampled.scored)
         prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
+        untouched = seen_to_the_end(sampled.joined, cuts=self._config.termination.rule != "none")
+        correct = self._grader.grade(
+            {r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in untouched}
+        )
         rows = [
             TraceRow(
                 rollout_id=outcome.rollout_id,
@@ -245,6 +256,7 @@ class _Job:
                 probe=outcome.probe,
                 minimum=outcome.minimum,
                 would_cut=outcome.would_cut,
+                correct=correct.get(outcome.rollout_id),
             )
             for outcome, rollout, _ in sampled.joined
         ]
@@ -255,7 +267,11 @@ class _Job:
             books=[b for _, _, b in sampled.joined],
             scored_tokens=sum(int(c.offsets[-1]) for c in sampled.scored),
         )
-        return rollout_metrics(sampled.joined, sampled.threshold) | score_metrics(sampled.scored, kept)
+        return (
+            rollout_metrics(sampled.joined, sampled.threshold)
+            | score_metrics(sampled.scored, kept)
+            | probe_metrics([o for o, _, _ in sampled.joined], traces, correct)
+        )
 
     def _save(self, step: int) -> Path:
         self._progress.phase(f"saving the checkpoint of step {step}")

@@ -1,4 +1,4 @@
-"""The command line: `kat-ray train | eval | doctor | config`.
+"""The command line: `kat-ray train | eval | doctor | replay | config`.
 
 Commands import what they need when they run, so that `--help` and mistakes in a configuration answer at once.
 """
@@ -38,6 +38,10 @@ OVERRIDES = """\
 CONFIG is a YAML file, or `demo` for the embedded task with its tiny models. Every field can be overridden:
 section.field=value, with the value in YAML. docs/configuration.md lists the fields."""
 
+OVER_A_RUN = """\
+RUN is a run directory with traces. Each FIELD is one of termination's for the KAT rule: window, consecutive,
+eta, stride, exempt, ...; a list of values is swept. docs/termination.md defines them."""
+
 EXAMPLES = {
     "": """\
 examples:
@@ -64,6 +68,14 @@ examples:
   kat-ray doctor my.yaml sampler.replicas=4
 
 Nothing is started and no weights are loaded. Each line is ok, warn or FAIL.""",
+    "replay": """\
+examples:
+  kat-ray replay runs/latest                                  a sweep around the run's own settings
+  kat-ray replay runs/latest eta=[0.1,0.3,0.5] window=32      these settings, the others as in the run
+  kat-ray replay runs/none --keep-kl 0.95 --out /tmp/replay
+
+No model is loaded. What a cut removes is only known of rollouts that were seen to their end: a run's probes, or
+all rollouts of a run with termination.rule=none.""",
     "config": """\
 examples:
   kat-ray config demo                    the embedded configuration, every field spelled out
@@ -113,7 +125,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if unknown := [a for a in rest if a not in late]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if late:
-        args.overrides = [*args.overrides, *late]
+        args.overrides = [*getattr(args, "overrides", []), *late]
     return args
 
 
@@ -125,11 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kat-ray {_version()}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
-    def add(name: str, command: Callable[[argparse.Namespace], int], words: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Callable[[argparse.Namespace], int], words: str, about: str = OVERRIDES
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
             help=words,
-            description=f"{words[0].upper()}{words[1:]}.\n\n{OVERRIDES}",
+            description=f"{words[0].upper()}{words[1:]}.\n\n{about}",
             epilog=f"{EXAMPLES[name]}\n\n{EXIT_CODES}",
             formatter_class=style,
         )
@@ -145,6 +159,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print the result as one JSON object")
     doctor = add("doctor", _doctor, "check machine, packages, models and data; start nothing")
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
+    replay = add("replay", _replay, "apply other settings of the rule to a run's recorded rollouts", OVER_A_RUN)
+    replay.add_argument("run", metavar="RUN", type=Path, help="run directory, such as runs/latest")
+    replay.add_argument(
+        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a field of the rule; a list sweeps it"
+    )
+    replay.add_argument(
+        "--keep-kl", metavar="SHARE", type=_share, default=0.9,
+        help="recommend the cheapest setting that keeps this share of the summed KL (default 0.9)",
+    )  # fmt: skip
+    replay.add_argument(
+        "--out", metavar="DIR", type=Path, help="where replay.csv and replay.png go (default RUN/replay)"
+    )
     config = add("config", _config, "print the resolved configuration")
     config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     config.add_argument("--docs", action="store_true", help="print the text of docs/configuration.md instead")
@@ -229,6 +255,20 @@ def _doctor(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides) if args.config else None
     return doctor.run(config, lambda line: print(line, flush=True))
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most 1")
+    return value
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from kat_ray.replay_command import replay
+
+    replay(args.run, [*args.settings, *getattr(args, "overrides", [])], args.keep_kl, args.out)
+    return 0
 
 
 def _config(args: argparse.Namespace) -> int:

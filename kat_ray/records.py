@@ -73,8 +73,9 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         log = logging.getLogger("kat_ray")
-        if error is not None:
-            log.error("the run ended early", exc_info=error)
+        if error is not None:  # to the file only: what the user has to know is for the caller to say
+            trouble = (type(error), error, trace)
+            self._log.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "the run ended early", (), trouble))
         log.removeHandler(self._log)
         self._log.close()
         self._metrics.close()

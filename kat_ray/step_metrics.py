@@ -42,8 +42,6 @@ def rollout_metrics(joined: Joined, threshold: float | None) -> dict[str, float]
     }
     if threshold is not None:
         figures["kat/threshold"] = threshold
-        if probes:
-            figures["rollout/probe_would_cut_share"] = sum(p.would_cut is not None for p in probes) / len(probes)
     if minima:
         figures["kat/window_min_mean"] = sum(minima) / len(minima)
     return {k: float(v) for k, v in figures.items()}

@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         ("probe", pa.bool_()),
         ("minimum", pa.float64()),
         ("would_cut", pa.int32()),
+        ("correct", pa.bool_()),
     ]
 )
 
@@ -36,7 +37,8 @@ class TraceRow:
     """One rollout. `token_ids` are all generated tokens, `d` the reverse KL of every scored one, nats.
 
     `cut` is the first token not kept, `confirmed` the number of tokens seen when the rule decided; `threshold`
-    is None while the rule is inactive; `minimum` is m(y); `would_cut` is what the rule says of a probe.
+    is None while the rule is inactive; `minimum` is m(y); `would_cut` is what the rule says of a probe;
+    `correct` is the verdict on a rollout that no rule touched (None if it was not graded).
     """
 
     rollout_id: int
@@ -52,6 +54,7 @@ class TraceRow:
     probe: bool
     minimum: float | None
     would_cut: int | None
+    correct: bool | None
 
 
 def write_traces(folder: Path, step: int, rows: Sequence[TraceRow]) -> Path:

@@ -12,11 +12,12 @@ from kat_ray import records
 from kat_ray.accounting import join_outcomes, keep_books, kept_rows, traces_of
 from kat_ray.config import RunConfig
 from kat_ray.metrics import METRICS
+from kat_ray.probes import RolloutGrader, probe_metrics, seen_to_the_end
 from kat_ray.records import RecordError, RunDirectory
 from kat_ray.step_metrics import rollout_metrics, score_metrics
 from kat_ray.summary import Totals, git_commit, package_versions
 from kat_ray.traces import SCHEMA, TraceRow, read_traces
-from kat_ray.types import RolloutOutcome, SampledRollout, StopReason
+from kat_ray.types import Prompt, RolloutOutcome, SampledRollout, StopReason
 from tests.unit.test_termination import chunk
 
 
@@ -33,6 +34,7 @@ def trace(rollout_id=7, **changes):
         rollout_id=rollout_id, prompt_id="p:1", step=3, policy_version=3, token_ids=np.array([5, 6, 7], np.int32),
         d=np.array([0.5, math.nan], np.float32), stop_reason=StopReason.TRAPPED, cut=1, confirmed=2, threshold=0.25,
         probe=False, minimum=None, would_cut=None,
+        correct=None,
     )  # fmt: skip
     return TraceRow(**(values | changes))
 
@@ -55,6 +57,17 @@ def test_a_run_never_overwrites_another_and_latest_points_to_the_newest(tmp_path
     (tmp_path / "a" / "old").touch()
     with RunDirectory.create(settings.model_copy(update={"overwrite": True}), "x: 2\n") as run:
         assert run.path.name == "a" and not (run.path / "old").exists()
+
+
+def test_an_early_end_goes_to_the_log_and_not_to_the_terminal(tmp_path, capfd):
+    with (
+        pytest.raises(RuntimeError),
+        RunDirectory.create(RunConfig(dir=str(tmp_path), tensorboard=False), "") as run,
+    ):
+        raise RuntimeError("out of luck")
+    assert "the run ended early" in (text := (run.path / "run.log").read_text())
+    assert "Traceback" in text and "out of luck" in text
+    assert "out of luck" not in "".join(capfd.readouterr())
 
 
 def test_metrics_are_whole_lines_and_odd_numbers_are_named(run):
@@ -199,12 +212,53 @@ def test_metrics_of_a_step_by_hand():
     expected = {
         "rollout/generated_tokens": 20, "rollout/kept_tokens": 12, "rollout/overshoot_tokens": 3,
         "rollout/cut_back_tokens": 5, "rollout/mean_length": 20 / 3, "rollout/trapped_share": 1 / 3,
-        "rollout/probes": 1, "rollout/probe_would_cut_share": 1.0, "kat/threshold": 0.25,
+        "rollout/probes": 1, "kat/threshold": 0.25,
         "kat/window_min_mean": 0.3,
     }  # fmt: skip
     assert {k: figures[k] for k in expected} == pytest.approx(expected)
     assert "kat/threshold" not in rollout_metrics(joined, None)
     assert set(figures) | set(score_metrics([chunk([0], [0], [[1.0]])], {0: 1})) <= set(METRICS)
+
+
+def test_probes_say_what_cuts_would_have_cost():
+    outcomes = [
+        outcome(0, StopReason.EOS, 6, probe=True, would_cut=2),
+        outcome(1, StopReason.EOS, 4, probe=True),
+        outcome(2, StopReason.MAX_TOKENS, 5, probe=True, would_cut=4),
+        outcome(3, StopReason.EOS, 5),
+    ]
+    traces = {
+        0: np.array([1, 1, 0.5, 0.5, 0.5, math.nan]),
+        1: np.ones(4),
+        2: np.array([1, 1, 1, 1, 0.0]),
+        3: np.ones(5),
+    }
+    figures = probe_metrics(outcomes, traces, {0: True, 1: True, 2: False})
+    expected = {
+        "probe/would_cut_share": 2 / 3, "probe/false_cut_share": 1 / 3, "probe/right_share": 2 / 3,
+        "probe/tokens_after_cut": 2.5, "probe/kl_after_cut": 1.5 / 4,
+    }  # fmt: skip
+    assert figures == pytest.approx(expected)
+    assert set(figures) <= set(METRICS)
+    assert probe_metrics(outcomes[3:], traces, {}) == {}
+
+
+def test_only_rollouts_that_no_rule_touched_are_graded():
+    joined = join_outcomes(
+        [sampled(0, 4), sampled(1, 4), sampled(2, 4)],
+        [
+            outcome(0, StopReason.EOS, 4, probe=True),
+            outcome(1, StopReason.EOS, 4),
+            outcome(2, StopReason.FAILED, 4),
+        ],
+    )
+    assert [r.rollout_id for r in seen_to_the_end(joined, cuts=True)] == [0]
+    assert [r.rollout_id for r in seen_to_the_end(joined, cuts=False)] == [0, 1]
+    grader = RolloutGrader(
+        [Prompt("a", (1,), "42"), Prompt("b", (1,), None)], lambda ids: f"answer {ids[0]}", "integer"
+    )
+    assert grader.grade({0: ("a", [42]), 1: ("a", [41]), 2: ("b", [42])}) == {0: True, 1: False}
+    assert RolloutGrader([Prompt("a", (1,), "x")], str, "integer").grade({0: ("a", [42])}) == {}
 
 
 def test_what_a_run_ran_on():

@@ -1,0 +1,286 @@
+"""Apply a rule again to the recorded KL traces of a run: no model, millions of tokens a second.
+
+What a cut rollout would have gone on to is not in its trace. A replay therefore looks at rollouts that were seen to
+their end: the probes of a run with a rule, all rollouts of a run without one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from kat_ray.errors import UserError
+from kat_ray.termination.calibration import MinimaBuffer
+from kat_ray.termination.settings import KatSettings
+from kat_ray.traces import SCHEMA
+from kat_ray.types import FloatArray, IntArray
+
+_BLOCK_VALUES = 1 << 20  # padded values that are worked on at once
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Recorded rollouts, R of them, in the order of steps and ids; d is flat."""
+
+    d: FloatArray  # [N] float64, nats
+    offsets: IntArray  # [R + 1] int64
+    step: IntArray  # [R]
+    threshold: FloatArray  # [R] nats, NaN while the rule was inactive
+    probe: IntArray  # [R] bool
+    trapped: IntArray  # [R] bool
+    cut: IntArray  # [R] first token not kept; -1 if not cut
+    would_cut: IntArray  # [R] of a probe; -1 if not
+    correct: IntArray  # [R] 1 right, 0 wrong, -1 not graded
+
+    @property
+    def lengths(self) -> IntArray:
+        """Scored tokens of each rollout."""
+        return np.diff(self.offsets)
+
+    def take(self, rows: IntArray) -> Traces:
+        """The rollouts with these indices."""
+        spans = [np.arange(self.offsets[r], self.offsets[r + 1]) for r in rows]
+        columns = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("d", "offsets")}
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
+        return Traces(
+            d=self.d[np.concatenate([*spans, np.zeros(0, np.int64)]).astype(np.int64)], offsets=offsets, **columns
+        )
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a rule does to each rollout; arrays [R]."""
+
+    cut: IntArray  # first token not kept; -1 if not cut
+    confirmed: IntArray  # tokens seen at the decision; -1
+    minimum: FloatArray  # smallest window mean of the whole trace, nats; NaN without a window
+
+
+def load_traces(run_dir: Path) -> tuple[Traces, tuple[str, ...]]:
+    """All traces of a run, and a note for every file that is damaged: it and what follows it is left out."""
+    files = sorted((run_dir / "traces").glob("*.parquet"))
+    if not files:
+        raise UserError(f"{run_dir}: no traces in it (traces/*.parquet); name a run directory, such as runs/latest")
+    tables, notes = [], []
+    for file in files:
+        try:
+            tables.append(_read(file))
+        except (pa.ArrowException, OSError) as error:
+            notes.append(f"{file} is damaged and was left out: {str(error).splitlines()[0]}")
+    if not tables:
+        raise UserError(f"{run_dir}: none of its {len(files)} trace files can be read; {notes[0]}")
+    table = pa.concat_tables(tables).sort_by([("step", "ascending"), ("rollout_id", "ascending")])
+    return _from_table(table), tuple(notes)
+
+
+def _read(file: Path) -> pa.Table:
+    table = pq.read_table(file)
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    for name in missing:  # a column that this version added
+        table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
+    return table.select(SCHEMA.names).cast(SCHEMA)
+
+
+def _from_table(table: pa.Table) -> Traces:
+    lists = table.column("d").combine_chunks()
+    lengths = np.asarray(lists.value_lengths().fill_null(0))
+
+    def ints(name: str) -> IntArray:
+        return np.asarray(table.column(name).cast(pa.int32()).fill_null(-1).to_numpy(), dtype=np.int32)
+
+    return Traces(
+        d=np.asarray(lists.flatten(), dtype=np.float64),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        step=ints("step"),
+        threshold=np.asarray(table.column("threshold").fill_null(math.nan).to_numpy(), dtype=np.float64),
+        probe=ints("probe") == 1,
+        trapped=np.asarray(table.column("stop_reason").to_numpy(zero_copy_only=False)) == "trapped",
+        cut=ints("cut"),
+        would_cut=ints("would_cut"),
+        correct=ints("correct"),
+    )
+
+
+def uncensored(traces: Traces) -> Traces:
+    """The rollouts that were seen to their end: the probes of a run that cut, all of a run that did not."""
+    if not traces.trapped.any():
+        return traces
+    rows = np.flatnonzero(traces.probe & ~traces.trapped)
+    if not len(rows):
+        raise UserError(
+            "this run cut rollouts and kept no probes: nothing in it shows what a cut would have removed"
+        )
+    return traces.take(rows)
+
+
+def apply_rule(traces: Traces, rule: KatSettings, thresholds: FloatArray) -> Replayed:
+    """The KAT rule on every rollout under its threshold [R] (NaN: inactive), to the bit as it acts online."""
+    count = len(traces.lengths)
+    result = Replayed(np.full(count, -1), np.full(count, -1), np.full(count, math.nan))
+    for rows in _blocks(traces.lengths):
+        z = _windows(traces, rows, rule.window)
+        if z.shape[1]:
+            with np.errstate(invalid="ignore"):
+                smallest = np.fmin.reduce(z, axis=1)
+            result.minimum[rows] = smallest
+            first = _first_streak(z, thresholds[rows], rule)
+            hit = first >= 0
+            result.cut[rows[hit]] = first[hit]
+            span = (rule.consecutive - 1) * rule.stride
+            result.confirmed[rows[hit]] = first[hit] + span + rule.window
+    return result
+
+
+def _blocks(lengths: IntArray) -> Iterator[IntArray]:
+    """Rows of similar length together, so that little is padded."""
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while end < len(order) and (end + 1 - start) * max(1, lengths[order[end]]) <= _BLOCK_VALUES:
+            end += 1
+        yield order[start:end]
+        start = end
+
+
+def _windows(traces: Traces, rows: IntArray, width: int) -> FloatArray:
+    """z(width + j) of every row and j, NaN where it is undefined; sums strictly in order, as online."""
+    lengths = traces.lengths[rows]
+    columns = np.arange(int(lengths.max(initial=0)))
+    inside = columns < lengths[:, None]
+    values = np.zeros(inside.shape)
+    values[inside] = traces.d[_flat(traces.offsets[rows], lengths)]
+    bad = ~np.isfinite(values)
+    prefix = np.zeros((len(rows), inside.shape[1] + 1))
+    np.cumsum(np.where(bad, 0.0, values), axis=1, out=prefix[:, 1:])
+    z = (prefix[:, width:] - prefix[:, :-width]) / width if inside.shape[1] >= width else np.zeros((len(rows), 0))
+    if bad.any():
+        bads = np.zeros_like(prefix)
+        np.cumsum(bad, axis=1, out=bads[:, 1:])
+        z[bads[:, width:] > bads[:, :-width]] = math.nan
+    z[np.arange(z.shape[1]) + width > lengths[:, None]] = math.nan
+    return z
+
+
+def _flat(starts: IntArray, lengths: IntArray) -> IntArray:
+    """Indices of all values of rows that start at `starts`, row after row."""
+    total = int(lengths.sum())
+    shifts = np.repeat(starts - np.concatenate([[0], np.cumsum(lengths)[:-1]]), lengths)
+    return np.arange(total) + shifts
+
+
+def _first_streak(z: FloatArray, thresholds: FloatArray, rule: KatSettings) -> IntArray:
+    """Start token of the first streak of low windows in each row; -1 if there is none."""
+    skip = -(-rule.exempt // rule.stride)
+    looked = z[:, :: rule.stride][:, skip:]
+    width = looked.shape[1] - rule.consecutive + 1
+    if width < 1:
+        return np.full(len(z), -1)
+    with np.errstate(invalid="ignore"):
+        low = looked < thresholds[:, None]
+    streak = low[:, :width].copy()
+    for shift in range(1, rule.consecutive):
+        streak &= low[:, shift : shift + width]
+    first = streak.argmax(axis=1)
+    return np.where(streak.any(axis=1), (first + skip) * rule.stride, -1)
+
+
+def calibrate(traces: Traces, rule: KatSettings) -> tuple[FloatArray, Replayed]:
+    """Thresholds [R] as the rule would have set them step by step, fed by all (uncensored) minima; and its cuts."""
+    minima = apply_rule(traces, rule, np.full(len(traces.step), math.nan)).minimum
+    buffer, thresholds = MinimaBuffer(rule.buffer), np.full(len(traces.step), math.nan)
+    for step in np.unique(traces.step):
+        rows = traces.step == step
+        if step >= rule.min_steps and len(buffer) >= rule.min_samples:
+            thresholds[rows] = buffer.threshold(rule.eta)
+        for minimum in minima[rows]:
+            if not math.isnan(minimum):
+                buffer.push(float(minimum))
+    return thresholds, apply_rule(traces, rule, thresholds)
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """What one setting does to the rollouts that it was active for."""
+
+    rule: KatSettings
+    rollouts: int
+    cut_share: float  # rollouts cut
+    kept_tokens: float  # share of tokens before the cut
+    generated_tokens: float  # share of tokens until the decision; what the engine still has to do
+    kept_kl: float  # share of the summed KL that lies before the cut: the signal that stays
+    false_cut_share: float | None  # graded rollouts that were cut and went on to a right answer
+    right_share: float | None  # graded rollouts with a right answer, cut or not
+
+
+def weigh(traces: Traces, rule: KatSettings, thresholds: FloatArray, replayed: Replayed) -> Tradeoff:
+    """Shares over the rollouts for which the rule was active."""
+    active = ~np.isnan(thresholds)
+    lengths = traces.lengths
+    is_cut = active & (replayed.cut >= 0)
+    kept = np.where(is_cut, replayed.cut, lengths)
+    seen = np.where(is_cut, replayed.confirmed, lengths)
+    finite = np.concatenate([[0.0], np.cumsum(np.where(np.isfinite(traces.d), traces.d, 0.0))])
+    kl_all = finite[traces.offsets[1:]] - finite[traces.offsets[:-1]]
+    kl_kept = finite[traces.offsets[:-1] + kept] - finite[traces.offsets[:-1]]
+    graded = active & (traces.correct >= 0)
+    right = graded & (traces.correct == 1)
+    n = int(graded.sum())
+    return Tradeoff(
+        rule=rule,
+        rollouts=int(active.sum()),
+        cut_share=_share(is_cut.sum(), active.sum()),
+        kept_tokens=_share(kept[active].sum(), lengths[active].sum()),
+        generated_tokens=_share(seen[active].sum(), lengths[active].sum()),
+        kept_kl=_share(kl_kept[active].sum(), kl_all[active].sum()),
+        false_cut_share=_share((right & is_cut).sum(), n) if n else None,
+        right_share=_share(right.sum(), n) if n else None,
+    )
+
+
+def _share(part: Any, whole: Any) -> float:
+    return float(part) / float(whole) if whole else 0.0
+
+
+def sweep(traces: Traces, base: KatSettings, grid: Mapping[str, Sequence[Any]]) -> list[Tradeoff]:
+    """Every combination of the grid's values on top of `base`, each calibrated on the traces."""
+    results = []
+    for values in itertools.product(*grid.values()):
+        changes = dict(zip(grid, values, strict=True))
+        try:
+            rule = KatSettings.model_validate({**base.model_dump(), **changes})
+        except ValidationError as error:
+            words = ", ".join(f"{name} = {value!r}" for name, value in changes.items())
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"][1:] or first["loc"]))
+            raise UserError(f"{words}: {field + ': ' if field else ''}{first['msg']}") from error
+        thresholds, replayed = calibrate(traces, rule)
+        results.append(weigh(traces, rule, thresholds, replayed))
+    return results
+
+
+def recommend(results: Sequence[Tradeoff], keep_kl: float) -> tuple[Tradeoff, str]:
+    """The setting that generates the fewest tokens while `keep_kl` of the summed KL stays, and why."""
+    acting = [r for r in results if r.rollouts]
+    if not acting:
+        raise UserError(
+            "no setting became active on these traces: too few rollouts for its min_samples and min_steps"
+        )
+    enough = [r for r in acting if r.kept_kl >= keep_kl]
+    if not enough:
+        best = max(acting, key=lambda r: r.kept_kl)
+        return best, f"no setting keeps {keep_kl:.0%} of the summed KL; this one keeps the most, {best.kept_kl:.0%}"
+    best = min(enough, key=lambda r: r.generated_tokens)
+    return best, (
+        f"of {len(enough)} settings that keep at least {keep_kl:.0%} of the summed KL it generates the fewest "
+        f"tokens: {best.generated_tokens:.0%}, with {best.kept_kl:.0%} of the KL"
+    )

@@ -1,0 +1,176 @@
+"""Replays agree with the online rule to the bit, read damaged runs as far as they go, recommend with a reason."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kat_ray import cli
+from kat_ray.config import Config
+from kat_ray.config_io import save_config
+from kat_ray.errors import UserError
+from kat_ray.replay import Traces, apply_rule, calibrate, load_traces, recommend, sweep, uncensored, weigh
+from kat_ray.termination.kat import KatTracker
+from kat_ray.traces import TraceRow, write_traces
+from kat_ray.types import StopReason
+from tests.unit.test_termination import rule_of
+
+
+def traces_of(values, thresholds=None, steps=None, correct=None, probe=None, trapped=None):
+    count = len(values)
+    flat = np.array([x for v in values for x in v], dtype=np.float32).astype(np.float64)
+    column = lambda given, default: np.array(given if given is not None else [default] * count)  # noqa: E731
+    return Traces(
+        d=flat, offsets=np.cumsum([0, *map(len, values)]).astype(np.int64), step=column(steps, 0),
+        threshold=column(thresholds, math.nan), probe=column(probe, False), trapped=column(trapped, False),
+        cut=column(None, -1), would_cut=column(None, -1), correct=column(correct, -1),
+    )  # fmt: skip
+
+
+values = st.lists(
+    st.lists(st.one_of(st.floats(0, 2, width=32), st.just(math.nan)), max_size=40), min_size=1, max_size=8
+)
+
+
+@given(
+    values, st.lists(st.one_of(st.floats(0, 2), st.just(math.nan)), min_size=8, max_size=8),
+    st.integers(1, 7), st.integers(1, 4), st.integers(1, 4), st.integers(0, 9),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_a_replay_is_the_online_rule_to_the_bit(rows, thresholds, window, consecutive, stride, exempt):
+    rule = rule_of(window=window, consecutive=consecutive, stride=stride, exempt=exempt)
+    traces = traces_of(rows, thresholds[: len(rows)])
+    replayed = apply_rule(traces, rule, traces.threshold)
+    for i, row in enumerate(rows):
+        threshold = None if math.isnan(thresholds[i]) else thresholds[i]
+        tracker = KatTracker(rule, threshold, probe=True)
+        tracker.observe(np.array(row, dtype=np.float32).tolist())
+        expected = (tracker.cut.at, tracker.cut.confirmed) if tracker.cut else (-1, -1)
+        assert (replayed.cut[i], replayed.confirmed[i]) == expected
+        assert tracker.minimum == replayed.minimum[i] or (
+            tracker.minimum is None and math.isnan(replayed.minimum[i])
+        )
+
+
+def test_calibration_follows_the_rule_step_by_step():
+    # W = 4, min_samples = 1, eta = 0.5: step 1's threshold is step 0's only minimum, step 2's the median of both.
+    rule = rule_of(eta=0.5, buffer=8, consecutive=1)
+    traces = traces_of([[4.0] * 4, [2.0] * 5, [2.5] * 4], steps=[0, 1, 2])
+    thresholds, replayed = calibrate(traces, rule)
+    assert math.isnan(thresholds[0]) and thresholds[1:].tolist() == [4.0, 3.0]
+    assert replayed.cut.tolist() == [-1, 0, 0]
+
+
+def test_shares_by_hand():
+    rule = rule_of()  # W = 4, C = 2
+    low = [1.0] * 4 + [0.0] * 6  # under 0.5: cut at 3, confirmed at 8 of 10
+    traces = traces_of([low, [1.0] * 10, low, low], [0.5, 0.5, math.nan, 0.5], correct=[1, 1, 1, 0])
+    figures = weigh(traces, rule, traces.threshold, apply_rule(traces, rule, traces.threshold))
+    assert figures.rollouts == 3 and figures.cut_share == pytest.approx(2 / 3)
+    assert figures.kept_tokens == pytest.approx((3 + 10 + 3) / 30)
+    assert figures.generated_tokens == pytest.approx((8 + 10 + 8) / 30)
+    assert figures.kept_kl == pytest.approx((3 + 10 + 3) / 18)
+    assert figures.false_cut_share == pytest.approx(1 / 3) and figures.right_share == pytest.approx(2 / 3)
+
+
+def test_what_a_cut_removed_is_only_known_of_probes():
+    traces = traces_of([[1.0]] * 4, probe=[True, False, False, True], trapped=[False, True, False, False])
+    assert len(uncensored(traces).step) == 2
+    assert uncensored(traces_of([[1.0]] * 4)).d.size == 4
+    with pytest.raises(UserError, match="kept no probes"):
+        uncensored(traces_of([[1.0]] * 2, trapped=[True, False]))
+
+
+def some_run(tmp_path, steps=6, rollouts=30, seed=0):
+    """A recorded run of rule none: half of the rollouts fall into a trap of KL 0.01."""
+    rng = np.random.default_rng(seed)
+    (tmp_path / "traces").mkdir(parents=True)
+    for step in range(steps):
+        rows = []
+        for i in range(rollouts):
+            d = rng.exponential(0.5, 60).astype(np.float32)
+            trapped = i % 2 == 0
+            d[30:] = 0.01 if trapped else d[30:]
+            rows.append(
+                TraceRow(
+                    rollout_id=step * rollouts + i,
+                    prompt_id="p",
+                    step=step,
+                    policy_version=step,
+                    token_ids=np.arange(60, dtype=np.int32),
+                    d=d,
+                    stop_reason=StopReason.EOS,
+                    cut=None,
+                    confirmed=None,
+                    threshold=None,
+                    probe=False,
+                    minimum=None,
+                    would_cut=None,
+                    correct=not trapped,
+                )
+            )
+        write_traces(tmp_path / "traces", step, rows)
+    config = Config.model_validate(
+        {"student": {"path": "a"}, "teacher": {"path": "b"}, "data": {"path": "c"},
+         "termination": {"rule": "kat", "window": 8, "exempt": 4, "min_samples": 20, "min_steps": 1, "buffer": 60}}
+    )  # fmt: skip
+    save_config(config, tmp_path / "config.yaml")
+    return tmp_path
+
+
+def test_the_recommended_setting_keeps_the_signal_for_the_fewest_tokens(tmp_path):
+    traces, notes = load_traces(some_run(tmp_path))
+    assert notes == () and len(traces.step) == 180
+    base = rule_of(window=8, exempt=4, consecutive=4, min_samples=20, min_steps=1, buffer=60)
+    results = sweep(traces, base, {"eta": [0.2, 0.5, 0.8], "window": [4, 8]})
+    best, reason = recommend(results, 0.95)
+    assert best.kept_kl >= 0.95 and best.generated_tokens < 0.9 and best.false_cut_share < 0.1
+    assert all(best.generated_tokens <= r.generated_tokens for r in results if r.kept_kl >= 0.95)
+    assert "fewest tokens" in reason
+    _, reason = recommend([r for r in results if r.kept_kl < 1.0], 1.0)
+    assert "no setting keeps 100%" in reason
+    with pytest.raises(UserError, match="no setting became active"):
+        recommend(sweep(traces, base, {"min_steps": [100]}), 0.9)
+
+
+def test_the_command_prints_a_table_and_leaves_a_plot(tmp_path, capsys):
+    run = some_run(tmp_path / "run")
+    assert cli.main(["replay", str(run), "eta=[0.3, 0.6]", "window=8", "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "180 rollouts, 10,800 scored tokens" in text and "recommended: window=8" in text
+    rows = list(csv.DictReader((tmp_path / "out" / "replay.csv").open()))
+    assert [r["eta"] for r in rows] == ["0.3", "0.6"] and float(rows[0]["generated_tokens"]) < 1
+    assert (tmp_path / "out" / "replay.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eta=2"], "eta = 2"), (["width=3"], "FIELD=VALUE"), (["eta"], "FIELD=VALUE"), (["eta=["], "not YAML"),
+        (["min_samples=[1, 999]"], "min_samples"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_message(tmp_path, capsys, arguments, message):
+    run = some_run(tmp_path / "run", steps=1)
+    assert cli.main(["replay", str(run), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_named_and_left_out(tmp_path, capsys):
+    run = some_run(tmp_path / "run")
+    damaged = run / "traces" / "step-000003.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:500])
+    traces, notes = load_traces(run)
+    assert set(traces.step.tolist()) == {0, 1, 2, 4, 5}
+    assert len(notes) == 1 and "step-000003.parquet is damaged" in notes[0]
+    assert cli.main(["replay", str(run), "eta=0.3"]) == 0
+    assert "warning: " in capsys.readouterr().out
+    for file in (run / "traces").iterdir():
+        file.write_bytes(b"PAR1")
+    assert cli.main(["replay", str(run)]) == 2
+    assert "none of its 6 trace files can be read" in capsys.readouterr().err
+    assert cli.main(["replay", str(tmp_path)]) == 2
+    assert "no traces in it" in capsys.readouterr().err
