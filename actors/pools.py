@@ -45,7 +45,7 @@ class Pools:
         self._paths = paths
         self._placement = placement
         self._timeout = config.cluster.start_timeout
-        self.monitor = self._make("monitor", 0, TrapMonitor, config.termination)
+        self.monitor = self._make("monitor", 0, TrapMonitor, config.termination, config.run.seed)
         self.learners = [self._learner(i) for i in range(config.learner.world_size)]
         self.scorers = [
             self._make(

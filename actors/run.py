@@ -23,6 +23,7 @@ from kat_ray.progress import Progress, StepLine
 from kat_ray.records import RunDirectory
 from kat_ray.step_metrics import rollout_metrics, score_metrics
 from kat_ray.summary import Totals, run_summary
+from kat_ray.termination import make_rule
 from kat_ray.traces import TraceRow
 from kat_ray.verify import EvalResult, check_golds
 
@@ -42,6 +43,7 @@ class Prepared:
 def prepare(config: Config) -> Prepared:
     """Check models and data; `UserError` names what is wrong."""
     facts = check_models(config)
+    make_rule(config.termination, config.run.seed)  # a rule that cannot be made says so now, not in the monitor
 
     def prompts(data: DataConfig, max_tokens: int, graded: bool) -> PromptSet:
         return load_prompts(data, facts.tokenizer, facts.max_prompt_tokens(max_tokens), graded=graded)

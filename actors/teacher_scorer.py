@@ -84,6 +84,7 @@ class TeacherScorer:
             rollout_ids=chunk.rollout_ids,
             start=chunk.start,
             offsets=chunk.offsets,
+            token_ids=chunk.token_ids,
             d=torch.where(torch.isfinite(d), d, torch.full_like(d, torch.nan)).numpy(),
             ended=chunk.ended,
             overlap=teacher.overlap.numpy(),

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kat_ray.termination import Finished, RolloutTracker, make_rule
-from kat_ray.termination.settings import TerminationConfig
+from kat_ray.termination import Finished, RolloutStart, RolloutTracker, TerminationConfig, make_rule
 from kat_ray.types import (
     EngineEnd,
     RolloutOutcome,
@@ -46,8 +45,8 @@ class _Rollout:
 class TrapMonitor:
     """Decides online. Call order per step: `start_step`, any number of `observe`, `end_step`."""
 
-    def __init__(self, termination: TerminationConfig) -> None:
-        self._rule = make_rule(termination)
+    def __init__(self, termination: TerminationConfig, seed: int = 0) -> None:
+        self._rule = make_rule(termination, seed)
         self._rollouts: dict[int, _Rollout] = {}
         self._late_tokens = 0
         self._decisions = 0
@@ -57,7 +56,8 @@ class TrapMonitor:
         assert not self._rollouts, f"step {step} starts while {len(self._rollouts)} rollouts are open"
         self._rule.start_step(step)
         for rollout_id, probe in zip(rollout_ids, probes, strict=True):
-            self._rollouts[int(rollout_id)] = _Rollout(self._rule.begin(bool(probe)), bool(probe))
+            start = RolloutStart(int(rollout_id), bool(probe))
+            self._rollouts[start.rollout_id] = _Rollout(self._rule.begin(start), start.probe)
         return self._rule.threshold
 
     def observe(self, chunk: ScoredChunk) -> TerminationDecision:
@@ -65,7 +65,8 @@ class TrapMonitor:
         newly: list[tuple[int, int, int]] = []
         for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
             rollout = self._rollouts[rollout_id]
-            d = chunk.d[chunk.offsets[i] : chunk.offsets[i + 1]].tolist()
+            rows = slice(int(chunk.offsets[i]), int(chunk.offsets[i + 1]))
+            d, token_ids = chunk.d[rows].tolist(), chunk.token_ids[rows].tolist()
             if rollout.end is not None:
                 self._late_tokens += len(d)  # scored while the decision was on its way
                 continue
@@ -75,7 +76,7 @@ class TrapMonitor:
                     f"but {rollout.scored} tokens were scored so far"
                 )
             rollout.scored += len(d)
-            cut = rollout.tracker.observe(d)
+            cut = rollout.tracker.observe(d, token_ids)
             if cut is not None and not rollout.probe:
                 rollout.close(StopReason.TRAPPED)
                 newly.append((rollout_id, cut.at, cut.confirmed))

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kat_ray.termination.settings import TerminationConfig
+from kat_ray.termination import TerminationConfig
+from kat_ray.termination.settings import KatSettings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -256,7 +257,7 @@ class Config(Section):
     teacher: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
-    termination: TerminationConfig = Field(default_factory=lambda: _default_termination())
+    termination: TerminationConfig = KatSettings()
     sampler: SamplerConfig = SamplerConfig()
     scorer: ScorerConfig = ScorerConfig()
     learner: LearnerConfig = LearnerConfig()
@@ -276,9 +277,3 @@ class Config(Section):
     def eval_max_tokens(self) -> int:
         """Tokens of an evaluation answer."""
         return self.evaluation.max_tokens or self.rollout.max_tokens
-
-
-def _default_termination() -> TerminationConfig:
-    from kat_ray.termination.settings import KatSettings
-
-    return KatSettings()

@@ -19,6 +19,7 @@ from typing import Literal
 from kat_ray.config import Config, DataConfig, PlacementConfig
 from kat_ray.errors import UserError
 from kat_ray.models import ModelFacts, ModelInfo
+from kat_ray.termination.settings import KatSettings
 
 GIB = 2**30
 
@@ -266,7 +267,7 @@ def disk_verdict(folder: Path, free: int) -> Check:
 def _settings(config: Config) -> Iterator[Check]:
     """Settings that are allowed, but do not do what they seem to."""
     rule, rollout = config.termination, config.rollout
-    if rule.rule == "kat":
+    if isinstance(rule, KatSettings):
         first = rule.exempt + rule.window + (rule.consecutive - 1) * rule.stride
         if first > rollout.max_tokens:
             yield warn(

@@ -54,8 +54,8 @@ def probe_metrics(
 ) -> dict[str, float]:
     """What the rule would have done to a step's probes, and what their continuations were worth."""
     probes = [o for o in outcomes if o.probe]
-    if not probes or probes[0].threshold is None:
-        return {}
+    if all(o.threshold is None and o.would_cut is None for o in probes):
+        return {}  # no probes, or the rule is not active yet
     cut = [(o, traces[o.rollout_id][o.would_cut :]) for o in probes if o.would_cut is not None]
     figures = {"probe/would_cut_share": len(cut) / len(probes)}
     graded = [o for o in probes if o.rollout_id in correct]

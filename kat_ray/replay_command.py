@@ -155,7 +155,8 @@ def plot(path: Path, results: Sequence[Tradeoff], best: Tradeoff, keep_kl: float
     )
     axes.annotate(
         f"recommended\n{_words(best.rule)}", (best.generated_tokens, best.kept_kl), textcoords="axes fraction",
-        xytext=(0.02, 0.97), ha="left", va="top", fontsize=8, arrowprops={"arrowstyle": "-", "color": "black", "lw": 0.6},
+        xytext=(0.02, 0.97), ha="left", va="top", fontsize=8,
+        arrowprops={"arrowstyle": "-", "color": "black", "lw": 0.6},
     )  # fmt: skip
     axes.set(
         xlabel="tokens generated, share of those without the rule",

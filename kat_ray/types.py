@@ -112,13 +112,14 @@ class RolloutChunk:
 
 @dataclass(frozen=True)
 class ScoredChunk:
-    """What the monitor sees of a chunk: floats only. Rows as in the RolloutChunk it answers."""
+    """What the monitor sees of a chunk: numbers per token only. Rows as in the RolloutChunk it answers."""
 
     scorer: str
     policy_version: int
     rollout_ids: IntArray  # [R] int64
     start: IntArray  # [R] int32
     offsets: IntArray  # [R + 1] int32
+    token_ids: IntArray  # [N] int32, the generated tokens
     d: FloatArray  # [N] float32, reverse KL in nats; NaN where the teacher gave no finite value
     ended: IntArray  # [R] int8, EngineEnd
     # Health features per token (arXiv 2604.13016), each [N] float32.

@@ -1,19 +1,19 @@
-"""Termination rules: where a rollout is cut, from its reverse KL alone."""
+"""Termination rules: where a rollout is cut, from its reverse KL and its tokens alone."""
 
 from __future__ import annotations
 
-from kat_ray.termination.base import Cut, Finished, RolloutTracker, TerminationRule
-from kat_ray.termination.kat import KatRule
-from kat_ray.termination.none import NoRule
-from kat_ray.termination.settings import KatSettings, NoneSettings
+# In this order: a rule from outside is loaded by the registry and may import the names of the first line.
+from kat_ray.termination.base import Cut, Finished, RolloutStart, RolloutTracker, RuleType, TerminationRule
+from kat_ray.termination.registry import RULES, TerminationConfig, make_rule
 
-__all__ = ["Cut", "Finished", "RolloutTracker", "TerminationRule", "make_rule"]
-
-
-def make_rule(settings: KatSettings | NoneSettings) -> TerminationRule:
-    """The rule that the settings describe, with an empty calibration."""
-    match settings:
-        case KatSettings():
-            return KatRule(settings)
-        case NoneSettings():
-            return NoRule()
+__all__ = [
+    "RULES",
+    "Cut",
+    "Finished",
+    "RolloutStart",
+    "RolloutTracker",
+    "RuleType",
+    "TerminationConfig",
+    "TerminationRule",
+    "make_rule",
+]

@@ -8,9 +8,11 @@ they arrive.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from kat_ray.termination.settings import RuleSettings
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,14 @@ class Cut:
 
     at: int
     confirmed: int
+
+
+@dataclass(frozen=True)
+class RolloutStart:
+    """What a rule may know of a rollout before its first token. A probe is followed to its own end."""
+
+    rollout_id: int
+    probe: bool
 
 
 class RolloutTracker(Protocol):
@@ -44,8 +54,8 @@ class RolloutTracker(Protocol):
     def seen(self) -> int:
         """Number of d's observed: up to the decision, or all of a probe's."""
 
-    def observe(self, d: Iterable[float]) -> Cut | None:
-        """Take the next d's in order; return the decision if it falls within them."""
+    def observe(self, d: Sequence[float], token_ids: Sequence[int]) -> Cut | None:
+        """Take the next tokens in order, d in nats beside their ids; return the decision once it is made."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,24 @@ class TerminationRule(Protocol):
     def start_step(self, step: int) -> None:
         """Fix the threshold for the rollouts of optimiser step `step` (0-based)."""
 
-    def begin(self, probe: bool) -> RolloutTracker:
-        """Start a rollout under the present threshold; a probe is followed to its own end."""
+    def begin(self, start: RolloutStart) -> RolloutTracker:
+        """Start a rollout under the present threshold."""
 
     def end_step(self, finished: Sequence[Finished]) -> None:
         """Take the rollouts that ended in the step, in a fixed order."""
+
+
+@dataclass(frozen=True)
+class RuleType:
+    """A kind of rule: its settings, with a field `rule: Literal["name"]`, and what makes it from them.
+
+    `make(settings, seed)` is called once a run, in the monitor.
+    """
+
+    settings: type[RuleSettings]
+    make: Callable[[Any, int], TerminationRule]
+
+    @property
+    def name(self) -> str:
+        """What `termination.rule` calls it."""
+        return str(self.settings.model_fields["rule"].default)

@@ -15,9 +15,9 @@ done. Why B is fed by probes once the rule is active: docs/termination.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from kat_ray.termination.base import Cut, Finished
+from kat_ray.termination.base import Cut, Finished, RolloutStart
 from kat_ray.termination.calibration import MinimaBuffer
 from kat_ray.termination.settings import KatSettings
 from kat_ray.termination.window import WindowMean
@@ -46,7 +46,7 @@ class KatTracker:
         """Number of d's observed: up to the decision, or all of a probe's."""
         return self._window.count
 
-    def observe(self, d: Iterable[float]) -> Cut | None:
+    def observe(self, d: Sequence[float], token_ids: Sequence[int] = ()) -> Cut | None:
         """Take the next d's in order; unless the rollout is a probe, values after a decision are ignored."""
         for value in d:
             if self.cut is not None and not self._probe:
@@ -88,9 +88,9 @@ class KatRule:
         active = step >= rule.min_steps and len(self._buffer) >= rule.min_samples
         self.threshold = self._buffer.threshold(rule.eta) if active else None
 
-    def begin(self, probe: bool) -> KatTracker:
+    def begin(self, start: RolloutStart) -> KatTracker:
         """Start a rollout under the present threshold."""
-        return KatTracker(self._settings, self.threshold, probe)
+        return KatTracker(self._settings, self.threshold, start.probe)
 
     def end_step(self, finished: Sequence[Finished]) -> None:
         """Feed the buffer with the minima that `calibrate_on` admits."""

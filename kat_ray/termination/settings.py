@@ -1,18 +1,20 @@
-"""Parameters of the termination rules: a discriminated union over `rule`.
+"""Parameters that termination rules share, and those of the rule of the paper and of no rule.
 
 Symbols and defaults are those of arXiv 2606.09471 where it gives them; the other defaults and the
-reasons for them are in docs/termination.md.
+reasons for them are in docs/termination.md. The other rules' parameters stand in their own files.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class RuleSettings(BaseModel):
-    """Base of all rules' settings."""
+    """Base of all rules' settings. A rule declares `rule: Literal["name"] = "name"`."""
+
+    rule: str
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -23,7 +25,14 @@ class NoneSettings(RuleSettings):
     rule: Literal["none"] = "none"
 
 
-class KatSettings(RuleSettings):
+class CuttingSettings(RuleSettings):
+    """Base of the settings of rules that cut."""
+
+    probe_share: float = Field(0.1, ge=0, le=1)
+    """Share of rollouts that are never cut: they show what a cut would have removed."""
+
+
+class KatSettings(CuttingSettings):
     """KL Agreement Trap Termination (arXiv 2606.09471)."""
 
     rule: Literal["kat"] = "kat"
@@ -43,8 +52,6 @@ class KatSettings(RuleSettings):
     """The rule is inactive in the first so many optimiser steps."""
     exempt: int = Field(128, ge=0)
     """Tokens at the start of a rollout that no window looked at may reach into: e - W >= exempt."""
-    probe_share: float = Field(0.1, ge=0, le=1)
-    """Share of rollouts that are never cut; their minima are uncensored."""
     calibrate_on: Literal["probes", "all", "finished"] = "probes"
     """Whose minima feed the buffer once the rule is active: `probes` (unbiased), `all` (a cut rollout
     counts with its minimum so far), `finished` (only uncut ones; the threshold can run away).
@@ -59,6 +66,3 @@ class KatSettings(RuleSettings):
         if self.calibrate_on == "probes" and self.probe_share == 0:
             raise ValueError("probe_share = 0: must be > 0 with calibrate_on = probes, which feeds on probes only")
         return self
-
-
-TerminationConfig = Annotated[NoneSettings | KatSettings, Field(discriminator="rule")]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.trap_monitor import TrapMonitor
-from kat_ray.termination import Finished, make_rule
+from kat_ray.termination import Finished, RolloutStart, make_rule
 from kat_ray.termination.calibration import MinimaBuffer, quantile
 from kat_ray.termination.kat import KatRule, KatTracker
 from kat_ray.termination.settings import KatSettings, NoneSettings
@@ -143,7 +143,8 @@ def chunk(ids, start, rows, ended=None):
     extra = dict.fromkeys(("overlap", "teacher_max", "teacher_entropy", "student_entropy", "student_tail"), d)
     return ScoredChunk(
         scorer="s", policy_version=0, rollout_ids=np.asarray(ids, np.int64), start=np.asarray(start, np.int32),
-        offsets=offsets, d=d, ended=np.asarray(ended or [0] * len(ids), np.int8), seconds=0.0, **extra,
+        offsets=offsets, d=d, token_ids=np.zeros(len(d), np.int32),
+        ended=np.asarray(ended or [0] * len(ids), np.int8), seconds=0.0, **extra,
     )  # fmt: skip
 
 
@@ -205,8 +206,8 @@ def test_calibration_does_not_depend_on_the_order_of_arrival():
 
 
 def test_none_rule_never_cuts():
-    rule = make_rule(NoneSettings())
+    rule = make_rule(NoneSettings(), 0)
     rule.start_step(0)
-    tracker = rule.begin(probe=False)
-    assert tracker.observe([0.0] * 500) is None and tracker.seen == 500
+    tracker = rule.begin(RolloutStart(1, probe=False))
+    assert tracker.observe([0.0] * 500, [7] * 500) is None and tracker.seen == 500
     assert rule.threshold is None and rule.samples == 0

@@ -1,0 +1,28 @@
+"""Only the first n tokens of every rollout are kept (ESR, arXiv 2605.27028, with n = 100).
+
+    cut = n, for every rollout that goes on after n tokens        [tokens]
+
+KAT's paper has it as a control with n = 1024; longer prefixes are not better there: 4096 is worse than 2048.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from kat_ray.termination.settings import CuttingSettings
+from kat_ray.termination.uncalibrated import LengthRule
+
+
+class FixedPrefixSettings(CuttingSettings):
+    """Every rollout is cut after the same number of tokens."""
+
+    rule: Literal["fixed_prefix"] = "fixed_prefix"
+    n: int = Field(1024, ge=1)
+    """Tokens that are kept."""
+
+
+def make(settings: FixedPrefixSettings, seed: int) -> LengthRule:
+    """The rule that the settings describe."""
+    return LengthRule(lambda start, step: settings.n)

@@ -1,0 +1,53 @@
+"""What rules without a calibration share: they look at one rollout at a time and learn nothing from others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from kat_ray.termination.base import Cut, Finished, RolloutStart
+
+
+class LengthTracker:
+    """Cuts a rollout at a length fixed when it starts; None never cuts.
+
+    The decision falls with the first token after that length: a rollout that ends there by itself is not cut.
+    """
+
+    __slots__ = ("_length", "cut", "seen")
+
+    threshold: float | None = None
+    minimum: float | None = None
+
+    def __init__(self, length: int | None) -> None:
+        self._length = length
+        self.cut: Cut | None = None
+        self.seen = 0
+
+    def observe(self, d: Sequence[float], token_ids: Sequence[int]) -> Cut | None:
+        """Count the tokens."""
+        self.seen += len(d)
+        if self.cut is None and self._length is not None and self.seen > self._length:
+            self.cut = Cut(at=self._length, confirmed=self._length + 1)
+        return self.cut
+
+
+class LengthRule:
+    """Rollouts are cut at `length(start, step)`."""
+
+    threshold: float | None = None
+    samples: int = 0
+
+    def __init__(self, length: Callable[[RolloutStart, int], int | None]) -> None:
+        self._length = length
+        self._step = 0
+
+    def start_step(self, step: int) -> None:
+        """Remember the step: a rule may change with it."""
+        self._step = step
+
+    def begin(self, start: RolloutStart) -> LengthTracker:
+        """Start a rollout."""
+        return LengthTracker(self._length(start, self._step))
+
+    def end_step(self, finished: Sequence[Finished]) -> None:
+        """Nothing to learn from."""

@@ -1,0 +1,207 @@
+"""The other termination rules: what each cuts, that seeds decide, and that a rule can come from outside."""
+
+import json
+import math
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter
+
+from actors.trap_monitor import TrapMonitor
+from kat_ray.config_io import load_config
+from kat_ray.errors import UserError
+from kat_ray.termination import RULES, RolloutStart, TerminationConfig, make_rule
+from kat_ray.termination.repetition import RepetitionSettings, RepetitionTracker
+from kat_ray.traces import TraceRow, write_traces
+from kat_ray.types import EngineEnd, StopReason
+from tests.unit.test_termination import chunk
+
+
+def rule_from(**fields):
+    return make_rule(TypeAdapter(TerminationConfig).validate_python(fields), seed=3)
+
+
+def follow(rule, tokens, rollout_id=0, step=0, size=7):
+    """Run one rollout of these tokens through a rule, `size` at a time."""
+    rule.start_step(step)
+    tracker = rule.begin(RolloutStart(rollout_id, probe=False))
+    for i in range(0, len(tokens), size):
+        part = tokens[i : i + size]
+        tracker.observe([0.5] * len(part), part)
+    return tracker.cut
+
+
+def test_the_builtin_rules_are_known_by_name():
+    assert {"none", "kat", "fixed_prefix", "random", "length_matched", "repetition"} <= set(RULES)
+    assert all(name == kind.name for name, kind in RULES.items())
+
+
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_fixed_prefix_keeps_n_tokens_of_what_goes_on(size):
+    rule = rule_from(rule="fixed_prefix", n=10)
+    assert follow(rule, [4] * 10, size=size) is None
+    cut = follow(rule, [4] * 30, size=size)
+    assert (cut.at, cut.confirmed) == (10, 11)
+
+
+def test_random_lengths_are_uniform_and_seeded():
+    rule = rule_from(rule="random", longest=5)
+    cuts = [follow(rule, [4] * 10, rollout_id=i).at for i in range(2000)]
+    shares = Counter(cuts)
+    assert set(shares) == {1, 2, 3, 4, 5} and all(abs(n / 2000 - 0.2) < 0.04 for n in shares.values())
+    assert cuts[:50] == [follow(rule, [4] * 10, rollout_id=i).at for i in range(50)]
+    other = make_rule(TypeAdapter(TerminationConfig).validate_python({"rule": "random", "longest": 5}), seed=4)
+    assert cuts[:50] != [follow(other, [4] * 10, rollout_id=i).at for i in range(50)]
+
+
+def recorded_run(path, cuts_by_step):
+    (path / "traces").mkdir(parents=True)
+    for step, cuts in enumerate(cuts_by_step):
+        rows = [
+            TraceRow(
+                rollout_id=i, prompt_id="p", step=step, policy_version=step, token_ids=np.zeros(20, np.int32),
+                d=np.zeros(20, np.float32), stop_reason=StopReason.EOS, cut=cut, confirmed=None, threshold=None,
+                probe=i == 0, minimum=None, would_cut=None, correct=None,
+            )
+            for i, cut in enumerate(cuts)
+        ]  # fmt: skip
+        write_traces(path / "traces", step, rows)
+    return str(path)
+
+
+def test_length_matched_draws_the_lengths_of_the_same_step(tmp_path):
+    run = recorded_run(tmp_path / "kat", [[99, 3, 3, None], [99, 8, 8, 8]])  # the first of each step is a probe
+    rule = rule_from(rule="length_matched", run=run)
+    first = [follow(rule, [4] * 20, rollout_id=i) for i in range(600)]
+    share_uncut = sum(c is None for c in first) / 600
+    assert {c.at for c in first if c} == {3} and abs(share_uncut - 1 / 3) < 0.07
+    assert {follow(rule, [4] * 20, rollout_id=i, step=1).at for i in range(50)} == {8}
+    assert {follow(rule, [4] * 20, rollout_id=i, step=7).at for i in range(50)} == {8}, (
+        "past its end: its last step"
+    )
+    assert follow(rule, [4] * 5, step=1) is None, "a rollout that ends before its length is not cut"
+
+
+def test_length_matched_needs_a_run_that_cut(tmp_path):
+    with pytest.raises(UserError, match="no traces in it"):
+        rule_from(rule="length_matched", run=str(tmp_path))
+    run = recorded_run(tmp_path / "none", [[None, None]])
+    with pytest.raises(UserError, match="that run cut no rollouts"):
+        rule_from(rule="length_matched", run=run)
+
+
+def test_repetition_by_hand():
+    # 9, then 1 2 3 three times: the third is complete at token 10, the second begins at token 4.
+    rule = rule_from(rule="repetition", repeats=3, min_period=2)
+    cut = follow(rule, [9, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2])
+    assert (cut.at, cut.confirmed) == (4, 10)
+    assert follow(rule, [9, 1, 2, 3, 1, 2, 3, 1, 2, 4, 1, 2, 3]) is None
+    assert follow(rule, [5, 5, 5]) is None, "period 1 is below min_period"
+    assert follow(rule, [5] * 6).confirmed == 6, "and 5 5 is a period of 2"
+
+
+def loop_by_definition(tokens, rule):
+    for end in range(1, len(tokens) + 1):
+        for period in range(rule.min_period, rule.max_period + 1):
+            whole = period * rule.repeats
+            if whole <= end and tokens[end - whole : end] == tokens[end - period : end] * rule.repeats:
+                return end - period * (rule.repeats - 1), end
+    return None
+
+
+@given(
+    st.lists(st.integers(0, 2), max_size=40),
+    st.integers(1, 3),
+    st.integers(0, 4),
+    st.integers(2, 4),
+    st.integers(1, 9),
+)
+@settings(max_examples=400, deadline=None)
+def test_repetition_follows_its_definition(tokens, shortest, more, repeats, size):
+    rule = RepetitionSettings(min_period=shortest, max_period=shortest + more, repeats=repeats)
+    tracker = RepetitionTracker(rule)
+    for i in range(0, len(tokens), size):
+        tracker.observe([0.0] * len(tokens[i : i + size]), tokens[i : i + size])
+    expected = loop_by_definition(tokens, rule)
+    assert (None if tracker.cut is None else (tracker.cut.at, tracker.cut.confirmed)) == expected
+    assert tracker.seen == len(tokens)
+
+
+def test_the_monitor_works_online_with_any_rule():
+    monitor = TrapMonitor(TypeAdapter(TerminationConfig).validate_python({"rule": "fixed_prefix", "n": 3}), seed=0)
+    assert monitor.start_step(0, [0, 1, 2], [False, True, False]) is None
+    first = monitor.observe(chunk([0, 1, 2], [0, 0, 0], [[1.0] * 3, [1.0] * 3, [1.0] * 3], [0, 0, EngineEnd.EOS]))
+    assert first.rollout_ids.size == 0
+    second = monitor.observe(chunk([0, 1], [3, 3], [[math.nan] * 2, [1.0] * 2], [0, EngineEnd.EOS]))
+    assert (second.rollout_ids.tolist(), second.cut.tolist(), second.confirmed.tolist()) == ([0], [3], [4])
+    outcomes = monitor.end_step()
+    assert [o.stop_reason for o in outcomes] == [StopReason.TRAPPED, StopReason.EOS, StopReason.EOS]
+    assert [o.would_cut for o in outcomes] == [None, 3, None]
+
+
+def test_a_rule_is_chosen_and_refused_by_name(tmp_path):
+    config = load_config("demo", ["termination.rule=repetition", "termination.repeats=5"])
+    assert config.termination == RepetitionSettings(repeats=5)
+    with pytest.raises(UserError, match=r"termination\.n"):
+        load_config("demo", ["termination.rule=fixed_prefix", "termination.n=0"])
+    with pytest.raises(UserError, match="fixed_prefix"):
+        load_config("demo", ["termination.rule=fixed_prefx"])
+    with pytest.raises(UserError, match="min_period"):
+        load_config("demo", ["termination.rule=repetition", "termination.min_period=65"])
+
+
+OUTSIDE = '''
+from typing import Literal
+from kat_ray.termination import Cut, RuleType
+from kat_ray.termination.settings import CuttingSettings
+
+class EvenSettings(CuttingSettings):
+    """Cuts at the first even token."""
+    rule: Literal["even"] = "even"
+
+class Tracker:
+    threshold = minimum = cut = None
+    seen = 0
+    def observe(self, d, token_ids):
+        for token in token_ids:
+            if self.cut is None and token % 2 == 0:
+                self.cut = Cut(at=self.seen, confirmed=self.seen + 1)
+            self.seen += 1
+        return self.cut
+
+class Rule:
+    threshold, samples = None, 0
+    def start_step(self, step): pass
+    def begin(self, start): return Tracker()
+    def end_step(self, finished): pass
+
+kind = RuleType(EvenSettings, lambda settings, seed: Rule())
+'''
+
+
+def test_a_rule_from_outside_is_found_by_its_entry_point(tmp_path):
+    (tmp_path / "even_rule.py").write_text(OUTSIDE)
+    info = tmp_path / "even_rule-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: even-rule\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kat_ray.termination_rules]\neven = even_rule:kind\n")
+    script = textwrap.dedent("""
+        import json, sys
+        from kat_ray.config_io import load_config
+        from kat_ray.termination import RolloutStart, make_rule
+        config = load_config("demo", ["termination.rule=even", "termination.probe_share=0.2"])
+        tracker = make_rule(config.termination, 0).begin(RolloutStart(0, False))
+        cut = tracker.observe([0.0] * 4, [3, 5, 8, 10])
+        print(json.dumps([config.termination.rule, config.termination.probe_share, cut.at, cut.confirmed]))
+    """)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{script}"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == ["even", 0.2, 2, 3]
