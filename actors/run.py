@@ -163,7 +163,9 @@ class _Job:
                 self._save(done)
         checkpoint = self._save(config.run.steps)
         evaluations = {"eval_before": before, "eval_after": after, "eval_teacher": teacher}
-        summary = run_summary(config, self._totals, evaluations, time.monotonic() - started)
+        facts = self._prepared.facts
+        parameters = {"student": facts.student.parameters, "teacher": facts.teacher.parameters}
+        summary = run_summary(config, self._totals, evaluations, parameters, time.monotonic() - started)
         self._run.write_summary(summary)
         self._progress.finish(summary, self._run.paths(checkpoint))
 
@@ -178,6 +180,7 @@ class _Job:
         self._progress.phase(f"evaluating {when}")
         result = self._evaluator.run(self._pools.samplers)
         figures = asdict(result)
+        self._run.log_evaluation(step, figures)
         self._run.log_metrics(
             step, {f"eval/{name}": figures[name] for name in ("avg_at_k", "pass_at_k", "mean_length")}
         )
@@ -268,6 +271,7 @@ class _Job:
             ended=[o.stop_reason for o, _, _ in sampled.joined],
             books=[b for _, _, b in sampled.joined],
             scored_tokens=sum(int(c.offsets[-1]) for c in sampled.scored),
+            prompt_tokens=sum(len(s.prompt_ids) for s in sampled.specs),
         )
         return (
             rollout_metrics(sampled.joined, sampled.threshold)

@@ -1,4 +1,4 @@
-"""The command line: `kat-ray train | eval | doctor | replay | config`.
+"""The command line: `kat-ray train | eval | compare | replay | doctor | config`.
 
 Commands import what they need when they run, so that `--help` and mistakes in a configuration answer at once.
 """
@@ -13,7 +13,6 @@ import os
 import secrets
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,6 +67,14 @@ examples:
   kat-ray doctor my.yaml sampler.replicas=4
 
 Nothing is started and no weights are loaded. Each line is ok, warn or FAIL.""",
+    "compare": """\
+examples:
+  kat-ray compare demo --rules none kat length_matched --seeds 0 1 2
+  kat-ray compare my.yaml --rules none kat kat:eta=0.5 fixed_prefix:n=512 --out runs/which-eta run.steps=200
+
+Each rule runs from the same start on the same prompts, once for each seed, in DIR/RULE/seed-N. A run that is
+finished is not run again: called again, a comparison goes on where it was. length_matched cuts at the lengths of
+kat's run of the same seed, regardless of KL.""",
     "replay": """\
 examples:
   kat-ray replay runs/latest                                  a sweep around the run's own settings
@@ -159,6 +166,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print the result as one JSON object")
     doctor = add("doctor", _doctor, "check machine, packages, models and data; start nothing")
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
+    compare = add("compare", _compare, "train with several rules and compare them")
+    compare.add_argument("config", metavar="CONFIG", help="YAML file, or `demo`")
+    compare.add_argument(
+        "--rules", metavar="RULE[:FIELD=VALUE,...]", nargs="+", default=["none", "kat", "length_matched"],
+        help="rules to compare (default: none kat length_matched)",
+    )  # fmt: skip
+    compare.add_argument("--seeds", metavar="N", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    compare.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder of the comparison (default <run.dir>/compare-<run.name>)"
+    )
     replay = add("replay", _replay, "apply other settings of the rule to a run's recorded rollouts", OVER_A_RUN)
     replay.add_argument("run", metavar="RUN", type=Path, help="run directory, such as runs/latest")
     replay.add_argument(
@@ -174,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     config = add("config", _config, "print the resolved configuration")
     config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     config.add_argument("--docs", action="store_true", help="print the text of docs/configuration.md instead")
-    for sub in (train, evaluate, doctor, config):
+    for sub in (train, evaluate, doctor, compare, config):
         sub.add_argument("overrides", metavar="section.field=value", nargs="*", default=[], help="override a field")
     return parser
 
@@ -224,10 +241,11 @@ def _eval(args: argparse.Namespace) -> int:
     model = str(newest_checkpoint(path)) if is_run else args.model
     _keep_others_out(config)
     from actors.run import evaluate_model
+    from kat_ray.summary import evaluation_fields
 
     result = evaluate_model(config, model)
     if args.json:
-        print(json.dumps({"model": model, **asdict(result)}))
+        print(json.dumps({"model": model, **(evaluation_fields(result) or {})}))
     else:
         print(
             f"{model}\n{result.problems} problems, {result.k} answers each: avg@{result.k} {result.avg_at_k:.1%}, "
@@ -255,6 +273,33 @@ def _doctor(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.overrides) if args.config else None
     return doctor.run(config, lambda line: print(line, flush=True))
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from kat_ray.compare import order_of, parse_arm
+    from kat_ray.config_io import load_config
+
+    # `--rules none kat learner.lr=1e-5` puts the override among the rules: a rule's name holds no dot and no `=`.
+    misplaced = [a for a in args.rules if "=" in a.partition(":")[0]]
+    config = load_config(args.config, [*args.overrides, *misplaced])
+    arms = order_of([parse_arm(a) for a in args.rules if a not in misplaced])
+    if config.evaluation.data is None:
+        raise UserError("evaluation.data = null: a comparison needs held-out problems")
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UserError("--seeds: the same seed stands there twice")
+    _keep_others_out(config)
+    out = args.out or Path(config.run.dir) / f"compare-{config.run.name}"
+    from actors.run import train
+    from kat_ray.compare import read_results, run_all, table, write_results
+
+    run_all(config, arms, args.seeds, out, train, lambda text: print(text, flush=True))
+    results = read_results(arms, args.seeds, out)
+    heading, rows = table(results)
+    for line in zip(heading, *rows, strict=True):  # one line a measure: a terminal is higher than it is wide
+        print("  ".join(f"{cell:<24}" for cell in line).rstrip())
+    for file in write_results(results, args.seeds, out):
+        print(file)
+    return 0
 
 
 def _share(text: str) -> float:

@@ -97,6 +97,12 @@ class RunDirectory:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
 
+    def log_evaluation(self, step: int, record: Mapping[str, Any]) -> None:
+        """Append one evaluation to evaluations.jsonl."""
+        path = self.path / "evaluations.jsonl"
+        with _named(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **record}) + "\n")
+
     def write_traces(self, step: int, rows: Sequence[TraceRow]) -> None:
         """Write the traces of a step."""
         with _named(self.path / "traces"):

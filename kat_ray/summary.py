@@ -37,11 +37,17 @@ class Totals:
         self.started = 0
         self.ended: Counter[StopReason] = Counter()
         self.tokens: Counter[str] = Counter(
-            dict.fromkeys(("generated", "kept", "overshoot", "cut_back", "scored", "trained"), 0)
+            dict.fromkeys(("prompt", "generated", "kept", "overshoot", "cut_back", "scored", "trained"), 0)
         )
 
     def add_step(
-        self, *, started: int, ended: Sequence[StopReason], books: Sequence[RolloutBooks], scored_tokens: int
+        self,
+        *,
+        started: int,
+        ended: Sequence[StopReason],
+        books: Sequence[RolloutBooks],
+        scored_tokens: int,
+        prompt_tokens: int,
     ) -> None:
         """Add one step's rollouts. Both balances must hold."""
         self.steps += 1
@@ -51,7 +57,7 @@ class Totals:
             self.tokens.update(
                 generated=book.generated, kept=book.kept, overshoot=book.overshoot, cut_back=book.cut_back
             )
-        self.tokens.update(scored=scored_tokens)
+        self.tokens.update(scored=scored_tokens, prompt=prompt_tokens)
         t = self.tokens
         assert self.started == self.ended.total(), f"{self.started} rollouts started, {self.ended.total()} ended"
         assert t["generated"] == t["kept"] + t["overshoot"] + t["cut_back"], f"tokens do not balance: {dict(t)}"
@@ -74,18 +80,25 @@ def run_summary(
     config: Config,
     totals: Totals,
     evaluations: dict[str, EvalResult | None],
+    parameters: dict[str, int | None],
     wall_seconds: float,
 ) -> dict[str, Any]:
-    """The content of summary.json; `evaluations` by field name (`eval_before`, ...)."""
+    """The content of summary.json; `evaluations` by field name (`eval_before`, ...), `parameters` by model."""
     return {
         **totals.as_dict(),
         "wall_seconds": round(wall_seconds, 3),
-        **{name: None if result is None else asdict(result) for name, result in evaluations.items()},
+        **{name: evaluation_fields(result) for name, result in evaluations.items()},
+        "parameters": parameters,
         "rule": config.termination.rule,
         "seed": config.run.seed,
         "versions": package_versions(),
         "git_commit": git_commit(),
     }
+
+
+def evaluation_fields(result: EvalResult | None) -> dict[str, Any] | None:
+    """An evaluation without its verdicts by problem, which evaluations.jsonl holds."""
+    return None if result is None else {k: v for k, v in asdict(result).items() if k != "right"}
 
 
 def package_versions() -> dict[str, str]:

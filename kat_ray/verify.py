@@ -34,6 +34,7 @@ class EvalResult:
     problems: int
     mean_length: float  # tokens of an answer, stop id included
     truncated_share: float  # answers that reached the token limit, 0 to 1
+    right: tuple[int, ...] = ()  # right answers to each problem, of k
 
 
 def avg_at_k(correct: Sequence[Sequence[bool]]) -> float:
@@ -121,6 +122,7 @@ def evaluate_answers(
         problems=len(correct),
         mean_length=sum(lengths) / max(1, len(lengths)),
         truncated_share=sum(not f for f in finished) / max(1, len(finished)),
+        right=tuple(sum(row) for row in correct),
     )
 
 
