@@ -33,7 +33,7 @@ from kat_ray.types import KeptRollout, RolloutChunk, TeacherRows, WeightUpdate
 
 @dataclass(frozen=True)
 class LearnerReport:
-    """One optimiser step, summed over all ranks. `loss` is the mean KL over the kept tokens, nats."""
+    """One optimiser step, summed over all ranks. `loss` is the (weighted) mean KL over the kept tokens, nats."""
 
     policy_version: int
     loss: float
@@ -136,13 +136,13 @@ class Learner:
         chunks: Sequence[Any],
         teacher: Sequence[Any],
         kept: Sequence[KeptRollout],
-        global_tokens: int,
+        global_weight: float,
         policy_version: int,
     ) -> LearnerReport:
         """One optimiser step on this rank's share of the batch.
 
-        `chunks` and `teacher` are records or references to them; `global_tokens` counts the kept tokens of all
-        ranks. Without any kept token nothing is updated.
+        `chunks` and `teacher` are records or references to them; `global_weight` is the sum of the kept tokens'
+        weights over all ranks, their number where the rule does not weigh. If it is 0 nothing is updated.
         """
         started = time.monotonic()
         lr = self._set_lr()
@@ -151,9 +151,9 @@ class Learner:
         chunks = self._chunks_of_passes(batches)
         totals = np.zeros(len(SUMS) + 1)
         worst = grad_norm = 0.0
-        if global_tokens:
+        if global_weight > 0:
             for i, n in enumerate(chunks):
-                sums = self._backward(batches[i] if i < len(batches) else None, n, global_tokens)
+                sums = self._backward(batches[i] if i < len(batches) else None, n, global_weight)
                 if sums is not None:
                     totals += [float(sums.loss), *sums.sums.tolist()]
                     worst = max(worst, float(sums.logprob_diff_max))
@@ -168,7 +168,7 @@ class Learner:
         count = max(named["tokens"], 1.0)
         return LearnerReport(
             policy_version=policy_version,
-            loss=loss / count,
+            loss=loss / max(named["weight"], 1e-9),
             grad_norm=grad_norm,
             lr=lr,
             tokens=int(named["tokens"]),
@@ -193,7 +193,7 @@ class Learner:
         own = [-(-len(b.positions) // size) for b in batches]
         return [int(n) for n in self._reduce(own + [1] * (passes - len(own)), maximum)]
 
-    def _backward(self, batch: MicroBatch | None, chunks: int, global_tokens: int) -> LossSums | None:
+    def _backward(self, batch: MicroBatch | None, chunks: int, global_weight: float) -> LossSums | None:
         device = self._engine.device
         inputs = _dummy_batch(self._config.rollout.top_k_logprobs) if batch is None else batch
         loss, sums, worst = self._engine(
@@ -204,7 +204,7 @@ class Learner:
             chunks,
         )
         # DeepSpeed averages over ranks; the mean is over the tokens of all ranks together.
-        weight = 0.0 if batch is None else self._world_size / global_tokens
+        weight = 0.0 if batch is None else self._world_size / global_weight
         self._engine.backward(loss * weight)
         return None if batch is None else LossSums(loss.detach(), sums, worst)
 
@@ -330,6 +330,7 @@ def _targets(batch: MicroBatch, top_k: int, device: torch.device) -> TeacherTarg
         stop=join("teacher_stop", np.float32),
         token_ids=join("token_ids", np.int64),
         sampled_logprobs=join("sampled_logprobs", np.float32),
+        weights=join("weights", np.float32),
     )
 
 
@@ -341,5 +342,5 @@ def _dummy_batch(top_k: int) -> MicroBatch:
     uniform = np.full((1, top_k), -math.log(2 * top_k), dtype=np.float32)
     half = np.full(1, -math.log(2), dtype=np.float32)
     zero = np.zeros(1, dtype=np.int32)
-    row = TrainRow(-1, zero, zero, np.arange(top_k)[None], uniform, half, half, half)
+    row = TrainRow(-1, zero, zero, np.arange(top_k)[None], uniform, half, half, half, half * 0 + 1)
     return micro_batches([row], budget=1)[0]

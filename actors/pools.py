@@ -17,6 +17,7 @@ from actors.teacher_scorer import TeacherScorer
 from actors.trap_monitor import TrapMonitor
 from kat_ray.config import Config, ModelConfig
 from kat_ray.errors import UserError
+from kat_ray.termination import RunFacts
 
 log = logging.getLogger("kat_ray.pools")
 
@@ -45,7 +46,9 @@ class Pools:
         self._paths = paths
         self._placement = placement
         self._timeout = config.cluster.start_timeout
-        self.monitor = self._make("monitor", 0, TrapMonitor, config.termination, config.run.seed)
+        self.monitor = self._make(
+            "monitor", 0, TrapMonitor, config.termination, RunFacts(config.run.seed, config.rollout.max_tokens)
+        )
         self.learners = [self._learner(i) for i in range(config.learner.world_size)]
         self.scorers = [
             self._make(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from actors.cluster import Placement, ray_session, roles_of
 from actors.evaluator import Evaluator
@@ -23,8 +24,8 @@ from kat_ray.progress import Progress, StepLine
 from kat_ray.records import RunDirectory
 from kat_ray.step_metrics import rollout_metrics, score_metrics
 from kat_ray.summary import Totals, run_summary
-from kat_ray.termination import make_rule
-from kat_ray.traces import TraceRow
+from kat_ray.termination import RunFacts, make_rule
+from kat_ray.traces import TokenFeatures, TraceRow
 from kat_ray.verify import EvalResult, check_golds
 
 log = logging.getLogger("kat_ray.run")
@@ -43,7 +44,8 @@ class Prepared:
 def prepare(config: Config) -> Prepared:
     """Check models and data; `UserError` names what is wrong."""
     facts = check_models(config)
-    make_rule(config.termination, config.run.seed)  # a rule that cannot be made says so now, not in the monitor
+    # A rule that cannot be made says so now, not in the monitor.
+    make_rule(config.termination, RunFacts(config.run.seed, config.rollout.max_tokens))
 
     def prompts(data: DataConfig, max_tokens: int, graded: bool) -> PromptSet:
         return load_prompts(data, facts.tokenizer, facts.max_prompt_tokens(max_tokens), graded=graded)
@@ -221,6 +223,7 @@ class _Job:
             "policy_version": float(version),
             "time/step": ended - started,
             "time/sample": sampled_at - started,
+            "time/monitor": sampled.monitor_seconds,
             "time/score_wait": max(r.wait_seconds for r in sampled.reports),
             "time/learn": learnt_at - sampled_at,
             "time/publish": ended - learnt_at,
@@ -233,7 +236,7 @@ class _Job:
                 kl=metrics.get("kl/mean"),
                 generated_tokens=int(generated),
                 trapped_share=metrics["rollout/trapped_share"],
-                threshold=sampled.threshold,
+                threshold=sampled.begun.threshold,
                 tokens_per_second=metrics["throughput/tokens_per_second"],
             )
         )
@@ -241,6 +244,7 @@ class _Job:
     def _record(self, step: int, sampled: SampledStep, version: int) -> dict[str, float]:
         kept = {b.rollout_id: b.kept for _, _, b in sampled.joined}
         traces = traces_of(sampled.scored)
+        features = self._features(sampled)
         prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
         untouched = seen_to_the_end(sampled.joined, cuts=self._config.termination.rule != "none")
         correct = self._grader.grade(
@@ -262,6 +266,8 @@ class _Job:
                 minimum=outcome.minimum,
                 would_cut=outcome.would_cut,
                 correct=correct.get(outcome.rollout_id),
+                weights=outcome.weights,
+                features=features(outcome.rollout_id),
             )
             for outcome, rollout, _ in sampled.joined
         ]
@@ -274,10 +280,19 @@ class _Job:
             prompt_tokens=sum(len(s.prompt_ids) for s in sampled.specs),
         )
         return (
-            rollout_metrics(sampled.joined, sampled.threshold)
+            rollout_metrics(sampled.joined, sampled.begun)
             | score_metrics(sampled.scored, kept)
             | probe_metrics([o for o, _, _ in sampled.joined], traces, correct)
         )
+
+    def _features(self, sampled: SampledStep) -> Callable[[int], TokenFeatures | None]:
+        """What is recorded of a rollout's tokens beside their KL."""
+        if not self._config.run.trace_features:
+            return lambda rollout_id: None
+        columns: dict[str, Mapping[int, Any]] = {
+            f.name: traces_of(sampled.scored, f.name) for f in fields(TokenFeatures)
+        }
+        return lambda rollout_id: TokenFeatures(**{name: column[rollout_id] for name, column in columns.items()})
 
     def _save(self, step: int) -> Path:
         self._progress.phase(f"saving the checkpoint of step {step}")

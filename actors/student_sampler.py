@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,8 @@ class _Generation:
             stop_ids=sampler._stop_ids,
         )
         for i, spec in enumerate(specs):
-            self._engine.add(str(spec.rollout_id), spec.prompt_ids, spec.seed, settings)
+            own = replace(settings, max_tokens=spec.max_tokens)
+            self._engine.add(str(spec.rollout_id), spec.prompt_ids, spec.seed, own)
             self._active[str(spec.rollout_id)] = PendingRollout(
                 spec.rollout_id, spec.prompt_ids, scorer=i % len(sampler._scorers)
             )

@@ -25,12 +25,13 @@ class TeacherColumns:
     overlap: Tensor  # [N] share of the student's top-16 ids among the teacher's
     teacher_max: Tensor  # [N] largest probability
     teacher_entropy: Tensor  # [N] nats, whole vocabulary
+    top: Tensor  # [N] int32, the most likely id; -1 where an engine does not tell
 
     @classmethod
     def join(cls, parts: Sequence[TeacherColumns], top_k: int) -> TeacherColumns:
         """Parts one after the other; without parts, no rows."""
         none = torch.zeros(0)
-        empty = cls(torch.zeros(0, top_k), none, none, none, none, none)
+        empty = cls(torch.zeros(0, top_k), none, none, none, none, none, none.int())
         return cls(*(torch.cat([getattr(p, f.name) for p in (empty, *parts)]) for f in fields(cls)))
 
 
@@ -65,4 +66,5 @@ def columns_of(logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int]) -> Teache
         overlap=(ids[:, :top, None] == best_ids[:, None, :]).any(dim=-1).float().mean(dim=-1),
         teacher_max=best[:, 0].exp(),
         teacher_entropy=entropy(logprobs),
+        top=best_ids[:, 0].int(),
     )

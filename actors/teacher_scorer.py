@@ -92,6 +92,7 @@ class TeacherScorer:
             teacher_entropy=teacher.teacher_entropy.numpy(),
             student_entropy=entropy(student).numpy(),
             student_tail=student_tail.exp().numpy(),
+            teacher_top=teacher.top.numpy(),
             seconds=time.monotonic() - started,
         )
 

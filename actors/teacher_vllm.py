@@ -120,4 +120,5 @@ def _columns(scores: torch.Tensor, top_k: int) -> TeacherColumns:
     unknown = torch.full((len(scores),), torch.nan)
     floor = torch.full((len(scores), 1), LOG_FLOOR)
     stop = torch.logsumexp(stops, dim=-1).clamp_min(LOG_FLOOR) if stops.shape[1] else floor[:, 0]
-    return TeacherColumns(topk, tail_from_topk(topk), stop, unknown, unknown, unknown)
+    top = torch.full((len(scores),), -1, dtype=torch.int32)
+    return TeacherColumns(topk, tail_from_topk(topk), stop, unknown, unknown, unknown, top)

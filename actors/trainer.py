@@ -6,9 +6,8 @@ Staleness is 0: every rollout of a step is sampled from the weights that the ste
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,15 @@ from kat_ray.config import Config
 from kat_ray.data import PromptOrder, rollout_specs
 from kat_ray.types import (
     ChunkRefs,
+    FloatArray,
     KeptRollout,
     RolloutOutcome,
     RolloutSpec,
     SampledRollout,
     SamplerReport,
     ScoredChunk,
+    StepEnd,
+    StepStart,
 )
 
 log = logging.getLogger("kat_ray.trainer")
@@ -37,12 +39,12 @@ class SampledStep:
     """One step's rollouts, ended and booked."""
 
     specs: Sequence[RolloutSpec]
-    threshold: float | None
+    begun: StepStart
     joined: list[tuple[RolloutOutcome, SampledRollout, RolloutBooks]]
     chunks: list[ChunkRefs]
     scored: list[ScoredChunk]
     reports: list[SamplerReport]
-    seconds: float
+    monitor_seconds: float  # that the monitor was busy
 
 
 class Trainer:
@@ -56,30 +58,34 @@ class Trainer:
 
     def sample(self, step: int) -> SampledStep:
         """Generate, score and monitor the rollouts of one step, each to its end."""
-        started = time.monotonic()
         specs = rollout_specs(self._order, self._config, step)
         monitor, samplers = self._pools.monitor, self._pools.samplers
         ids, probes = [s.rollout_id for s in specs], [s.probe for s in specs]
-        (threshold,) = wait([monitor.start_step.remote(step, ids, probes)], None, "the trap monitor")
+        begun: StepStart
+        (begun,) = wait([monitor.start_step.remote(step, ids, probes)], None, "the trap monitor")
+        specs = [s if s.probe else replace(s, max_tokens=_within(begun.budget, s.max_tokens)) for s in specs]
         n = len(samplers)
         reports: list[SamplerReport] = wait(
             [s.generate.remote(specs[i::n]) for i, s in enumerate(samplers)], None, "rollouts"
         )
         stale = [r.sampler for r in reports if r.policy_version != self.policy_version]
         assert not stale, f"{stale} sampled from other weights than version {self.policy_version}"
-        (outcomes,) = wait([monitor.end_step.remote()], None, "the trap monitor")
+        closed: StepEnd
+        (closed,) = wait([monitor.end_step.remote()], None, "the trap monitor")
         chunks = [c for report in reports for c in report.chunks]
         scored: list[ScoredChunk] = ray.get([c.scored for c in chunks])
-        joined = join_outcomes((r for report in reports for r in report.rollouts), outcomes)
-        return SampledStep(specs, threshold, joined, chunks, scored, reports, time.monotonic() - started)
+        joined = join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes)
+        return SampledStep(specs, begun, joined, chunks, scored, reports, closed.busy_seconds)
 
     def learn(self, sampled: SampledStep) -> list[Any]:
         """Start one optimiser step on the kept tokens; returns the ranks' pending reports."""
         prompt_lengths = {s.rollout_id: len(s.prompt_ids) for s in sampled.specs}
         kept = [
-            KeptRollout(b.rollout_id, prompt_lengths[b.rollout_id], b.kept) for _, _, b in sampled.joined if b.kept
+            KeptRollout(b.rollout_id, prompt_lengths[b.rollout_id], b.kept, _first(o.weights, b.kept))
+            for o, _, b in sampled.joined
+            if b.kept
         ]
-        tokens = sum(k.kept for k in kept)
+        weight = sum(k.weight for k in kept)
         learners = self._pools.learners
         pending = []
         for learner, share in zip(learners, assign_ranks(kept, len(learners)), strict=True):
@@ -90,7 +96,7 @@ class Trainer:
                     [c.chunk for c in needed],
                     [c.teacher for c in needed],
                     share,
-                    tokens,
+                    weight,
                     self.policy_version,
                 )
             )
@@ -116,3 +122,11 @@ class Trainer:
             None,
             f"the checkpoint {path}",
         )
+
+
+def _within(budget: int | None, max_tokens: int) -> int:
+    return max_tokens if budget is None else max(1, min(budget, max_tokens))
+
+
+def _first(weights: FloatArray | None, count: int) -> FloatArray | None:
+    return None if weights is None else weights[:count]

@@ -63,12 +63,13 @@ def join_outcomes(
     return joined
 
 
-def traces_of(scored: Sequence[ScoredChunk]) -> Mapping[int, FloatArray]:
-    """Reverse KL of every scored token by rollout, nats, float32, in the order of tokens."""
+def traces_of(scored: Sequence[ScoredChunk], field: str = "d") -> Mapping[int, FloatArray]:
+    """A column of every scored token by rollout, in the order of tokens; `d` is the reverse KL, nats, float32."""
     pieces: dict[int, list[tuple[int, FloatArray]]] = {}
     for chunk in scored:
+        column = getattr(chunk, field)
         for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
-            rows = chunk.d[chunk.offsets[i] : chunk.offsets[i + 1]]
+            rows = column[chunk.offsets[i] : chunk.offsets[i + 1]]
             pieces.setdefault(rollout_id, []).append((int(chunk.start[i]), rows))
     return {rollout_id: _joined(rollout_id, parts) for rollout_id, parts in pieces.items()}
 

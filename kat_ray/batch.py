@@ -22,6 +22,7 @@ class TrainRow:
     teacher_tail: FloatArray  # [T]
     teacher_stop: FloatArray  # [T]
     sampled_logprobs: FloatArray  # [T]
+    weights: FloatArray  # [T] in the loss
 
     @property
     def inputs(self) -> int:
@@ -106,6 +107,7 @@ def _join(
         teacher_tail=np.concatenate([teacher[c].tail_logprobs[s] for c, s in spans]),
         teacher_stop=np.concatenate([teacher[c].stop_logprobs[s] for c, s in spans]),
         sampled_logprobs=np.concatenate([chunks[c].sampled_logprobs[s] for c, s in spans]),
+        weights=np.ones(kept.kept, dtype=np.float32) if kept.weights is None else kept.weights,
     )
 
 

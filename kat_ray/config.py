@@ -38,6 +38,9 @@ class RunConfig(Section):
     """Replace an existing run directory of this name; otherwise a number is appended to the name."""
     tensorboard: bool = True
     """Also write metrics as TensorBoard events."""
+    trace_features: bool = True
+    """Record, beside the KL of every scored token, the teacher's top token and the health features: about
+    14 bytes a token before compression. The report's pictures of phases need them."""
     checkpoint_every: int = Field(0, ge=0)
     """Steps between checkpoints in Hugging Face format; 0 writes only the last one."""
 

@@ -295,6 +295,7 @@ def rollout_specs(order: PromptOrder, config: Config, step: int) -> list[Rollout
             seed=_draw(seed, _SAMPLING, rollout_id) >> 1,  # 31 bits: a seed that every engine takes
             probe=_draw(seed, _PROBE, rollout_id) < share * 2**32,
             step=step,
+            max_tokens=rollout.max_tokens,
         )
         for rollout_id, prompt in enumerate((p for p in prompts for _ in range(rollout.rollouts_per_prompt)), first)
     ]

@@ -24,7 +24,7 @@ from kat_ray.divergence import (
 )
 
 # Names of the sums that `distillation_loss` returns beside the loss, one column each.
-SUMS = ("tokens", "dropped", "logprob_diff", "entropy", "tail_mass", "stop_mass")
+SUMS = ("tokens", "weight", "dropped", "logprob_diff", "entropy", "tail_mass", "stop_mass")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class TeacherTargets:
     stop: Tensor  # [T] float32
     token_ids: Tensor  # [T] int64, the sampled tokens
     sampled_logprobs: Tensor  # [T] float32, at generation time
+    weights: Tensor  # [T] float32, what each token's KL counts; 0 leaves it out
 
     def rows(self, start: int, end: int) -> tuple[Tensor, ...]:
         """Rows start..end of every field."""
@@ -49,13 +50,14 @@ class TeacherTargets:
                 self.stop,
                 self.token_ids,
                 self.sampled_logprobs,
+                self.weights,
             )
         )
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """`loss` is the sum of the KL over the tokens that count, with gradient; the rest is for metrics."""
+    """`loss` is the weighted sum of the KL over the tokens that count, with gradient; the rest is for metrics."""
 
     loss: Tensor  # scalar, nats
     sums: Tensor  # [len(SUMS)] float64, detached
@@ -71,7 +73,7 @@ def distillation_loss(
     chunk_tokens: int,
     min_chunks: int = 0,
 ) -> LossSums:
-    """Sum over T tokens of KL(student || teacher) in nats.
+    """Weighted sum over T tokens of KL(student || teacher) in nats.
 
     `hidden_TH` holds the student's last hidden states, [T, H], each of the position *before* its token. Logits
     and log-softmax exist for `chunk_tokens` tokens at a time, in the forward pass and, by recomputation, in
@@ -107,7 +109,7 @@ def _chunk_loss(
     stop_ids: Sequence[int],
     eos: EosMode,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    ids, teacher_topk, teacher_tail, teacher_stop, token_ids, sampled = rows
+    ids, teacher_topk, teacher_tail, teacher_stop, token_ids, sampled, weights = rows
     logprobs = torch.log_softmax(lm_head(hidden_CH).float(), dim=-1)
     stops = is_stop(ids, stop_ids)
     tail = tail_from_logprobs(logprobs, ids)
@@ -117,10 +119,13 @@ def _chunk_loss(
     # A teacher's NaN must not meet the student's graph: 0 * NaN is NaN in the backward pass.
     usable = torch.isfinite(reverse_kl(student.detach(), teacher))
     kl = reverse_kl(student, torch.where(usable[:, None], teacher, student.detach()))
-    loss = torch.where(usable, kl, torch.zeros_like(kl)).sum()
+    counts = weights > 0
+    dropped, usable = ~usable & counts, usable & counts
+    loss = torch.where(usable, weights * kl, torch.zeros_like(kl)).sum()
     with torch.no_grad():
         diff = (logprobs.gather(-1, token_ids[:, None])[:, 0] - sampled).abs()
         diff = torch.where(torch.isfinite(diff), diff, torch.zeros_like(diff))
-        columns = (usable, ~usable, diff, entropy(student), tail.exp(), stop.exp())
-        sums = torch.stack([torch.where(usable | (c.dtype == torch.bool), c, 0).double().sum() for c in columns])
+        columns = (usable, weights, diff, entropy(student), tail.exp(), stop.exp())
+        tokens, *means = (torch.where(usable, c, 0).double().sum() for c in columns)
+        sums = torch.stack([tokens, means[0], dropped.double().sum(), *means[1:]])
     return loss, sums, torch.cat([diff, diff.new_zeros(1)]).max()

@@ -36,6 +36,7 @@ METRICS = {
         Metric("rollout/eos_share", "share", "rollouts that ended by a stop id"),
         Metric("rollout/max_tokens_share", "share", "rollouts that reached rollout.max_tokens"),
         Metric("rollout/trapped_share", "share", "rollouts ended by the rule"),
+        Metric("rollout/budget", "tokens", "longest rollout that the rule allows in the step, where it sets one"),
         Metric("rollout/failed", "rollouts", "rollouts that the engine gave up"),
         Metric("rollout/probes", "rollouts", "rollouts of the step that are never cut"),
         Metric("probe/would_cut_share", "share", "probes that the rule would have cut"),
@@ -53,7 +54,9 @@ METRICS = {
         Metric("health/student_entropy", "nats", "entropy of the student's events, mean; kept tokens"),
         Metric("health/tail_mass", "probability", "the student's mass outside its top k, mean; kept tokens"),
         Metric(
-            "learner/loss", "nats", "mean reverse KL of the trained tokens under the learner's own forward pass"
+            "learner/loss",
+            "nats",
+            "(weighted) mean reverse KL of the trained tokens in the learner's own forward pass",
         ),
         Metric("learner/grad_norm", "norm", "before clipping; null with zero_stage 0 in float32"),
         Metric("learner/lr", "rate", "learning rate of the step"),
@@ -70,6 +73,7 @@ METRICS = {
         Metric("learner/seconds", "s", "time of the optimiser step on rank 0"),
         Metric("time/step", "s", "whole step"),
         Metric("time/sample", "s", "generating, scoring and monitoring"),
+        Metric("time/monitor", "s", "that the trap monitor was busy with the step's scores"),
         Metric("time/score_wait", "s", "longest time a sampler waited for decisions"),
         Metric("time/learn", "s", "optimiser step; the books are kept meanwhile"),
         Metric("time/publish", "s", "weights to all samplers"),

@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from kat_ray.errors import UserError
 from kat_ray.termination.calibration import MinimaBuffer
 from kat_ray.termination.settings import KatSettings
-from kat_ray.traces import SCHEMA
+from kat_ray.traces import read_rows
 from kat_ray.types import FloatArray, IntArray
 
 _BLOCK_VALUES = 1 << 20  # padded values that are worked on at once
@@ -66,28 +65,23 @@ class Replayed:
 
 
 def load_traces(run_dir: Path) -> tuple[Traces, tuple[str, ...]]:
-    """All traces of a run, and a note for every file that is damaged: it and what follows it is left out."""
+    """All traces of a run, and a note for every damaged file: it is read up to the damage."""
     files = sorted((run_dir / "traces").glob("*.parquet"))
     if not files:
         raise UserError(f"{run_dir}: no traces in it (traces/*.parquet); name a run directory, such as runs/latest")
     tables, notes = [], []
     for file in files:
         try:
-            tables.append(_read(file))
+            table, note = read_rows(file)
+            tables.append(table)
         except (pa.ArrowException, OSError) as error:
-            notes.append(f"{file} is damaged and was left out: {str(error).splitlines()[0]}")
+            note = f"{file} is damaged and was left out: {str(error).splitlines()[0]}"
+        if note:
+            notes.append(note)
     if not tables:
         raise UserError(f"{run_dir}: none of its {len(files)} trace files can be read; {notes[0]}")
     table = pa.concat_tables(tables).sort_by([("step", "ascending"), ("rollout_id", "ascending")])
     return _from_table(table), tuple(notes)
-
-
-def _read(file: Path) -> pa.Table:
-    table = pq.read_table(file)
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
-    for name in missing:  # a column that this version added
-        table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
-    return table.select(SCHEMA.names).cast(SCHEMA)
 
 
 def _from_table(table: pa.Table) -> Traces:

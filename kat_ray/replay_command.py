@@ -18,7 +18,7 @@ from kat_ray.replay import Traces, Tradeoff, apply_rule, load_traces, recommend,
 from kat_ray.termination.settings import KatSettings
 
 # What is swept where the user names nothing, around the settings of the run.
-_FACTORS = {"window": (0.5, 1, 2), "consecutive": (0.5, 1, 2), "exempt": (0, 1, 2)}
+_FACTORS = {"window": (0.5, 1, 2), "consecutive": (0.5, 1, 2), "exempt": (0, 1, 2), "stride": (1, 4)}
 _ETAS = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 

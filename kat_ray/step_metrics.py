@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kat_ray.accounting import RolloutBooks, kept_rows
-from kat_ray.types import RolloutOutcome, SampledRollout, ScoredChunk, StopReason
+from kat_ray.types import RolloutOutcome, SampledRollout, ScoredChunk, StepStart, StopReason
 
 Joined = Sequence[tuple[RolloutOutcome, SampledRollout, RolloutBooks]]
 _FEATURES = {
@@ -20,7 +20,7 @@ _FEATURES = {
 }
 
 
-def rollout_metrics(joined: Joined, threshold: float | None) -> dict[str, float]:
+def rollout_metrics(joined: Joined, begun: StepStart) -> dict[str, float]:
     """Counts and shares of a step's rollouts; keys as in kat_ray.metrics. Shares of no rollouts are left out."""
     outcomes = [o for o, _, _ in joined]
     books = [b for _, _, b in joined]
@@ -40,8 +40,10 @@ def rollout_metrics(joined: Joined, threshold: float | None) -> dict[str, float]
         "rollout/failed": ends[StopReason.FAILED],
         "rollout/probes": len(probes),
     }
-    if threshold is not None:
-        figures["kat/threshold"] = threshold
+    if begun.threshold is not None:
+        figures["kat/threshold"] = begun.threshold
+    if begun.budget is not None:
+        figures["rollout/budget"] = begun.budget
     if minima:
         figures["kat/window_min_mean"] = sum(minima) / len(minima)
     return {k: float(v) for k, v in figures.items()}

@@ -60,7 +60,7 @@ class RolloutSpec:
     """One rollout to be generated: an order to a sampler.
 
     `rollout_id` is unique in a run. `seed` makes the draw independent of which sampler serves it.
-    A `probe` is never cut; its d's feed the calibration uncensored.
+    A `probe` is never cut; its d's feed the calibration uncensored. `max_tokens` is what the rule's budget leaves.
     """
 
     rollout_id: int
@@ -69,6 +69,7 @@ class RolloutSpec:
     seed: int
     probe: bool
     step: int
+    max_tokens: int
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class ScoredChunk:
     teacher_entropy: FloatArray  # nats, full vocabulary
     student_entropy: FloatArray  # nats, of the (k + 1)-event student distribution
     student_tail: FloatArray  # probability mass outside the student's top k
+    teacher_top: IntArray  # [N] int32, the teacher's most likely id; -1 where the engine does not tell
     seconds: float  # time the scorer worked on this chunk
 
 
@@ -158,7 +160,7 @@ class RolloutOutcome:
 
     `cut` is None when nothing is cut. `would_cut` is what the rule says of a probe. `scored` counts
     the d's that reached the monitor before the rollout ended. `minimum` is m(y) in nats, None when
-    no window was full.
+    no window was full. `weights` [seen by the rule] are the tokens' weights in the loss, None where all are 1.
     """
 
     rollout_id: int
@@ -170,15 +172,41 @@ class RolloutOutcome:
     minimum: float | None
     probe: bool
     would_cut: int | None
+    weights: FloatArray | None = None
+
+
+@dataclass(frozen=True)
+class StepStart:
+    """What the rule sets for a step's rollouts: threshold in nats, longest rollout in tokens; None: not set."""
+
+    threshold: float | None
+    budget: int | None
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """The monitor's account of a step: every rollout's outcome, and the seconds that it was busy."""
+
+    outcomes: tuple[RolloutOutcome, ...]
+    busy_seconds: float
 
 
 @dataclass(frozen=True)
 class KeptRollout:
-    """One row of a learner's work list: the first `kept` generated tokens are trained on."""
+    """One row of a learner's work list: the first `kept` generated tokens are trained on.
+
+    `weights` [kept] float32 scales each token's KL; None weighs all alike. A weight of 0 is not in the loss at all.
+    """
 
     rollout_id: int
     prompt_length: int
     kept: int
+    weights: FloatArray | None = None
+
+    @property
+    def weight(self) -> float:
+        """What this rollout adds to the denominator of the token mean."""
+        return float(self.kept) if self.weights is None else float(self.weights.sum(dtype=np.float64))
 
 
 @dataclass(frozen=True)

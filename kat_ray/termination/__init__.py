@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 # In this order: a rule from outside is loaded by the registry and may import the names of the first line.
-from kat_ray.termination.base import Cut, Finished, RolloutStart, RolloutTracker, RuleType, TerminationRule
+from kat_ray.termination.base import (
+    Cut,
+    Finished,
+    NewTokens,
+    RolloutStart,
+    RolloutTracker,
+    RuleType,
+    RunFacts,
+    TerminationRule,
+)
 from kat_ray.termination.registry import RULES, TerminationConfig, make_rule
 
 __all__ = [
     "RULES",
     "Cut",
     "Finished",
+    "NewTokens",
     "RolloutStart",
     "RolloutTracker",
     "RuleType",
+    "RunFacts",
     "TerminationConfig",
     "TerminationRule",
     "make_rule",

@@ -1,8 +1,9 @@
 """The interface of a termination rule.
 
-A rule has two halves. A `RolloutTracker` belongs to one rollout and sees its reverse KL values in order;
-it decides where the rollout is cut. A `TerminationRule` belongs to the run and holds what rollouts share
-(the calibration). Neither knows of actors, chunks or clocks: the same d's give the same outcome however
+A rule has two halves. A `RolloutTracker` belongs to one rollout and sees its tokens with their reverse KL and
+other features in order; it decides where the rollout is cut, and may weigh its tokens in the loss. A
+`TerminationRule` belongs to the run and holds what rollouts share (the calibration); it may bound the length of a
+step's rollouts. Neither knows of actors, chunks or clocks: the same values give the same outcome in whatever pieces
 they arrive.
 """
 
@@ -10,9 +11,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from kat_ray.termination.settings import RuleSettings
+from kat_ray.types import FloatArray, IntArray
+
+_NONE = np.zeros(0, dtype=np.float32)
+
+
+class NewTokens(NamedTuple):
+    """The next tokens of one rollout, in order. Arrays of n values; a feature that is not known may be empty."""
+
+    d: FloatArray  # reverse KL in nats; NaN where the teacher gave no finite value
+    token_ids: IntArray = np.zeros(0, dtype=np.int32)
+    overlap: FloatArray = _NONE  # share of the student's top-16 ids among the teacher's top-16
+    teacher_max: FloatArray = _NONE  # the teacher's largest probability
+    teacher_entropy: FloatArray = _NONE  # nats
+    student_entropy: FloatArray = _NONE  # nats
+    student_tail: FloatArray = _NONE  # probability mass outside the student's top k
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a rule may know of the run it is made for."""
+
+    seed: int
+    max_tokens: int  # rollout.max_tokens: the longest a rollout can get
 
 
 @dataclass(frozen=True)
@@ -54,17 +80,23 @@ class RolloutTracker(Protocol):
     def seen(self) -> int:
         """Number of d's observed: up to the decision, or all of a probe's."""
 
-    def observe(self, d: Sequence[float], token_ids: Sequence[int]) -> Cut | None:
-        """Take the next tokens in order, d in nats beside their ids; return the decision once it is made."""
+    @property
+    def weights(self) -> Sequence[float] | None:
+        """Weight in the loss of every token seen, 0 to 1; None weighs all alike. Read at the rollout's end."""
+
+    def observe(self, tokens: NewTokens) -> Cut | None:
+        """Take the next tokens in order; return the decision once it is made."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A rollout's contribution to the calibration."""
+    """What a rule learns from a rollout that ended."""
 
-    minimum: float | None
+    minimum: float | None  # m(y), nats
     cut: bool
     probe: bool
+    length: int = 0  # tokens scored
+    full: bool = False  # it ran into its token limit
 
 
 class TerminationRule(Protocol):
@@ -78,8 +110,12 @@ class TerminationRule(Protocol):
     def samples(self) -> int:
         """Rollouts in the calibration."""
 
+    @property
+    def budget(self) -> int | None:
+        """Most tokens of a rollout that starts now, probes excepted; None leaves it at rollout.max_tokens."""
+
     def start_step(self, step: int) -> None:
-        """Fix the threshold for the rollouts of optimiser step `step` (0-based)."""
+        """Fix threshold and budget for the rollouts of optimiser step `step` (0-based)."""
 
     def begin(self, start: RolloutStart) -> RolloutTracker:
         """Start a rollout under the present threshold."""
@@ -92,11 +128,11 @@ class TerminationRule(Protocol):
 class RuleType:
     """A kind of rule: its settings, with a field `rule: Literal["name"]`, and what makes it from them.
 
-    `make(settings, seed)` is called once a run, in the monitor.
+    `make(settings, facts)` is called once a run, in the monitor (and once before, to see that it works).
     """
 
     settings: type[RuleSettings]
-    make: Callable[[Any, int], TerminationRule]
+    make: Callable[[Any, RunFacts], TerminationRule]
 
     @property
     def name(self) -> str:

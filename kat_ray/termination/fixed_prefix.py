@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from kat_ray.termination.base import RunFacts
 from kat_ray.termination.settings import CuttingSettings
 from kat_ray.termination.uncalibrated import LengthRule
 
@@ -23,6 +24,6 @@ class FixedPrefixSettings(CuttingSettings):
     """Tokens that are kept."""
 
 
-def make(settings: FixedPrefixSettings, seed: int) -> LengthRule:
+def make(settings: FixedPrefixSettings, facts: RunFacts) -> LengthRule:
     """The rule that the settings describe."""
     return LengthRule(lambda start, step: settings.n)

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kat_ray.termination.base import Cut, Finished, RolloutStart
+from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart, RolloutTracker, RunFacts
 from kat_ray.termination.calibration import MinimaBuffer
-from kat_ray.termination.settings import KatSettings
+from kat_ray.termination.settings import KatParameters
 from kat_ray.termination.window import WindowMean
 
 
@@ -30,9 +30,11 @@ class KatTracker:
     stays uncensored.
     """
 
-    __slots__ = ("_probe", "_settings", "_streak", "_window", "cut", "minimum", "threshold")
+    __slots__ = ("_probe", "_settings", "_streak", "_window", "cut", "minimum", "recovered", "threshold")
 
-    def __init__(self, settings: KatSettings, threshold: float | None, probe: bool) -> None:
+    weights: Sequence[float] | None = None
+
+    def __init__(self, settings: KatParameters, threshold: float | None, probe: bool) -> None:
         self._settings = settings
         self._probe = probe
         self._window = WindowMean(settings.window)
@@ -40,15 +42,17 @@ class KatTracker:
         self.threshold = threshold
         self.cut: Cut | None = None
         self.minimum: float | None = None
+        # Of a probe: the token that ended the low stretch after the cut; None while it lasts.
+        self.recovered: int | None = None
 
     @property
     def seen(self) -> int:
         """Number of d's observed: up to the decision, or all of a probe's."""
         return self._window.count
 
-    def observe(self, d: Sequence[float], token_ids: Sequence[int] = ()) -> Cut | None:
+    def observe(self, tokens: NewTokens) -> Cut | None:
         """Take the next d's in order; unless the rollout is a probe, values after a decision are ignored."""
-        for value in d:
+        for value in tokens.d.tolist():
             if self.cut is not None and not self._probe:
                 break
             z = self._window.push(value)
@@ -61,7 +65,11 @@ class KatTracker:
         if z == z and (self.minimum is None or z < self.minimum):  # z != z: the window holds a NaN
             self.minimum = z
         first = self._window.count - rule.window
-        if self.threshold is None or self.cut is not None or first < rule.exempt or first % rule.stride:
+        if self.threshold is None or first < rule.exempt or first % rule.stride:
+            return
+        if self.cut is not None:
+            if self.recovered is None and not z < self.threshold:
+                self.recovered = self._window.count - 1
             return
         self._streak = self._streak + 1 if z < self.threshold else 0
         if self._streak == rule.consecutive:
@@ -72,7 +80,9 @@ class KatTracker:
 class KatRule:
     """The calibration that all rollouts share."""
 
-    def __init__(self, settings: KatSettings) -> None:
+    budget: int | None = None
+
+    def __init__(self, settings: KatParameters) -> None:
         self._settings = settings
         self._buffer = MinimaBuffer(settings.buffer)
         self.threshold: float | None = None
@@ -88,7 +98,7 @@ class KatRule:
         active = step >= rule.min_steps and len(self._buffer) >= rule.min_samples
         self.threshold = self._buffer.threshold(rule.eta) if active else None
 
-    def begin(self, start: RolloutStart) -> KatTracker:
+    def begin(self, start: RolloutStart) -> RolloutTracker:
         """Start a rollout under the present threshold."""
         return KatTracker(self._settings, self.threshold, start.probe)
 
@@ -108,3 +118,8 @@ class KatRule:
                 return not rollout.cut
             case "all":
                 return True
+
+
+def make(settings: KatParameters, facts: RunFacts) -> KatRule:
+    """The rule that the settings describe."""
+    return KatRule(settings)

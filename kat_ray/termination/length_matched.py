@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from kat_ray.errors import UserError
-from kat_ray.termination.base import RolloutStart
+from kat_ray.termination.base import RolloutStart, RunFacts
 from kat_ray.termination.settings import CuttingSettings
 from kat_ray.termination.uncalibrated import LengthRule
 
@@ -46,7 +46,7 @@ def recorded_cuts(run: str) -> list[list[int | None]]:
     return steps
 
 
-def make(settings: LengthMatchedSettings, seed: int) -> LengthRule:
+def make(settings: LengthMatchedSettings, facts: RunFacts) -> LengthRule:
     """The rule that the settings describe; steps after the record's end draw from its last one."""
     steps = recorded_cuts(settings.run)
 
@@ -54,6 +54,6 @@ def make(settings: LengthMatchedSettings, seed: int) -> LengthRule:
         cuts = steps[min(step, len(steps) - 1)]
         if not cuts:
             return None
-        return cuts[int(np.random.default_rng([seed, _MATCHED, start.rollout_id]).integers(len(cuts)))]
+        return cuts[int(np.random.default_rng([facts.seed, _MATCHED, start.rollout_id]).integers(len(cuts)))]
 
     return LengthRule(length)

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from kat_ray.termination.base import RolloutStart
+from kat_ray.termination.base import RolloutStart, RunFacts
 from kat_ray.termination.settings import CuttingSettings
 from kat_ray.termination.uncalibrated import LengthRule
 
@@ -23,14 +23,15 @@ class RandomSettings(CuttingSettings):
     """Rollouts are cut at lengths drawn uniformly, regardless of KL."""
 
     rule: Literal["random"] = "random"
-    longest: int = Field(1024, ge=1)
-    """Largest length drawn, tokens; usually rollout.max_tokens."""
+    longest: int | None = Field(None, ge=1)
+    """Largest length drawn, tokens; null takes rollout.max_tokens."""
 
 
-def make(settings: RandomSettings, seed: int) -> LengthRule:
+def make(settings: RandomSettings, facts: RunFacts) -> LengthRule:
     """The rule that the settings describe; the same seed cuts the same rollouts at the same lengths."""
+    longest = settings.longest or facts.max_tokens
 
     def length(start: RolloutStart, step: int) -> int:
-        return 1 + int(np.random.default_rng([seed, _RANDOM, start.rollout_id]).integers(settings.longest))
+        return 1 + int(np.random.default_rng([facts.seed, _RANDOM, start.rollout_id]).integers(longest))
 
     return LengthRule(length)

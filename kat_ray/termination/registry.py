@@ -13,9 +13,18 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 from pydantic import Field
 
-from kat_ray.termination import fixed_prefix, length_matched, none, random, repetition
-from kat_ray.termination.base import RuleType, TerminationRule
-from kat_ray.termination.kat import KatRule
+from kat_ray.termination import (
+    fixed_prefix,
+    kat,
+    kat_stages,
+    length_matched,
+    none,
+    progressive,
+    prune_opd,
+    random,
+    repetition,
+)
+from kat_ray.termination.base import RuleType, RunFacts, TerminationRule
 from kat_ray.termination.settings import KatSettings, NoneSettings, RuleSettings
 
 GROUP = "kat_ray.termination_rules"
@@ -24,11 +33,14 @@ GROUP = "kat_ray.termination_rules"
 def _found() -> dict[str, RuleType]:
     kinds = [
         RuleType(NoneSettings, none.make),
-        RuleType(KatSettings, lambda settings, seed: KatRule(settings)),
+        RuleType(KatSettings, kat.make),
+        RuleType(kat_stages.KatStagesSettings, kat_stages.make),
         RuleType(fixed_prefix.FixedPrefixSettings, fixed_prefix.make),
         RuleType(random.RandomSettings, random.make),
         RuleType(length_matched.LengthMatchedSettings, length_matched.make),
         RuleType(repetition.RepetitionSettings, repetition.make),
+        RuleType(prune_opd.PruneSettings, prune_opd.make),
+        RuleType(progressive.ProgressiveSettings, progressive.make),
     ]
     kinds += [point.load() for point in sorted(entry_points(group=GROUP), key=lambda p: p.name)]
     names = [kind.name for kind in kinds]
@@ -47,6 +59,6 @@ else:
     ]
 
 
-def make_rule(settings: RuleSettings, seed: int) -> TerminationRule:
+def make_rule(settings: RuleSettings, facts: RunFacts) -> TerminationRule:
     """The rule that the settings describe, with an empty calibration."""
-    return RULES[settings.rule].make(settings, seed)
+    return RULES[settings.rule].make(settings, facts)

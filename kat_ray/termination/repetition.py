@@ -15,8 +15,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kat_ray.termination.base import Cut, Finished, RolloutStart
+from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RunFacts
 from kat_ray.termination.settings import CuttingSettings
+from kat_ray.termination.uncalibrated import UncalibratedRule
 
 
 class RepetitionSettings(CuttingSettings):
@@ -44,6 +45,7 @@ class RepetitionTracker:
 
     threshold: float | None = None
     minimum: float | None = None
+    weights: Sequence[float] | None = None
 
     def __init__(self, settings: RepetitionSettings) -> None:
         self._settings = settings
@@ -52,9 +54,9 @@ class RepetitionTracker:
         self.cut: Cut | None = None
         self.seen = 0
 
-    def observe(self, d: Sequence[float], token_ids: Sequence[int]) -> Cut | None:
+    def observe(self, tokens: NewTokens) -> Cut | None:
         """Take the next tokens."""
-        for token in token_ids:
+        for token in tokens.token_ids.tolist():
             self.seen += 1
             if self.cut is None:
                 self._look(token)
@@ -70,26 +72,17 @@ class RepetitionTracker:
         self._last.append(token)
 
 
-class RepetitionRule:
+class RepetitionRule(UncalibratedRule):
     """Nothing is shared between rollouts."""
-
-    threshold: float | None = None
-    samples: int = 0
 
     def __init__(self, settings: RepetitionSettings) -> None:
         self._settings = settings
-
-    def start_step(self, step: int) -> None:
-        """Nothing to fix."""
 
     def begin(self, start: RolloutStart) -> RepetitionTracker:
         """Start a rollout."""
         return RepetitionTracker(self._settings)
 
-    def end_step(self, finished: Sequence[Finished]) -> None:
-        """Nothing to learn from."""
 
-
-def make(settings: RepetitionSettings, seed: int) -> RepetitionRule:
+def make(settings: RepetitionSettings, facts: RunFacts) -> RepetitionRule:
     """The rule that the settings describe."""
     return RepetitionRule(settings)

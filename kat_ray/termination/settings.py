@@ -6,7 +6,7 @@ reasons for them are in docs/termination.md. The other rules' parameters stand i
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -32,10 +32,9 @@ class CuttingSettings(RuleSettings):
     """Share of rollouts that are never cut: they show what a cut would have removed."""
 
 
-class KatSettings(CuttingSettings):
-    """KL Agreement Trap Termination (arXiv 2606.09471)."""
+class KatParameters(CuttingSettings):
+    """What the KAT rule and its variants are told."""
 
-    rule: Literal["kat"] = "kat"
     window: int = Field(64, ge=1)
     """W, tokens: z(e) is the mean reverse KL of the last W tokens."""
     stride: int = Field(1, ge=1)
@@ -58,7 +57,7 @@ class KatSettings(CuttingSettings):
     While the rule is inactive nothing is cut, and every rollout feeds the buffer."""
 
     @model_validator(mode="after")
-    def _can_become_active_and_stay_calibrated(self) -> KatSettings:
+    def _can_become_active_and_stay_calibrated(self) -> Self:
         if self.min_samples > self.buffer:
             raise ValueError(
                 f"min_samples = {self.min_samples}: must be <= buffer = {self.buffer}, or the rule never acts"
@@ -66,3 +65,9 @@ class KatSettings(CuttingSettings):
         if self.calibrate_on == "probes" and self.probe_share == 0:
             raise ValueError("probe_share = 0: must be > 0 with calibrate_on = probes, which feeds on probes only")
         return self
+
+
+class KatSettings(KatParameters):
+    """KL Agreement Trap Termination (arXiv 2606.09471)."""
+
+    rule: Literal["kat"] = "kat"

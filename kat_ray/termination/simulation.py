@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kat_ray.termination.base import Finished
+from kat_ray.termination.base import Finished, NewTokens
 from kat_ray.termination.kat import KatRule, KatTracker
 from kat_ray.termination.settings import KatSettings
 
@@ -49,9 +49,9 @@ def simulate(
         probes = rng.random(rollouts) < rule.probe_share
         trackers = [KatTracker(rule, real.threshold, bool(p)) for p in probes]
         whole = [KatTracker(rule, oracle.threshold, True) for _ in probes]
-        for row, tracker, other in zip(d.tolist(), trackers, whole, strict=True):
-            tracker.observe(row)
-            other.observe(row)
+        for row, tracker, other in zip(d, trackers, whole, strict=True):
+            tracker.observe(NewTokens(row))
+            other.observe(NewTokens(row))
         cut = np.array([t.cut is not None for t in trackers])
         columns[0, step] = np.nan if real.threshold is None else real.threshold
         columns[1, step] = cut[~probes].mean()

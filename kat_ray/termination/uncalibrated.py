@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kat_ray.termination.base import Cut, Finished, RolloutStart
+from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart
 
 
 class LengthTracker:
@@ -17,25 +17,37 @@ class LengthTracker:
 
     threshold: float | None = None
     minimum: float | None = None
+    weights: Sequence[float] | None = None
 
     def __init__(self, length: int | None) -> None:
         self._length = length
         self.cut: Cut | None = None
         self.seen = 0
 
-    def observe(self, d: Sequence[float], token_ids: Sequence[int]) -> Cut | None:
+    def observe(self, tokens: NewTokens) -> Cut | None:
         """Count the tokens."""
-        self.seen += len(d)
+        self.seen += len(tokens.d)
         if self.cut is None and self._length is not None and self.seen > self._length:
             self.cut = Cut(at=self._length, confirmed=self._length + 1)
         return self.cut
 
 
-class LengthRule:
-    """Rollouts are cut at `length(start, step)`."""
+class UncalibratedRule:
+    """A rule that learns nothing from the rollouts that ended."""
 
     threshold: float | None = None
     samples: int = 0
+    budget: int | None = None
+
+    def start_step(self, step: int) -> None:
+        """Nothing to fix."""
+
+    def end_step(self, finished: Sequence[Finished]) -> None:
+        """Nothing to learn from."""
+
+
+class LengthRule(UncalibratedRule):
+    """Rollouts are cut at `length(start, step)`."""
 
     def __init__(self, length: Callable[[RolloutStart, int], int | None]) -> None:
         self._length = length
@@ -48,6 +60,3 @@ class LengthRule:
     def begin(self, start: RolloutStart) -> LengthTracker:
         """Start a rollout."""
         return LengthTracker(self._length(start, self._step))
-
-    def end_step(self, finished: Sequence[Finished]) -> None:
-        """Nothing to learn from."""

@@ -1,5 +1,7 @@
 """The learner with the real DeepSpeed: ranks and stages agree, steps learn, checkpoints load."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import ray
@@ -45,7 +47,7 @@ class Group:
         ray.get([r.start.remote(host, port) for r in self.ranks])
 
     def step(self, chunk, teacher, kept):
-        tokens = sum(k.kept for k in kept)
+        tokens = sum(k.weight for k in kept)
         shares = assign_ranks(kept, len(self.ranks))
         return ray.get(
             [r.train_step.remote([chunk], [teacher], s, tokens, 0) for r, s in zip(self.ranks, shares, strict=True)]
@@ -92,6 +94,25 @@ def test_ranks_and_stages_do_what_one_rank_does(one_rank, models, tmp_path, worl
         assert (other.tokens, other.dropped_tokens) == (report.tokens, 0)
     for name, value in expected.items():
         np.testing.assert_allclose(weights[name], value, atol=2e-4 * moved / 1e-3, err_msg=name)
+
+
+def test_tokens_of_weight_zero_are_as_good_as_cut(ray_local, models, tmp_path):
+    chunk, teacher, kept = step_of(models, random_rollouts(7, seed=5))
+    shorter = [replace(k, kept=max(1, k.kept - 3)) for k in kept]
+    weights = [np.arange(k.kept) < s.kept for k, s in zip(kept, shorter, strict=True)]
+    weighed = [replace(k, weights=w.astype(np.float32)) for k, w in zip(kept, weights, strict=True)]
+    results = []
+    for world_size, rows in ((1, shorter), (2, weighed)):
+        group = Group(models, world_size, tmp_path, zero_stage=1)
+        try:
+            results.append((group.step(chunk, teacher, rows), group.weights()))
+        finally:
+            group.close()
+    (expected, parameters), (report, others) = results
+    assert report.loss == pytest.approx(expected.loss, rel=1e-5) and report.tokens == expected.tokens
+    assert report.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+    for name, value in parameters.items():
+        np.testing.assert_allclose(others[name], value, atol=2e-4, err_msg=name)
 
 
 def test_one_rank_does_what_plain_torch_does(one_rank, models, tmp_path):

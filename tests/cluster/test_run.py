@@ -115,12 +115,13 @@ def test_the_threshold_is_the_quantile_of_the_minima_seen_before(finished):
 
 
 def test_recorded_values_replay_to_the_same_cuts(finished):
+    from kat_ray.termination import NewTokens
     from kat_ray.termination.kat import KatTracker
 
     config, _, _, traces, _ = finished
     for t in traces:
         tracker = KatTracker(config.termination, t["threshold"], t["probe"])
-        tracker.observe(t["d"])
+        tracker.observe(NewTokens(np.array(t["d"])))
         at = tracker.cut.at if tracker.cut else None
         assert at == (t["would_cut"] if t["probe"] else t["cut"])
         assert tracker.minimum == t["minimum"]
@@ -177,6 +178,32 @@ def test_a_teacher_equal_to_the_student_gives_no_kl_through_the_whole_pipeline(r
     assert len(d) > 500 and np.abs(d).max() < 1e-4
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert all(abs(m["learner/loss"]) < 1e-4 for m in metrics if "learner/loss" in m)
+
+
+@pytest.mark.slow
+def test_weights_and_budget_of_a_rule_reach_learner_and_engine(ray_local, files, tmp_path):
+    rule = {"rule": "prune_opd", "level": 0.9, "decay": 0.05, "start": 20, "growth": 4, "probe_share": 0.25}
+    path = job.train(config_of(files, tmp_path, termination=rule, run={"steps": 3}))
+    traces = read_traces(path).to_pylist()
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    steps = [m for m in metrics if "learner/loss" in m]
+    assert steps[0]["rollout/budget"] == 20
+    for t in traces:
+        budget = 48 if t["probe"] else steps[t["step"]]["rollout/budget"]
+        assert len(t["token_ids"]) <= budget
+        bad = np.cumsum(np.array(t["overlap"], np.float32) < 0.9)
+        assert np.allclose(t["weights"], np.clip(1 - 0.05 * bad, 0, 1)[: len(t["weights"])], atol=1e-3)
+        if t["stop_reason"] == "trapped":
+            assert t["weights"][t["cut"]] == 0 < t["weights"][t["cut"] - 1]
+    without = 0
+    for number, m in enumerate(steps):
+        kept = [t["weights"][: t["cut"]] for t in traces if t["step"] == number]
+        weights = np.concatenate(kept)
+        values = np.concatenate([t["d"][: t["cut"]] for t in traces if t["step"] == number])
+        assert m["learner/tokens"] == (weights > 0).sum()
+        without += int((weights == 0).sum())
+        assert m["learner/loss"] == pytest.approx(np.average(values, weights=weights), rel=2e-3)
+    assert without > 0, "some probes must go on at weight 0 for this to mean anything"
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_overridden_termination_fields_belong_to_the_new_rule(write):
     config = load_config(path, ["termination.window=8", "termination.rule=kat"])
     assert (config.termination.rule, config.termination.window) == ("kat", 8)
     assert "F" not in (text := refusal(path, ["termination.rule=none", "termination.eta=0.2"]))
-    assert text.endswith("termination.eta: unknown field of rule none; it belongs to rule kat")
+    assert text.endswith("termination.eta: unknown field of rule none; it belongs to rule kat and kat_stages")
 
 
 def test_termination_without_rule_takes_the_default_rule(write):

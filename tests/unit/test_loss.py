@@ -1,6 +1,7 @@
 """The distillation loss: gradient, chunks, masks; and that it moves the student to the teacher."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,12 @@ def problem(seed=0, teacher_nan=()):
     tokens = torch.randint(0, V, (T,), generator=g)
     sampled = torch.log_softmax(head(hidden), -1).gather(-1, tokens[:, None])[:, 0].detach()
     tail = tail_from_logprobs(q, ids)
-    return head, hidden, TeacherTargets(ids, topk, tail, torch.full((T,), -9.0), tokens, sampled), teacher_logits
+    return (
+        head,
+        hidden,
+        TeacherTargets(ids, topk, tail, torch.full((T,), -9.0), tokens, sampled, torch.ones(T)),
+        teacher_logits,
+    )
 
 
 def run(head, hidden, targets, chunk=1000, eos="raw", stop_ids=()):
@@ -83,6 +89,30 @@ def test_a_masked_nan_adds_nothing_to_value_and_gradient():
     assert (sums(result)["tokens"], sums(result)["dropped"]) == (T - 2, 2)
 
 
+def test_a_weight_of_zero_leaves_a_token_out():
+    head, hidden, t, _ = problem()
+    keep = [i for i in range(T) if i not in (2, 7)]
+    weights = torch.ones(T).index_fill(0, torch.tensor([2, 7]), 0.0)
+    fewer = TeacherTargets(*(f[keep] for f in t.rows(0, T)))
+    result, dh, dw = run(head, hidden, replace(t, weights=weights))
+    expected, eh, ew = run(head, hidden[keep], fewer)
+    assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+    torch.testing.assert_close(dw, ew)
+    torch.testing.assert_close(dh[keep], eh)
+    assert sums(result) == pytest.approx(sums(expected)) and sums(result)["weight"] == T - 2
+
+
+def test_weights_scale_value_and_gradient_and_nothing_else():
+    head, hidden, t, _ = problem()
+    whole, dh, _ = run(head, hidden, t)
+    half, hh, _ = run(head, hidden, replace(t, weights=torch.full((T,), 0.5)), chunk=4)
+    assert half.loss.item() == pytest.approx(whole.loss.item() / 2, rel=1e-5)
+    torch.testing.assert_close(hh, dh / 2)
+    figures, other = sums(whole), sums(half)
+    assert (other.pop("weight"), figures.pop("weight")) == (T / 2, T)
+    assert other == pytest.approx(figures, rel=1e-5, abs=1e-5)
+
+
 def test_a_student_that_diverged_is_dropped_not_repaired():
     head, hidden, t, _ = problem()
     hidden[3] = torch.nan
@@ -94,7 +124,7 @@ def test_logprob_difference_is_zero_for_the_same_weights_and_counts_otherwise():
     head, hidden, t, _ = problem()
     result, *_ = run(head, hidden, t)
     assert sums(result)["logprob_diff"] < 1e-4 and result.logprob_diff_max < 1e-5
-    shifted = TeacherTargets(*t.rows(0, T)[:5], t.sampled_logprobs - 0.5)
+    shifted = replace(t, sampled_logprobs=t.sampled_logprobs - 0.5)
     assert sums(run(head, hidden, shifted)[0])["logprob_diff"] == pytest.approx(0.5 * T, rel=1e-4)
 
 
@@ -125,9 +155,7 @@ def test_descent_brings_the_student_to_the_teacher_over_the_whole_vocabulary():
     q = torch.log_softmax(teacher_logits, -1)
     for _ in range(150):
         ids = logits.detach().topk(K, dim=-1).indices
-        now = TeacherTargets(
-            ids, q.gather(-1, ids), tail_from_logprobs(q, ids), t.stop, t.token_ids, t.sampled_logprobs
-        )
+        now = replace(t, topk_ids=ids, topk_logprobs=q.gather(-1, ids), tail=tail_from_logprobs(q, ids))
         optimiser.zero_grad()
         distillation_loss(logits, lambda x: x, now, (), "raw", 100).loss.backward()
         optimiser.step()

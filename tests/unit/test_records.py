@@ -17,7 +17,7 @@ from kat_ray.records import RecordError, RunDirectory
 from kat_ray.step_metrics import rollout_metrics, score_metrics
 from kat_ray.summary import Totals, git_commit, package_versions
 from kat_ray.traces import SCHEMA, TraceRow, read_traces
-from kat_ray.types import Prompt, RolloutOutcome, SampledRollout, StopReason
+from kat_ray.types import Prompt, RolloutOutcome, SampledRollout, StepStart, StopReason
 from tests.unit.test_termination import chunk
 
 
@@ -208,7 +208,7 @@ def test_metrics_of_a_step_by_hand():
             outcome(2, StopReason.MAX_TOKENS, 5, minimum=None),
         ],
     )
-    figures = rollout_metrics(joined, 0.25)
+    figures = rollout_metrics(joined, StepStart(0.25, 40))
     expected = {
         "rollout/generated_tokens": 20, "rollout/kept_tokens": 12, "rollout/overshoot_tokens": 3,
         "rollout/cut_back_tokens": 5, "rollout/mean_length": 20 / 3, "rollout/trapped_share": 1 / 3,
@@ -216,7 +216,7 @@ def test_metrics_of_a_step_by_hand():
         "kat/window_min_mean": 0.3,
     }  # fmt: skip
     assert {k: figures[k] for k in expected} == pytest.approx(expected)
-    assert "kat/threshold" not in rollout_metrics(joined, None)
+    assert "kat/threshold" not in rollout_metrics(joined, StepStart(None, None))
     assert set(figures) | set(score_metrics([chunk([0], [0], [[1.0]])], {0: 1})) <= set(METRICS)
 
 

@@ -13,6 +13,7 @@ from kat_ray.config import Config
 from kat_ray.config_io import save_config
 from kat_ray.errors import UserError
 from kat_ray.replay import Traces, apply_rule, calibrate, load_traces, recommend, sweep, uncensored, weigh
+from kat_ray.termination import NewTokens
 from kat_ray.termination.kat import KatTracker
 from kat_ray.traces import TraceRow, write_traces
 from kat_ray.types import StopReason
@@ -47,7 +48,7 @@ def test_a_replay_is_the_online_rule_to_the_bit(rows, thresholds, window, consec
     for i, row in enumerate(rows):
         threshold = None if math.isnan(thresholds[i]) else thresholds[i]
         tracker = KatTracker(rule, threshold, probe=True)
-        tracker.observe(np.array(row, dtype=np.float32).tolist())
+        tracker.observe(NewTokens(np.array(row, dtype=np.float32)))
         expected = (tracker.cut.at, tracker.cut.confirmed) if tracker.cut else (-1, -1)
         assert (replayed.cut[i], replayed.confirmed[i]) == expected
         assert tracker.minimum == replayed.minimum[i] or (
@@ -159,6 +160,24 @@ def test_mistakes_are_one_message(tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_file_cut_off_in_the_middle_is_read_up_to_the_damage(tmp_path):
+    run = some_run(tmp_path / "run", rollouts=40)  # three row groups of at most 16
+    damaged = run / "traces" / "step-000003.parquet"
+    whole = load_traces(run)[0]
+    content = damaged.read_bytes()
+    counts = []
+    for share in (0.99, 0.6, 0.4):
+        damaged.write_bytes(content[: int(share * len(content))])
+        traces, notes = load_traces(run)
+        (note,) = notes
+        counts.append(int((traces.step == 3).sum()))
+        assert f"step-000003.parquet is damaged or cut off: read {counts[-1]} of its 40 rollouts" in note
+        before = traces.take(np.flatnonzero(traces.step == 3))
+        expected = whole.take(np.flatnonzero(whole.step == 3)[: counts[-1]])
+        assert np.array_equal(before.d, expected.d) and np.array_equal(before.offsets, expected.offsets)
+    assert counts == [40, 32, 16]
+
+
 def test_a_damaged_file_is_named_and_left_out(tmp_path, capsys):
     run = some_run(tmp_path / "run")
     damaged = run / "traces" / "step-000003.parquet"
@@ -168,7 +187,7 @@ def test_a_damaged_file_is_named_and_left_out(tmp_path, capsys):
     assert len(notes) == 1 and "step-000003.parquet is damaged" in notes[0]
     assert cli.main(["replay", str(run), "eta=0.3"]) == 0
     assert "warning: " in capsys.readouterr().out
-    for file in (run / "traces").iterdir():
+    for file in (run / "traces").glob("*.parquet"):
         file.write_bytes(b"PAR1")
     assert cli.main(["replay", str(run)]) == 2
     assert "none of its 6 trace files can be read" in capsys.readouterr().err

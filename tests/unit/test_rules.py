@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import textwrap
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,15 +18,27 @@ from pydantic import TypeAdapter
 from actors.trap_monitor import TrapMonitor
 from kat_ray.config_io import load_config
 from kat_ray.errors import UserError
-from kat_ray.termination import RULES, RolloutStart, TerminationConfig, make_rule
+from kat_ray.termination import (
+    RULES,
+    Finished,
+    NewTokens,
+    RolloutStart,
+    RunFacts,
+    TerminationConfig,
+    make_rule,
+)
 from kat_ray.termination.repetition import RepetitionSettings, RepetitionTracker
 from kat_ray.traces import TraceRow, write_traces
-from kat_ray.types import EngineEnd, StopReason
-from tests.unit.test_termination import chunk
+from kat_ray.types import EngineEnd, StepStart, StopReason
+from tests.unit.test_termination import chunk, kl
 
 
-def rule_from(**fields):
-    return make_rule(TypeAdapter(TerminationConfig).validate_python(fields), seed=3)
+def settings_from(**fields):
+    return TypeAdapter(TerminationConfig).validate_python(fields)
+
+
+def rule_from(seed=3, max_tokens=50, **fields):
+    return make_rule(settings_from(**fields), RunFacts(seed, max_tokens))
 
 
 def follow(rule, tokens, rollout_id=0, step=0, size=7):
@@ -33,12 +47,13 @@ def follow(rule, tokens, rollout_id=0, step=0, size=7):
     tracker = rule.begin(RolloutStart(rollout_id, probe=False))
     for i in range(0, len(tokens), size):
         part = tokens[i : i + size]
-        tracker.observe([0.5] * len(part), part)
+        tracker.observe(NewTokens(np.full(len(part), 0.5), np.array(part)))
     return tracker.cut
 
 
 def test_the_builtin_rules_are_known_by_name():
     assert {"none", "kat", "fixed_prefix", "random", "length_matched", "repetition"} <= set(RULES)
+    assert {"prune_opd", "progressive", "kat_stages"} <= set(RULES)
     assert all(name == kind.name for name, kind in RULES.items())
 
 
@@ -56,7 +71,7 @@ def test_random_lengths_are_uniform_and_seeded():
     shares = Counter(cuts)
     assert set(shares) == {1, 2, 3, 4, 5} and all(abs(n / 2000 - 0.2) < 0.04 for n in shares.values())
     assert cuts[:50] == [follow(rule, [4] * 10, rollout_id=i).at for i in range(50)]
-    other = make_rule(TypeAdapter(TerminationConfig).validate_python({"rule": "random", "longest": 5}), seed=4)
+    other = rule_from(rule="random", longest=5, seed=4)
     assert cuts[:50] != [follow(other, [4] * 10, rollout_id=i).at for i in range(50)]
 
 
@@ -127,20 +142,128 @@ def test_repetition_follows_its_definition(tokens, shortest, more, repeats, size
     rule = RepetitionSettings(min_period=shortest, max_period=shortest + more, repeats=repeats)
     tracker = RepetitionTracker(rule)
     for i in range(0, len(tokens), size):
-        tracker.observe([0.0] * len(tokens[i : i + size]), tokens[i : i + size])
+        part = np.array(tokens[i : i + size], dtype=np.int32)
+        tracker.observe(NewTokens(np.zeros(len(part)), part))
     expected = loop_by_definition(tokens, rule)
     assert (None if tracker.cut is None else (tracker.cut.at, tracker.cut.confirmed)) == expected
     assert tracker.seen == len(tokens)
 
 
+def test_random_lengths_reach_up_to_the_longest_rollout_by_default():
+    rule = rule_from(rule="random", max_tokens=4)
+    assert {follow(rule, [4] * 9, rollout_id=i).at for i in range(200)} == {1, 2, 3, 4}
+
+
+def overlapping(rule, shares, size=3, probe=False):
+    tracker = rule.begin(RolloutStart(0, probe=probe))
+    for i in range(0, len(shares), size):
+        part = np.array(shares[i : i + size], dtype=np.float32)
+        tracker.observe(NewTokens(np.zeros(len(part)), np.zeros(len(part), np.int32), part))
+    return tracker
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_prune_opd_weights_by_hand(size):
+    rule = rule_from(rule="prune_opd", level=0.7, decay=0.25)
+    # Bad tokens: 1, 3, 4, 6. A NaN (overlap not known) and 0.7 itself are not bad.
+    tracker = overlapping(rule, [1.0, 0.5, 0.75, 0.0, 0.6, math.nan, 0.1, 1.0], size)
+    assert tracker.weights == [1.0, 0.75, 0.75, 0.5, 0.25, 0.25, 0.0, 0.0]
+    assert (tracker.cut.at, tracker.cut.confirmed, tracker.seen) == (6, 7, 8)
+
+
+@given(st.lists(st.one_of(st.floats(0, 1, width=32), st.just(math.nan)), max_size=60), st.integers(1, 9))
+@settings(max_examples=200, deadline=None)
+def test_prune_opd_follows_its_formula(shares, size):
+    rule = rule_from(rule="prune_opd", decay=0.125)
+    tracker = overlapping(rule, shares, size)
+    bad = np.cumsum([s < 0.7 for s in shares])
+    assert np.allclose(tracker.weights, np.clip(1 - 0.125 * bad, 0, 1))
+    assert tracker.cut is None or tracker.weights[tracker.cut.at] == 0 < min(
+        tracker.weights[: tracker.cut.at] or [1]
+    )
+
+
+def test_prune_opd_budget_grows_when_it_is_filled_and_shrinks_after_three_misses():
+    rule = rule_from(rule="prune_opd", start=30, growth=10, shortest=15, patience=3, full_share=0.1)
+    full, short = Finished(None, False, False, 30, full=True), Finished(None, False, False, 5)
+    probe = Finished(None, False, True, 50, full=True)
+    budgets = [rule.budget]
+    for step in (
+        [short] * 9 + [full],
+        [short] * 10 + [full],
+        [short, probe],
+        [short],
+        [short],
+        [short] * 9 + [full],
+    ):
+        rule.end_step(step)
+        budgets.append(rule.budget)
+    # 1 of 10 fills it: +10; 1 of 11 is below a tenth: a miss, and so are the next two: -10; then +10.
+    assert budgets == [30, 40, 40, 40, 30, 30, 40]
+    for _ in range(20):
+        rule.end_step([full])
+    assert rule.budget == 50, "never above rollout.max_tokens"
+    for _ in range(30):
+        rule.end_step([short])
+    assert rule.budget == 15
+
+
+def test_progressive_horizon_by_hand():
+    rule = rule_from(rule="progressive", start=10, steps=4, max_tokens=50)
+    budgets = []
+    for step in (0, 1, 2, 4, 9):
+        rule.start_step(step)
+        budgets.append(rule.budget)
+    assert budgets == [10, 20, 30, 50, 50]
+    assert rule.begin(RolloutStart(0, False)).observe(NewTokens(np.zeros(500))) is None
+
+
+# W = 4, C = 2, threshold 0.5. z(4) = 1, .75, .5, .25 (e = 7), 0 (e = 8): cut at 3. Token 8 lifts z(9) to 0.5.
+STAGES = [1.0] * 4 + [0.0] * 4 + [2.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("put_back", "expected"),
+    [
+        ("nothing", [1] * 3 + [0] * 8),
+        ("agreement", [1] * 8 + [0] * 3),
+        ("after", [1] * 3 + [0] * 5 + [1] * 3),
+    ],
+)
+def test_stages_by_hand(put_back, expected):
+    from kat_ray.termination.kat_stages import KatStagesSettings, StagesTracker
+
+    rule = KatStagesSettings(window=4, consecutive=2, exempt=0, put_back=put_back)
+    tracker = StagesTracker(rule, 0.5, probe=False)
+    for value in STAGES:
+        assert tracker.observe(kl([value])) is None
+    assert tracker.weights == expected and tracker.cut is None
+    probe = StagesTracker(rule, 0.5, probe=True)
+    probe.observe(kl(STAGES))
+    assert probe.weights is None and probe.cut.at == 3
+    uncut = StagesTracker(rule, None, probe=False)
+    uncut.observe(kl(STAGES))
+    assert uncut.weights is None and uncut.minimum == 0.0
+
+
+def test_the_monitor_hands_weights_and_budget_on():
+    monitor = TrapMonitor(settings_from(rule="prune_opd", decay=0.5, start=20), RunFacts(0, 50))
+    assert monitor.start_step(0, [0, 1], [False, True]) == StepStart(None, 20)
+    shares = [[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]
+    monitor.observe(chunk([0, 1], [0, 0], [[1.0] * 3, [1.0] * 3], [EngineEnd.EOS, EngineEnd.EOS], overlap=shares))
+    kept, probe = monitor.end_step().outcomes
+    assert kept.weights.tolist() == [1.0, 0.5, 0.5] and kept.stop_reason is StopReason.EOS
+    assert probe.weights.tolist() == [0.5, 0.0, 0.0] and probe.would_cut == 1
+
+
 def test_the_monitor_works_online_with_any_rule():
-    monitor = TrapMonitor(TypeAdapter(TerminationConfig).validate_python({"rule": "fixed_prefix", "n": 3}), seed=0)
-    assert monitor.start_step(0, [0, 1, 2], [False, True, False]) is None
+    monitor = TrapMonitor(settings_from(rule="fixed_prefix", n=3), RunFacts(0, 50))
+    assert monitor.start_step(0, [0, 1, 2], [False, True, False]) == StepStart(None, None)
     first = monitor.observe(chunk([0, 1, 2], [0, 0, 0], [[1.0] * 3, [1.0] * 3, [1.0] * 3], [0, 0, EngineEnd.EOS]))
     assert first.rollout_ids.size == 0
     second = monitor.observe(chunk([0, 1], [3, 3], [[math.nan] * 2, [1.0] * 2], [0, EngineEnd.EOS]))
     assert (second.rollout_ids.tolist(), second.cut.tolist(), second.confirmed.tolist()) == ([0], [3], [4])
-    outcomes = monitor.end_step()
+    outcomes = monitor.end_step().outcomes
     assert [o.stop_reason for o in outcomes] == [StopReason.TRAPPED, StopReason.EOS, StopReason.EOS]
     assert [o.would_cut for o in outcomes] == [None, 3, None]
 
@@ -166,22 +289,22 @@ class EvenSettings(CuttingSettings):
     rule: Literal["even"] = "even"
 
 class Tracker:
-    threshold = minimum = cut = None
+    threshold = minimum = cut = weights = None
     seen = 0
-    def observe(self, d, token_ids):
-        for token in token_ids:
+    def observe(self, tokens):
+        for token in tokens.token_ids:
             if self.cut is None and token % 2 == 0:
                 self.cut = Cut(at=self.seen, confirmed=self.seen + 1)
             self.seen += 1
         return self.cut
 
 class Rule:
-    threshold, samples = None, 0
+    threshold, samples, budget = None, 0, None
     def start_step(self, step): pass
     def begin(self, start): return Tracker()
     def end_step(self, finished): pass
 
-kind = RuleType(EvenSettings, lambda settings, seed: Rule())
+kind = RuleType(EvenSettings, lambda settings, facts: Rule())
 '''
 
 
@@ -194,10 +317,11 @@ def test_a_rule_from_outside_is_found_by_its_entry_point(tmp_path):
     script = textwrap.dedent("""
         import json, sys
         from kat_ray.config_io import load_config
-        from kat_ray.termination import RolloutStart, make_rule
+        import numpy as np
+        from kat_ray.termination import NewTokens, RolloutStart, RunFacts, make_rule
         config = load_config("demo", ["termination.rule=even", "termination.probe_share=0.2"])
-        tracker = make_rule(config.termination, 0).begin(RolloutStart(0, False))
-        cut = tracker.observe([0.0] * 4, [3, 5, 8, 10])
+        tracker = make_rule(config.termination, RunFacts(0, 50)).begin(RolloutStart(0, False))
+        cut = tracker.observe(NewTokens(np.zeros(4), np.array([3, 5, 8, 10])))
         print(json.dumps([config.termination.rule, config.termination.probe_share, cut.at, cut.confirmed]))
     """)
     done = subprocess.run(
@@ -205,3 +329,19 @@ def test_a_rule_from_outside_is_found_by_its_entry_point(tmp_path):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout) == ["even", 0.2, 2, 3]
+
+
+def test_the_rule_in_the_documentation_works():
+    text = (Path(__file__).parents[2] / "docs" / "termination.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    space = {"__name__": "documented"}
+    exec(code, space)
+    kind = space["kind"]
+    assert kind.name == "patience"
+    rule = kind.make(kind.settings(level=0.5, tokens=3), RunFacts(0, 50))
+    rule.start_step(0)
+    tracker = rule.begin(RolloutStart(0, probe=False))
+    assert tracker.observe(kl([1.0, 0.0, 0.0])) is None
+    cut = tracker.observe(kl([math.nan, 0.0, 0.0, 0.0, 0.0]))
+    assert (cut.at, cut.confirmed) == (4, 7) and tracker.weights is None and rule.budget is None
+    rule.end_step([])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.trap_monitor import TrapMonitor
-from kat_ray.termination import Finished, RolloutStart, make_rule
+from kat_ray.termination import Finished, NewTokens, RolloutStart, RunFacts, make_rule
 from kat_ray.termination.calibration import MinimaBuffer, quantile
 from kat_ray.termination.kat import KatRule, KatTracker
 from kat_ray.termination.settings import KatSettings, NoneSettings
@@ -29,6 +29,14 @@ def reference(d, s, W, C, stride, exempt):
         if len(streak) == C:
             return streak[0] - W, e, minimum
     return None, None, minimum
+
+
+FACTS = RunFacts(seed=0, max_tokens=100)
+
+
+def kl(values):
+    """New tokens of which only the KL is known."""
+    return NewTokens(np.asarray(values, dtype=np.float64))
 
 
 def rule_of(**changes):
@@ -52,7 +60,7 @@ eighths = st.integers(0, 16).map(lambda n: n / 8)
 def test_tracker_follows_the_definition_however_the_values_arrive(d, s, W, C, stride, exempt, chunk):
     tracker = KatTracker(rule_of(window=W, consecutive=C, stride=stride, exempt=exempt), s, probe=False)
     for i in range(0, len(d), chunk):
-        tracker.observe(d[i : i + chunk])
+        tracker.observe(kl(d[i : i + chunk]))
     cut, confirmed, minimum = reference(d, s, W, C, stride, exempt)
     assert (tracker.cut.at, tracker.cut.confirmed) == (cut, confirmed) if cut is not None else tracker.cut is None
     assert tracker.minimum == minimum
@@ -62,7 +70,7 @@ def test_cut_lies_at_the_start_of_the_first_low_window_of_the_streak():
     # W = 4, C = 2, s = 0.5. z(4) = 1, z(5) = 0.75, z(6) = 0.5 (not below), z(7) = 0.25, z(8) = 0:
     # the streak is z(7), z(8); its first window covers tokens 3..6, so the cut is at token 3.
     tracker = KatTracker(rule_of(), 0.5, probe=False)
-    cut = tracker.observe([1.0] * 4 + [0.0] * 6)
+    cut = tracker.observe(kl([1.0] * 4 + [0.0] * 6))
     assert (cut.at, cut.confirmed) == (3, 8)
     assert tracker.seen == 8 and tracker.minimum == 0.0
 
@@ -71,13 +79,13 @@ def test_a_probe_is_followed_past_its_would_be_cut():
     d = [1.0] * 4 + [0.25] * 6 + [0.0] * 4
     cut_one = KatTracker(rule_of(), 0.5, probe=False)
     probe = KatTracker(rule_of(), 0.5, probe=True)
-    cut_one.observe(d), probe.observe(d)
+    cut_one.observe(kl(d)), probe.observe(kl(d))
     assert cut_one.cut == probe.cut
     assert cut_one.minimum > 0.0 and probe.minimum == 0.0 and probe.seen == len(d)
 
 
 def test_no_threshold_no_cut():
-    assert KatTracker(rule_of(), None, probe=False).observe([0.0] * 100) is None
+    assert KatTracker(rule_of(), None, probe=False).observe(kl([0.0] * 100)) is None
 
 
 @given(st.lists(st.floats(0, 50), max_size=200), st.integers(1, 20))
@@ -137,20 +145,21 @@ def test_calibration_admits_what_it_says(source, expected):
     assert set(rule._buffer._values) - {9.0} == expected
 
 
-def chunk(ids, start, rows, ended=None):
+def chunk(ids, start, rows, ended=None, overlap=None):
     offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int32)
     d = np.concatenate([np.asarray(r, dtype=np.float32) for r in rows])
     extra = dict.fromkeys(("overlap", "teacher_max", "teacher_entropy", "student_entropy", "student_tail"), d)
+    extra["overlap"] = d if overlap is None else np.concatenate([np.asarray(r, np.float32) for r in overlap])
     return ScoredChunk(
         scorer="s", policy_version=0, rollout_ids=np.asarray(ids, np.int64), start=np.asarray(start, np.int32),
-        offsets=offsets, d=d, token_ids=np.zeros(len(d), np.int32),
+        offsets=offsets, d=d, token_ids=np.zeros(len(d), np.int32), teacher_top=np.zeros(len(d), np.int32),
         ended=np.asarray(ended or [0] * len(ids), np.int8), seconds=0.0, **extra,
     )  # fmt: skip
 
 
 def active_monitor(**changes):
     """A monitor whose threshold is 0.5 from step 1 on."""
-    monitor = TrapMonitor(rule_of(**changes))
+    monitor = TrapMonitor(rule_of(**changes), FACTS)
     monitor.start_step(0, [100], [False])
     monitor.observe(chunk([100], [0], [[0.5] * 4], [EngineEnd.EOS]))
     monitor.end_step()
@@ -159,7 +168,7 @@ def active_monitor(**changes):
 
 def test_monitor_cuts_spares_probes_and_closes_each_rollout_once():
     monitor = active_monitor()
-    assert monitor.start_step(1, [0, 1, 2], [False, True, False]) == 0.5
+    assert monitor.start_step(1, [0, 1, 2], [False, True, False]).threshold == 0.5
     first = monitor.observe(chunk([0, 1, 2], [0, 0, 0], [[1.0] * 4, [1.0] * 4, [1.0] * 4]))
     assert first.rollout_ids.size == 0
     decision = monitor.observe(chunk([0, 1, 2], [4, 4, 4], [[0.0] * 4, [0.0] * 4, [1.0]], [0, 1, 2]))
@@ -167,7 +176,7 @@ def test_monitor_cuts_spares_probes_and_closes_each_rollout_once():
     assert (decision.cut.tolist(), decision.confirmed.tolist()) == ([3], [8])
     late = monitor.observe(chunk([0], [8], [[0.0] * 3], [EngineEnd.EOS]))  # on its way when it was cut
     assert late.rollout_ids.size == 0 and monitor.stats()["late_tokens"] == 3
-    outcomes = monitor.end_step()
+    outcomes = monitor.end_step().outcomes
     assert [o.stop_reason for o in outcomes] == [StopReason.TRAPPED, StopReason.EOS, StopReason.MAX_TOKENS]
     assert [o.cut for o in outcomes] == [3, None, None]
     assert [o.would_cut for o in outcomes] == [None, 3, None]
@@ -179,7 +188,7 @@ def test_trap_in_the_last_chunk_wins_over_eos():
     monitor = active_monitor()
     monitor.start_step(1, [0], [False])
     monitor.observe(chunk([0], [0], [[1.0] * 4 + [0.0] * 4], [EngineEnd.EOS]))
-    assert monitor.end_step()[0].stop_reason is StopReason.TRAPPED
+    assert monitor.end_step().outcomes[0].stop_reason is StopReason.TRAPPED
 
 
 def test_monitor_refuses_gaps_and_open_rollouts():
@@ -190,24 +199,24 @@ def test_monitor_refuses_gaps_and_open_rollouts():
     with pytest.raises(AssertionError, match="2 rollouts have not ended"):
         monitor.end_step()
     monitor.observe(chunk([0, 1], [0, 0], [[], [1.0]], [EngineEnd.FAILED, EngineEnd.EOS]))
-    assert [o.stop_reason for o in monitor.end_step()] == [StopReason.FAILED, StopReason.EOS]
+    assert [o.stop_reason for o in monitor.end_step().outcomes] == [StopReason.FAILED, StopReason.EOS]
 
 
 def test_calibration_does_not_depend_on_the_order_of_arrival():
     thresholds = []
     for order in ([0, 1, 2], [2, 1, 0]):
-        monitor = TrapMonitor(rule_of(buffer=2))
+        monitor = TrapMonitor(rule_of(buffer=2), FACTS)
         monitor.start_step(0, [0, 1, 2], [False] * 3)
         for i in order:
             monitor.observe(chunk([i], [0], [[float(i)] * 4], [EngineEnd.EOS]))
         monitor.end_step()
-        thresholds.append(monitor.start_step(1, [3], [False]))
+        thresholds.append(monitor.start_step(1, [3], [False]).threshold)
     assert thresholds[0] == thresholds[1]
 
 
 def test_none_rule_never_cuts():
-    rule = make_rule(NoneSettings(), 0)
+    rule = make_rule(NoneSettings(), FACTS)
     rule.start_step(0)
     tracker = rule.begin(RolloutStart(1, probe=False))
-    assert tracker.observe([0.0] * 500, [7] * 500) is None and tracker.seen == 500
+    assert tracker.observe(kl([0.0] * 500)) is None and tracker.seen == 500
     assert rule.threshold is None and rule.samples == 0
