@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors.hf_model import DTYPES
 from actors.student_model import load_student, weight_update
 from kat_ray.batch import MicroBatch, TrainRow, collect_rows, micro_batches
 from kat_ray.config import Config
+from kat_ray.hf_model import DTYPES
 from kat_ray.loss import SUMS, LossSums, TeacherTargets, distillation_loss
 from kat_ray.types import KeptRollout, RolloutChunk, TeacherRows, WeightUpdate
 

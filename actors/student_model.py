@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from actors.hf_model import load_causal_lm
 from kat_ray.config import Config
+from kat_ray.hf_model import load_causal_lm
 from kat_ray.types import WeightUpdate
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from actors.hf_model import load_causal_lm
 from actors.teacher_columns import TeacherColumns, columns_of
 from kat_ray.config import Config
 from kat_ray.errors import UserError
+from kat_ray.hf_model import load_causal_lm
 from kat_ray.types import RolloutChunk
 
 _FIRST_CAPACITY = 64

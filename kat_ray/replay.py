@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from kat_ray.errors import UserError
 from kat_ray.termination.calibration import MinimaBuffer
-from kat_ray.termination.settings import KatSettings
+from kat_ray.termination.settings import KatParameters
 from kat_ray.traces import read_rows
 from kat_ray.types import FloatArray, IntArray
 
@@ -61,11 +61,18 @@ class Replayed:
 
     cut: IntArray  # first token not kept; -1 if not cut
     confirmed: IntArray  # tokens seen at the decision; -1
+    recovered: IntArray  # token that lifted the window mean to the threshold again after the cut; -1
     minimum: FloatArray  # smallest window mean of the whole trace, nats; NaN without a window
 
 
 def load_traces(run_dir: Path) -> tuple[Traces, tuple[str, ...]]:
     """All traces of a run, and a note for every damaged file: it is read up to the damage."""
+    table, notes = load_table(run_dir)
+    return traces_from(table), notes
+
+
+def load_table(run_dir: Path) -> tuple[pa.Table, tuple[str, ...]]:
+    """The trace files of a run as one table in the order of steps and ids, and a note for every damaged file."""
     files = sorted((run_dir / "traces").glob("*.parquet"))
     if not files:
         raise UserError(f"{run_dir}: no traces in it (traces/*.parquet); name a run directory, such as runs/latest")
@@ -80,11 +87,11 @@ def load_traces(run_dir: Path) -> tuple[Traces, tuple[str, ...]]:
             notes.append(note)
     if not tables:
         raise UserError(f"{run_dir}: none of its {len(files)} trace files can be read; {notes[0]}")
-    table = pa.concat_tables(tables).sort_by([("step", "ascending"), ("rollout_id", "ascending")])
-    return _from_table(table), tuple(notes)
+    return pa.concat_tables(tables).sort_by([("step", "ascending"), ("rollout_id", "ascending")]), tuple(notes)
 
 
-def _from_table(table: pa.Table) -> Traces:
+def traces_from(table: pa.Table) -> Traces:
+    """What a replay needs of a table of traces."""
     lists = table.column("d").combine_chunks()
     lengths = np.asarray(lists.value_lengths().fill_null(0))
 
@@ -116,10 +123,11 @@ def uncensored(traces: Traces) -> Traces:
     return traces.take(rows)
 
 
-def apply_rule(traces: Traces, rule: KatSettings, thresholds: FloatArray) -> Replayed:
+def apply_rule(traces: Traces, rule: KatParameters, thresholds: FloatArray) -> Replayed:
     """The KAT rule on every rollout under its threshold [R] (NaN: inactive), to the bit as it acts online."""
     count = len(traces.lengths)
-    result = Replayed(np.full(count, -1), np.full(count, -1), np.full(count, math.nan))
+    cut, confirmed, recovered = (np.full(count, -1) for _ in range(3))
+    result = Replayed(cut, confirmed, recovered, np.full(count, math.nan))
     for rows in _blocks(traces.lengths):
         z = _windows(traces, rows, rule.window)
         if z.shape[1]:
@@ -131,6 +139,10 @@ def apply_rule(traces: Traces, rule: KatSettings, thresholds: FloatArray) -> Rep
             result.cut[rows[hit]] = first[hit]
             span = (rule.consecutive - 1) * rule.stride
             result.confirmed[rows[hit]] = first[hit] + span + rule.window
+            back = _first_high(
+                z[hit], thresholds[rows[hit]], rule, first[hit] + span + 1, traces.lengths[rows[hit]]
+            )
+            result.recovered[rows[hit]] = np.where(back >= 0, back + rule.window - 1, -1)
     return result
 
 
@@ -172,7 +184,7 @@ def _flat(starts: IntArray, lengths: IntArray) -> IntArray:
     return np.arange(total) + shifts
 
 
-def _first_streak(z: FloatArray, thresholds: FloatArray, rule: KatSettings) -> IntArray:
+def _first_streak(z: FloatArray, thresholds: FloatArray, rule: KatParameters) -> IntArray:
     """Start token of the first streak of low windows in each row; -1 if there is none."""
     skip = -(-rule.exempt // rule.stride)
     looked = z[:, :: rule.stride][:, skip:]
@@ -188,7 +200,18 @@ def _first_streak(z: FloatArray, thresholds: FloatArray, rule: KatSettings) -> I
     return np.where(streak.any(axis=1), (first + skip) * rule.stride, -1)
 
 
-def calibrate(traces: Traces, rule: KatSettings) -> tuple[FloatArray, Replayed]:
+def _first_high(
+    z: FloatArray, thresholds: FloatArray, rule: KatParameters, after: IntArray, lengths: IntArray
+) -> IntArray:
+    """Start token of the first looked-at window from `after` on that is not low; -1 if there is none."""
+    starts = np.arange(0, z.shape[1], rule.stride)
+    with np.errstate(invalid="ignore"):
+        high = ~(z[:, :: rule.stride] < thresholds[:, None])
+    high &= (starts >= np.maximum(after[:, None], rule.exempt)) & (starts + rule.window <= lengths[:, None])
+    return np.where(high.any(axis=1), starts[high.argmax(axis=1)] if len(starts) else -1, -1)
+
+
+def calibrate(traces: Traces, rule: KatParameters) -> tuple[FloatArray, Replayed]:
     """Thresholds [R] as the rule would have set them step by step, fed by all (uncensored) minima; and its cuts."""
     minima = apply_rule(traces, rule, np.full(len(traces.step), math.nan)).minimum
     buffer, thresholds = MinimaBuffer(rule.buffer), np.full(len(traces.step), math.nan)
@@ -206,7 +229,7 @@ def calibrate(traces: Traces, rule: KatSettings) -> tuple[FloatArray, Replayed]:
 class Tradeoff:
     """What one setting does to the rollouts that it was active for."""
 
-    rule: KatSettings
+    rule: KatParameters
     rollouts: int
     cut_share: float  # rollouts cut
     kept_tokens: float  # share of tokens before the cut
@@ -216,7 +239,7 @@ class Tradeoff:
     right_share: float | None  # graded rollouts with a right answer, cut or not
 
 
-def weigh(traces: Traces, rule: KatSettings, thresholds: FloatArray, replayed: Replayed) -> Tradeoff:
+def weigh(traces: Traces, rule: KatParameters, thresholds: FloatArray, replayed: Replayed) -> Tradeoff:
     """Shares over the rollouts for which the rule was active."""
     active = ~np.isnan(thresholds)
     lengths = traces.lengths
@@ -245,13 +268,13 @@ def _share(part: Any, whole: Any) -> float:
     return float(part) / float(whole) if whole else 0.0
 
 
-def sweep(traces: Traces, base: KatSettings, grid: Mapping[str, Sequence[Any]]) -> list[Tradeoff]:
+def sweep(traces: Traces, base: KatParameters, grid: Mapping[str, Sequence[Any]]) -> list[Tradeoff]:
     """Every combination of the grid's values on top of `base`, each calibrated on the traces."""
     results = []
     for values in itertools.product(*grid.values()):
         changes = dict(zip(grid, values, strict=True))
         try:
-            rule = KatSettings.model_validate({**base.model_dump(), **changes})
+            rule = type(base).model_validate({**base.model_dump(), **changes})
         except ValidationError as error:
             words = ", ".join(f"{name} = {value!r}" for name, value in changes.items())
             first = error.errors()[0]

@@ -15,7 +15,7 @@ from rich.table import Table
 from kat_ray.config_io import load_config
 from kat_ray.errors import UserError
 from kat_ray.replay import Traces, Tradeoff, apply_rule, load_traces, recommend, sweep, uncensored
-from kat_ray.termination.settings import KatSettings
+from kat_ray.termination.settings import KatParameters, KatSettings
 
 # What is swept where the user names nothing, around the settings of the run.
 _FACTORS = {"window": (0.5, 1, 2), "consecutive": (0.5, 1, 2), "exempt": (0, 1, 2), "stride": (1, 4)}
@@ -89,7 +89,7 @@ def _grid(base: KatSettings, settings: Sequence[str]) -> dict[str, list[Any]]:
     return grid
 
 
-def _words(rule: KatSettings) -> str:
+def _words(rule: KatParameters) -> str:
     return (
         f"window={rule.window} consecutive={rule.consecutive} exempt={rule.exempt} stride={rule.stride} "
         f"eta={rule.eta:g}"

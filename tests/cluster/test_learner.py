@@ -7,11 +7,11 @@ import pytest
 import ray
 import torch
 
-from actors.hf_model import check_output_layer
 from actors.learner import Learner, lr_factor
 from actors.student_model import switch_dropout_off, weight_update
 from kat_ray.batch import assign_ranks, collect_rows
 from kat_ray.divergence import event_logprobs, is_stop, reverse_kl, stop_mass, tail_from_logprobs
+from kat_ray.hf_model import check_output_layer
 from kat_ray.types import KeptRollout, TeacherRows
 from tests.conftest import chunk_of, make_config, make_model, random_rollouts
 

@@ -51,6 +51,7 @@ def test_a_replay_is_the_online_rule_to_the_bit(rows, thresholds, window, consec
         tracker.observe(NewTokens(np.array(row, dtype=np.float32)))
         expected = (tracker.cut.at, tracker.cut.confirmed) if tracker.cut else (-1, -1)
         assert (replayed.cut[i], replayed.confirmed[i]) == expected
+        assert replayed.recovered[i] == (-1 if tracker.recovered is None else tracker.recovered)
         assert tracker.minimum == replayed.minimum[i] or (
             tracker.minimum is None and math.isnan(replayed.minimum[i])
         )
