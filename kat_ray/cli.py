@@ -1,4 +1,4 @@
-"""The command line: `kat-ray train | eval | compare | replay | doctor | config`.
+"""The command line: `kat-ray train | eval | compare | replay | report | doctor | config`.
 
 Commands import what they need when they run, so that `--help` and mistakes in a configuration answer at once.
 """
@@ -40,6 +40,11 @@ section.field=value, with the value in YAML. docs/configuration.md lists the fie
 OVER_A_RUN = """\
 RUN is a run directory with traces. Each FIELD is one of termination's for the KAT rule: window, consecutive,
 eta, stride, exempt, ...; a list of values is swept. docs/termination.md defines them."""
+
+ABOUT_REPORT = """\
+RUN is a run directory. The page needs no network: learning curves, how rollouts ended, threshold, KL of single
+tokens, the stages before, during and after agreement, and a browser of rollouts. The pictures lie beside it as PNG.
+Each FIELD is one of the KAT rule's: it divides rollouts into stages. The default is the run's own rule."""
 
 EXAMPLES = {
     "": """\
@@ -83,6 +88,11 @@ examples:
 
 No model is loaded. What a cut removes is only known of rollouts that were seen to their end: a run's probes, or
 all rollouts of a run with termination.rule=none.""",
+    "report": """\
+examples:
+  kat-ray report runs/latest                                 RUN/report/report.html
+  kat-ray report runs/none window=16 exempt=8 min_samples=64 min_steps=2
+  kat-ray report runs/latest --gradients                     and which stage pulls where training went""",
     "config": """\
 examples:
   kat-ray config demo                    the embedded configuration, every field spelled out
@@ -188,6 +198,20 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument(
         "--out", metavar="DIR", type=Path, help="where replay.csv and replay.png go (default RUN/replay)"
     )
+    report = add("report", _report, "write a run's report: one page with pictures and its rollouts", ABOUT_REPORT)
+    report.add_argument("run", metavar="RUN", type=Path, help="run directory, such as runs/latest")
+    report.add_argument(
+        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a field of the rule that divides rollouts"
+    )
+    report.add_argument(
+        "--rollouts", metavar="N", type=_count, default=300, help="rollouts to look at in the page (default 300)"
+    )
+    report.add_argument(
+        "--gradients", metavar="CHECKPOINT", type=Path, nargs="*",
+        help="also compare the stages' gradients with the update from the student as it was to the newest "
+        "checkpoint, or between the two named",
+    )  # fmt: skip
+    report.add_argument("--out", metavar="DIR", type=Path, help="where report.html goes (default RUN/report)")
     config = add("config", _config, "print the resolved configuration")
     config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     config.add_argument("--docs", action="store_true", help="print the text of docs/configuration.md instead")
@@ -313,6 +337,30 @@ def _replay(args: argparse.Namespace) -> int:
     from kat_ray.replay_command import replay
 
     replay(args.run, [*args.settings, *getattr(args, "overrides", [])], args.keep_kl, args.out)
+    return 0
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
+
+
+def _report(args: argparse.Namespace) -> int:
+    from kat_ray.replay_command import rule_with
+    from kat_ray.report.command import report
+
+    settings = [*args.settings, *getattr(args, "overrides", [])]
+    rule = rule_with(args.run, settings) if settings else None
+    report(
+        args.run,
+        rule,
+        out=args.out,
+        rollouts=args.rollouts,
+        gradients=args.gradients,
+        say=lambda text: print(text, flush=True),
+    )
     return 0
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from kat_ray.termination.settings import KatParameters
 from kat_ray.traces import read_rows
 from kat_ray.types import FloatArray, IntArray
 
+Rule = TypeVar("Rule", bound=KatParameters)
 _BLOCK_VALUES = 1 << 20  # padded values that are worked on at once
 
 
@@ -112,15 +113,20 @@ def traces_from(table: pa.Table) -> Traces:
 
 
 def uncensored(traces: Traces) -> Traces:
-    """The rollouts that were seen to their end: the probes of a run that cut, all of a run that did not."""
+    """The rollouts that were seen to their end."""
+    return traces.take(uncensored_rows(traces))
+
+
+def uncensored_rows(traces: Traces) -> IntArray:
+    """Indices of the rollouts seen to their end: the probes of a run that cut, all of one that did not."""
     if not traces.trapped.any():
-        return traces
+        return np.arange(len(traces.step))
     rows = np.flatnonzero(traces.probe & ~traces.trapped)
     if not len(rows):
         raise UserError(
             "this run cut rollouts and kept no probes: nothing in it shows what a cut would have removed"
         )
-    return traces.take(rows)
+    return rows
 
 
 def apply_rule(traces: Traces, rule: KatParameters, thresholds: FloatArray) -> Replayed:
@@ -175,6 +181,16 @@ def _windows(traces: Traces, rows: IntArray, width: int) -> FloatArray:
         z[bads[:, width:] > bads[:, :-width]] = math.nan
     z[np.arange(z.shape[1]) + width > lengths[:, None]] = math.nan
     return z
+
+
+def windows_of(traces: Traces, width: int) -> list[FloatArray]:
+    """For every rollout z of the window that ends with token width - 1, width, ...; nats, NaN where undefined."""
+    found: list[FloatArray] = [np.zeros(0)] * len(traces.lengths)
+    for rows in _blocks(traces.lengths):
+        z = _windows(traces, rows, width)
+        for i, row in enumerate(rows):
+            found[row] = z[i, : max(0, traces.lengths[row] - width + 1)]
+    return found
 
 
 def _flat(starts: IntArray, lengths: IntArray) -> IntArray:
@@ -272,17 +288,21 @@ def sweep(traces: Traces, base: KatParameters, grid: Mapping[str, Sequence[Any]]
     """Every combination of the grid's values on top of `base`, each calibrated on the traces."""
     results = []
     for values in itertools.product(*grid.values()):
-        changes = dict(zip(grid, values, strict=True))
-        try:
-            rule = type(base).model_validate({**base.model_dump(), **changes})
-        except ValidationError as error:
-            words = ", ".join(f"{name} = {value!r}" for name, value in changes.items())
-            first = error.errors()[0]
-            field = ".".join(map(str, first["loc"][1:] or first["loc"]))
-            raise UserError(f"{words}: {field + ': ' if field else ''}{first['msg']}") from error
+        rule = checked(base, dict(zip(grid, values, strict=True)))
         thresholds, replayed = calibrate(traces, rule)
         results.append(weigh(traces, rule, thresholds, replayed))
     return results
+
+
+def checked(base: Rule, changes: Mapping[str, Any]) -> Rule:
+    """`base` with other values; `UserError` names the one that is not allowed."""
+    try:
+        return type(base).model_validate({**base.model_dump(), **changes})
+    except ValidationError as error:
+        words = ", ".join(f"{name} = {value!r}" for name, value in changes.items())
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"][1:] or first["loc"]))
+        raise UserError(f"{words}: {field + ': ' if field else ''}{first['msg']}") from error
 
 
 def recommend(results: Sequence[Tradeoff], keep_kl: float) -> tuple[Tradeoff, str]:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from kat_ray.config_io import load_config
 from kat_ray.errors import UserError
-from kat_ray.replay import Traces, Tradeoff, apply_rule, load_traces, recommend, sweep, uncensored
+from kat_ray.replay import Traces, Tradeoff, apply_rule, checked, load_traces, recommend, sweep, uncensored
 from kat_ray.termination.settings import KatParameters, KatSettings
 
 # What is swept where the user names nothing, around the settings of the run.
@@ -66,6 +66,17 @@ def _reproduction(traces: Traces, rule: KatSettings) -> str:
     if wrong:
         return f"warning: replaying the run's own rule gives other cuts for {wrong:,} of {len(cut):,} rollouts"
     return f"the run's own rule under its own thresholds gives its {int((traces.cut >= 0).sum()):,} cuts again"
+
+
+def rule_with(run_dir: Path, settings: Sequence[str]) -> KatSettings:
+    """The run's KAT settings, or the defaults, with single values in place of some."""
+    base, _ = _settings_of(run_dir)
+    changes = {}
+    for name, values in _grid(base, settings).items():
+        if len(values) != 1:
+            raise UserError(f"{name} = {values!r}: one value, please")
+        changes[name] = values[0]
+    return checked(base, changes)
 
 
 def _grid(base: KatSettings, settings: Sequence[str]) -> dict[str, list[Any]]:

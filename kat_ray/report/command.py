@@ -1,0 +1,259 @@
+"""`kat-ray report`: a run as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kat_ray.config_io import config_yaml
+from kat_ray.errors import UserError
+from kat_ray.models import load_tokenizer
+from kat_ray.report import curves, rollout_figures
+from kat_ray.report.browser import choose, prompts_of, rollouts_for
+from kat_ray.report.page import Card, Section, embedded_json, png_of, render, script, write_page
+from kat_ray.report.phases import PhaseRow, Phases, phase_table, phases_of, teacher_tokens
+from kat_ray.report.run_records import RunRecords, read_run
+from kat_ray.termination.settings import KatParameters, KatSettings
+
+_TOP_TOKENS = 12
+_GRADIENT_ROLLOUTS = 64
+
+
+def report(
+    run_dir: Path,
+    rule: KatSettings | None,
+    *,
+    out: Path | None,
+    rollouts: int,
+    gradients: Sequence[Path] | None,
+    say: Callable[[str], None],
+) -> list[Path]:
+    """Write the report of a run; returns its files, the page first.
+
+    `rule` divides rollouts into stages; None takes the run's own with its own thresholds, or the default settings
+    for a run without the KAT rule.
+    """
+    records = read_run(run_dir)
+    for note in records.notes:
+        say(f"warning: {note}")
+    settings, own = _rule_of(records, rule)
+    tokenizer = load_tokenizer(records.config.student)
+    phases, trouble = _phases(records, settings, own)
+    notes = [*records.notes, *([trouble] if trouble else [])]
+    sections = [*_step_sections(records), *_rollout_sections(records), *_phase_sections(records, phases, tokenizer)]
+    if gradients is not None:
+        if phases is None:
+            raise UserError(f"--gradients: {trouble}")
+        sections.append(_gradient_section(records, phases, gradients, say))
+    prompts, missing = prompts_of(records.config, tokenizer)
+    notes += [missing] if missing else []
+    chosen = choose(records, rollouts)
+    data = rollouts_for(records, chosen, settings, tokenizer, prompts)
+    count = len(records.traces.step)
+    how = "All rollouts." if len(chosen) == count else f"{len(chosen):,} of {count:,} rollouts, every kind in turn."
+    html = render(
+        "report.html.j2",
+        {
+            "title": f"kat-ray: {records.config.run.name}",
+            "subtitle": _subtitle(records, settings, own),
+            "notes": notes,
+            "cards": _cards(records),
+            "sections": sections,
+            "browser_words": how,
+            "stops": sorted(set(records.words("stop_reason"))),
+            "data": data,
+            "data_json": embedded_json(data),
+            "config": config_yaml(records.config),
+            "script": script("browser.js"),
+        },
+    )
+    files = write_page(html, sections, (out or run_dir / "report") / "report.html")
+    for file in files:
+        say(str(file))
+    return files
+
+
+def _rule_of(records: RunRecords, rule: KatSettings | None) -> tuple[KatParameters, bool]:
+    own = records.config.termination
+    if rule is not None:
+        return rule, rule == own
+    return (own, True) if isinstance(own, KatParameters) else (KatSettings(), False)
+
+
+def _phases(records: RunRecords, rule: KatParameters, own: bool) -> tuple[Phases | None, str | None]:
+    try:
+        phases = phases_of(records, rule, own)
+    except UserError as error:
+        return None, f"No stages: {error}"
+    if not phases.active.any():
+        return None, (
+            "No stages: the rule was never active on these rollouts (termination.min_samples, min_steps, window); "
+            "name other settings, such as `kat-ray report RUN window=16 min_samples=64 min_steps=2`"
+        )
+    return phases, None
+
+
+def _subtitle(records: RunRecords, rule: KatParameters, own: bool) -> str:
+    config = records.config
+    whose = "the run's own" if own else "not the run's own, calibrated on its rollouts"
+    return (
+        f"{config.student.path} from {config.teacher.path}, rule {config.termination.rule}, "
+        f"seed {config.run.seed}, {len({line['step'] for line in records.steps if 'learner/loss' in line})} steps, "
+        f"{len(records.traces.step):,} rollouts. Stages by the KAT rule with window {rule.window}, "
+        f"C {rule.consecutive}, exempt {rule.exempt}, eta {rule.eta:g} ({whose})."
+    )
+
+
+def _cards(records: RunRecords) -> list[Card]:
+    traces, cards = records.traces, []
+    evaluations = records.evaluations
+    if evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        cards.append(
+            Card(f"{first['avg_at_k']:.1%} → {last['avg_at_k']:.1%}", f"avg@{last['k']} on held-out problems")
+        )
+        cards.append(Card(f"{first['pass_at_k']:.1%} → {last['pass_at_k']:.1%}", f"pass@{last['k']}"))
+    generated = sum(records.series("rollout/generated_tokens")[1])
+    kept = sum(records.series("rollout/kept_tokens")[1])
+    cards.append(Card(f"{generated:,.0f}", "tokens generated"))
+    cards.append(Card(f"{kept:,.0f}", "tokens kept"))
+    cards.append(Card(f"{traces.trapped.mean() if len(traces.step) else 0:.0%}", "rollouts ended by the rule"))
+    probes = traces.probe & (traces.would_cut >= 0)
+    if probes.any():
+        graded = probes & (traces.correct >= 0)
+        saved = (traces.lengths - traces.would_cut)[probes].mean()
+        cards.append(Card(f"{saved:.0f}", "tokens that a cut saves, mean over probes"))
+        if graded.any():
+            right = (traces.correct[graded] == 1).mean()
+            cards.append(Card(f"{right:.0%}", "of probes it would cut answered right"))
+    if records.summary:
+        cards.append(Card(f"{records.summary['wall_seconds']:,.0f} s", "wall time"))
+    return cards
+
+
+def _section(name: str, title: str, text: str, fig: Any) -> Section:
+    return Section(name, title, text, png=png_of(fig))
+
+
+def _step_sections(records: RunRecords) -> list[Section]:
+    sections = [
+        _section(
+            "learning", "Learning",
+            "KL should fall and accuracy rise. The faint lines are single steps, the strong ones trailing means.",
+            curves.learning(records),
+        ),
+        _section(
+            "stops", "How rollouts ended",
+            "Trapped ones were ended by the rule, max_tokens ran into their limit. A share of max_tokens that "
+            "grows is a first sign of loops or of a lost end of sequence.",
+            curves.stops(records),
+        ),
+        _section(
+            "threshold", "Threshold",
+            "The threshold has to follow the KL scale. If KL falls and the threshold stays, too much is cut: "
+            "let the calibration forget sooner (a smaller buffer).",
+            curves.threshold(records),
+        ),
+        _section(
+            "health", "Health",
+            "Of the kept tokens. In a healthy run the overlap rises and the two entropies meet; a tail mass that "
+            "grows says that top k is too small.",
+            curves.health(records),
+        ),
+    ]  # fmt: skip
+    if records.series("probe/would_cut_share")[1]:
+        text = (
+            "Probes are never cut, so they show what cuts do. A rollout that would have been cut and went on to a "
+            "right answer was no waste."
+        )
+        sections.append(_section("probes", "What cuts cost and save", text, curves.probes(records)))
+    return sections
+
+
+def _rollout_sections(records: RunRecords) -> list[Section]:
+    return [
+        _section(
+            "heatmap", "KL of single tokens",
+            "A row is a rollout, dark is agreement. Traps are dark stretches that do not end. The drawn rollouts "
+            "are a sample.",
+            rollout_figures.heat_map(records),
+        ),
+        _section(
+            "position", "KL by position",
+            "Mean over all scored tokens at a position. Cut rollouts are missing after their cut, so the right end "
+            "holds those in which the rule saw no trap, and probes.",
+            rollout_figures.position(records),
+        ),
+    ]  # fmt: skip
+
+
+def _phase_sections(records: RunRecords, phases: Phases | None, tokenizer: Any) -> list[Section]:
+    if phases is None:
+        return []
+    sections = [
+        _section(
+            "onset", "Where agreement begins",
+            f"The first low stretch of the {int(phases.active.sum()):,} rollouts that were seen to their end and "
+            "for which the rule was active, as a share of all of them.",
+            rollout_figures.onset(phases),
+        ),
+        Section(
+            "stages", "Before, during and after agreement",
+            "Only rollouts that were seen to their end have all three. After begins with the token that lifts the "
+            "window mean to the threshold again. Where KL does not return to the level of before, a cut loses "
+            "little.",
+            png=png_of(rollout_figures.stages(phases)),
+            table=_phase_cells(phase_table(records, phases)),
+        ),
+    ]  # fmt: skip
+    found = teacher_tokens(records, phases, _TOP_TOKENS)
+    if found:
+        text = (
+            "The teacher's most likely token, counted over the tokens of each stage. What fills the agreement "
+            "stage is what the teacher goes along with."
+        )
+        fig = rollout_figures.teacher_top(found, lambda i: str(tokenizer.decode([i])))
+        sections.append(_section("teacher-tokens", "The teacher's top tokens by stage", text, fig))
+    return sections
+
+
+def _phase_cells(rows: Sequence[PhaseRow]) -> list[list[str]]:
+    names = {
+        "overlap": "overlap",
+        "entropy_gap": "entropy gap, nats",
+        "teacher_max": "teacher max",
+        "student_tail": "tail mass",
+    }
+    cells = [["stage", "tokens", "share", "KL, nats", *names.values()]]
+    for row in rows:
+        features = [row.features.get(name) for name in names]
+        cells.append(
+            [row.name, f"{row.tokens:,}", f"{row.share:.1%}", f"{row.kl:.4g}"]
+            + ["-" if value is None else f"{value:.3g}" for value in features]
+        )
+    return cells
+
+
+def _gradient_section(
+    records: RunRecords, phases: Phases, given: Sequence[Path], say: Callable[[str], None]
+) -> Section:
+    from kat_ray.report.gradients import checkpoints_of, gradient_evidence
+
+    first, last = checkpoints_of(records, given)
+    say(f"gradients at {first}, update up to {last}")
+    evidence = gradient_evidence(records, phases, first, last, _GRADIENT_ROLLOUTS)
+    chances = (f"{group}: share (chance {evidence.chance[group]:.2%})" for group in evidence.shares)
+    table = [["stage", "tokens", "gradient norm", *chances]]
+    for phase, count in evidence.tokens.items():
+        if count:
+            shares = (f"{by_phase[phase]:.2%}" for by_phase in evidence.shares.values())
+            table.append([phase, f"{count:,}", f"{evidence.norms[phase]:.3g}", *shares])
+    text = (
+        "Share of each stage's gradient that lies in the top singular subspace of the net update from "
+        f"{first.name} to {last.name}: the higher, the more the stage's tokens pull where training went. "
+        "Gradient of the mean KL over the stage's tokens at the first checkpoint, over the run's first "
+        f"{evidence.rollouts} rollouts with a trap that were seen to their end; its norm says how strongly the "
+        "mean token pulls."
+    )
+    return Section("gradients", "Gradients of the stages", text, table=table)

@@ -1,0 +1,51 @@
+"""One look for all pictures: matplotlib without a screen, few colours that mean the same everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+KEPT, CUT, SCALE, GREY = "#2563eb", "#dc2626", "#0f766e", "#6b7280"
+STOPS = {"eos": "#16a34a", "max_tokens": "#d97706", "trapped": CUT, "failed": GREY}
+PHASE_COLOURS = {"no trap": GREY, "before": KEPT, "agreement": CUT, "after": "#d97706"}
+_STYLE = {
+    "figure.dpi": 120,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.constrained_layout.use": True,
+}
+matplotlib.rcParams.update(_STYLE)
+
+
+def figure(rows: int, columns: int, width: float = 10, height: float = 3.2) -> tuple[Any, Any]:
+    """A figure with rows x columns of axes; `height` inches for each row."""
+    fig, axes = pyplot.subplots(rows, columns, figsize=(width, height * rows), squeeze=False)
+    return fig, axes
+
+
+def smooth(values: list[float], width: int) -> list[float]:
+    """Trailing mean over `width` values, for a line through noisy ones."""
+    return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+
+
+def percent(axis: Any) -> None:
+    """Label an axis of shares in per cent."""
+    axis.set_major_formatter(lambda value, _: f"{value:.0%}")
+
+
+def save(fig: Any, path: Any) -> None:
+    """Write a PNG and free the figure."""
+    fig.savefig(path, metadata={"Software": None})
+    pyplot.close(fig)

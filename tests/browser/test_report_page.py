@@ -1,0 +1,113 @@
+"""The report in a real browser: it opens without a network, and its rollouts can be filtered and looked at."""
+
+import json
+
+import numpy as np
+import pytest
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.select import Select
+
+from kat_ray import cli
+from kat_ray.types import StopReason
+from tests.unit.test_report import STAGES, row, small_run, write_run
+
+
+def get(browser, name):
+    return browser.find_element(By.ID, name)
+
+
+def entries(browser):
+    return get(browser, "list").find_elements(By.TAG_NAME, "button")
+
+
+def open_page(browser, path):
+    browser.get_log("browser"), browser.get_log("performance")
+    browser.get(path.as_uri())
+    trouble = [e for e in browser.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
+    assert not trouble
+    messages = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert urls and all(u.startswith(("file:", "data:")) for u in urls), urls
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    run = small_run(tmp_path_factory.mktemp("report"))
+    assert cli.main(["report", str(run)]) == 0
+    return run / "report" / "report.html"
+
+
+def test_rollouts_are_filtered_and_shown(browser, page):
+    open_page(browser, page)
+    assert len(entries(browser)) == 4 and get(browser, "count").text == "4 of 4"
+    Select(get(browser, "stop")).select_by_visible_text("trapped")
+    (only,) = entries(browser)
+    assert only.text.startswith("#2 trapped") and only.get_attribute("aria-current") == "true"
+    assert "cut at 3, confirmed after 8" in get(browser, "head").text
+    tokens = get(browser, "tokens")
+    (mark,) = tokens.find_elements(By.CLASS_NAME, "mark")
+    assert mark.text == "cut at 3"
+    assert len(tokens.find_elements(By.CLASS_NAME, "removed")) == 8 - 3
+    Select(get(browser, "stop")).select_by_visible_text("all")
+    Select(get(browser, "right")).select_by_visible_text("wrong")
+    assert [e.text.split()[0] for e in entries(browser)] == ["#1"]
+    Select(get(browser, "right")).select_by_visible_text("not graded")
+    assert [e.text.split()[0] for e in entries(browser)] == ["#2"]
+    get(browser, "probe").click()
+    assert not entries(browser) and "No rollout fits" in get(browser, "head").text
+    Select(get(browser, "right")).select_by_visible_text("all")
+    assert [e.text.split()[0] for e in entries(browser)] == ["#0", "#1", "#3"]
+
+
+def test_a_token_tells_its_figures(browser, page):
+    open_page(browser, page)
+    entries(browser)[0].click()
+    assert "would be cut at 3" in get(browser, "head").text and "should be" in get(browser, "head").text
+    assert get(browser, "prompt").text.startswith("start")
+    token = get(browser, "tokens").find_element(By.CSS_SELECTOR, "[data-i='7']")
+    ActionChains(browser).scroll_to_element(token).move_to_element(token).perform()
+    info = get(browser, "info").text
+    # d[7] = 0; the window of tokens 4..7 is 0; the threshold 0.5.
+    assert (
+        info.startswith("token 7") and "KL 0.00" in info and "window mean 0.00" in info and "threshold 0.5" in info
+    )
+    lines = get(browser, "chart").find_elements(By.TAG_NAME, "path")
+    assert len(lines) == 1 and get(browser, "chart").text.count("threshold") == 1
+    spans = [get(browser, "tokens").find_element(By.CSS_SELECTOR, f"[data-i='{i}']") for i in (0, 7)]
+    colour = [span.value_of_css_property("background-color") for span in spans]
+    assert colour[0] != colour[1]
+
+
+def test_pictures_are_there(browser, page):
+    open_page(browser, page)
+    images = browser.find_elements(By.TAG_NAME, "img")
+    assert len(images) >= 9
+    assert all(browser.execute_script("return arguments[0].naturalWidth > 500", i) for i in images)
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.slow
+def test_ten_thousand_rollouts_open(browser, tmp_path):
+    rng = np.random.default_rng(0)
+    stops = [StopReason.EOS, StopReason.MAX_TOKENS]
+    steps = [
+        [
+            row(100 * s + i, rng.exponential(0.4, int(rng.integers(20, 400))), step=s, stop_reason=stops[i % 2],
+                correct=bool(i % 3), prompt_id=f"train:{i + 1}")
+            for i in range(100)
+        ]
+        for s in range(99)
+    ]  # fmt: skip
+    steps.append([row(9900 + i, STAGES, step=99) for i in range(100)])
+    run = write_run(tmp_path / "run", steps)
+    assert cli.main(["report", str(run)]) == 0
+    page = run / "report" / "report.html"
+    assert page.stat().st_size < 20 * 2**20
+    open_page(browser, page)
+    assert "300 of 10,000 rollouts" in browser.find_element(By.TAG_NAME, "main").text
+    assert get(browser, "count").text == "300 of 300"
+    Select(get(browser, "order")).select_by_visible_text("longest first")
+    entries(browser)[0].click()
+    first = int(entries(browser)[0].text.splitlines()[1].split()[0])
+    assert len(get(browser, "tokens").find_elements(By.CSS_SELECTOR, "[data-i]")) == first > 300

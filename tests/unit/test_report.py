@@ -1,0 +1,219 @@
+"""A run's report: stages by hand, what is counted is never sampled, odd runs still give a page."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kat_ray import cli
+from kat_ray.config_io import load_config, save_config
+from kat_ray.report.browser import choose
+from kat_ray.report.gradients import bases_of, groups_of, projected
+from kat_ray.report.page import embedded_json
+from kat_ray.report.phases import phase_means, phase_table, phases_of, teacher_tokens
+from kat_ray.report.run_records import read_run
+from kat_ray.traces import TokenFeatures, TraceRow, write_traces
+from kat_ray.types import StopReason
+
+# W = 4, C = 2, threshold 0.5: cut at 3 (see test_termination), and token 8 lifts z(9) to 0.5 again.
+STAGES = [1.0] * 4 + [0.0] * 4 + [2.0] * 3
+RULE = ["termination.window=4", "termination.consecutive=2", "termination.exempt=0"]
+OWN = [*RULE, "termination.min_samples=1", "termination.buffer=8", "termination.min_steps=0"]
+
+
+def features(d, top=5):
+    n = len(d)
+    column = np.linspace(0, 1, n).astype(np.float32)
+    return TokenFeatures(np.full(n, top, np.int32), column, column, 2 * column, column, column)
+
+
+def row(rollout_id, d, step=0, **changes):
+    d = np.array(d, np.float32)
+    values = dict(
+        rollout_id=rollout_id, prompt_id=f"train:{rollout_id + 1}", step=step, policy_version=step,
+        token_ids=np.arange(len(d), dtype=np.int32) % 150 + 2, d=d, stop_reason=StopReason.EOS, cut=None,
+        confirmed=None, threshold=0.5, probe=True, minimum=0.0, would_cut=None, correct=True, features=features(d),
+    )  # fmt: skip
+    return TraceRow(**(values | changes))
+
+
+def write_run(path, rows_by_step, rule=OWN):
+    """A run directory as a report reads it."""
+    (path / "traces").mkdir(parents=True)
+    save_config(load_config("demo", [*rule, f"run.steps={len(rows_by_step)}"]), path / "config.yaml")
+    lines = [{"step": 0, "eval/avg_at_k": 0.1, "eval/pass_at_k": 0.3, "eval/mean_length": 9.0}]
+    for step, rows in enumerate(rows_by_step):
+        write_traces(path / "traces", step, rows)
+        lines.append(
+            {
+                "step": step + 1, "kl/mean": 0.5 / (step + 1), "learner/loss": 0.4, "kat/threshold": 0.5,
+                "rollout/generated_tokens": 30.0, "rollout/kept_tokens": 20.0, "rollout/eos_share": 0.75,
+                "rollout/max_tokens_share": 0.0, "rollout/trapped_share": 0.25, "probe/would_cut_share": 0.5,
+            }
+        )  # fmt: skip
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evaluation = {"avg_at_k": 0.5, "pass_at_k": 0.75, "k": 3}
+    (path / "evaluations.jsonl").write_text(
+        json.dumps(evaluation | {"avg_at_k": 0.25}) + "\n" + json.dumps(evaluation)
+    )
+    return path
+
+
+def small_run(tmp_path, **changes):
+    cut = dict(probe=False, stop_reason=StopReason.TRAPPED, cut=3, confirmed=8, correct=None)
+    rows = [row(0, STAGES, would_cut=3, **changes), row(1, [1.0] * 12, correct=False, **changes)]
+    rows += [row(2, STAGES[:8], **cut, **changes), row(3, [1.0] * 5, threshold=None, **changes)]
+    return write_run(tmp_path / "run", [rows])
+
+
+def test_stages_by_hand(tmp_path):
+    records = read_run(small_run(tmp_path))
+    phases = phases_of(records, records.config.termination, own=True)
+    assert phases.rows.tolist() == [0, 1, 3], "the cut rollout was not seen to its end"
+    assert phases.active.tolist() == [True, True, False] and phases.trapped.tolist() == [True, False, False]
+    assert phases.stage.tolist() == [0] * 3 + [1] * 5 + [2] * 3 + [-1] * 12 + [-2] * 5
+    table = {r.name: r for r in phase_table(records, phases)}
+    assert {name: r.tokens for name, r in table.items()} == {"no trap": 12, "before": 3, "agreement": 5, "after": 3}
+    assert table["before"].kl == 1.0 and table["agreement"].kl == pytest.approx(0.2) and table["after"].kl == 2.0
+    assert table["before"].share == pytest.approx(3 / 23)
+    # The features of rollout 0 are i / 10: 0, 0.1, 0.2 before the cut; the entropy gap is |2 x - x|.
+    assert table["before"].features["overlap"] == pytest.approx(0.1, abs=1e-3)
+    assert table["after"].features["entropy_gap"] == pytest.approx(0.9, abs=1e-3)
+    assert phase_means(phases)["agreement"].tolist() == [pytest.approx(0.2)]
+    assert teacher_tokens(records, phases, 4) == {name: [(5, 1.0)] for name in ("before", "agreement", "after")}
+
+
+def test_a_run_without_features_has_stages_without_them(tmp_path):
+    records = read_run(small_run(tmp_path, features=None))
+    phases = phases_of(records, records.config.termination, own=True)
+    assert all(v is None for r in phase_table(records, phases) for v in r.features.values())
+    assert teacher_tokens(records, phases, 4) == {}
+
+
+kinds = st.tuples(st.sampled_from(["eos", "max_tokens"]), st.sampled_from([True, False, None]), st.integers(0, 7))
+
+
+@given(st.lists(kinds, min_size=1, max_size=60), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_the_sample_shows_every_kind(tmp_path_factory, rollouts, most):
+    path = tmp_path_factory.mktemp("run")
+    steps = [[] for _ in range(8)]
+    for i, (stop, correct, step) in enumerate(rollouts):
+        steps[step].append(row(i, [0.5] * 3, step=step, stop_reason=StopReason(stop), correct=correct))
+    records = read_run(write_run(path / "run", steps))
+    chosen = choose(records, most)
+    assert len(set(chosen.tolist())) == len(chosen) == min(most, len(rollouts))
+    last = int(records.traces.step.max()) + 1
+    kind = [(s, c, int(4 * t / last)) for s, c, t in zip(
+        records.words("stop_reason"), records.words("correct"), records.words("step"), strict=True)]  # fmt: skip
+    shown = {kind[i] for i in chosen}
+    assert len(shown) == min(most, len(set(kind))), "each kind is there before any comes twice"
+    assert choose(records, most).tolist() == chosen.tolist()
+
+
+def test_text_of_a_rollout_cannot_leave_the_page():
+    nasty = {"text": "</script><script>alert(1)</script><!-- \u2028"}
+    text = embedded_json(nasty)
+    assert "<" not in text and json.loads(text) == nasty
+
+
+def test_the_page_stands_alone_and_counts_everything(tmp_path, capsys):
+    run = small_run(tmp_path)
+    assert cli.main(["report", str(run), "--rollouts", "2"]) == 0
+    page = run / "report" / "report.html"
+    html = page.read_text()
+    assert str(page) in capsys.readouterr().out
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", html)
+    for name in (
+        "learning",
+        "stops",
+        "threshold",
+        "health",
+        "heatmap",
+        "position",
+        "onset",
+        "stages",
+        "teacher-tokens",
+    ):
+        assert f'id="{name}"' in html and (run / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL).group(1))
+    assert len(data["rollouts"]) == 2 and "2 of 4 rollouts" in html
+    assert ">25%</b><span>rollouts ended by the rule" in html, "of all four, not of the two that are shown"
+    whole = {r["id"]: r for r in page_data(run)}
+    assert whole[0]["z"][:5] == [1.0, 0.75, 0.5, 0.25, 0.0] and whole[2]["cut"] == 3
+    assert whole[0]["prompt"].startswith("start") and whole[0]["gold"] is not None
+
+
+def page_data(run):
+    assert cli.main(["report", str(run)]) == 0
+    html = (run / "report" / "report.html").read_text()
+    return json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL).group(1))["rollouts"]
+
+
+def test_a_run_without_rule_probes_or_end_still_has_a_page(tmp_path):
+    plain = dict(probe=False, threshold=None, minimum=None, features=None, correct=None)
+    run = write_run(tmp_path / "run", [[row(i, [0.5] * 9, **plain) for i in range(3)]], ["termination.rule=none"])
+    (run / "evaluations.jsonl").unlink()
+    (run / "metrics.jsonl").write_text('{"step": 1, "kl/mean": 0.5}\n{"step": 2, "kl')
+    assert cli.main(["report", str(run)]) == 0
+    html = (run / "report" / "report.html").read_text()
+    assert "metrics.jsonl:2 is damaged" in html and "the rule was never active" in html
+
+
+def test_other_settings_divide_the_rollouts_of_any_run(tmp_path):
+    plain = dict(probe=False, threshold=None, minimum=None)
+    steps = [[row(10 * s + i, STAGES, step=s, **plain) for i in range(4)] for s in range(3)]
+    run = write_run(tmp_path / "run", steps, ["termination.rule=none"])
+    arguments = ["window=4", "consecutive=1", "exempt=0", "min_samples=4", "min_steps=1", "eta=0.2"]
+    assert cli.main(["report", str(run), *arguments, "--out", str(tmp_path / "page")]) == 0
+    assert "not the run&#39;s own" in (html := (tmp_path / "page" / "report.html").read_text())
+    assert 'id="stages"' in html and not (run / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["window=0"], "window"),
+        (["windw=4"], "must be FIELD=VALUE"),
+        (["window=[4,8]"], "one value"),
+        (["--gradients"], "holds no checkpoint"),
+        (["--gradients", "a"], "no directory, or two"),
+    ],
+)
+def test_mistakes_are_one_message(tmp_path, capsys, arguments, message):
+    run = small_run(tmp_path)
+    assert cli.main(["report", str(run), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "no config.yaml in it" in capsys.readouterr().err
+
+
+def test_gradient_shares_by_hand():
+    # The update has rank 1 in the direction e0 f0; r = 1 for a 16 x 16 matrix.
+    before = {
+        "model.layers.0.self_attn.q_proj.weight": torch.zeros(16, 16),
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(16, 32),
+    }
+    before["model.layers.0.norm.weight"] = torch.zeros(16)
+    after = {name: weight.clone() for name, weight in before.items()}
+    after["model.layers.0.self_attn.q_proj.weight"][0, 3] = 2.0
+    after["model.layers.0.mlp.up_proj.weight"][1, 1] = 1.0
+    bases = bases_of(before, after)
+    assert set(groups_of(bases)) == {"attention", "last MLP"} and len(bases) == 2
+    basis = bases["model.layers.0.self_attn.q_proj.weight"]
+    gradient = torch.zeros(16, 16)
+    gradient[0, 3], gradient[5, 5] = 3.0, 4.0
+    assert projected(gradient, basis) == pytest.approx(9.0) and gradient.square().sum() == 25
+    assert projected(torch.roll(gradient, 1, 0), basis) == pytest.approx(0.0)
+    random = torch.randn(400, 16, 16, generator=torch.Generator().manual_seed(0))
+    mean = np.mean([projected(g, basis) / float(g.square().sum()) for g in random])
+    assert mean == pytest.approx(1 / 256, rel=0.3), "r^2 / (m n) by chance"
+    assert not math.isnan(mean)
