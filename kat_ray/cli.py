@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from kat_ray.errors import UserError
 
 if TYPE_CHECKING:
+    from kat_ray.compare import Result
     from kat_ray.config import Config
 
 DESCRIPTION = """\
@@ -76,6 +77,7 @@ Nothing is started and no weights are loaded. Each line is ok, warn or FAIL.""",
 examples:
   kat-ray compare demo --rules none kat length_matched --seeds 0 1 2
   kat-ray compare my.yaml --rules none kat kat:eta=0.5 fixed_prefix:n=512 --out runs/which-eta run.steps=200
+  kat-ray compare --runs runs/a runs/b --out /tmp/a-b          finished runs; says what else they differ in
 
 Each rule runs from the same start on the same prompts, once for each seed, in DIR/RULE/seed-N. A run that is
 finished is not run again: called again, a comparison goes on where it was. length_matched cuts at the lengths of
@@ -177,7 +179,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor = add("doctor", _doctor, "check machine, packages, models and data; start nothing")
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     compare = add("compare", _compare, "train with several rules and compare them")
-    compare.add_argument("config", metavar="CONFIG", help="YAML file, or `demo`")
+    compare.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
+    compare.add_argument(
+        "--runs", metavar="RUN", type=Path, nargs="+", help="compare these finished runs; nothing is trained"
+    )
     compare.add_argument(
         "--rules", metavar="RULE[:FIELD=VALUE,...]", nargs="+", default=["none", "kat", "length_matched"],
         help="rules to compare (default: none kat length_matched)",
@@ -300,9 +305,16 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from kat_ray.compare import order_of, parse_arm
+    from kat_ray.compare import order_of, parse_arm, read_results, read_runs, run_all
     from kat_ray.config_io import load_config
 
+    if args.runs:
+        if args.config is not None:
+            raise UserError(f"--runs compares finished runs: leave {args.config!r} out")
+        results, notes = read_runs(args.runs)
+        return _show_comparison(results, notes, args.out or Path("compare"))
+    if args.config is None:
+        raise UserError("name a configuration file, or `demo`; or finished runs with --runs")
     # `--rules none kat learner.lr=1e-5` puts the override among the rules: a rule's name holds no dot and no `=`.
     misplaced = [a for a in args.rules if "=" in a.partition(":")[0]]
     config = load_config(args.config, [*args.overrides, *misplaced])
@@ -314,14 +326,21 @@ def _compare(args: argparse.Namespace) -> int:
     _keep_others_out(config)
     out = args.out or Path(config.run.dir) / f"compare-{config.run.name}"
     from actors.run import train
-    from kat_ray.compare import read_results, run_all, table, write_results
 
     run_all(config, arms, args.seeds, out, train, lambda text: print(text, flush=True))
-    results = read_results(arms, args.seeds, out)
+    return _show_comparison(read_results(arms, args.seeds, out), [], out)
+
+
+def _show_comparison(results: Sequence[Result], notes: Sequence[str], out: Path) -> int:
+    from kat_ray.compare import table, write_results
+    from kat_ray.report.comparison import write_comparison
+
+    for note in notes:
+        print(f"note: {note}")
     heading, rows = table(results)
     for line in zip(heading, *rows, strict=True):  # one line a measure: a terminal is higher than it is wide
         print("  ".join(f"{cell:<24}" for cell in line).rstrip())
-    for file in write_results(results, args.seeds, out):
+    for file in (*write_results(results, out), *write_comparison(results, notes, out)):
         print(file)
     return 0
 

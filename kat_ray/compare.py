@@ -145,25 +145,69 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Result:
-    """One arm over all seeds: measures [seeds] by name, and right answers [seeds, problems] as shares of k."""
+    """One arm over its seeds: measures [seeds] by name, and right answers [seeds, problems] as shares of k."""
 
     label: str
+    seeds: tuple[int, ...]
+    folders: tuple[Path, ...]
     measures: Mapping[str, np.ndarray]
     right: np.ndarray
 
+    def pairs_with(self, other: Result) -> bool:
+        """Whether both have the same seeds and as many problems."""
+        return self is not other and self.seeds == other.seeds and self.right.shape == other.right.shape
+
 
 def read_results(arms: Sequence[Arm], seeds: Sequence[int], out: Path) -> list[Result]:
-    """What the finished runs left."""
-    results = []
-    for arm in arms:
-        summaries = [json.loads((out / arm.label / f"seed-{s}" / "summary.json").read_text()) for s in seeds]
-        if any(s["eval_after"] is None for s in summaries):
-            raise UserError("evaluation.data = null: a comparison needs held-out problems")
-        rows = [_measures(s) for s in summaries]
-        measures = {name: np.array([row[name] for row in rows], dtype=float) for name in MEASURES}
-        right = np.array([_right(out / arm.label / f"seed-{s}") for s in seeds])
-        results.append(Result(arm.label, measures, right))
-    return results
+    """What the finished runs of a comparison left."""
+    return [read_result(a.label, [(s, out / a.label / f"seed-{s}") for s in seeds]) for a in arms]
+
+
+def read_result(label: str, runs: Sequence[tuple[int, Path]]) -> Result:
+    """One arm from its finished runs, (seed, directory)."""
+    summaries = []
+    for _, folder in runs:
+        if not (folder / "summary.json").is_file():
+            raise UserError(f"{folder}: no summary.json in it: not a run directory, or its run has not ended")
+        summaries.append(json.loads((folder / "summary.json").read_text()))
+        if summaries[-1]["eval_after"] is None:
+            raise UserError(f"{folder}: it was not evaluated; a comparison needs held-out problems")
+    rows = [_measures(s) for s in summaries]
+    measures = {name: np.array([row[name] for row in rows], dtype=float) for name in MEASURES}
+    rights = [_right(folder) for _, folder in runs]
+    if len({len(right) for right in rights}) > 1:
+        raise UserError(f"{runs[0][1]} and others of rule {label} were evaluated on different numbers of problems")
+    return Result(label, tuple(s for s, _ in runs), tuple(f for _, f in runs), measures, np.array(rights))
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
+    """Arms from any finished runs, grouped by their rule, and notes on what else they differ in."""
+    configs = []
+    for path in paths:
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"{path}: no config.yaml in it; name run directories")
+        configs.append(load_config(path / "config.yaml"))
+    groups: dict[str, list[tuple[int, Path]]] = {}
+    for path, config in zip(paths, configs, strict=True):
+        label = _label_of(config, configs)
+        if config.run.seed in (s for s, _ in groups.get(label, [])):  # it differs in something else
+            label = f"{label} ({path})"
+        groups.setdefault(label, []).append((config.run.seed, path))
+    notes = []
+    for path, config in zip(paths[1:], configs[1:], strict=True):
+        if more := [d for d in differences(config, configs[0]) if not d.startswith(("termination.", "run."))]:
+            notes.append(f"{path} differs from {paths[0]} in more than the rule: {'; '.join(more)}")
+        if config.run.steps != configs[0].run.steps:
+            notes.append(f"{path} has {config.run.steps} steps, {paths[0]} {configs[0].run.steps}")
+    return [read_result(label, sorted(runs)) for label, runs in groups.items()], notes
+
+
+def _label_of(config: Config, all_configs: Sequence[Config]) -> str:
+    """The rule's name, with the fields in which runs of this rule differ; the run that is copied does not count."""
+    same = [c.termination for c in all_configs if c.termination.rule == config.termination.rule]
+    own = config.termination.model_dump(exclude={"rule", "run"})
+    differing = [k for k, v in own.items() if any(getattr(t, k) != v for t in same)]
+    return "-".join([config.termination.rule, *(f"{k}={own[k]}" for k in differing)])
 
 
 def _measures(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -228,14 +272,18 @@ def table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
             spread = f" ± {values.std(ddof=1):{digits}}" if len(values) > 1 else ""
             row.append(f"{values.mean():{digits}}{spread}")
         for baseline in baselines:
-            mean, low, high = paired_difference(result, baseline)
-            row.append("" if baseline is result else f"{mean:+.1%} [{low:+.1%}, {high:+.1%}]")
+            if result.pairs_with(baseline):
+                mean, low, high = paired_difference(result, baseline)
+                row.append(f"{mean:+.1%} [{low:+.1%}, {high:+.1%}]")
+            else:
+                row.append("")
         rows.append(row)
     return heading, rows
 
 
-def write_results(results: Sequence[Result], seeds: Sequence[int], out: Path) -> list[Path]:
+def write_results(results: Sequence[Result], out: Path) -> list[Path]:
     """Save the comparison as Markdown, CSV (one row a run) and JSON."""
+    out.mkdir(parents=True, exist_ok=True)
     heading, rows = table(results)
     markdown = ["| " + " | ".join(r) + " |" for r in (heading, ["---"] * len(heading), *rows)]
     files = [out / f"compare.{kind}" for kind in ("md", "csv", "json")]
@@ -244,16 +292,16 @@ def write_results(results: Sequence[Result], seeds: Sequence[int], out: Path) ->
         writer = csv.writer(file)
         writer.writerow(["rule", "seed", *MEASURES])
         for result in results:
-            for i, seed in enumerate(seeds):
+            for i, seed in enumerate(result.seeds):
                 writer.writerow([result.label, seed, *(result.measures[name][i] for name in MEASURES)])
     document = {
         result.label: {
-            "seeds": list(seeds),
+            "seeds": list(result.seeds),
             **{name: values.tolist() for name, values in result.measures.items()},
             "avg_at_k_minus": {
                 b.label: dict(zip(("mean", "low", "high"), paired_difference(result, b), strict=True))
                 for b in results
-                if b.label in BASELINES and b is not result
+                if b.label in BASELINES and result.pairs_with(b)
             },
         }
         for result in results

@@ -16,6 +16,7 @@ from kat_ray.compare import (
     paired_difference,
     parse_arm,
     read_results,
+    read_runs,
     run_all,
     table,
     tflop,
@@ -97,7 +98,7 @@ def test_a_comparison_goes_on_where_it_was(tmp_path):
 
 
 def result(label, right):
-    return Result(label, {}, np.array(right, dtype=float))
+    return Result(label, (0, 1, 2), (), {}, np.array(right, dtype=float))
 
 
 def test_differences_are_paired_by_seed_and_problem():
@@ -128,7 +129,7 @@ def test_the_table_is_saved_in_three_forms(tmp_path):
     assert heading[:2] == ["rule", "avg@k"] and heading[-1] == "avg@k - none [95 %]"
     assert rows[0][:3] == ["none", "50.0% ± 0.0%", "50.0% ± 0.0%"] and rows[0][-1] == ""
     assert rows[1][1] == "75.0% ± 0.0%" and rows[1][-1].startswith("+25.0% [+0.0%")
-    markdown, table_csv, document = write_results(results, [0, 1], tmp_path)
+    markdown, table_csv, document = write_results(results, tmp_path)
     assert markdown.read_text().splitlines()[3].startswith("| kat | 75.0% ± 0.0% |")
     lines = list(csv.DictReader(table_csv.open()))
     assert [(r["rule"], r["seed"]) for r in lines] == [("none", "0"), ("none", "1"), ("kat", "0"), ("kat", "1")]
@@ -148,3 +149,44 @@ def test_the_table_is_saved_in_three_forms(tmp_path):
 def test_mistakes_are_one_message(capsys, arguments, message):
     assert cli.main(["compare", "demo", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_finished_runs_are_compared_and_their_other_differences_named(tmp_path, capsys):
+    for rule, seed, right in (("none", 0, [3, 0]), ("none", 1, [0, 0]), ("kat", 0, [3, 3]), ("kat", 1, [3, 0])):
+        finish(config_of(BASE, parse_arm(rule), seed, tmp_path), right)
+    hot = config_of(BASE.model_copy(update={"learner": BASE.learner.model_copy(update={"lr": 9e-4})}),
+                    parse_arm("kat:eta=0.5"), 0, tmp_path)  # fmt: skip
+    finish(hot, [3, 3])
+    again = hot.model_copy(update={"run": hot.run.model_copy(update={"name": "again", "steps": 4})})
+    finish(again, [0, 0])
+    runs = [tmp_path / rule / f"seed-{seed}" for rule in ("none", "kat") for seed in (0, 1)]
+    results, notes = read_runs(runs)
+    assert [(r.label, r.seeds) for r in results] == [("none", (0, 1)), ("kat", (0, 1))] and not notes
+    runs += [Path(hot.run.dir) / "seed-0", Path(hot.run.dir) / "again"]
+    results, notes = read_runs(runs)
+    assert [r.label for r in results][1:3] == ["kat-eta=0.3", "kat-eta=0.5"]
+    assert results[3].label.endswith("again)"), "same rule and seed: it differs in something else"
+    assert "more than the rule: learner.lr: 0.0009, was 0.001" in notes[0] and "4 steps" in notes[-1]
+    assert cli.main(["compare", "--runs", *map(str, runs), "--out", str(tmp_path / "page")]) == 0
+    assert "note: " in (out := capsys.readouterr().out) and "compare.html" in out
+    html = (tmp_path / "page" / "compare.html").read_text()
+    assert "more than the rule: learner.lr" in html and 'id="differences"' in html
+    assert (tmp_path / "page" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    document = json.loads((tmp_path / "page" / "compare.json").read_text())
+    assert document["kat-eta=0.3"]["avg_at_k_minus"]["none"]["mean"] == pytest.approx(0.5)
+    assert document["kat-eta=0.5"]["avg_at_k_minus"] == {}, "one seed is not paired with two"
+
+
+def test_runs_that_cannot_be_compared_are_named(tmp_path, capsys):
+    finish(config_of(BASE, parse_arm("none"), 0, tmp_path), [3, 0])
+    done = str(tmp_path / "none" / "seed-0")
+    (tmp_path / "open").mkdir()
+    save_config(BASE, tmp_path / "open" / "config.yaml")
+    for arguments, message in (
+        (["--runs", str(tmp_path)], "no config.yaml"),
+        (["--runs", done, str(tmp_path / "open")], "its run has not ended"),
+        (["demo", "--runs", done], "leave 'demo' out"),
+        ([], "name a configuration file"),
+    ):
+        assert cli.main(["compare", *arguments]) == 2
+        assert message in capsys.readouterr().err
