@@ -39,8 +39,8 @@ CONFIG is a YAML file, or `demo` for the embedded task with its tiny models. Eve
 section.field=value, with the value in YAML. docs/configuration.md lists the fields."""
 
 OVER_A_RUN = """\
-RUN is a run directory with traces. Each FIELD is one of termination's for the KAT rule: window, consecutive,
-eta, stride, exempt, ...; a list of values is swept. docs/termination.md defines them."""
+RUN is a run directory with traces. Each FIELD is one of termination's for the rule, such as window, consecutive,
+eta, stride and exempt for kat; a list of values is swept. docs/termination.md defines them."""
 
 ABOUT_REPORT = """\
 RUN is a run directory. The page needs no network: learning curves, how rollouts ended, threshold, KL of single
@@ -87,6 +87,7 @@ examples:
   kat-ray replay runs/latest                                  a sweep around the run's own settings
   kat-ray replay runs/latest eta=[0.1,0.3,0.5] window=32      these settings, the others as in the run
   kat-ray replay runs/none --keep-kl 0.95 --out /tmp/replay
+  kat-ray replay runs/latest --rule fixed_prefix n=[32,64,128]
 
 No model is loaded. What a cut removes is only known of rollouts that were seen to their end: a run's probes, or
 all rollouts of a run with termination.rule=none.""",
@@ -195,6 +196,9 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("run", metavar="RUN", type=Path, help="run directory, such as runs/latest")
     replay.add_argument(
         "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a field of the rule; a list sweeps it"
+    )
+    replay.add_argument(
+        "--rule", metavar="RULE", help="the rule to apply (default: the run's own if it is a KAT rule, else kat)"
     )
     replay.add_argument(
         "--keep-kl", metavar="SHARE", type=_share, default=0.9,
@@ -355,7 +359,7 @@ def _share(text: str) -> float:
 def _replay(args: argparse.Namespace) -> int:
     from kat_ray.replay_command import replay
 
-    replay(args.run, [*args.settings, *getattr(args, "overrides", [])], args.keep_kl, args.out)
+    replay(args.run, args.rule, [*args.settings, *getattr(args, "overrides", [])], args.keep_kl, args.out)
     return 0
 
 

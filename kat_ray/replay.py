@@ -6,10 +6,9 @@ their end: the probes of a run with a rule, all rollouts of a run without one.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,11 +18,11 @@ from pydantic import ValidationError
 
 from kat_ray.errors import UserError
 from kat_ray.termination.calibration import MinimaBuffer
-from kat_ray.termination.settings import KatParameters
+from kat_ray.termination.settings import KatParameters, RuleSettings
 from kat_ray.traces import read_rows
 from kat_ray.types import FloatArray, IntArray
 
-Rule = TypeVar("Rule", bound=KatParameters)
+Rule = TypeVar("Rule", bound=RuleSettings)
 _BLOCK_VALUES = 1 << 20  # padded values that are worked on at once
 
 
@@ -33,13 +32,17 @@ class Traces:
 
     d: FloatArray  # [N] float64, nats
     offsets: IntArray  # [R + 1] int64
+    rollout_id: IntArray  # [R]
     step: IntArray  # [R]
     threshold: FloatArray  # [R] nats, NaN while the rule was inactive
     probe: IntArray  # [R] bool
     trapped: IntArray  # [R] bool
+    full: IntArray  # [R] bool, it ran into its token limit
     cut: IntArray  # [R] first token not kept; -1 if not cut
     would_cut: IntArray  # [R] of a probe; -1 if not
     correct: IntArray  # [R] 1 right, 0 wrong, -1 not graded
+    # Token ids and features of every scored token [N], by name, where a rule needs them and the run has them.
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def lengths(self) -> IntArray:
@@ -48,11 +51,13 @@ class Traces:
 
     def take(self, rows: IntArray) -> Traces:
         """The rollouts with these indices."""
-        spans = [np.arange(self.offsets[r], self.offsets[r + 1]) for r in rows]
-        columns = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in ("d", "offsets")}
-        offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
+        where = _flat(self.offsets[rows], self.lengths[rows])
+        flat = ("d", "offsets", "columns")
         return Traces(
-            d=self.d[np.concatenate([*spans, np.zeros(0, np.int64)]).astype(np.int64)], offsets=offsets, **columns
+            d=self.d[where],
+            offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64),
+            columns={name: values[where] for name, values in self.columns.items()},
+            **{f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in flat},
         )
 
 
@@ -66,10 +71,10 @@ class Replayed:
     minimum: FloatArray  # smallest window mean of the whole trace, nats; NaN without a window
 
 
-def load_traces(run_dir: Path) -> tuple[Traces, tuple[str, ...]]:
+def load_traces(run_dir: Path, columns: Sequence[str] = ()) -> tuple[Traces, tuple[str, ...]]:
     """All traces of a run, and a note for every damaged file: it is read up to the damage."""
     table, notes = load_table(run_dir)
-    return traces_from(table), notes
+    return traces_from(table, columns), notes
 
 
 def load_table(run_dir: Path) -> tuple[pa.Table, tuple[str, ...]]:
@@ -91,25 +96,42 @@ def load_table(run_dir: Path) -> tuple[pa.Table, tuple[str, ...]]:
     return pa.concat_tables(tables).sort_by([("step", "ascending"), ("rollout_id", "ascending")]), tuple(notes)
 
 
-def traces_from(table: pa.Table) -> Traces:
-    """What a replay needs of a table of traces."""
+def traces_from(table: pa.Table, columns: Sequence[str] = ()) -> Traces:
+    """What a replay needs of a table of traces; of `columns` those that the run recorded for every rollout."""
     lists = table.column("d").combine_chunks()
     lengths = np.asarray(lists.value_lengths().fill_null(0))
 
     def ints(name: str) -> IntArray:
         return np.asarray(table.column(name).cast(pa.int32()).fill_null(-1).to_numpy(), dtype=np.int32)
 
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    stop = np.asarray(table.column("stop_reason").to_numpy(zero_copy_only=False))
     return Traces(
         d=np.asarray(lists.flatten(), dtype=np.float64),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        offsets=offsets,
+        rollout_id=np.asarray(table.column("rollout_id").to_numpy(), dtype=np.int64),
         step=ints("step"),
         threshold=np.asarray(table.column("threshold").fill_null(math.nan).to_numpy(), dtype=np.float64),
         probe=ints("probe") == 1,
-        trapped=np.asarray(table.column("stop_reason").to_numpy(zero_copy_only=False)) == "trapped",
+        trapped=stop == "trapped",
+        full=stop == "max_tokens",
         cut=ints("cut"),
         would_cut=ints("would_cut"),
         correct=ints("correct"),
+        columns={name: values for name in columns if (values := _column(table, name, lengths)) is not None},
     )
+
+
+def _column(table: pa.Table, name: str, lengths: IntArray) -> np.ndarray | None:
+    """A recorded value of every scored token, flat; tokens that were not scored are left out."""
+    lists = table.column(name).combine_chunks()
+    if lists.null_count:
+        return None
+    counts = np.asarray(lists.value_lengths())
+    if (counts < lengths).any():
+        return None
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.int64)
+    return np.asarray(lists.flatten())[_flat(starts, lengths)]
 
 
 def uncensored(traces: Traces) -> Traces:
@@ -245,7 +267,7 @@ def calibrate(traces: Traces, rule: KatParameters) -> tuple[FloatArray, Replayed
 class Tradeoff:
     """What one setting does to the rollouts that it was active for."""
 
-    rule: KatParameters
+    rule: RuleSettings
     rollouts: int
     cut_share: float  # rollouts cut
     kept_tokens: float  # share of tokens before the cut
@@ -255,9 +277,8 @@ class Tradeoff:
     right_share: float | None  # graded rollouts with a right answer, cut or not
 
 
-def weigh(traces: Traces, rule: KatParameters, thresholds: FloatArray, replayed: Replayed) -> Tradeoff:
-    """Shares over the rollouts for which the rule was active."""
-    active = ~np.isnan(thresholds)
+def weigh(traces: Traces, rule: RuleSettings, active: IntArray, replayed: Replayed) -> Tradeoff:
+    """Shares over the rollouts for which the rule was active, a mask [R]."""
     lengths = traces.lengths
     is_cut = active & (replayed.cut >= 0)
     kept = np.where(is_cut, replayed.cut, lengths)
@@ -284,16 +305,6 @@ def _share(part: Any, whole: Any) -> float:
     return float(part) / float(whole) if whole else 0.0
 
 
-def sweep(traces: Traces, base: KatParameters, grid: Mapping[str, Sequence[Any]]) -> list[Tradeoff]:
-    """Every combination of the grid's values on top of `base`, each calibrated on the traces."""
-    results = []
-    for values in itertools.product(*grid.values()):
-        rule = checked(base, dict(zip(grid, values, strict=True)))
-        thresholds, replayed = calibrate(traces, rule)
-        results.append(weigh(traces, rule, thresholds, replayed))
-    return results
-
-
 def checked(base: Rule, changes: Mapping[str, Any]) -> Rule:
     """`base` with other values; `UserError` names the one that is not allowed."""
     try:
@@ -302,7 +313,7 @@ def checked(base: Rule, changes: Mapping[str, Any]) -> Rule:
         words = ", ".join(f"{name} = {value!r}" for name, value in changes.items())
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"][1:] or first["loc"]))
-        raise UserError(f"{words}: {field + ': ' if field else ''}{first['msg']}") from error
+        raise UserError(": ".join(filter(None, (words, field, first["msg"])))) from error
 
 
 def recommend(results: Sequence[Tradeoff], keep_kl: float) -> tuple[Tradeoff, str]:

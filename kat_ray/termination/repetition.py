@@ -9,15 +9,17 @@ loop is p * (repeats - 1) of them in a row. O(max_period) work per token. KL is 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import Field, model_validator
 
 from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RunFacts
 from kat_ray.termination.settings import CuttingSettings
 from kat_ray.termination.uncalibrated import UncalibratedRule
+from kat_ray.types import IntArray
 
 
 class RepetitionSettings(CuttingSettings):
@@ -41,7 +43,7 @@ class RepetitionSettings(CuttingSettings):
 class RepetitionTracker:
     """One rollout's last tokens, and how long it has been repeating them at each period."""
 
-    __slots__ = ("_equal", "_last", "_settings", "cut", "seen")
+    __slots__ = ("_equal", "_last", "_periods", "_settings", "cut", "seen")
 
     threshold: float | None = None
     minimum: float | None = None
@@ -49,27 +51,35 @@ class RepetitionTracker:
 
     def __init__(self, settings: RepetitionSettings) -> None:
         self._settings = settings
-        self._last: deque[int] = deque(maxlen=settings.max_period)
-        self._equal = [0] * (settings.max_period + 1)
+        self._periods = np.arange(settings.min_period, settings.max_period + 1)
+        self._last = np.full(settings.max_period, -1, dtype=np.int64)  # -1 is no token: it is equal to none
+        self._equal = np.zeros(len(self._periods), dtype=np.int64)
         self.cut: Cut | None = None
         self.seen = 0
 
     def observe(self, tokens: NewTokens) -> Cut | None:
         """Take the next tokens."""
-        for token in tokens.token_ids.tolist():
-            self.seen += 1
-            if self.cut is None:
-                self._look(token)
+        if self.cut is None and len(tokens.token_ids):
+            self._look(tokens.token_ids)
+        self.seen += len(tokens.token_ids)
         return self.cut
 
-    def _look(self, token: int) -> None:
+    def _look(self, token_ids: IntArray) -> None:
+        """All new tokens at all periods at once, [n, periods]."""
         rule = self._settings
-        for period in range(rule.min_period, len(self._last) + 1):
-            same = self._last[-period] == token
-            self._equal[period] = self._equal[period] + 1 if same else 0
-            if self.cut is None and self._equal[period] >= period * (rule.repeats - 1):
-                self.cut = Cut(at=self.seen - period * (rule.repeats - 1), confirmed=self.seen)
-        self._last.append(token)
+        both = np.concatenate([self._last, token_ids])
+        windows = sliding_window_view(both, rule.max_period + 1)  # the last of a row is the token itself
+        equal = windows[:, -1 - self._periods] == windows[:, -1:]
+        index = np.arange(len(token_ids))[:, None]
+        differed = np.maximum.accumulate(np.where(equal, -1, index), axis=0)  # -1: not since the chunk began
+        run = np.where(differed < 0, index + 1 + self._equal, index - differed)
+        is_loop = run >= self._periods * (rule.repeats - 1)
+        if is_loop.any():
+            first = int(is_loop.any(axis=1).argmax())
+            period = int(self._periods[is_loop[first].argmax()])  # the shortest
+            confirmed = self.seen + first + 1
+            self.cut = Cut(at=confirmed - period * (rule.repeats - 1), confirmed=confirmed)
+        self._last, self._equal = both[-rule.max_period :], run[-1]
 
 
 class RepetitionRule(UncalibratedRule):

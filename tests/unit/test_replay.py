@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ from kat_ray import cli
 from kat_ray.config import Config
 from kat_ray.config_io import save_config
 from kat_ray.errors import UserError
-from kat_ray.replay import Traces, apply_rule, calibrate, load_traces, recommend, sweep, uncensored, weigh
-from kat_ray.termination import NewTokens
+from kat_ray.replay import Traces, apply_rule, calibrate, load_traces, recommend, uncensored, weigh
+from kat_ray.replay_rules import COLUMNS, follow, reproduce, sweep
+from kat_ray.termination import Finished, NewTokens, RolloutStart, RunFacts, make_rule
 from kat_ray.termination.kat import KatTracker
-from kat_ray.traces import TraceRow, write_traces
+from kat_ray.traces import TokenFeatures, TraceRow, write_traces
 from kat_ray.types import StopReason
+from tests.unit.test_rules import settings_from
 from tests.unit.test_termination import rule_of
 
 
@@ -26,11 +29,13 @@ def traces_of(values, thresholds=None, steps=None, correct=None, probe=None, tra
     column = lambda given, default: np.array(given if given is not None else [default] * count)  # noqa: E731
     return Traces(
         d=flat, offsets=np.cumsum([0, *map(len, values)]).astype(np.int64), step=column(steps, 0),
+        rollout_id=np.arange(count), full=column(None, False),
         threshold=column(thresholds, math.nan), probe=column(probe, False), trapped=column(trapped, False),
         cut=column(None, -1), would_cut=column(None, -1), correct=column(correct, -1),
     )  # fmt: skip
 
 
+FACTS = RunFacts(seed=0, max_tokens=60)
 values = st.lists(
     st.lists(st.one_of(st.floats(0, 2, width=32), st.just(math.nan)), max_size=40), min_size=1, max_size=8
 )
@@ -70,7 +75,8 @@ def test_shares_by_hand():
     rule = rule_of()  # W = 4, C = 2
     low = [1.0] * 4 + [0.0] * 6  # under 0.5: cut at 3, confirmed at 8 of 10
     traces = traces_of([low, [1.0] * 10, low, low], [0.5, 0.5, math.nan, 0.5], correct=[1, 1, 1, 0])
-    figures = weigh(traces, rule, traces.threshold, apply_rule(traces, rule, traces.threshold))
+    active = ~np.isnan(traces.threshold)
+    figures = weigh(traces, rule, active, apply_rule(traces, rule, traces.threshold))
     assert figures.rollouts == 3 and figures.cut_share == pytest.approx(2 / 3)
     assert figures.kept_tokens == pytest.approx((3 + 10 + 3) / 30)
     assert figures.generated_tokens == pytest.approx((8 + 10 + 8) / 30)
@@ -127,7 +133,7 @@ def test_the_recommended_setting_keeps_the_signal_for_the_fewest_tokens(tmp_path
     traces, notes = load_traces(some_run(tmp_path))
     assert notes == () and len(traces.step) == 180
     base = rule_of(window=8, exempt=4, consecutive=4, min_samples=20, min_steps=1, buffer=60)
-    results = sweep(traces, base, {"eta": [0.2, 0.5, 0.8], "window": [4, 8]})
+    results = sweep(traces, base, {"eta": [0.2, 0.5, 0.8], "window": [4, 8]}, FACTS)
     best, reason = recommend(results, 0.95)
     assert best.kept_kl >= 0.95 and best.generated_tokens < 0.9 and best.false_cut_share < 0.1
     assert all(best.generated_tokens <= r.generated_tokens for r in results if r.kept_kl >= 0.95)
@@ -135,14 +141,14 @@ def test_the_recommended_setting_keeps_the_signal_for_the_fewest_tokens(tmp_path
     _, reason = recommend([r for r in results if r.kept_kl < 1.0], 1.0)
     assert "no setting keeps 100%" in reason
     with pytest.raises(UserError, match="no setting became active"):
-        recommend(sweep(traces, base, {"min_steps": [100]}), 0.9)
+        recommend(sweep(traces, base, {"min_steps": [100]}, FACTS), 0.9)
 
 
 def test_the_command_prints_a_table_and_leaves_a_plot(tmp_path, capsys):
     run = some_run(tmp_path / "run")
     assert cli.main(["replay", str(run), "eta=[0.3, 0.6]", "window=8", "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
-    assert "180 rollouts, 10,800 scored tokens" in text and "recommended: window=8" in text
+    assert "180 rollouts, 10,800 scored tokens" in text and "recommended: kat window=8" in text
     rows = list(csv.DictReader((tmp_path / "out" / "replay.csv").open()))
     assert [r["eta"] for r in rows] == ["0.3", "0.6"] and float(rows[0]["generated_tokens"]) < 1
     assert (tmp_path / "out" / "replay.png").stat().st_size > 10_000
@@ -193,4 +199,74 @@ def test_a_damaged_file_is_named_and_left_out(tmp_path, capsys):
     assert cli.main(["replay", str(run)]) == 2
     assert "none of its 6 trace files can be read" in capsys.readouterr().err
     assert cli.main(["replay", str(tmp_path)]) == 2
-    assert "no traces in it" in capsys.readouterr().err
+    assert "no config.yaml in it" in capsys.readouterr().err
+
+
+def test_other_rules_are_replayed_with_their_own_code():
+    # Ten tokens each; overlap 0 from token 2 on: with decay 0.5 the weight is 0 from token 3 on.
+    overlap = np.tile([1.0, 1.0, *[0.0] * 8], 3).astype(np.float16)
+    traces = replace(traces_of([[1.0] * 10] * 3, steps=[0, 0, 1]), columns={"overlap": overlap})
+    (prefix,) = sweep(traces, settings_from(rule="fixed_prefix"), {"n": [4]}, FACTS)
+    assert (prefix.cut_share, prefix.kept_tokens, prefix.generated_tokens) == (1.0, 0.4, 0.5)
+    pruned = follow(traces, settings_from(rule="prune_opd", decay=0.5), FACTS)
+    assert pruned.cut.tolist() == [3] * 3 and pruned.confirmed.tolist() == [4] * 3
+    bounded = follow(traces, settings_from(rule="progressive", start=6, end=20, steps=1), FACTS)
+    assert bounded.cut.tolist() == [6, 6, -1], "the second step's budget is 20"
+
+
+@pytest.mark.parametrize("rule", ["random", "repetition", "prune_opd", "fixed_prefix"])
+def test_the_run_s_own_rule_gives_its_cuts_again(tmp_path, rule):
+    rng = np.random.default_rng(1)
+    own = settings_from(rule=rule, **{"fixed_prefix": {"n": 20}, "repetition": {"repeats": 2, "min_period": 3},
+                                  "prune_opd": {"decay": 0.1, "start": 25}}.get(rule, {}))  # fmt: skip
+    made = make_rule(own, FACTS)
+    for step in range(3):
+        made.start_step(step)
+        rows, finished = [], []
+        for i in range(step * 20, step * 20 + 20):
+            probe, length = i % 5 == 0, int(rng.integers(5, 60))
+            length = length if probe else min(length, made.budget or 60)
+            new = NewTokens(
+                rng.exponential(1, length).astype(np.float32), rng.integers(0, 3, length).astype(np.int32),
+                overlap=rng.random(length).astype(np.float16),
+            )  # fmt: skip
+            tracker = made.begin(RolloutStart(i, probe))
+            cut = tracker.observe(new)
+            seen = cut.confirmed if cut and not probe else length
+            full = seen == (made.budget or 60)
+            finished.append(Finished(None, cut=bool(cut and not probe), probe=probe, length=seen, full=full))
+            empty = np.zeros(length + 2, dtype=np.float32)
+            features = TokenFeatures(new.token_ids, new.overlap, *[empty[:length]] * 4)
+            features = TokenFeatures(**{k: v[:seen] for k, v in vars(features).items()})
+            reason = StopReason.TRAPPED if cut and not probe else StopReason.MAX_TOKENS if full else StopReason.EOS
+            rows.append(
+                TraceRow(
+                    i, "p", step, step, np.append(new.token_ids, [9, 9])[: seen + 2], new.d[:seen], reason,
+                    cut.at if cut and not probe else None, seen if cut and not probe else None, None, probe, None,
+                    cut.at if cut and probe else None, None, features=features,
+                )
+            )  # fmt: skip
+        made.end_step(finished)
+        (tmp_path / "traces").mkdir(exist_ok=True)
+        write_traces(tmp_path / "traces", step, rows)
+    traces, _ = load_traces(tmp_path, COLUMNS)
+    assert set(COLUMNS) == set(traces.columns) and (traces.cut >= 0).sum() > 10
+    again = reproduce(traces, own, FACTS).cut
+    assert again.tolist() == np.where(traces.probe == 1, traces.would_cut, traces.cut).tolist()
+
+
+def test_the_command_takes_any_rule(tmp_path, capsys):
+    run = some_run(tmp_path / "run")
+    assert cli.main(["replay", str(run), "--rule", "fixed_prefix", "n=[10, 30]", "--keep-kl", "0.5"]) == 0
+    text = capsys.readouterr().out
+    assert "recommended: fixed_prefix n=30" in text
+    assert [r["n"] for r in csv.DictReader((run / "replay" / "replay.csv").open())] == ["10", "30"]
+    assert cli.main(["replay", str(run), "--rule", "random", "--keep-kl", "0.1"]) == 0
+    for arguments, message in (
+        (["--rule", "trap"], "--rule 'trap': must be one of kat"),
+        (["--rule", "fixed_prefix", "eta=0.3"], "with one of probe_share, n"),
+        (["--rule", "fixed_prefix", "n=0"], "n = 0: n: Input should be greater"),
+        (["--rule", "length_matched"], "run: Field required"),
+    ):
+        assert cli.main(["replay", str(run), *arguments]) == 2
+        assert message in capsys.readouterr().err
