@@ -28,6 +28,7 @@ from kat_ray.batch import MicroBatch, TrainRow, collect_rows, micro_batches
 from kat_ray.config import Config
 from kat_ray.hf_model import DTYPES
 from kat_ray.loss import SUMS, LossSums, TeacherTargets, distillation_loss
+from kat_ray.timeline import Span, Timeline
 from kat_ray.types import KeptRollout, RolloutChunk, TeacherRows, WeightUpdate
 
 
@@ -88,6 +89,11 @@ class Learner:
         self._engine: Any = None
         self._optimizer_steps = 0
         self._clipped_norm = 0.0
+        self._timeline = Timeline()
+
+    def spans(self) -> tuple[Span, ...]:
+        """What was done since this was last asked."""
+        return self._timeline.drain()
 
     def address(self) -> tuple[str, int]:
         """Host and a free port of this rank's node, for the ranks to meet at."""
@@ -146,18 +152,22 @@ class Learner:
         """
         started = time.monotonic()
         lr = self._set_lr()
-        rows = collect_rows(_fetch(chunks), _fetch(teacher), kept)
-        batches = micro_batches(rows, self._config.learner.micro_batch_tokens)
+        span = self._timeline.span
+        with span("collect"):
+            rows = collect_rows(_fetch(chunks), _fetch(teacher), kept)
+            batches = micro_batches(rows, self._config.learner.micro_batch_tokens)
         chunks = self._chunks_of_passes(batches)
         totals = np.zeros(len(SUMS) + 1)
         worst = grad_norm = 0.0
         if global_weight > 0:
             for i, n in enumerate(chunks):
-                sums = self._backward(batches[i] if i < len(batches) else None, n, global_weight)
+                with span("forward and backward"):
+                    sums = self._backward(batches[i] if i < len(batches) else None, n, global_weight)
                 if sums is not None:
                     totals += [float(sums.loss), *sums.sums.tolist()]
                     worst = max(worst, float(sums.logprob_diff_max))
-            self._engine.step()
+            with span("optimiser"):
+                self._engine.step()
             norm = self._engine.get_global_grad_norm()
             grad_norm = self._clipped_norm if norm is None else float(norm)
         self._optimizer_steps += 1
@@ -233,7 +243,7 @@ class Learner:
 
     def weights(self, policy_version: int) -> WeightUpdate | None:
         """The whole student as the samplers take it; None on ranks other than 0. All ranks must call it."""
-        with self._gathered():
+        with self._timeline.span("weights"), self._gathered():
             if self._rank != 0:
                 return None
             return weight_update(self._engine.module.student, policy_version, DTYPES[self._config.student.dtype])

@@ -22,9 +22,10 @@ from kat_ray.models import ModelFacts, check_models, resolve_model
 from kat_ray.probes import RolloutGrader, probe_metrics, seen_to_the_end
 from kat_ray.progress import Progress, StepLine
 from kat_ray.records import RunDirectory
-from kat_ray.step_metrics import rollout_metrics, score_metrics
+from kat_ray.step_metrics import busy_metrics, rollout_metrics, score_metrics
 from kat_ray.summary import Totals, run_summary
 from kat_ray.termination import RunFacts, make_rule
+from kat_ray.timeline import ChromeTrace, Timeline
 from kat_ray.traces import TokenFeatures, TraceRow
 from kat_ray.verify import EvalResult, check_golds
 
@@ -144,6 +145,9 @@ class _Job:
             config.evaluation.verifier,
         )
         self._totals = Totals()
+        self._ahead: SampledStep | None = None  # the next step's rollouts, with staleness 1
+        self._timeline = Timeline()
+        self._trace = ChromeTrace(run.path / "timeline.json") if config.run.profile else None
 
     def run_all(self, started: float) -> None:
         """Load, evaluate, train, evaluate, save, summarise."""
@@ -205,43 +209,54 @@ class _Job:
     def _step(self, step: int) -> None:
         started = time.monotonic()
         self._progress.training()
-        version = self._trainer.policy_version
-        sampled = self._trainer.sample(step)
+        trainer, is_last = self._trainer, step + 1 == self._config.run.steps
+        with self._timeline.span("sample"):
+            sampled = self._ahead or trainer.finish_sampling(trainer.start_sampling(step))
+        self._ahead = None
         sampled_at = time.monotonic()
-        pending = self._trainer.learn(sampled)
-        metrics = self._record(step, sampled, version)  # while the learner works
-        report, *_ = wait(pending, None, "the learner")
+        pending = trainer.learn(sampled)
+        ahead = trainer.start_sampling(step + 1) if self._config.rollout.staleness and not is_last else None
+        with self._timeline.span("record"):
+            metrics = self._record(step, sampled)  # while the learner works
+        with self._timeline.span("learn"):
+            report, *_ = wait(pending, None, "the learner")
         learnt_at = time.monotonic()
-        self._trainer.publish()
+        if ahead is not None:
+            with self._timeline.span("sample ahead"):
+                self._ahead = trainer.finish_sampling(ahead)
+        ready_at = time.monotonic()
+        with self._timeline.span("publish"):
+            trainer.publish()
         ended = time.monotonic()
         self._totals.add_trained(report.tokens)
-        generated = metrics["rollout/generated_tokens"]
-        learner = {f"learner/{name}": float(value) for name, value in asdict(report).items()}
-        del learner["learner/policy_version"]
-        metrics |= learner
+        metrics |= {f"learner/{name}": float(value) for name, value in asdict(report).items()}
+        del metrics["learner/policy_version"]
         metrics |= {
-            "policy_version": float(version),
+            "rollout/staleness": float(report.policy_version - sampled.version),
             "time/step": ended - started,
-            "time/sample": sampled_at - started,
-            "time/monitor": sampled.monitor_seconds,
-            "time/score_wait": max(r.wait_seconds for r in sampled.reports),
+            "time/sample": sampled_at - started + ready_at - learnt_at,
             "time/learn": learnt_at - sampled_at,
-            "time/publish": ended - learnt_at,
-            "throughput/tokens_per_second": generated / (ended - started),
+            "time/publish": ended - ready_at,
         }
+        metrics |= busy_metrics(sampled.reports, sampled.scored, sampled.monitor_seconds, metrics)
+        self._finish_step(step, metrics, sampled.begun.threshold)
+
+    def _finish_step(self, step: int, metrics: dict[str, float], threshold: float | None) -> None:
         self._run.log_metrics(step + 1, metrics)
+        if self._trace is not None:
+            self._trace.add({"driver": self._timeline.drain(), **self._trainer.spans()}, step + 1)
         self._progress.step(
             StepLine(
                 step=step + 1,
                 kl=metrics.get("kl/mean"),
-                generated_tokens=int(generated),
+                generated_tokens=int(metrics["rollout/generated_tokens"]),
                 trapped_share=metrics["rollout/trapped_share"],
-                threshold=sampled.begun.threshold,
+                threshold=threshold,
                 tokens_per_second=metrics["throughput/tokens_per_second"],
             )
         )
 
-    def _record(self, step: int, sampled: SampledStep, version: int) -> dict[str, float]:
+    def _record(self, step: int, sampled: SampledStep) -> dict[str, float]:
         kept = {b.rollout_id: b.kept for _, _, b in sampled.joined}
         traces = traces_of(sampled.scored)
         features = self._features(sampled)
@@ -255,7 +270,7 @@ class _Job:
                 rollout_id=outcome.rollout_id,
                 prompt_id=prompt_ids[outcome.rollout_id],
                 step=step,
-                policy_version=version,
+                policy_version=sampled.version,
                 token_ids=rollout.token_ids,
                 d=traces[outcome.rollout_id],
                 stop_reason=outcome.stop_reason,
@@ -280,7 +295,8 @@ class _Job:
             prompt_tokens=sum(len(s.prompt_ids) for s in sampled.specs),
         )
         return (
-            rollout_metrics(sampled.joined, sampled.begun)
+            {"policy_version": float(sampled.version)}
+            | rollout_metrics(sampled.joined, sampled.begun)
             | score_metrics(sampled.scored, kept)
             | probe_metrics([o for o, _, _ in sampled.joined], traces, correct)
         )

@@ -17,6 +17,7 @@ import ray
 
 from kat_ray.chunking import PendingRollout, build_chunk
 from kat_ray.config import Config, ModelConfig
+from kat_ray.timeline import Span, Timeline
 from kat_ray.types import (
     ChunkRefs,
     RolloutSpec,
@@ -49,6 +50,7 @@ class StudentSampler:
         self._version = 0
         self._scorers: Sequence[Any] = ()
         self._monitor: Any = None
+        self._timeline = Timeline()
         started = time.monotonic()
         from actors.vllm_engine import VllmEngine  # here: the driver places this class, it need not load vLLM
 
@@ -72,9 +74,14 @@ class StudentSampler:
 
     def load_weights(self, update: WeightUpdate) -> int:
         """Take new weights between two steps; returns the policy version now sampled from."""
-        self._engine.load_weights(update)
+        with self._timeline.span("load weights"):
+            self._engine.load_weights(update)
         self._version = update.policy_version
         return self._version
+
+    def spans(self) -> tuple[Span, ...]:
+        """What was done since this was last asked."""
+        return self._timeline.drain()
 
     def generate(self, specs: Sequence[RolloutSpec]) -> SamplerReport:
         """Generate rollouts to their end, scored and monitored on the way. Blocks until all have ended."""
@@ -126,12 +133,17 @@ class _Generation:
         """Step the engine until nothing runs and every chunk has been answered."""
         started = time.monotonic()
         steps = 0
+        span = self._sampler._timeline.span
         while self._engine.running:
-            self._collect()
-            steps += 1
-            if steps % self._rollout.chunk_tokens == 0:
+            with span("generate"):
+                for _ in range(self._rollout.chunk_tokens):
+                    if not self._engine.running:
+                        break
+                    self._collect()
+                    steps += 1
+                    self._take_decisions()
+            if self._engine.running:
                 self._flush()
-            self._take_decisions()
         self._flush()
         self._drain()
         return SamplerReport(
@@ -168,6 +180,10 @@ class _Generation:
                 self._send(index, scorer, news)
 
     def _send(self, index: int, scorer: Any, news: Sequence[PendingRollout]) -> None:
+        with self._sampler._timeline.span("send"):
+            self._hand_over(index, scorer, news)
+
+    def _hand_over(self, index: int, scorer: Any, news: Sequence[PendingRollout]) -> None:
         chunk = build_chunk(
             news,
             self._released[index],
@@ -203,7 +219,8 @@ class _Generation:
 
     def _wait(self, future: Any) -> TerminationDecision:
         started = time.monotonic()
-        decision: TerminationDecision = future.result()
+        with self._sampler._timeline.span("wait"):
+            decision: TerminationDecision = future.result()
         self._wait_seconds += time.monotonic() - started
         return decision
 

@@ -19,6 +19,7 @@ from actors.teacher_columns import Teacher, TeacherColumns
 from kat_ray.config import Config
 from kat_ray.divergence import EosMode, entropy, event_logprobs, is_stop, reverse_kl
 from kat_ray.errors import UserError
+from kat_ray.timeline import Span, Timeline
 from kat_ray.types import EngineEnd, RolloutChunk, ScoredChunk, TeacherRows
 
 
@@ -34,6 +35,7 @@ class TeacherScorer:
         self._stop_ids = stop_ids
         self._eos: EosMode = config.rollout.eos
         self._teacher = make_teacher(config, teacher_dir, stop_ids, max_model_len)
+        self._timeline = Timeline()
         self._scored_tokens = 0
         self._busy_seconds = 0.0
         self._load_seconds = time.monotonic() - started
@@ -47,6 +49,10 @@ class TeacherScorer:
 
         ValueError names rollouts whose past this scorer does not hold: send them again with their context.
         """
+        with self._timeline.span("score"):
+            return self._score(chunk)
+
+    def _score(self, chunk: RolloutChunk) -> tuple[ScoredChunk, TeacherRows]:
         started = time.monotonic()
         self.release(chunk.released.tolist())
         columns = self._teacher.score(chunk)
@@ -59,6 +65,10 @@ class TeacherScorer:
     def release(self, rollout_ids: Sequence[int]) -> None:
         """Forget rollouts; unknown ones are ignored."""
         self._teacher.release(rollout_ids)
+
+    def spans(self) -> tuple[Span, ...]:
+        """What was done since this was last asked."""
+        return self._timeline.drain()
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and what is held now."""

@@ -1,6 +1,7 @@
-"""The training loop: sample, score and monitor; learn; publish; keep the books.
+"""The training loop's verbs: sample, score and monitor; learn; publish; save.
 
-Staleness is 0: every rollout of a step is sampled from the weights that the step before it produced.
+Rollouts are sampled from the weights that the samplers hold when sampling starts. With staleness 0 these are the
+learner's; with staleness 1 sampling starts while the learner works, and they are one version older.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kat_ray.accounting import RolloutBooks, join_outcomes
 from kat_ray.batch import assign_ranks
 from kat_ray.config import Config
 from kat_ray.data import PromptOrder, rollout_specs
+from kat_ray.timeline import Span
 from kat_ray.types import (
     ChunkRefs,
     FloatArray,
@@ -35,9 +37,20 @@ log = logging.getLogger("kat_ray.trainer")
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """A step's rollouts while they are generated."""
+
+    specs: Sequence[RolloutSpec]
+    begun: StepStart
+    version: int  # of the weights they are sampled from
+    reports: list[Any]  # references to the samplers' reports
+
+
+@dataclass(frozen=True)
 class SampledStep:
     """One step's rollouts, ended and booked."""
 
+    version: int  # of the weights they were sampled from
     specs: Sequence[RolloutSpec]
     begun: StepStart
     joined: list[tuple[RolloutOutcome, SampledRollout, RolloutBooks]]
@@ -56,8 +69,8 @@ class Trainer:
         self._order = order
         self.policy_version = 0
 
-    def sample(self, step: int) -> SampledStep:
-        """Generate, score and monitor the rollouts of one step, each to its end."""
+    def start_sampling(self, step: int) -> Sampling:
+        """Set the samplers going on the rollouts of one step."""
         specs = rollout_specs(self._order, self._config, step)
         monitor, samplers = self._pools.monitor, self._pools.samplers
         ids, probes = [s.rollout_id for s in specs], [s.probe for s in specs]
@@ -65,17 +78,21 @@ class Trainer:
         (begun,) = wait([monitor.start_step.remote(step, ids, probes)], None, "the trap monitor")
         specs = [s if s.probe else replace(s, max_tokens=_within(begun.budget, s.max_tokens)) for s in specs]
         n = len(samplers)
-        reports: list[SamplerReport] = wait(
-            [s.generate.remote(specs[i::n]) for i, s in enumerate(samplers)], None, "rollouts"
-        )
-        stale = [r.sampler for r in reports if r.policy_version != self.policy_version]
-        assert not stale, f"{stale} sampled from other weights than version {self.policy_version}"
+        reports = [s.generate.remote(specs[i::n]) for i, s in enumerate(samplers)]
+        return Sampling(specs, begun, self.policy_version, reports)
+
+    def finish_sampling(self, sampling: Sampling) -> SampledStep:
+        """Wait until every rollout of a step has ended and is scored; close its books."""
+        reports: list[SamplerReport] = wait(sampling.reports, None, "rollouts")
+        odd = [r.sampler for r in reports if r.policy_version != sampling.version]
+        assert not odd, f"{odd} sampled from other weights than version {sampling.version}"
         closed: StepEnd
-        (closed,) = wait([monitor.end_step.remote()], None, "the trap monitor")
+        (closed,) = wait([self._pools.monitor.end_step.remote()], None, "the trap monitor")
         chunks = [c for report in reports for c in report.chunks]
         scored: list[ScoredChunk] = ray.get([c.scored for c in chunks])
         joined = join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes)
-        return SampledStep(specs, begun, joined, chunks, scored, reports, closed.busy_seconds)
+        busy = closed.busy_seconds
+        return SampledStep(sampling.version, sampling.specs, sampling.begun, joined, chunks, scored, reports, busy)
 
     def learn(self, sampled: SampledStep) -> list[Any]:
         """Start one optimiser step on the kept tokens; returns the ranks' pending reports."""
@@ -114,6 +131,18 @@ class Trainer:
         assert all(v == version for v in loaded), f"samplers hold versions {loaded}, published was {version}"
         self.policy_version = version
         return version
+
+    def spans(self) -> dict[str, tuple[Span, ...]]:
+        """What every actor did since this was last asked, by its name. No actor may be at work."""
+        pools = self._pools
+        actors = {
+            **{f"sampler:{i}": a for i, a in enumerate(pools.samplers)},
+            **{f"scorer:{i}": a for i, a in enumerate(pools.scorers)},
+            "monitor:0": pools.monitor,
+            **{f"learner:{i}": a for i, a in enumerate(pools.learners)},
+        }
+        drained = wait([a.spans.remote() for a in actors.values()], None, "the timeline")
+        return dict(zip(actors, drained, strict=True))
 
     def save(self, path: Path, tokenizer_dir: str) -> None:
         """Write the student in Hugging Face format; under ZeRO 3 every rank takes part."""

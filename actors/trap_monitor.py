@@ -22,6 +22,7 @@ from kat_ray.termination import (
     TerminationConfig,
     make_rule,
 )
+from kat_ray.timeline import Span, Timeline
 from kat_ray.types import (
     EngineEnd,
     RolloutOutcome,
@@ -62,6 +63,7 @@ class TrapMonitor:
         self._late_tokens = 0
         self._decisions = 0
         self._busy_seconds = 0.0
+        self._timeline = Timeline()
 
     def start_step(self, step: int, rollout_ids: Sequence[int], probes: Sequence[bool]) -> StepStart:
         """Register the rollouts of a step; returns the threshold and the budget that they all get."""
@@ -75,6 +77,10 @@ class TrapMonitor:
 
     def observe(self, chunk: ScoredChunk) -> TerminationDecision:
         """Take the d's of a chunk; returns the rollouts that are newly confirmed as trapped."""
+        with self._timeline.span("observe"):
+            return self._observe(chunk)
+
+    def _observe(self, chunk: ScoredChunk) -> TerminationDecision:
         started = time.perf_counter()
         newly: list[tuple[int, int, int]] = []
         for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
@@ -117,6 +123,10 @@ class TrapMonitor:
         self._rule.end_step([_finished(o) for o in outcomes if o.stop_reason is not StopReason.FAILED])
         self._rollouts.clear()
         return StepEnd(tuple(outcomes), self._busy_seconds)
+
+    def spans(self) -> tuple[Span, ...]:
+        """What was done since this was last asked."""
+        return self._timeline.drain()
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and what is held now."""

@@ -173,6 +173,11 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add("train", _train, "distil the teacher into the student")
     train.add_argument("config", metavar="CONFIG", help="YAML file, or `demo`")
+    train.add_argument(
+        "--profile",
+        action="store_true",
+        help="write timeline.json, a Chrome trace of all actors (run.profile=true)",
+    )
     evaluate = add("eval", _eval, "score a model on the held-out problems")
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="run directory, model directory, or hub id")
     evaluate.add_argument("--config", metavar="CONFIG", help="YAML file, or `demo`; default: the run's own")
@@ -239,7 +244,7 @@ def _version() -> str:
 def _train(args: argparse.Namespace) -> int:
     from kat_ray.config_io import load_config
 
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, [*args.overrides, *(["run.profile=true"] if args.profile else [])])
     _keep_others_out(config)
     from actors.run import train
 

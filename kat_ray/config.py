@@ -41,6 +41,8 @@ class RunConfig(Section):
     trace_features: bool = True
     """Record, beside the KL of every scored token, the teacher's top token and the health features: about
     14 bytes a token before compression. The report's pictures of phases need them."""
+    profile: bool = False
+    """Write timeline.json, a Chrome trace of what every actor did in each step."""
     checkpoint_every: int = Field(0, ge=0)
     """Steps between checkpoints in Hugging Face format; 0 writes only the last one."""
 
@@ -115,6 +117,9 @@ class RolloutConfig(Section):
     """Engine steps between two chunks to the scorers: small reacts sooner, large costs less."""
     max_chunks_ahead: int = Field(2, ge=1)
     """Chunks a sampler may have at each scorer without an answer before it waits; bounds overshoot."""
+    staleness: Literal[0, 1] = 0
+    """0 samples each step from the weights that the step before it produced. 1 samples it while that step is
+    still learnt, from weights one version older; the KL that is learnt from is the newest student's either way."""
     eos: Literal["raw", "merged", "mask"] = "merged"
     """Stop ids in the KL: `merged` sums the stop ids of both models into one event on both sides,
     `raw` compares them id by id, `mask` leaves them out and renormalises."""

@@ -8,7 +8,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kat_ray.accounting import RolloutBooks, kept_rows
-from kat_ray.types import RolloutOutcome, SampledRollout, ScoredChunk, StepStart, StopReason
+from kat_ray.types import (
+    RolloutOutcome,
+    SampledRollout,
+    SamplerReport,
+    ScoredChunk,
+    StepStart,
+    StopReason,
+)
 
 Joined = Sequence[tuple[RolloutOutcome, SampledRollout, RolloutBooks]]
 _FEATURES = {
@@ -62,6 +69,25 @@ def score_metrics(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> dic
     for name, field in _FEATURES.items():
         figures[name] = _mean(np.concatenate([getattr(c, field) for c in scored])[mask])
     return {k: v for k, v in figures.items() if v is not None}
+
+
+def busy_metrics(
+    reports: Sequence[SamplerReport], scored: Sequence[ScoredChunk], monitor: float, step: Mapping[str, float]
+) -> dict[str, float]:
+    """How busy each stage was in a step, seconds, and what share of the step the busiest one idled.
+
+    Samplers and scorers are means over their replicas; `step` holds the step's other figures.
+    """
+    scorers = {c.scorer for c in scored}
+    figures = {
+        "time/sampler_busy": sum(r.seconds - r.wait_seconds for r in reports) / len(reports),
+        "time/scorer_busy": sum(c.seconds for c in scored) / max(1, len(scorers)),
+        "time/monitor": monitor,
+        "time/score_wait": max(r.wait_seconds for r in reports),
+        "throughput/tokens_per_second": step["rollout/generated_tokens"] / step["time/step"],
+    }
+    busiest = max(figures["time/sampler_busy"], figures["time/scorer_busy"], step["learner/seconds"])
+    return figures | {"time/idle_share": max(0.0, 1.0 - busiest / step["time/step"])}
 
 
 def _mean(values: np.ndarray) -> float | None:

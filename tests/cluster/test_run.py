@@ -207,6 +207,26 @@ def test_weights_and_budget_of_a_rule_reach_learner_and_engine(ray_local, files,
 
 
 @pytest.mark.slow
+def test_staleness_samples_a_step_while_the_one_before_is_learnt(ray_local, files, tmp_path):
+    config = config_of(files, tmp_path, rollout={"staleness": 1}, run={"steps": 4, "profile": True})
+    path = job.train(config)
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    steps = [m for m in metrics if "learner/loss" in m]
+    assert [m["policy_version"] for m in steps] == [0, 0, 1, 2]
+    assert [m["rollout/staleness"] for m in steps] == [0, 1, 1, 1]
+    # The KL that is learnt from is the newest student's, not the sampler's: at lr 1e-3 the two differ visibly.
+    assert steps[0]["learner/logprob_diff_mean"] < 1e-4 < min(m["learner/logprob_diff_mean"] for m in steps[1:])
+    text = (path / "timeline.json").read_text()
+    events = json.loads(text.rstrip().rstrip(",") + "]")
+    rows = {e["args"]["name"]: e["tid"] for e in events if e["ph"] == "M"}
+    assert {"driver", "sampler:1", "scorer:1", "monitor:0", "learner:1"} <= rows.keys()
+    spans = [e for e in events if e["ph"] == "X"]
+    learning = [e for e in spans if e["tid"] == rows["driver"] and e["name"] in ("record", "learn")]
+    begin, end = learning[0]["ts"], learning[1]["ts"] + learning[1]["dur"]
+    assert any(e["name"] == "generate" and begin < e["ts"] < end for e in spans), "both work at the same time"
+
+
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_run(ray_local, files, tmp_path):
     runs = [job.train(config_of(files, tmp_path / name, run={"steps": 3})) for name in "ab"]
     curves = [

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ from kat_ray.config import RunConfig
 from kat_ray.metrics import METRICS
 from kat_ray.probes import RolloutGrader, probe_metrics, seen_to_the_end
 from kat_ray.records import RecordError, RunDirectory
-from kat_ray.step_metrics import rollout_metrics, score_metrics
+from kat_ray.step_metrics import busy_metrics, rollout_metrics, score_metrics
 from kat_ray.summary import Totals, git_commit, package_versions
 from kat_ray.traces import SCHEMA, TraceRow, read_traces
-from kat_ray.types import Prompt, RolloutOutcome, SampledRollout, StepStart, StopReason
+from kat_ray.types import Prompt, RolloutOutcome, SampledRollout, SamplerReport, StepStart, StopReason
 from tests.unit.test_termination import chunk
 
 
@@ -265,3 +266,17 @@ def test_what_a_run_ran_on():
     assert {"ray", "torch", "transformers", "deepspeed"} <= set(package_versions())
     commit = git_commit()
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
+
+
+def test_the_busiest_stage_tells_what_a_step_failed_to_overlap():
+    reports = [SamplerReport(f"sampler:{i}", 0, (), (), 1, 5.0, wait) for i, wait in enumerate((1.0, 2.0))]
+    chunks = [
+        replace(chunk([0], [0], [[1.0]]), scorer=name, seconds=s)
+        for name, s in (("a", 1.0), ("a", 1.5), ("b", 0.5))
+    ]
+    step = {"time/step": 10.0, "learner/seconds": 4.0, "rollout/generated_tokens": 50.0}
+    figures = busy_metrics(reports, chunks, 0.25, step)
+    assert figures["time/sampler_busy"] == 3.5 and figures["time/scorer_busy"] == 1.5
+    assert figures["time/score_wait"] == 2.0 and figures["throughput/tokens_per_second"] == 5.0
+    assert figures["time/idle_share"] == pytest.approx(0.6), "the learner was busy for 4 of 10 seconds"
+    assert set(figures) <= set(METRICS)
