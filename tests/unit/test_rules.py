@@ -1,5 +1,6 @@
 """The other termination rules: what each cuts, that seeds decide, and that a rule can come from outside."""
 
+import itertools
 import json
 import math
 import re
@@ -27,6 +28,7 @@ from kat_ray.termination import (
     TerminationConfig,
     make_rule,
 )
+from kat_ray.termination.length_matched import survival
 from kat_ray.termination.repetition import RepetitionSettings, RepetitionTracker
 from kat_ray.traces import TraceRow, write_traces
 from kat_ray.types import EngineEnd, StepStart, StopReason
@@ -75,39 +77,77 @@ def test_random_lengths_are_uniform_and_seeded():
     assert cuts[:50] != [follow(other, [4] * 10, rollout_id=i).at for i in range(50)]
 
 
-def recorded_run(path, cuts_by_step):
+def recorded_run(path, steps):
+    """A run whose rollouts are (length, cut, probe), step by step; a step without a cut was not active."""
     (path / "traces").mkdir(parents=True)
-    for step, cuts in enumerate(cuts_by_step):
+    for step, rollouts in enumerate(steps):
+        active = any(cut is not None for _, cut, _ in rollouts)
         rows = [
             TraceRow(
-                rollout_id=i, prompt_id="p", step=step, policy_version=step, token_ids=np.zeros(20, np.int32),
-                d=np.zeros(20, np.float32), stop_reason=StopReason.EOS, cut=cut, confirmed=None, threshold=None,
-                probe=i == 0, minimum=None, would_cut=None, correct=None,
+                rollout_id=i, prompt_id="p", step=step, policy_version=step, token_ids=np.zeros(length, np.int32),
+                d=np.zeros(length, np.float32), stop_reason=StopReason.EOS, cut=cut, confirmed=None,
+                threshold=0.5 if active else None, probe=probe, minimum=None, would_cut=None, correct=None,
             )
-            for i, cut in enumerate(cuts)
+            for i, (length, cut, probe) in enumerate(rollouts)
         ]  # fmt: skip
         write_traces(path / "traces", step, rows)
     return str(path)
 
 
-def test_length_matched_draws_the_lengths_of_the_same_step(tmp_path):
-    run = recorded_run(tmp_path / "kat", [[99, 3, 3, None], [99, 8, 8, 8]])  # the first of each step is a probe
-    rule = rule_from(rule="length_matched", run=run)
-    first = [follow(rule, [4] * 20, rollout_id=i) for i in range(600)]
-    share_uncut = sum(c is None for c in first) / 600
-    assert {c.at for c in first if c} == {3} and abs(share_uncut - 1 / 3) < 0.07
-    assert {follow(rule, [4] * 20, rollout_id=i, step=1).at for i in range(50)} == {8}
-    assert {follow(rule, [4] * 20, rollout_id=i, step=7).at for i in range(50)} == {8}, (
-        "past its end: its last step"
+def test_length_matched_makes_rollouts_as_long_as_those_it_copies(tmp_path):
+    """Where KAT cuts the long ones only, dealing its cuts out would leave rollouts too long."""
+    rng = np.random.default_rng(0)
+
+    def rollout(i):
+        trapped = i % 2 == 0  # trapped ones run into the limit, the others end early
+        length = 200 if trapped else int(rng.integers(20, 60))
+        probe = i % 5 == 0
+        return length, int(rng.integers(10, 90)) if trapped and not probe else None, probe
+
+    steps = [[rollout(i) for i in range(200)] for _ in range(12)]
+    rule = rule_from(rule="length_matched", run=recorded_run(tmp_path / "kat", steps), max_tokens=200)
+    rollouts = list(itertools.chain(*steps))
+    kept = np.array([cut or length for length, cut, probe in rollouts if not probe])
+    natural = [length for length, _, probe in rollouts if probe]
+    rule.start_step(6)
+    matched = []
+    for i, length in enumerate(natural * 5):
+        cut = rule.begin(RolloutStart(i, probe=False)).observe(NewTokens(np.zeros(length, np.float32)))
+        matched.append(cut.at if cut else length)
+    assert np.mean(matched) == pytest.approx(kept.mean(), rel=0.04)
+    deciles = np.arange(0.1, 1, 0.1)
+    assert np.allclose(np.quantile(matched, deciles), np.quantile(kept, deciles), atol=6)
+
+
+def test_length_matched_by_hand(tmp_path):
+    # Kept 2, 2, 4, 4; uncut 4, 4, 2, 4: P(kept > 2) = 1/2, P(uncut > 2) = 3/4, so 1/3 of the cuts lie at 2.
+    assert survival(np.array([2, 2, 4, 4]), np.array([4, 4, 2, 4])).tolist() == pytest.approx(
+        [1, 1, 2 / 3, 2 / 3, 2 / 3]
     )
-    assert follow(rule, [4] * 5, step=1) is None, "a rollout that ends before its length is not cut"
+    # No rollout gets beyond 4, where nothing says what the rest would be: the others are not cut.
+    active = [(9, 3, False), (9, 3, False), (9, None, True)]
+    run = recorded_run(tmp_path / "kat", [[(9, None, False)] * 3, active])
+    rule = rule_from(rule="length_matched", run=run)
+    assert follow(rule, [4] * 20, step=0) is None, "the recorded rule was not active yet"
+    assert follow(rule, [4] * 20, step=1).at == 3
+    assert follow(rule, [4] * 20, step=7).at == 3, "past the record's end: its last step"
+    assert follow(rule, [4] * 3, step=1) is None, "a rollout that ends before its length is not cut"
+    cuts = [follow(rule, [4] * 20, rollout_id=i, step=1) for i in range(3)]
+    assert cuts == [follow(rule, [4] * 20, rollout_id=i, step=1) for i in range(3)]
 
 
 def test_length_matched_needs_a_run_that_cut(tmp_path):
     with pytest.raises(UserError, match="no traces in it"):
         rule_from(rule="length_matched", run=str(tmp_path))
-    run = recorded_run(tmp_path / "none", [[None, None]])
+    run = recorded_run(tmp_path / "none", [[(9, None, False)] * 2])
     with pytest.raises(UserError, match="that run cut no rollouts"):
+        rule_from(rule="length_matched", run=run)
+    run = recorded_run(tmp_path / "no-probes", [[(9, 3, False)] * 2])
+    with pytest.raises(UserError, match="that run kept no probes"):
+        rule_from(rule="length_matched", run=run)
+    (file,) = (tmp_path / "no-probes" / "traces").glob("*.parquet")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"step-000000.parquet is damaged.*needs the whole run"):
         rule_from(rule="length_matched", run=run)
 
 
