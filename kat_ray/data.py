@@ -293,12 +293,17 @@ def rollout_specs(order: PromptOrder, config: Config, step: int) -> list[Rollout
             prompt_id=prompt.prompt_id,
             prompt_ids=prompt.token_ids,
             seed=_draw(seed, _SAMPLING, rollout_id) >> 1,  # 31 bits: a seed that every engine takes
-            probe=_draw(seed, _PROBE, rollout_id) < share * 2**32,
+            probe=is_probe(seed, rollout_id, share),
             step=step,
             max_tokens=rollout.max_tokens,
         )
         for rollout_id, prompt in enumerate((p for p in prompts for _ in range(rollout.rollouts_per_prompt)), first)
     ]
+
+
+def is_probe(seed: int, rollout_id: int, share: float) -> bool:
+    """Whether a rollout is a probe: drawn from (run seed, rollout id)."""
+    return _draw(seed, _PROBE, rollout_id) < share * 2**32
 
 
 def _draw(seed: int, domain: int, rollout_id: int) -> int:

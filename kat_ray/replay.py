@@ -1,7 +1,7 @@
 """Apply a rule again to the recorded KL traces of a run: no model, millions of tokens a second.
 
-What a cut rollout would have gone on to is not in its trace. A replay therefore looks at rollouts that were seen to
-their end: the probes of a run with a rule, all rollouts of a run without one.
+What a cut rollout would have gone on to is not in its trace. A replay therefore looks at rollouts that were seen
+to their end: the probes of a run with a rule and all rollouts from before it was active; all of a run without.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
+from kat_ray.config import Config
+from kat_ray.data import is_probe
 from kat_ray.errors import UserError
+from kat_ray.termination import RunFacts, make_rule
 from kat_ray.termination.calibration import MinimaBuffer
 from kat_ray.termination.settings import KatParameters, RuleSettings
 from kat_ray.traces import read_rows
@@ -134,30 +137,45 @@ def _column(table: pa.Table, name: str, lengths: IntArray) -> np.ndarray | None:
     return np.asarray(lists.flatten())[_flat(starts, lengths)]
 
 
-def uncensored(traces: Traces) -> Traces:
+def uncensored(traces: Traces, config: Config) -> Traces:
     """The rollouts that were seen to their end."""
-    return traces.take(uncensored_rows(traces))
+    return traces.take(uncensored_rows(traces, config))
 
 
-def uncensored_rows(traces: Traces) -> IntArray:
-    """Indices of the rollouts seen to their end: the probes of a run that cut, all of one that did not."""
-    if not traces.trapped.any():
+def uncensored_rows(traces: Traces, config: Config) -> IntArray:
+    """Indices of the rollouts that the run's rule neither cut nor could have cut or bounded in length."""
+    rule = config.termination
+    if not traces.trapped.any() and not _bounds_lengths(config):
         return np.arange(len(traces.step))
-    rows = np.flatnonzero(traces.probe & ~traces.trapped)
-    if not len(rows):
+    free = (traces.probe == 1) & ~traces.trapped
+    if isinstance(rule, KatParameters):
+        free |= np.isnan(traces.threshold)  # not active yet
+    if not (traces.probe == 1).any():
         raise UserError(
             "this run cut rollouts and kept no probes: nothing in it shows what a cut would have removed"
         )
-    return rows
+    return np.flatnonzero(free)
 
 
-def apply_rule(traces: Traces, rule: KatParameters, thresholds: FloatArray) -> Replayed:
-    """The KAT rule on every rollout under its threshold [R] (NaN: inactive), to the bit as it acts online."""
+def _bounds_lengths(config: Config) -> bool:
+    facts = RunFacts(config.run.seed, config.rollout.max_tokens)
+    return make_rule(config.termination, facts).budget is not None
+
+
+Blocks = Sequence[tuple[IntArray, FloatArray]]
+
+
+def apply_rule(
+    traces: Traces, rule: KatParameters, thresholds: FloatArray, blocks: Blocks | None = None
+) -> Replayed:
+    """The KAT rule on every rollout under its threshold [R] (NaN: inactive), to the bit as it acts online.
+
+    `blocks` are the rule's windows where they are at hand (`blocks_of`).
+    """
     count = len(traces.lengths)
     cut, confirmed, recovered = (np.full(count, -1) for _ in range(3))
     result = Replayed(cut, confirmed, recovered, np.full(count, math.nan))
-    for rows in _blocks(traces.lengths):
-        z = _windows(traces, rows, rule.window)
+    for rows, z in blocks if blocks is not None else blocks_of(traces, rule.window):
         if z.shape[1]:
             with np.errstate(invalid="ignore"):
                 smallest = np.fmin.reduce(z, axis=1)
@@ -172,6 +190,11 @@ def apply_rule(traces: Traces, rule: KatParameters, thresholds: FloatArray) -> R
             )
             result.recovered[rows[hit]] = np.where(back >= 0, back + rule.window - 1, -1)
     return result
+
+
+def blocks_of(traces: Traces, width: int) -> Blocks:
+    """All rollouts in blocks of similar length: their indices, and z(width + j) of every row and j."""
+    return [(rows, _windows(traces, rows, width)) for rows in _blocks(traces.lengths)]
 
 
 def _blocks(lengths: IntArray) -> Iterator[IntArray]:
@@ -249,18 +272,35 @@ def _first_high(
     return np.where(high.any(axis=1), starts[high.argmax(axis=1)] if len(starts) else -1, -1)
 
 
-def calibrate(traces: Traces, rule: KatParameters) -> tuple[FloatArray, Replayed]:
-    """Thresholds [R] as the rule would have set them step by step, fed by all (uncensored) minima; and its cuts."""
-    minima = apply_rule(traces, rule, np.full(len(traces.step), math.nan)).minimum
+def calibrate(
+    traces: Traces, rule: KatParameters, seed: int = 0, blocks: Blocks | None = None
+) -> tuple[FloatArray, Replayed]:
+    """Thresholds [R] as the rule would have set them step by step on these uncensored rollouts; and its cuts.
+
+    As online, all rollouts feed the buffer until the rule is active, and then, with `calibrate_on: probes`, the
+    probes: the run's own, or, of a run without any, those that a run with this seed would have had.
+    """
+    blocks = blocks if blocks is not None else blocks_of(traces, rule.window)
+    minima = apply_rule(traces, rule, np.full(len(traces.step), math.nan), blocks).minimum
+    feeds = _feeds(traces, rule, seed)
     buffer, thresholds = MinimaBuffer(rule.buffer), np.full(len(traces.step), math.nan)
     for step in np.unique(traces.step):
         rows = traces.step == step
         if step >= rule.min_steps and len(buffer) >= rule.min_samples:
             thresholds[rows] = buffer.threshold(rule.eta)
+            rows = rows & feeds
         for minimum in minima[rows]:
             if not math.isnan(minimum):
                 buffer.push(float(minimum))
-    return thresholds, apply_rule(traces, rule, thresholds)
+    return thresholds, apply_rule(traces, rule, thresholds, blocks)
+
+
+def _feeds(traces: Traces, rule: KatParameters, seed: int) -> IntArray:
+    if rule.calibrate_on != "probes":
+        return np.ones(len(traces.step), dtype=bool)
+    if (traces.probe == 1).any():
+        return traces.probe == 1
+    return np.array([is_probe(seed, int(i), rule.probe_share) for i in traces.rollout_id], dtype=bool)
 
 
 @dataclass(frozen=True)

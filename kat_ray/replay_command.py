@@ -46,7 +46,8 @@ def replay(
     if config.termination.rule != "none":
         replayed = reproduce(traces, config.termination, facts)
         console.print(_reproduction(traces, replayed), markup=False)
-    seen = uncensored(traces)
+    _check_columns(traces, base)
+    seen = uncensored(traces, config)
     console.print(
         f"{len(traces.step):,} rollouts, {len(traces.d):,} scored tokens; {len(seen.step):,} of them were seen to "
         "their end and tell what a cut removes",
@@ -71,23 +72,31 @@ def _base(config: Config, rule: str | None) -> RuleSettings:
     """The settings that others are tried around: the run's own where it ran under this rule, else the defaults."""
     own = config.termination
     name = rule or (own.rule if isinstance(own, KatParameters) else "kat")
-    if name not in RULES or name == "none":
-        known = ", ".join(n for n in RULES if n != "none")
+    endless = ("none", "kat_stages")  # they end no rollout: nothing to weigh
+    if name in endless and rule is None and isinstance(own, KatParameters):
+        return KatSettings(**{f: getattr(own, f) for f in KatSettings.model_fields if f != "rule"})
+    if name not in RULES or name in endless:
+        known = ", ".join(n for n in RULES if n not in endless)
         raise UserError(f"--rule {name!r}: must be one of {known}")
     if own.rule == name:
         return own
     return RULES[name].settings.model_construct(rule=name)  # checked with the user's values: some have no default
 
 
+def _check_columns(traces: Traces, rule: RuleSettings) -> None:
+    if rule.rule == "prune_opd" and "overlap" not in traces.columns:
+        raise UserError("--rule prune_opd: it needs the overlap of every token; record it with run.trace_features")
+
+
 def _reproduction(traces: Traces, replayed: Replayed) -> str:
-    """Whether the run's own rule under its own thresholds gives the run's own cuts."""
+    """Whether the run's own rule gives the run's own cuts, and what it says of probes."""
     recorded = traces.cut.copy()
     probes = traces.probe == 1
     recorded[probes] = traces.would_cut[probes]
     wrong = int((replayed.cut != recorded).sum())
     if wrong:
         return f"warning: replaying the run's own rule gives other cuts for {wrong:,} of {len(recorded):,} rollouts"
-    return f"the run's own rule under its own thresholds gives its {int((traces.cut >= 0).sum()):,} cuts again"
+    return f"the run's own rule, applied again, gives its {int((traces.cut >= 0).sum()):,} cuts again"
 
 
 def rule_with(run_dir: Path, settings: Sequence[str]) -> KatSettings:

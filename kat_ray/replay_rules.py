@@ -12,7 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from kat_ray.replay import Replayed, Traces, Tradeoff, apply_rule, calibrate, checked, weigh
+from kat_ray.replay import (
+    Replayed,
+    Traces,
+    Tradeoff,
+    apply_rule,
+    blocks_of,
+    calibrate,
+    checked,
+    weigh,
+)
 from kat_ray.termination import Finished, NewTokens, RolloutStart, RolloutTracker, RunFacts, make_rule
 from kat_ray.termination.settings import KatParameters, RuleSettings
 
@@ -21,11 +30,15 @@ COLUMNS = tuple(name for name in NewTokens._fields if name != "d")
 
 def sweep(traces: Traces, base: RuleSettings, grid: Mapping[str, Sequence[Any]], facts: RunFacts) -> list[Tradeoff]:
     """Every combination of the grid's values on top of `base`, each on rollouts that were seen to their end."""
+    names = sorted(grid, key=lambda name: name != "window")  # windows are the work: one after the other
     results = []
-    for values in itertools.product(*grid.values()):
-        rule = checked(base, dict(zip(grid, values, strict=True)))
+    width, blocks = 0, None
+    for values in itertools.product(*(grid[name] for name in names)):
+        rule = checked(base, dict(zip(names, values, strict=True)))
         if isinstance(rule, KatParameters):
-            thresholds, replayed = calibrate(traces, rule)
+            if blocks is None or rule.window != width:
+                width, blocks = rule.window, blocks_of(traces, rule.window)
+            thresholds, replayed = calibrate(traces, rule, facts.seed, blocks)
             results.append(weigh(traces, rule, ~np.isnan(thresholds), replayed))
         else:
             replayed = follow(traces, rule, facts)
@@ -41,10 +54,14 @@ def follow(traces: Traces, settings: RuleSettings, facts: RunFacts) -> Replayed:
 def reproduce(traces: Traces, settings: RuleSettings, facts: RunFacts) -> Replayed:
     """A run's own rule on all of the run's own rollouts, as far as each was scored: gives the run's cuts again.
 
-    KAT is taken with the thresholds of the run; of other rules what rollouts share is built up again.
+    KAT is taken with the thresholds of the run; of other rules what rollouts share is built up again. `kat_stages`
+    ends no rollout: only what it says of probes is recorded.
     """
     if isinstance(settings, KatParameters):
-        return apply_rule(traces, settings, traces.threshold)
+        replayed = apply_rule(traces, settings, traces.threshold)
+        if settings.rule == "kat_stages":
+            replayed.cut[traces.probe != 1] = -1
+        return replayed
     return _run(traces, settings, facts, as_recorded=True)
 
 
@@ -64,6 +81,7 @@ def _run(traces: Traces, settings: RuleSettings, facts: RunFacts, as_recorded: b
             bound = None if as_recorded else budget
             full = bool(traces.full[row]) if bound is None else bool(traces.lengths[row] >= bound)
             is_cut = _note(replayed, int(row), tracker, bound, int(traces.lengths[row]))
+            full = full and not is_cut
             finished.append(
                 Finished(
                     tracker.minimum,

@@ -52,12 +52,12 @@ class PhaseRow:
 
 def phases_of(records: RunRecords, rule: KatParameters, own: bool) -> Phases:
     """Divide a run's uncensored rollouts into stages under `rule`; `own`: with the thresholds the run had."""
-    rows = uncensored_rows(records.traces)
+    rows = uncensored_rows(records.traces, records.config)
     traces = records.traces.take(rows)
     if own:
         thresholds, replayed = traces.threshold, apply_rule(traces, rule, traces.threshold)
     else:
-        thresholds, replayed = calibrate(traces, rule)
+        thresholds, replayed = calibrate(traces, rule, records.config.run.seed)
     active = ~np.isnan(thresholds)
     stage = np.full(len(traces.d), -2, dtype=np.int8)
     for i, (start, end) in enumerate(zip(traces.offsets[:-1], traces.offsets[1:], strict=True)):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kat_ray import cli
 from kat_ray.config import Config
-from kat_ray.config_io import save_config
+from kat_ray.config_io import load_config, save_config
+from kat_ray.data import is_probe
 from kat_ray.errors import UserError
 from kat_ray.replay import Traces, apply_rule, calibrate, load_traces, recommend, uncensored, weigh
 from kat_ray.replay_rules import COLUMNS, follow, reproduce, sweep
@@ -64,11 +65,23 @@ def test_a_replay_is_the_online_rule_to_the_bit(rows, thresholds, window, consec
 
 def test_calibration_follows_the_rule_step_by_step():
     # W = 4, min_samples = 1, eta = 0.5: step 1's threshold is step 0's only minimum, step 2's the median of both.
-    rule = rule_of(eta=0.5, buffer=8, consecutive=1)
+    rule = rule_of(eta=0.5, buffer=8, consecutive=1, calibrate_on="all")
     traces = traces_of([[4.0] * 4, [2.0] * 5, [2.5] * 4], steps=[0, 1, 2])
     thresholds, replayed = calibrate(traces, rule)
     assert math.isnan(thresholds[0]) and thresholds[1:].tolist() == [4.0, 3.0]
     assert replayed.cut.tolist() == [-1, 0, 0]
+
+
+def test_once_active_a_replay_is_fed_as_a_run_would_be():
+    """Of 200 rollouts a step a tenth are probes: the buffer of 40 is refilled in two steps, not in one fifth."""
+    rule = rule_of(window=1, eta=0.5, buffer=40, min_samples=40, min_steps=1, probe_share=0.1)
+    values = [[1.0]] * 200 + [[0.5]] * 800
+    traces = traces_of(values, steps=np.repeat(np.arange(5), 200))
+    thresholds, _ = calibrate(traces, rule, seed=3)
+    assert thresholds[::200].tolist()[1:3] == [1.0, 1.0] and thresholds[-1] == 0.5
+    probes = np.array([is_probe(3, i, 0.1) for i in range(1000)])
+    thresholds, _ = calibrate(replace(traces, probe=probes), rule)
+    assert thresholds[::200].tolist()[1:3] == [1.0, 1.0] and thresholds[-1] == 0.5
 
 
 def test_shares_by_hand():
@@ -86,10 +99,17 @@ def test_shares_by_hand():
 
 def test_what_a_cut_removed_is_only_known_of_probes():
     traces = traces_of([[1.0]] * 4, probe=[True, False, False, True], trapped=[False, True, False, False])
-    assert len(uncensored(traces).step) == 2
-    assert uncensored(traces_of([[1.0]] * 4)).d.size == 4
+    random = load_config("demo", ["termination.rule=random"])
+    assert uncensored(traces, random).rollout_id.tolist() == [0, 3]
+    kat = load_config("demo")
+    early = replace(traces, threshold=np.array([0.5, 0.5, math.nan, 0.5]))
+    assert uncensored(early, kat).rollout_id.tolist() == [0, 2, 3], "the rule was not active for the third"
+    assert uncensored(traces_of([[1.0]] * 4), load_config("demo", ["termination.rule=none"])).d.size == 4
+    # A rule may end rollouts by their length alone: none is trapped, and yet only probes were seen to their end.
+    bounded = load_config("demo", ["termination.rule=progressive"])
+    assert uncensored(traces_of([[1.0]] * 3, probe=[False, True, False]), bounded).rollout_id.tolist() == [1]
     with pytest.raises(UserError, match="kept no probes"):
-        uncensored(traces_of([[1.0]] * 2, trapped=[True, False]))
+        uncensored(traces_of([[1.0]] * 2, trapped=[True, False]), random)
 
 
 def some_run(tmp_path, steps=6, rollouts=30, seed=0):
@@ -267,6 +287,8 @@ def test_the_command_takes_any_rule(tmp_path, capsys):
         (["--rule", "fixed_prefix", "eta=0.3"], "with one of probe_share, n"),
         (["--rule", "fixed_prefix", "n=0"], "n = 0: n: Input should be greater"),
         (["--rule", "length_matched"], "run: Field required"),
+        (["--rule", "prune_opd"], "needs the overlap"),
+        (["--rule", "kat_stages"], "must be one of kat, fixed_prefix"),
     ):
         assert cli.main(["replay", str(run), *arguments]) == 2
         assert message in capsys.readouterr().err
