@@ -39,11 +39,15 @@ def weight_update(student: Any, policy_version: int, dtype: torch.dtype) -> Weig
     if "lm_head.weight" not in state and student.get_output_embeddings() is not None:
         state["lm_head.weight"] = student.get_output_embeddings().weight
     names, dtypes, arrays = [], [], []
+    copies: dict[tuple[int, torch.Size], Any] = {}
     for name, tensor in state.items():
-        # A copy in any case: the record is frozen, the learner's parameters are not.
-        plain = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
-        is_bf16 = plain.dtype == torch.bfloat16
+        # Tied weights share one array under both names, and an array that stands twice in a record travels once.
+        where = (tensor.data_ptr(), tensor.shape)
+        if where not in copies:
+            # A copy in any case: the record is frozen, the learner's parameters are not.
+            plain = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+            copies[where] = (plain.view(torch.uint16) if dtype == torch.bfloat16 else plain).numpy()
         names.append(name)
-        dtypes.append(str(plain.dtype).removeprefix("torch."))
-        arrays.append((plain.view(torch.uint16) if is_bf16 else plain).numpy())
+        dtypes.append(str(dtype).removeprefix("torch."))
+        arrays.append(copies[where])
     return WeightUpdate(policy_version, tuple(names), tuple(dtypes), tuple(arrays))

@@ -1,5 +1,6 @@
 """The learner with the real DeepSpeed: ranks and stages agree, steps learn, checkpoints load."""
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -200,6 +201,8 @@ def test_weights_hold_the_output_layer_of_tied_models(models):
     embedding = update.arrays[update.names.index("model.embed_tokens.weight")]
     assert (update.arrays[update.names.index("lm_head.weight")] == embedding).all()
     assert set(update.dtypes) == {"bfloat16"} and embedding.dtype == np.uint16
+    size = sum(2 * p.numel() for p in models["student"][1].parameters())
+    assert len(pickle.dumps(update)) < 1.02 * size + 5000, "tied weights travel once"
 
 
 def test_weights_do_not_change_with_the_learner(models):
