@@ -1,4 +1,4 @@
-"""Bytes that move when weights are published: a learner's node and two nodes of samplers, each a Ray node of its own.
+"""Bytes that move when weights are published: a learner's node and two nodes of samplers, each a real Ray node.
 
 Ray pulls an object once to every node that asks for it, however many samplers run there.
 """

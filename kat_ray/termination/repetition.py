@@ -43,7 +43,7 @@ class RepetitionSettings(CuttingSettings):
 class RepetitionTracker:
     """One rollout's last tokens, and how long it has been repeating them at each period."""
 
-    __slots__ = ("_equal", "_last", "_periods", "_settings", "cut", "seen")
+    __slots__ = ("_equal", "_last", "_needed", "_settings", "cut", "seen")
 
     threshold: float | None = None
     minimum: float | None = None
@@ -51,9 +51,10 @@ class RepetitionTracker:
 
     def __init__(self, settings: RepetitionSettings) -> None:
         self._settings = settings
-        self._periods = np.arange(settings.min_period, settings.max_period + 1)
-        self._last = np.full(settings.max_period, -1, dtype=np.int64)  # -1 is no token: it is equal to none
-        self._equal = np.zeros(len(self._periods), dtype=np.int64)
+        periods = np.arange(settings.min_period, settings.max_period + 1, dtype=np.int32)
+        self._needed = periods * (settings.repeats - 1)
+        self._last = np.full(settings.max_period, -1, dtype=np.int32)  # -1 is no token: it is equal to none
+        self._equal = np.zeros(len(periods), dtype=np.int32)
         self.cut: Cut | None = None
         self.seen = 0
 
@@ -65,21 +66,23 @@ class RepetitionTracker:
         return self.cut
 
     def _look(self, token_ids: IntArray) -> None:
-        """All new tokens at all periods at once, [n, periods]."""
-        rule = self._settings
+        """All new tokens at all periods at once, [periods, n]."""
+        rule, n = self._settings, len(token_ids)
         both = np.concatenate([self._last, token_ids])
-        windows = sliding_window_view(both, rule.max_period + 1)  # the last of a row is the token itself
-        equal = windows[:, -1 - self._periods] == windows[:, -1:]
-        index = np.arange(len(token_ids))[:, None]
-        differed = np.maximum.accumulate(np.where(equal, -1, index), axis=0)  # -1: not since the chunk began
-        run = np.where(differed < 0, index + 1 + self._equal, index - differed)
-        is_loop = run >= self._periods * (rule.repeats - 1)
+        shifted = sliding_window_view(both, n)[: rule.max_period]
+        before = shifted[::-1][rule.min_period - 1 :]  # a row a period: the tokens that many places before
+        equal = before == both[rule.max_period :]
+        index = np.arange(n, dtype=np.int32)
+        differed = np.maximum.accumulate(np.where(equal, np.int32(-1), index), axis=1)  # -1: not in this chunk
+        run = index - differed
+        np.add(run, self._equal[:, None], out=run, where=differed < 0)
+        is_loop = run >= self._needed[:, None]
         if is_loop.any():
-            first = int(is_loop.any(axis=1).argmax())
-            period = int(self._periods[is_loop[first].argmax()])  # the shortest
+            first = int(is_loop.any(axis=0).argmax())
+            needed = int(self._needed[is_loop[:, first].argmax()])  # of the shortest period
             confirmed = self.seen + first + 1
-            self.cut = Cut(at=confirmed - period * (rule.repeats - 1), confirmed=confirmed)
-        self._last, self._equal = both[-rule.max_period :], run[-1]
+            self.cut = Cut(at=confirmed - needed, confirmed=confirmed)
+        self._last, self._equal = both[-rule.max_period :], run[:, -1].copy()
 
 
 class RepetitionRule(UncalibratedRule):
