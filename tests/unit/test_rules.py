@@ -308,12 +308,38 @@ kind = RuleType(EvenSettings, lambda settings, facts: Rule())
 '''
 
 
-def test_a_rule_from_outside_is_found_by_its_entry_point(tmp_path):
-    (tmp_path / "even_rule.py").write_text(OUTSIDE)
+def outside(tmp_path, code=OUTSIDE, points="even = even_rule:kind"):
+    """A package with rules, as an installer would leave it."""
+    (tmp_path / "even_rule.py").write_text(code)
     info = tmp_path / "even_rule-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: even-rule\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[kat_ray.termination_rules]\neven = even_rule:kind\n")
+    (info / "entry_points.txt").write_text(f"[kat_ray.termination_rules]\n{points}\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "points", "message"),
+    [
+        (OUTSIDE, "even = evn_rule:kind", "cannot be loaded: ModuleNotFoundError: No module named 'evn_rule'"),
+        (OUTSIDE, "even = even_rule:knd", "cannot be loaded: AttributeError"),
+        ("import even_rule_helper", "even = even_rule:kind", "cannot be loaded: ModuleNotFoundError"),
+        ("kind = 3", "even = even_rule:kind", "is no RuleType"),
+        (OUTSIDE.replace('"even"', '"kat"'), "even = even_rule:kind", "called 'kat': of kat-ray itself, and of"),
+        (OUTSIDE, "even = even_rule:kind\nodd = even_rule:kind", "called 'even': of entry point 'even'"),
+    ],
+)
+def test_a_rule_from_outside_that_is_broken_is_one_message(tmp_path, code, points, message):
+    outside(tmp_path, code, points)
+    run = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom kat_ray import cli\n"
+    run += "sys.exit(cli.main(['config', 'demo']))"
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert message in line and "entry point" in line and "of even-rule 1.0" in line
+
+
+def test_a_rule_from_outside_is_found_by_its_entry_point(tmp_path):
+    outside(tmp_path)
     script = textwrap.dedent("""
         import json, sys
         from kat_ray.config_io import load_config
