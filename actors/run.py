@@ -25,6 +25,7 @@ from kat_ray.records import RunDirectory
 from kat_ray.step_metrics import busy_metrics, rollout_metrics, score_metrics
 from kat_ray.summary import Totals, run_summary
 from kat_ray.termination import RunFacts, make_rule
+from kat_ray.termination_warnings import RunScale, warnings_of
 from kat_ray.timeline import ChromeTrace, Timeline
 from kat_ray.traces import TokenFeatures, TraceRow
 from kat_ray.verify import EvalResult, check_golds
@@ -80,6 +81,8 @@ def train(config: Config) -> Path:
         for split in (prepared.train, prepared.heldout):
             if split is not None and split.skipped_too_long:
                 progress.note(f"{split.source}: {split.skipped_too_long} prompts are too long and were skipped")
+        for warning in warnings_of(config.termination, RunScale.of(config)):
+            progress.note(f"termination: {warning}")
         log.info("run %s: %d prompts", run.path, len(prepared.train.prompts))
         progress.phase("starting Ray")
         with _placement(config, progress) as placement:
