@@ -19,12 +19,13 @@ from kat_ray.config import Config, DataConfig, ModelConfig
 from kat_ray.config_io import config_yaml
 from kat_ray.data import PromptOrder, PromptSet, load_prompts
 from kat_ray.models import ModelFacts, check_models, resolve_model
-from kat_ray.probes import RolloutGrader, probe_metrics, seen_to_the_end
+from kat_ray.probes import RolloutGrader, is_active, probe_metrics, seen_to_the_end
 from kat_ray.progress import Progress, StepLine
 from kat_ray.records import RunDirectory
 from kat_ray.step_metrics import busy_metrics, rollout_metrics, score_metrics
 from kat_ray.summary import Totals, run_summary
 from kat_ray.termination import RunFacts, make_rule
+from kat_ray.termination_warnings import RunScale, warnings_of
 from kat_ray.timeline import ChromeTrace, Timeline
 from kat_ray.traces import TokenFeatures, TraceRow
 from kat_ray.verify import EvalResult, check_golds
@@ -80,6 +81,8 @@ def train(config: Config) -> Path:
         for split in (prepared.train, prepared.heldout):
             if split is not None and split.skipped_too_long:
                 progress.note(f"{split.source}: {split.skipped_too_long} prompts are too long and were skipped")
+        for warning in warnings_of(config.termination, RunScale.of(config)):
+            progress.note(f"termination: {warning}")
         log.info("run %s: %d prompts", run.path, len(prepared.train.prompts))
         progress.phase("starting Ray")
         with _placement(config, progress) as placement:
@@ -261,6 +264,7 @@ class _Job:
         traces = traces_of(sampled.scored)
         features = self._features(sampled)
         prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
+        active = is_active(self._config.termination, sampled.begun.threshold)
         untouched = seen_to_the_end(sampled.joined, cuts=self._config.termination.rule != "none")
         correct = self._grader.grade(
             {r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in untouched}
@@ -298,7 +302,7 @@ class _Job:
             {"policy_version": float(sampled.version)}
             | rollout_metrics(sampled.joined, sampled.begun)
             | score_metrics(sampled.scored, kept)
-            | probe_metrics([o for o, _, _ in sampled.joined], traces, correct)
+            | probe_metrics([o for o, _, _ in sampled.joined], traces, correct, active)
         )
 
     def _features(self, sampled: SampledStep) -> Callable[[int], TokenFeatures | None]:

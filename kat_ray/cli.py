@@ -9,6 +9,7 @@ import argparse
 import errno
 import json
 import logging
+import math
 import os
 import secrets
 import sys
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING
 from kat_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from kat_ray.compare import Result
     from kat_ray.config import Config
 
 DESCRIPTION = """\
@@ -81,7 +81,7 @@ examples:
 
 Each rule runs from the same start on the same prompts, once for each seed, in DIR/RULE/seed-N. A run that is
 finished is not run again: called again, a comparison goes on where it was. length_matched cuts at the lengths of
-kat's run of the same seed, regardless of KL.""",
+kat's run of the same seed, regardless of KL; of several, length_matched:of=kat-eta=0.5 names one by its folder.""",
     "replay": """\
 examples:
   kat-ray replay runs/latest                                  a sweep around the run's own settings
@@ -190,10 +190,10 @@ def _parser() -> argparse.ArgumentParser:
         "--runs", metavar="RUN", type=Path, nargs="+", help="compare these finished runs; nothing is trained"
     )
     compare.add_argument(
-        "--rules", metavar="RULE[:FIELD=VALUE,...]", nargs="+", default=["none", "kat", "length_matched"],
+        "--rules", metavar="RULE[:FIELD=VALUE,...]", nargs="+",
         help="rules to compare (default: none kat length_matched)",
     )  # fmt: skip
-    compare.add_argument("--seeds", metavar="N", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    compare.add_argument("--seeds", metavar="N", nargs="+", help="default: 0 1 2")
     compare.add_argument(
         "--out", metavar="DIR", type=Path, help="folder of the comparison (default <run.dir>/compare-<run.name>)"
     )
@@ -314,50 +314,31 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from kat_ray.compare import order_of, parse_arm, read_results, read_runs, run_all
-    from kat_ray.config_io import load_config
+    from kat_ray.compare_command import plan, run, show_finished
+
+    def say(text: str) -> None:
+        print(text, flush=True)
 
     if args.runs:
-        if args.config is not None:
-            raise UserError(f"--runs compares finished runs: leave {args.config!r} out")
-        results, notes = read_runs(args.runs)
-        return _show_comparison(results, notes, args.out or Path("compare"))
-    if args.config is None:
-        raise UserError("name a configuration file, or `demo`; or finished runs with --runs")
-    # `--rules none kat learner.lr=1e-5` puts the override among the rules: a rule's name holds no dot and no `=`.
-    misplaced = [a for a in args.rules if "=" in a.partition(":")[0]]
-    config = load_config(args.config, [*args.overrides, *misplaced])
-    arms = order_of([parse_arm(a) for a in args.rules if a not in misplaced])
-    if config.evaluation.data is None:
-        raise UserError("evaluation.data = null: a comparison needs held-out problems")
-    if len(set(args.seeds)) < len(args.seeds):
-        raise UserError("--seeds: the same seed stands there twice")
-    _keep_others_out(config)
-    out = args.out or Path(config.run.dir) / f"compare-{config.run.name}"
+        given = {"--rules": args.rules, "--seeds": args.seeds, **dict.fromkeys(args.overrides, True)}
+        others = [*filter(None, [args.config]), *(name for name, value in given.items() if value)]
+        show_finished(args.runs, others, args.out, say)
+        return 0
+    comparison = plan(args.config, args.overrides, args.rules, args.seeds, args.out)
+    _keep_others_out(comparison.config)
     from actors.run import train
 
-    run_all(config, arms, args.seeds, out, train, lambda text: print(text, flush=True))
-    return _show_comparison(read_results(arms, args.seeds, out), [], out)
-
-
-def _show_comparison(results: Sequence[Result], notes: Sequence[str], out: Path) -> int:
-    from kat_ray.compare import table, write_results
-    from kat_ray.report.comparison import write_comparison
-
-    for note in notes:
-        print(f"note: {note}")
-    heading, rows = table(results)
-    for line in zip(heading, *rows, strict=True):  # one line a measure: a terminal is higher than it is wide
-        print("  ".join(f"{cell:<24}" for cell in line).rstrip())
-    for file in (*write_results(results, out), *write_comparison(results, notes, out)):
-        print(file)
+    run(comparison, train, say)
     return 0
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0 and at most 1")
     return value
 
 
@@ -369,10 +350,9 @@ def _replay(args: argparse.Namespace) -> int:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
+    return int(text)
 
 
 def _report(args: argparse.Namespace) -> int:

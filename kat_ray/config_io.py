@@ -189,17 +189,22 @@ def _check_override(override: str, source: _Source) -> None:
     source.overrides[tuple(part.strip() for part in key.split("."))] = override
 
 
-def _apply(tree: dict[str, Any], override: str, source: _Source) -> None:
-    key, _, text = override.partition("=")
-    *parents, last = (part.strip() for part in key.split("."))
+def yaml_value(text: str, where: str) -> Any:
+    """The value that stands after `FIELD=`; `where` names it in messages."""
     try:
         node = yaml.compose(text, _Loader)
         if node is not None:
-            _note_lines(node, (), _Source(f"override {override}"), set())
-        value = yaml.load(text, _Loader)
+            _note_lines(node, (), _Source(where), set())
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {problem}") from error
+        raise ConfigError(f"{where}: the value is not valid YAML: {problem}") from error
+
+
+def _apply(tree: dict[str, Any], override: str, source: _Source) -> None:
+    key, _, text = override.partition("=")
+    *parents, last = (part.strip() for part in key.split("."))
+    value = yaml_value(text, f"override {override}")
     target = tree
     for depth, part in enumerate(parents):
         below = target.get(part)

@@ -19,7 +19,7 @@ from typing import Literal
 from kat_ray.config import Config, DataConfig, PlacementConfig
 from kat_ray.errors import UserError
 from kat_ray.models import ModelFacts, ModelInfo
-from kat_ray.termination.settings import KatSettings
+from kat_ray.termination_warnings import RunScale, warnings_of
 
 GIB = 2**30
 
@@ -266,20 +266,9 @@ def disk_verdict(folder: Path, free: int) -> Check:
 
 def _settings(config: Config) -> Iterator[Check]:
     """Settings that are allowed, but do not do what they seem to."""
-    rule, rollout = config.termination, config.rollout
-    if isinstance(rule, KatSettings):
-        first = rule.exempt + rule.window + (rule.consecutive - 1) * rule.stride
-        if first > rollout.max_tokens:
-            yield warn(
-                "termination",
-                f"the rule can confirm a trap after {first} tokens at the earliest (exempt + window + "
-                f"(consecutive - 1) x stride), rollouts end at rollout.max_tokens = {rollout.max_tokens}: "
-                "nothing will be cut",
-            )
-        if rule.window > rollout.max_tokens:
-            yield warn("termination", f"window = {rule.window} > rollout.max_tokens: no window is ever full")
-        if rule.min_steps >= config.run.steps or rule.min_samples > config.run.steps * rollout.rollouts_per_step:
-            yield warn("termination", "the run ends before the rule becomes active (min_steps, min_samples)")
+    rollout = config.rollout
+    for text in warnings_of(config.termination, RunScale.of(config)):
+        yield warn("termination", text)
     if config.sampler.replicas > rollout.rollouts_per_step:
         yield warn(
             "sampler",

@@ -9,6 +9,7 @@ import numpy as np
 
 from kat_ray.accounting import RolloutBooks
 from kat_ray.errors import DataError
+from kat_ray.termination.settings import KatParameters, RuleSettings
 from kat_ray.types import FloatArray, Prompt, RolloutOutcome, SampledRollout, StopReason
 from kat_ray.verify import Verifier, check_golds, grade
 
@@ -49,13 +50,28 @@ def seen_to_the_end(
     return [r for o, r, _ in joined if (o.probe or not cuts) and o.stop_reason is not StopReason.FAILED]
 
 
+def is_active(settings: RuleSettings, threshold: float | None) -> bool:
+    """Whether a step's rollouts could be cut: a rule that calibrates a threshold must have one.
+
+    A rule from outside counts as active throughout: whether it waits for something is not known.
+    """
+    return threshold is not None or not isinstance(settings, KatParameters)
+
+
 def probe_metrics(
-    outcomes: Sequence[RolloutOutcome], traces: Mapping[int, FloatArray], correct: Mapping[int, bool]
+    outcomes: Sequence[RolloutOutcome],
+    traces: Mapping[int, FloatArray],
+    correct: Mapping[int, bool],
+    active: bool,
 ) -> dict[str, float]:
-    """What the rule would have done to a step's probes, and what their continuations were worth."""
+    """What the rule would have done to a step's probes, and what their continuations were worth.
+
+    Nothing is said of a step without probes or in which the rule was not `active`; a step in which it would have
+    cut no probe counts with a share of 0.
+    """
     probes = [o for o in outcomes if o.probe]
-    if all(o.threshold is None and o.would_cut is None for o in probes):
-        return {}  # no probes, or the rule is not active yet
+    if not probes or not active:
+        return {}
     cut = [(o, traces[o.rollout_id][o.would_cut :]) for o in probes if o.would_cut is not None]
     figures = {"probe/would_cut_share": len(cut) / len(probes)}
     graded = [o for o in probes if o.rollout_id in correct]

@@ -2,64 +2,63 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kat_ray.compare import BASELINES, Result, paired_difference, table
+from kat_ray.compare_results import Result
+from kat_ray.compare_table import INTERVALS, Paired, caption, difference_table, paired, table
+from kat_ray.json_records import read_json_lines
 from kat_ray.report.page import Section, png_of, render, write_page
 from kat_ray.report.style import figure, percent, smooth
 
-_COST = (
-    "TFLOP: 2 per parameter and token forward, 6 with the backward pass. Student: prompts and generated tokens; "
-    "teacher: prompts and scored tokens; learner: prompts and trained tokens. Attention over the past, padding and "
-    "evaluation are left out. Seconds are those of the machine as it was; compare them only where it was idle."
-)
+_ALIKE = "Each rule from the same start, on the same prompts, for the same number of optimiser steps."
+_NOT_ALIKE = "Not only the rules differ, or not all is known: see the notes."
 
 
 def write_comparison(results: Sequence[Result], notes: Sequence[str], out: Path) -> list[Path]:
     """Write compare.html and its pictures into `out`; returns the files."""
-    heading, rows = table(results)
-    k = _k_of(results[0])
+    curves, damage = _curves(results)
+    # A damaged file may have been noted before, for its seconds.
+    notes = list(dict.fromkeys([*notes, *damage]))
     sections = [
-        Section(
-            "table", "Every rule", f"Mean over seeds ± standard deviation; k = {k}. {_COST}",
-            table=list(map(list, zip(heading, *rows, strict=True))),
-        ),
+        Section("table", "Every rule", caption(results), table=_turned(*table(results))),
         Section(
             "accuracy", "Accuracy against tokens",
             "Up is better, left is cheaper. Small dots are single seeds, bars are standard deviations.",
             png=png_of(_accuracy(results)),
         ),
     ]  # fmt: skip
-    if differing := _differences(results):
-        text = (
-            "In avg@k, paired by seed and problem, with 95 % bootstrap intervals over both. An interval that "
-            "holds 0 does not tell the two apart."
-        )
-        sections.append(Section("differences", "Differences", text, png=png_of(differing)))
+    if pairs := paired(results):
+        sections.append(
+            Section(
+                "differences", "Differences", f"The picture shows avg@k. {INTERVALS}",
+                png=png_of(_differences(results, pairs)), table=_turned(*difference_table(pairs)),
+            )
+        )  # fmt: skip
     text = "Mean over seeds of each step, smoothed. Left: reverse KL of the trained tokens; right: tokens kept."
-    sections.append(Section("curves", "Over the steps", text, png=png_of(_curves(results))))
+    sections.append(Section("curves", "Over the steps", text, png=png_of(curves)))
     values = {
         "title": f"kat-ray: {len(results)} rules, {max(len(r.seeds) for r in results)} seeds",
+        "subtitle": _NOT_ALIKE if notes else _ALIKE,
         "notes": notes,
         "sections": sections,
     }
     return write_page(render("compare.html.j2", values), sections, out / "compare.html")
 
 
-def _k_of(result: Result) -> int:
-    return int(json.loads((result.folders[0] / "summary.json").read_text())["eval_after"]["k"])
+def _turned(heading: list[str], rows: list[list[str]]) -> list[list[str]]:
+    """One column an arm: a page is higher than it is wide."""
+    return list(map(list, zip(heading, *rows, strict=True)))
 
 
 def _accuracy(results: Sequence[Result]) -> Any:
     fig, (axes,) = figure(1, 2, height=4)
     for panel, name, label in zip(axes, ("generated_tokens", "tflop"), ("tokens generated", "TFLOP"), strict=True):
         for number, result in enumerate(results):
-            x, y = result.measures[name], result.measures["avg_at_k"]
+            x, y = result.measure(name), result.measure("avg_at_k")
             spread = {"xerr": x.std(ddof=1), "yerr": y.std(ddof=1)} if len(x) > 1 else {}
             colour = f"C{number % 10}"
             panel.scatter(x, y, s=12, color=colour, alpha=0.45)
@@ -71,38 +70,33 @@ def _accuracy(results: Sequence[Result]) -> Any:
     return fig
 
 
-def _differences(results: Sequence[Result]) -> Any:
-    panels = [
-        (baseline, others)
-        for baseline in results
-        if baseline.label in BASELINES and (others := [r for r in results if r.pairs_with(baseline)])
-    ]
-    if not panels:
-        return None
-    fig, (row,) = figure(1, len(panels), height=0.8 + 0.35 * len(results))
-    for axes, (baseline, others) in zip(row, panels, strict=True):
-        for i, other in enumerate(others):
-            mean, low, high = paired_difference(other, baseline)
-            axes.errorbar(
-                mean,
-                i,
-                xerr=[[mean - low], [high - mean]],
-                fmt="o",
-                color=f"C{results.index(other) % 10}",
-                capsize=3,
-            )
+def _differences(results: Sequence[Result], pairs: Sequence[Paired]) -> Any:
+    baselines = list(dict.fromkeys(pair.baseline for pair in pairs))
+    fig, (row,) = figure(1, len(baselines), height=0.8 + 0.35 * len(results))
+    for axes, baseline in zip(row, baselines, strict=True):
+        others = [pair for pair in pairs if pair.baseline is baseline]
+        for i, pair in enumerate(others):
+            mean, low, high = pair.differences["avg_at_k"]
+            colour = f"C{results.index(pair.result) % 10}"
+            axes.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, capsize=3)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(others)), labels=[o.label for o in others])
+        axes.set_yticks(range(len(others)), labels=[pair.result.label for pair in others])
         axes.set(title=f"against {baseline.label}", ylim=(len(others) - 0.5, -0.5))
         percent(axes.xaxis)
     return fig
 
 
-def _curves(results: Sequence[Result]) -> Any:
+def _curves(results: Sequence[Result]) -> tuple[Any, list[str]]:
     fig, ((kl, kept),) = figure(1, 2)
+    notes: list[str] = []
     for number, result in enumerate(results):
+        runs = []
+        for folder in result.folders:
+            lines, damage = read_json_lines(folder / "metrics.jsonl")
+            runs.append(lines)
+            notes += damage
         for axes, metric in ((kl, "learner/loss"), (kept, "rollout/kept_tokens")):
-            values = _mean_series(result.folders, metric)
+            values = _mean_series(runs, metric)
             if values:
                 axes.plot(
                     range(1, len(values) + 1),
@@ -115,15 +109,12 @@ def _curves(results: Sequence[Result]) -> Any:
     kept.set_ylim(bottom=0)
     if kept.lines:
         kept.legend()
-    return fig
+    return fig, notes
 
 
-def _mean_series(folders: Sequence[Path], metric: str) -> list[float]:
-    runs = []
-    for folder in folders:
-        path = folder / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        runs.append([line[metric] for line in lines if line.get(metric) is not None])
-    shortest = min(map(len, runs), default=0)
-    means: list[float] = np.mean([run[:shortest] for run in runs], axis=0).tolist() if shortest else []
+def _mean_series(runs: Sequence[Sequence[dict[str, Any]]], metric: str) -> list[float]:
+    """Mean over runs of a metric, as far as all runs have it."""
+    series = [[line[metric] for line in lines if line.get(metric) is not None] for lines in runs]
+    shortest = min(map(len, series), default=0)
+    means: list[float] = np.mean([values[:shortest] for values in series], axis=0).tolist() if shortest else []
     return means

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow as pa
 from kat_ray.config import Config
 from kat_ray.config_io import load_config
 from kat_ray.errors import UserError
+from kat_ray.json_records import read_json, read_json_lines
 from kat_ray.replay import Traces, load_table, traces_from
 from kat_ray.types import FloatArray
 
@@ -56,27 +56,16 @@ def read_run(path: Path) -> RunRecords:
         raise UserError(f"{path}: no config.yaml in it; name a run directory, such as runs/latest")
     config = load_config(path / "config.yaml")
     table, notes = load_table(path)
-    lines, more = _lines(path / "metrics.jsonl")
-    evaluations, still_more = _lines(path / "evaluations.jsonl")
+    lines, more = read_json_lines(path / "metrics.jsonl")
+    evaluations, still_more = read_json_lines(path / "evaluations.jsonl")
     summary = path / "summary.json"
     return RunRecords(
         path=path,
         config=config,
         steps=lines,
         evaluations=evaluations,
-        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
+        summary=read_json(summary) if summary.is_file() else None,
         table=table,
         traces=traces_from(table),
         notes=(*notes, *more, *still_more),
     )
-
-
-def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    lines: list[dict[str, Any]] = []
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            return lines, [f"{path}:{number} is damaged: read up to it"]
-    return lines, []

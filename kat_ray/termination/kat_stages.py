@@ -7,8 +7,10 @@ The KAT rule runs as ever, but ends no rollout. Its decisions become weights:
                                 threshold again, or the rollout's end
     after      [end, length)    weight 1 if it is put back, else 0
 
-A token of weight 0 is not in the loss and not in its mean, so `put_back: nothing` trains on exactly what `kat`
-would. Nothing is saved by it: rollouts go on to their end. Probes are trained on in full, as with `kat`.
+A token of weight 0 is not in the loss and not in its mean, so with `calibrate_on: probes` `put_back: nothing`
+trains on exactly what `kat` would. With `all` or `finished` it does not: rollouts go on to their end here, and the
+whole minimum of every one feeds the buffer, which `kat` never sees of those it cuts. Nothing is saved by this rule.
+Probes are trained on in full, as with `kat`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""No termination: every rollout goes on to its end of sequence or its token limit."""
+"""No termination, the baseline: plain on-policy distillation (as in arXiv 2306.13649).
+
+    cut = never: a rollout ends at its end of sequence, or after rollout.max_tokens        [tokens]
+
+d's are scored and recorded as with the other rules, and there are no probes: no rollout is touched.
+"""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@
                a row without that; between `shortest` and rollout.max_tokens [tokens]
 
 It is the opposite of KAT in what it distrusts: low overlap, not low KL. Where the overlap is not known, a token is
-not bad. The paper's figures are the defaults; by how much the budget shrinks is not known to us, and taken to be
-`growth`.
+not bad. The paper's figures are the defaults, but for two that are not known to us: by how much the budget shrinks,
+taken to be `growth`, and how far, where `shortest` = 64 is our assumption.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PruneSettings(CuttingSettings):
     patience: int = Field(3, ge=1)
     """Steps in a row without that after which it shrinks."""
     shortest: int = Field(64, ge=1)
-    """The budget never falls below it, tokens."""
+    """The budget never falls below it, tokens; the default is an assumption of ours, not the paper's."""
 
 
 class PruneTracker:

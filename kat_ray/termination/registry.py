@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 import operator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 from pydantic import Field
 
+from kat_ray.errors import UserError
 from kat_ray.termination import (
     fixed_prefix,
     kat,
@@ -42,11 +43,34 @@ def _found() -> dict[str, RuleType]:
         RuleType(prune_opd.PruneSettings, prune_opd.make),
         RuleType(progressive.ProgressiveSettings, progressive.make),
     ]
-    kinds += [point.load() for point in sorted(entry_points(group=GROUP), key=lambda p: p.name)]
-    names = [kind.name for kind in kinds]
-    twice = {name for name in names if names.count(name) > 1}
-    assert not twice, f"two termination rules are called {sorted(twice)}: see the entry points of {GROUP}"
-    return dict(zip(names, kinds, strict=True))
+    rules = {kind.name: kind for kind in kinds}
+    origins = dict.fromkeys(rules, "kat-ray itself")
+    for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
+        kind, origin = _load(point), _described(point)
+        if kind.name in rules:
+            raise UserError(
+                f"two termination rules are called {kind.name!r}: of {origins[kind.name]}, and of {origin}"
+            )
+        rules[kind.name], origins[kind.name] = kind, origin
+    return rules
+
+
+def _load(point: EntryPoint) -> RuleType:
+    """A rule from outside; what its package does wrong beyond this keeps its traceback, for its author."""
+    try:
+        kind = point.load()
+    except (ImportError, AttributeError, SyntaxError) as error:
+        raise UserError(
+            f"{_described(point)} cannot be loaded: {type(error).__name__}: {error}; mend or uninstall that package"
+        ) from error
+    if not isinstance(kind, RuleType) or not isinstance(kind.settings.model_fields["rule"].default, str):
+        raise UserError(f"{_described(point)} is no RuleType whose settings have a field rule: Literal[...] = ...")
+    return kind
+
+
+def _described(point: EntryPoint) -> str:
+    package = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"
+    return f"entry point {point.name!r} = {point.value} of {package} (group {GROUP})"
 
 
 RULES = _found()

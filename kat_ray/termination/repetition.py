@@ -1,7 +1,11 @@
 """A rollout that repeats itself word for word is cut: it tells a loop from a trap.
 
-    loop of period p: the last p * repeats tokens are the same p tokens, `repeats` times
-    cut = first token of the second repetition                                       [tokens]
+    y_i       : generated token i; e: tokens seen so far                                           [tokens]
+    loop(p, e): y_i = y_{i-p} for all i in [e - p * (repeats - 1), e)    p from min_period to max_period
+    confirmed = first e at which some loop(p, e) holds; p the shortest of those
+    cut       = e - p * (repeats - 1): the first token of the second repetition                    [tokens]
+
+Source: none; a control of this project, of the kind that serving engines bring as repetition detection.
 
 For each period p a counter holds for how many tokens the rollout has been equal to itself p tokens before; a
 loop is p * (repeats - 1) of them in a row. O(max_period) work per token. KL is not looked at.

@@ -67,6 +67,22 @@ def test_wrong_arguments(arguments, capsys):
     assert "usage:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["replay", "x", "--keep-kl", "abc"], "abc: must be a number above 0 and at most 1"),
+        (["replay", "x", "--keep-kl", "nan"], "nan: must be a number above 0 and at most 1"),
+        (["report", "x", "--rollouts", "x"], "x: must be a whole number, at least 1"),
+        (["report", "x", "--rollouts", "0"], "0: must be a whole number, at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_said_in_words(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(arguments)
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_mistakes_are_messages_on_stderr_and_no_traceback(config):
     done = run("train", config, "run.stpes=3", "learner.lr=-1")
     assert (done.returncode, done.stdout) == (2, "")

@@ -2,47 +2,51 @@
 
 import csv
 import json
+import math
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kat_ray import cli
-from kat_ray.compare import (
-    Result,
-    config_of,
-    differences,
-    order_of,
-    paired_difference,
-    parse_arm,
-    read_results,
-    read_runs,
-    run_all,
-    table,
-    tflop,
-    write_results,
-)
+from kat_ray.compare import config_of, differences, order_of, parse_arm, plan_runs, run_all
+from kat_ray.compare_results import notes_of, read_finished, read_results, read_runs, tflop_parts
+from kat_ray.compare_table import bootstrap, difference_table, paired, table, write_results
 from kat_ray.config_io import load_config, save_config
 from kat_ray.errors import UserError
 
 BASE = load_config("demo", ["run.steps=3"])
 SUMMARY = {
     "rollouts_started": 10, "kept_tokens": 300, "generated_tokens": 400, "scored_tokens": 390,
-    "trained_tokens": 300, "overshoot_tokens": 20, "prompt_tokens": 100, "wall_seconds": 12.0,
-    "parameters": {"student": 1000, "teacher": 2000},
+    "trained_tokens": 290, "overshoot_tokens": 20, "prompt_tokens": 100, "wall_seconds": 12.0,
+    "parameters": {"student": 1000, "teacher": 2000}, "versions": {"torch": "1"}, "git_commit": "a",
+    "eval_before": {"avg_at_k": 0.1, "pass_at_k": 0.2, "mean_length": 9.0},
 }  # fmt: skip
 
 
-def finish(config, right):
+def changed(config, section, **fields):
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=fields)})
+
+
+def finish(config, right, **summary):
     """What a run leaves, as far as a comparison reads it."""
     folder = Path(config.run.dir) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
     k = config.evaluation.k
     evaluation = {"avg_at_k": float(np.mean(right)) / k, "pass_at_k": float(np.mean(np.array(right) > 0)), "k": k}
-    (folder / "summary.json").write_text(json.dumps(SUMMARY | {"eval_after": evaluation}))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {"eval_after": evaluation} | summary))
     lines = [{"k": k, "right": [0] * len(right)}, {"k": k, "right": right}]
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps = [{"step": 0, "eval/avg_at_k": 0.1}]
+    steps += [{"step": i + 1, "time/step": 1.5, "learner/loss": 0.5} for i in range(config.run.steps)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
     save_config(config, folder / "config.yaml")
+    return folder
+
+
+def finish_rule(tmp_path, rule, seed, right, base=BASE, **summary):
+    return finish(config_of(base, parse_arm(rule), seed, tmp_path), right, **summary)
 
 
 def test_arms_are_rules_with_fields():
@@ -62,23 +66,44 @@ def test_runs_differ_in_the_rule_and_nothing_else(tmp_path):
     assert kat.termination == BASE.termination and kat.run.seed == 7
     other = config_of(BASE, parse_arm("kat:eta=0.5"), 7, tmp_path)
     assert [d.split(":")[0] for d in differences(other, kat)] == ["run.dir", "termination.eta"]
-    copy = config_of(BASE, parse_arm("length_matched"), 7, tmp_path)
+    copy = config_of(BASE, parse_arm("length_matched:of=kat"), 7, tmp_path)
     assert copy.termination.run == str(tmp_path / "kat" / "seed-7")
     assert copy.termination.probe_share == BASE.termination.probe_share
     with pytest.raises(UserError, match="eta"):
         config_of(BASE, parse_arm("kat:eta=2"), 0, tmp_path)
 
 
-def test_length_matched_comes_after_the_run_it_copies():
-    arms = [parse_arm(a) for a in ("length_matched", "none", "kat")]
+def test_length_matched_comes_after_the_run_it_copies(tmp_path):
+    arms = [parse_arm(a) for a in ("length_matched", "none", "kat:eta=0.5")]
     assert [a.rule for a in order_of(arms)] == ["none", "kat", "length_matched"]
+    copy = order_of(arms)[-1]
+    assert (copy.label, copy.of) == ("length_matched", "kat-eta=0.5"), "the only KAT arm"
+    assert config_of(BASE, copy, 7, tmp_path).termination.run == str(tmp_path / "kat-eta=0.5" / "seed-7")
     with pytest.raises(UserError, match="add kat"):
         order_of(arms[:2])
     with pytest.raises(UserError, match="twice"):
         order_of([arms[1], arms[1]])
 
 
-def test_a_comparison_goes_on_where_it_was(tmp_path):
+def test_length_matched_copies_the_arm_that_is_named(tmp_path):
+    kats = [parse_arm("kat"), parse_arm("kat:eta=0.5")]
+    with pytest.raises(UserError, match="of which"):
+        order_of([*kats, parse_arm("length_matched")])
+    copy = parse_arm("length_matched:of=kat-eta=0.5,probe_share=0.2")
+    assert (copy.label, copy.of) == ("length_matched-probe_share=0.2-of=kat-eta=0.5", "kat-eta=0.5")
+    config = config_of(BASE, order_of([copy, *kats])[-1], 1, tmp_path)
+    assert config.termination.run == str(tmp_path / "kat-eta=0.5" / "seed-1")
+    assert config.termination.probe_share == 0.2
+    for text, message in (
+        ("length_matched:of=kat-eta=0.7", "no rule has the label"),
+        ("length_matched:of=none", "has no cuts"),
+        ("length_matched:of=kat,run=x", "leave one out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            order_of([*kats, parse_arm("none"), parse_arm(text)])
+
+
+def test_a_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
     arms, done, said = [parse_arm("none"), parse_arm("kat")], [], []
 
     def train(config):
@@ -88,53 +113,115 @@ def test_a_comparison_goes_on_where_it_was(tmp_path):
         finish(config, [1, 2])
 
     with pytest.raises(KeyboardInterrupt):
-        run_all(BASE, arms, [0, 1], tmp_path, train, said.append)
-    run_all(BASE, arms, [0, 1], tmp_path, train, said.append)
+        run_all(plan_runs(BASE, arms, [0, 1], tmp_path), train, said.append)
+    run_all(plan_runs(BASE, arms, [0, 1], tmp_path), train, said.append)
     assert done == [("none", 0), ("kat", 0), ("none", 1), ("none", 1), ("kat", 1)]
     assert said[-4].endswith("none, seed 0: done before")
-    changed = BASE.model_copy(update={"learner": BASE.learner.model_copy(update={"lr": 9e-4})})
     with pytest.raises(UserError, match=r"other settings \(learner.lr: 0.0009, was 0.001\)"):
-        run_all(changed, arms, [0, 1], tmp_path, train, said.append)
+        plan_runs(changed(BASE, "learner", lr=9e-4), arms, [0, 1], tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    again = plan_runs(BASE, arms, [0, 1], Path(tmp_path.name))
+    assert all(run.done for run in again), "the same folder, written otherwise"
 
 
-def result(label, right):
-    return Result(label, (0, 1, 2), (), {}, np.array(right, dtype=float))
+def test_a_folder_written_otherwise_is_the_same_for_a_copy_too(tmp_path, monkeypatch):
+    arms = [parse_arm("kat"), parse_arm("length_matched")]
+    run_all(plan_runs(BASE, arms, [0], tmp_path), lambda config: finish(config, [1]), lambda text: None)
+    monkeypatch.chdir(tmp_path.parent)
+    assert all(run.done for run in plan_runs(BASE, arms, [0], Path(tmp_path.name)))
+    (tmp_path / "kat").rename(tmp_path / "other")
+    with pytest.raises(UserError, match="termination"):
+        plan_runs(BASE, [parse_arm(f"length_matched:run={tmp_path}/x")], [0], tmp_path)
 
 
-def test_differences_are_paired_by_seed_and_problem():
+def test_every_run_is_checked_before_the_first_starts(tmp_path):
+    arms = [parse_arm("none"), parse_arm(f"length_matched:run={tmp_path}/nothing")]
+    with pytest.raises(UserError, match=r"--rules length_matched-run.*no traces in it"):
+        plan_runs(BASE, arms, [0, 1], tmp_path)
+
+
+def test_differences_hold_their_interval():
     rng = np.random.default_rng(0)
-    hard = rng.random((3, 200))  # problems differ much more than rules do
-    mean, low, high = paired_difference(result("a", hard + 0.05), result("b", hard))
-    assert mean == pytest.approx(0.05) and low == pytest.approx(0.05) and high == pytest.approx(0.05)
+    assert bootstrap(np.full((3, 200), 0.05)) == pytest.approx((0.05, 0.05, 0.05))
     noise = rng.normal(0, 0.3, (3, 200))
-    mean, low, high = paired_difference(result("a", hard + noise), result("b", hard))
+    mean, low, high = bootstrap(noise)
     assert low < 0 < high and low < mean < high
     width = 2 * 1.96 * 0.3 / np.sqrt(600)  # of a mean of independent differences; never narrower, sqrt(3) at most
     assert 0.9 * width < high - low < 1.1 * np.sqrt(3) * width
-    assert paired_difference(result("a", hard + noise), result("b", hard)) == (mean, low, high)
+    assert bootstrap(noise) == (mean, low, high)
+    one_seed = bootstrap(noise[:1])  # problems only
+    assert one_seed.high - one_seed.low == pytest.approx(2 * 1.96 * 0.3 / np.sqrt(200), rel=0.15)
+
+
+def test_differences_are_paired_by_seed_and_problem(tmp_path):
+    # Every problem is answered as well as by `none`, but for one more right answer to the second.
+    for seed, hard in ((0, [3, 0, 1, 0]), (1, [0, 0, 3, 3])):
+        finish_rule(tmp_path, "none", seed, hard)
+        kat = {"kept_tokens": (150, 210)[seed], "generated_tokens": 200}
+        finish_rule(tmp_path, "kat", seed, [hard[0], 1, *hard[2:]], **kat)
+    (pair,) = paired(read_results([parse_arm("none"), parse_arm("kat")], [0, 1], tmp_path))
+    assert (pair.result.label, pair.baseline.label, pair.seeds) == ("kat", "none", (0, 1))
+    assert pair.differences["avg_at_k"].mean == pytest.approx(1 / 3 / 4)
+    assert pair.differences["pass_at_k"].mean == pytest.approx(1 / 4)
+    assert pair.differences["pass_at_k"].low == 0 < pair.differences["pass_at_k"].high
+    # Tokens by seed: -50 %, -30 %. No interval: the extremes.
+    assert pair.differences["mean_length"] == pytest.approx((-0.4, -0.5, -0.3))
+    assert pair.differences["generated_tokens"] == pytest.approx((-0.5, -0.5, -0.5))
+    # none: 2 x 500 + 6 x 400 student, 2 x 490 teacher, as below; kat: 2 x 300 + 6 x 250 and 6 x 310.
+    whole, parts = 3400e3 + 1960e3, [600e3 + 1500e3 + 1960e3, 600e3 + 1860e3 + 1960e3]
+    first, second = (p / whole - 1 for p in parts)
+    assert pair.differences["tflop"] == pytest.approx(((first + second) / 2, first, second))
+    heading, rows = difference_table([pair])
+    assert heading[:3] == ["rule", "against", "seeds"] and rows[0][:3] == ["kat", "none", "0, 1"]
+    assert rows[0][heading.index("kept tokens / rollout")] == "-40.0% [-50.0%, -30.0%]"
+
+
+def test_baselines_are_known_by_their_rule(tmp_path):
+    for rule in ("none", "kat", "length_matched:run=x"):
+        finish_rule(tmp_path, rule, 0, [1, 0])
+    arms = [parse_arm(rule) for rule in ("none", "kat", "length_matched:run=x")]
+    pairs = [(p.result.label, p.baseline.label) for p in paired(read_results(arms, [0], tmp_path))]
+    copy = "length_matched-run=x"
+    assert pairs == [("kat", "none"), (copy, "none"), ("kat", copy)]
 
 
 def test_arithmetic_by_hand():
-    # Student 1000: 2 x (100 + 400) + 6 x (100 + 300) = 3400 per parameter; teacher 2000: 2 x (100 + 390) = 980.
-    assert tflop(SUMMARY) == pytest.approx(1e-12 * (1000 * 3400 + 2000 * 980))
+    # Student 1000: 2 x (100 + 400) sampling and 6 x (100 + 300) learning; teacher 2000: 2 x (100 + 390). The
+    # learner runs all 300 kept tokens, also the 10 of weight 0 that are not trained on.
+    parts = tflop_parts(SUMMARY, Path("s"))
+    assert parts == pytest.approx(
+        {"tflop_sampling": 1e-9 * 1000, "tflop_scoring": 2e-9 * 980, "tflop_learning": 1e-9 * 2400}
+    )
+    with pytest.raises(UserError, match=r"s: parameters .* are None and 2000"):
+        tflop_parts(SUMMARY | {"parameters": {"student": None, "teacher": 2000}}, Path("s"))
 
 
 def test_the_table_is_saved_in_three_forms(tmp_path):
     arms = [parse_arm("none"), parse_arm("kat")]
     for seed in (0, 1):
-        finish(config_of(BASE, arms[0], seed, tmp_path), [3, 0, 0, 3])
-        finish(config_of(BASE, arms[1], seed, tmp_path), [3, 3, 0, 3])
+        finish_rule(tmp_path, "none", seed, [3, 0, 0, 3])
+        finish_rule(tmp_path, "kat", seed, [3, 3, 0, 3])
     results = read_results(arms, [0, 1], tmp_path)
     heading, rows = table(results)
-    assert heading[:2] == ["rule", "avg@k"] and heading[-1] == "avg@k - none [95 %]"
-    assert rows[0][:3] == ["none", "50.0% ± 0.0%", "50.0% ± 0.0%"] and rows[0][-1] == ""
-    assert rows[1][1] == "75.0% ± 0.0%" and rows[1][-1].startswith("+25.0% [+0.0%")
-    markdown, table_csv, document = write_results(results, tmp_path)
-    assert markdown.read_text().splitlines()[3].startswith("| kat | 75.0% ± 0.0% |")
+    assert heading[:2] == ["rule", "avg@k"] and heading[-1] == "training seconds"
+    assert rows[0][:3] == ["none", "50.0% ± 0.0%", "50.0% ± 0.0%"] and rows[0][-1] == "4 ± 0"
+    assert rows[1][1] == "75.0% ± 0.0%"
+    markdown, table_csv, document = write_results(results, ["something differs"], tmp_path)
+    text = markdown.read_text()
+    assert text.splitlines()[3].startswith("| kat | 75.0% ± 0.0% |")
+    assert "| kat | none | 0, 1 | +25.0% [+0.0%" in text and "k = 3" in text and "- Note: something differs" in text
+    assert "learning: prompts and kept tokens" in text and "resamples seeds and problems" in text
     lines = list(csv.DictReader(table_csv.open()))
     assert [(r["rule"], r["seed"]) for r in lines] == [("none", "0"), ("none", "1"), ("kat", "0"), ("kat", "1")]
-    assert lines[0]["mean_length"] == "30.0"
-    assert json.loads(document.read_text())["kat"]["avg_at_k_minus"]["none"]["mean"] == 0.25
+    assert lines[0]["mean_length"] == "30.0" and lines[0]["wall_seconds"] == "12.0"
+    assert lines[0]["training_seconds"] == "4.5"
+    parts = [float(lines[0][f"tflop_{name}"]) for name in ("sampling", "scoring", "learning")]
+    assert sum(parts) == pytest.approx(float(lines[0]["tflop"])) and min(parts) > 0
+    saved = json.loads(document.read_text())
+    assert saved["rules"]["kat"]["tflop_learning"] == pytest.approx([2.4e-6] * 2)
+    assert saved["rules"]["kat"]["k"] == 3 and saved["notes"] == ["something differs"]
+    assert "kept tokens" in saved["meaning"]
+    assert saved["differences"][0]["against"] == "none" and saved["differences"][0]["avg_at_k"]["mean"] == 0.25
 
 
 @pytest.mark.parametrize(
@@ -144,6 +231,11 @@ def test_the_table_is_saved_in_three_forms(tmp_path):
         (["--rules", "none", "--seeds", "1", "1"], "same seed"),
         (["--rules", "none", "evaluation.data=null"], "evaluation.data = null"),
         (["--rules", "length_matched"], "add kat"),
+        (["--rules", "kat:eta=["], "not valid YAML"),
+        (["--seeds", "0", "x"], "--seeds x: must be whole numbers"),
+        (["--seeds", "0", "-1"], "--seeds -1"),
+        (["--seeds", "0", "1", "run.stpes=5"], "unknown field"),
+        (["--rules", "none", "length_matched:run=/nowhere"], "no traces in it"),
     ],
 )
 def test_mistakes_are_one_message(capsys, arguments, message):
@@ -151,42 +243,144 @@ def test_mistakes_are_one_message(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_overrides_may_follow_seeds_and_rules(tmp_path, monkeypatch, capsys):
+    seen = []
+    module = types.ModuleType("actors.run")
+    module.train = lambda config: seen.append(config) or finish(config, [1, 0])
+    monkeypatch.setitem(__import__("sys").modules, "actors.run", module)
+    arguments = [
+        "--out",
+        str(tmp_path),
+        "--rules",
+        "none",
+        "kat",
+        "run.steps=2",
+        "--seeds",
+        "4",
+        "5",
+        "learner.lr=2e-3",
+    ]
+    assert cli.main(["compare", "demo", *arguments]) == 0
+    assert [(c.termination.rule, c.run.seed) for c in seen] == [("none", 4), ("kat", 4), ("none", 5), ("kat", 5)]
+    assert {(c.run.steps, c.learner.lr) for c in seen} == {(2, 2e-3)}
+    out = capsys.readouterr().out
+    assert "against" in out and "compare.html" in out and "note:" not in out
+    assert "Each rule from the same start" in (tmp_path / "compare.html").read_text()
+
+
 def test_finished_runs_are_compared_and_their_other_differences_named(tmp_path, capsys):
     for rule, seed, right in (("none", 0, [3, 0]), ("none", 1, [0, 0]), ("kat", 0, [3, 3]), ("kat", 1, [3, 0])):
-        finish(config_of(BASE, parse_arm(rule), seed, tmp_path), right)
-    hot = config_of(BASE.model_copy(update={"learner": BASE.learner.model_copy(update={"lr": 9e-4})}),
-                    parse_arm("kat:eta=0.5"), 0, tmp_path)  # fmt: skip
+        finish_rule(tmp_path, rule, seed, right)
+    hot = config_of(changed(BASE, "learner", lr=9e-4), parse_arm("kat:eta=0.5"), 0, tmp_path)
     finish(hot, [3, 3])
-    again = hot.model_copy(update={"run": hot.run.model_copy(update={"name": "again", "steps": 4})})
-    finish(again, [0, 0])
+    finish(changed(hot, "run", name="again", steps=4), [0, 0])
     runs = [tmp_path / rule / f"seed-{seed}" for rule in ("none", "kat") for seed in (0, 1)]
     results, notes = read_runs(runs)
-    assert [(r.label, r.seeds) for r in results] == [("none", (0, 1)), ("kat", (0, 1))] and not notes
+    assert [(r.label, r.seeds) for r in results] == [("none", (0, 1)), ("kat", (0, 1))]
+    assert not notes and not notes_of(results)
     runs += [Path(hot.run.dir) / "seed-0", Path(hot.run.dir) / "again"]
     results, notes = read_runs(runs)
     assert [r.label for r in results][1:3] == ["kat-eta=0.3", "kat-eta=0.5"]
     assert results[3].label.endswith("again)"), "same rule and seed: it differs in something else"
-    assert "more than the rule: learner.lr: 0.0009, was 0.001" in notes[0] and "4 steps" in notes[-1]
+    assert "more than the rule: learner.lr: 0.0009, was 0.001" in notes[0] and "run.steps: 4, was 3" in notes[-1]
     assert cli.main(["compare", "--runs", *map(str, runs), "--out", str(tmp_path / "page")]) == 0
     assert "note: " in (out := capsys.readouterr().out) and "compare.html" in out
     html = (tmp_path / "page" / "compare.html").read_text()
     assert "more than the rule: learner.lr" in html and 'id="differences"' in html
+    assert "from the same start" not in html and "Not only the rules differ" in html
     assert (tmp_path / "page" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     document = json.loads((tmp_path / "page" / "compare.json").read_text())
-    assert document["kat-eta=0.3"]["avg_at_k_minus"]["none"]["mean"] == pytest.approx(0.5)
-    assert document["kat-eta=0.5"]["avg_at_k_minus"] == {}, "one seed is not paired with two"
+    by_rule = {d["rule"]: d for d in document["differences"]}
+    assert by_rule["kat-eta=0.3"]["avg_at_k"]["mean"] == pytest.approx(0.5)
+    assert by_rule["kat-eta=0.5"]["seeds"] == [0], "paired on the seeds that both have"
+    assert any("not all rules have the same seeds" in note for note in document["notes"])
+
+
+def test_other_problems_are_not_paired(tmp_path):
+    def other(**fields):
+        return changed(BASE, "evaluation", **fields)
+
+    base = finish_rule(tmp_path, "none", 0, [1, 0])
+    for number, evaluation in enumerate(
+        (
+            other(data=BASE.evaluation.data.model_copy(update={"path": "demo:train"})),
+            other(data=BASE.evaluation.data.model_copy(update={"limit": 2})),
+            other(max_tokens=100),
+            other(temperature=0.5),
+            other(verifier="math"),
+            changed(BASE, "run", seed=0).model_copy(update={"evaluation": BASE.evaluation, "rollout":
+                BASE.rollout.model_copy(update={"max_tokens": 100})}),
+        )
+    ):  # fmt: skip
+        run = finish_rule(tmp_path / str(number), "kat", 0, [1, 1], evaluation)
+        results, notes = read_runs([base, run])
+        assert not paired(results) and "more than the rule" in notes[0]
+    same = other(every=1, teacher=False, data=BASE.evaluation.data.model_copy(update={"shuffle": False}))
+    assert paired(read_runs([base, finish_rule(tmp_path / "same", "kat", 0, [1, 1], same)])[0])
+
+
+def test_one_rule_evaluated_in_two_ways_is_two_arms(tmp_path):
+    short = changed(BASE, "evaluation", max_tokens=100)
+    runs = [finish_rule(tmp_path, "kat", 0, [1, 0]), finish_rule(tmp_path, "kat", 1, [1, 0, 3], short)]
+    assert [r.seeds for r in read_runs(runs)[0]] == [(0,), (1,)]
+
+
+def test_software_and_start_are_compared(tmp_path):
+    runs = [finish_rule(tmp_path, "none", s, [1, 0]) for s in (0, 1)]
+    runs += [finish_rule(tmp_path, "kat", 0, [1, 0], git_commit="b", versions={"torch": "2"})]
+    runs += [finish_rule(tmp_path, "kat", 1, [1, 0], eval_before=SUMMARY["eval_before"] | {"avg_at_k": 0.2})]
+    commit, torch, start = notes_of(read_runs(runs)[0])
+    assert commit.startswith("git_commit differs: a in ") and commit.endswith(f"; b in {runs[2]}")
+    assert torch.startswith("torch differs: 1 in ")
+    assert start.startswith("seed 1: none and kat do not start alike (before training: avg_at_k 0.1 and 0.2)")
 
 
 def test_runs_that_cannot_be_compared_are_named(tmp_path, capsys):
-    finish(config_of(BASE, parse_arm("none"), 0, tmp_path), [3, 0])
-    done = str(tmp_path / "none" / "seed-0")
+    done = str(finish_rule(tmp_path, "none", 0, [3, 0]))
     (tmp_path / "open").mkdir()
     save_config(BASE, tmp_path / "open" / "config.yaml")
     for arguments, message in (
         (["--runs", str(tmp_path)], "no config.yaml"),
         (["--runs", done, str(tmp_path / "open")], "its run has not ended"),
-        (["demo", "--runs", done], "leave 'demo' out"),
+        (["--runs", done, f"{done}/../seed-0"], "the same run stands there twice"),
+        (["demo", "--runs", done], "leave demo out"),
+        (["--runs", done, "--seeds", "0"], "leave --seeds out"),
+        (["--runs", done, "--rules", "kat"], "leave --rules out"),
         ([], "name a configuration file"),
     ):
         assert cli.main(["compare", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", '{"steps": 3, "kept', "is damaged"),
+        ("summary.json", "{}", "rollouts_started, .* are not in it"),
+        ("evaluations.jsonl", None, "is missing or empty"),
+        ("evaluations.jsonl", '{"k": 3, "right": [0, 0]}\n{"k": 3, "ri', "jsonl:2 is damaged"),
+        ("evaluations.jsonl", '{"k": 3, "right": [0, 0]}\n', "it is cut off"),
+    ],
+)
+def test_damaged_records_are_one_message(tmp_path, name, content, message):
+    folder = finish_rule(tmp_path, "none", 0, [3, 0])
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name}.*{message}" if "jsonl:" not in message else message):
+        read_finished(folder)
+
+
+def test_metrics_are_read_up_to_the_damage(tmp_path, capsys):
+    runs = [finish_rule(tmp_path, rule, 0, [3, 0]) for rule in ("none", "kat")]
+    text = (runs[1] / "metrics.jsonl").read_text()
+    (runs[1] / "metrics.jsonl").write_text(text[:-9])
+    assert math.isnan(read_finished(runs[1]).measures["training_seconds"])
+    assert cli.main(["compare", "--runs", *map(str, runs), "--out", str(tmp_path / "page")]) == 0
+    out = capsys.readouterr().out
+    assert "metrics.jsonl:4 is damaged" in out and "holds 2 of 3 steps: training seconds are not known" in out
+    assert json.loads((tmp_path / "page" / "compare.json").read_text())["rules"]["kat"]["training_seconds"] == [
+        None
+    ]
+    html = (tmp_path / "page" / "compare.html").read_text()
+    assert html.count("metrics.jsonl:4 is damaged") == 1 and "<td>-</td>" in html

@@ -207,7 +207,7 @@ def test_missing_and_unreadable_files(tmp_path):
         ("=3", "override '=3': write it as"),
         ("run..steps=3", "override 'run..steps=3': write it as"),
         ("student.path.x=3", 'override student.path.x=3: student.path is "a", it has no fields'),
-        ("run.steps=[1", "override 'run.steps=[1': the value is not valid YAML"),
+        ("run.steps=[1", "override run.steps=[1: the value is not valid YAML"),
         ("run={steps: 1, steps: 2}", "override run={steps: 1, steps: 2}:1: steps is given twice"),
         ("run.stpes=3", "override run.stpes=3: run.stpes: unknown field; did you mean steps?"),
         ("run.steps=", "override run.steps=: run.steps = null: must be a whole number"),

@@ -137,6 +137,7 @@ def test_gpus_that_are_not_there(files, monkeypatch):
 
 def test_settings_that_do_not_do_what_they_seem_to(files):
     kat = {"rule": "kat", "window": 32, "exempt": 30, "consecutive": 4, "min_samples": 10, "min_steps": 5}
+    kat["buffer"] = 40  # at 0.1 x 4 probes a step: 100 steps
     # 30 + 32 + 3 = 65 > 64
     late = list(doctor._settings(config(files, termination=kat)))
     assert levels(late) == {"termination": "warn"}
@@ -144,6 +145,8 @@ def test_settings_that_do_not_do_what_they_seem_to(files):
     assert not list(doctor._settings(config(files, termination=kat | {"exempt": 29})))
     never = list(doctor._settings(config(files, termination=kat | {"exempt": 0, "min_steps": 100})))
     assert "the run ends before the rule becomes active" in text(never, "termination")
+    lagging = list(doctor._settings(config(files, termination=kat | {"exempt": 0, "buffer": 41})))
+    assert "holds the probes of 102 steps" in text(lagging, "termination")
     idle = config(files, sampler={"replicas": 5}, evaluation={"temperature": 0})
     assert levels(doctor._settings(idle)) == {"sampler": "warn", "evaluation": "warn"}
 

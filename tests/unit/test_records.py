@@ -13,10 +13,13 @@ from kat_ray import records
 from kat_ray.accounting import join_outcomes, keep_books, kept_rows, traces_of
 from kat_ray.config import RunConfig
 from kat_ray.metrics import METRICS
-from kat_ray.probes import RolloutGrader, probe_metrics, seen_to_the_end
+from kat_ray.probes import RolloutGrader, is_active, probe_metrics, seen_to_the_end
 from kat_ray.records import RecordError, RunDirectory
 from kat_ray.step_metrics import busy_metrics, rollout_metrics, score_metrics
 from kat_ray.summary import Totals, git_commit, package_versions
+from kat_ray.termination.fixed_prefix import FixedPrefixSettings
+from kat_ray.termination.kat_stages import KatStagesSettings
+from kat_ray.termination.settings import KatSettings
 from kat_ray.traces import SCHEMA, TraceRow, read_traces
 from kat_ray.types import Prompt, RolloutOutcome, SampledRollout, SamplerReport, StepStart, StopReason
 from tests.unit.test_termination import chunk
@@ -234,14 +237,25 @@ def test_probes_say_what_cuts_would_have_cost():
         2: np.array([1, 1, 1, 1, 0.0]),
         3: np.ones(5),
     }
-    figures = probe_metrics(outcomes, traces, {0: True, 1: True, 2: False})
+    figures = probe_metrics(outcomes, traces, {0: True, 1: True, 2: False}, active=True)
     expected = {
         "probe/would_cut_share": 2 / 3, "probe/false_cut_share": 1 / 3, "probe/right_share": 2 / 3,
         "probe/tokens_after_cut": 2.5, "probe/kl_after_cut": 1.5 / 4,
     }  # fmt: skip
     assert figures == pytest.approx(expected)
     assert set(figures) <= set(METRICS)
-    assert probe_metrics(outcomes[3:], traces, {}) == {}
+    assert probe_metrics(outcomes[3:], traces, {}, active=True) == {}, "no probes"
+
+
+def test_a_step_without_a_would_be_cut_counts_unless_the_rule_waits():
+    probe = replace(outcome(1, StopReason.EOS, 4, probe=True), threshold=None)
+    trace_of = {1: np.ones(4)}
+    waiting, no_threshold = KatSettings(), FixedPrefixSettings()
+    assert probe_metrics([probe], trace_of, {1: True}, is_active(waiting, None)) == {}
+    expected = {"probe/would_cut_share": 0, "probe/right_share": 1, "probe/false_cut_share": 0}
+    assert probe_metrics([probe], trace_of, {1: True}, is_active(no_threshold, None)) == expected
+    assert probe_metrics([probe], trace_of, {1: True}, is_active(waiting, 0.5)) == expected
+    assert not is_active(KatStagesSettings(), None)
 
 
 def test_only_rollouts_that_no_rule_touched_are_graded():

@@ -196,6 +196,13 @@ def test_a_directory_without_a_run_is_refused(tmp_path, capsys):
     assert "no config.yaml in it" in capsys.readouterr().err
 
 
+def test_a_summary_that_is_cut_off_is_named(tmp_path, capsys):
+    run = small_run(tmp_path)
+    (run / "summary.json").write_text('{"steps": 1, "kept')
+    assert cli.main(["report", str(run)]) == 2
+    assert f"error: {run / 'summary.json'}: is damaged" in capsys.readouterr().err
+
+
 def test_gradient_shares_by_hand():
     # The update has rank 1 in the direction e0 f0; r = 1 for a 16 x 16 matrix.
     before = {

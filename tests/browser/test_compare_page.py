@@ -1,0 +1,19 @@
+"""The page of a comparison in a real browser: it opens without a network, and its pictures and tables are there."""
+
+from selenium.webdriver.common.by import By
+
+from kat_ray import cli
+from tests.browser.test_report_page import open_page
+from tests.unit.test_compare import finish_rule
+
+
+def test_the_page_opens(browser, tmp_path):
+    runs = [finish_rule(tmp_path, rule, seed, [3, 0, seed]) for rule in ("none", "kat") for seed in (0, 1)]
+    assert cli.main(["compare", "--runs", *map(str, runs), "--out", str(tmp_path / "page")]) == 0
+    open_page(browser, tmp_path / "page" / "compare.html")
+    images = browser.find_elements(By.TAG_NAME, "img")
+    assert [i.get_attribute("alt") for i in images] == ["Accuracy against tokens", "Differences", "Over the steps"]
+    assert all(browser.execute_script("return arguments[0].naturalWidth > 500", i) for i in images)
+    assert len(browser.find_elements(By.TAG_NAME, "table")) == 2
+    assert "Each rule from the same start" in browser.find_element(By.TAG_NAME, "main").text
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
