@@ -17,7 +17,7 @@ import torch
 
 from actors.teacher_columns import Teacher, TeacherColumns
 from kat_ray.config import Config
-from kat_ray.divergence import EosMode, entropy, event_logprobs, is_stop, reverse_kl
+from kat_ray.divergence import EosMode, entropy, event_logprobs, is_stop, narrow, reverse_kl, widen
 from kat_ray.errors import UserError
 from kat_ray.types import EngineEnd, RolloutChunk, ScoredChunk, TeacherRows
 
@@ -52,9 +52,9 @@ class TeacherScorer:
         columns = self._teacher.score(chunk)
         self.release(chunk.rollout_ids[chunk.ended != EngineEnd.RUNNING].tolist())
         self._scored_tokens += chunk.tokens
-        scored = self._compare(chunk, columns, started)
+        scored, rows = self._compare(chunk, columns, started)
         self._busy_seconds += scored.seconds
-        return scored, TeacherRows(columns.topk.numpy(), columns.tail.numpy(), columns.stop.numpy())
+        return scored, rows
 
     def release(self, rollout_ids: Sequence[int]) -> None:
         """Forget rollouts; unknown ones are ignored."""
@@ -71,14 +71,16 @@ class TeacherScorer:
         }
 
     @torch.inference_mode()
-    def _compare(self, chunk: RolloutChunk, teacher: TeacherColumns, started: float) -> ScoredChunk:
-        """Reverse KL of every row on the partition that the student's top k makes."""
-        stops = is_stop(torch.from_numpy(chunk.topk_ids.astype(np.int64)), self._stop_ids)
-        student_topk = torch.from_numpy(chunk.topk_logprobs.astype(np.float32))
-        student_tail = torch.from_numpy(chunk.tail_logprobs.astype(np.float32))
-        student = event_logprobs(student_topk, student_tail, None, stops, self._eos)
+    def _compare(
+        self, chunk: RolloutChunk, teacher: TeacherColumns, started: float
+    ) -> tuple[ScoredChunk, TeacherRows]:
+        """Reverse KL of every row on the partition that the student's top k makes; the teacher's rows, narrowed."""
+        stops = is_stop(torch.from_numpy(chunk.topk_ids()), self._stop_ids)
+        topk, tail = (torch.from_numpy(a.astype(np.float32)) for a in (chunk.topk_logprobs, chunk.tail_logprobs))
+        student = event_logprobs(*widen(topk, tail), None, stops, self._eos)
         d = reverse_kl(student, event_logprobs(teacher.topk, teacher.tail, teacher.stop, stops, self._eos))
-        return ScoredChunk(
+        small, stop = narrow(teacher.topk, teacher.stop, stops)
+        scored = ScoredChunk(
             scorer=self._name,
             policy_version=chunk.policy_version,
             rollout_ids=chunk.rollout_ids,
@@ -87,14 +89,15 @@ class TeacherScorer:
             token_ids=chunk.token_ids,
             d=torch.where(torch.isfinite(d), d, torch.full_like(d, torch.nan)).numpy(),
             ended=chunk.ended,
-            overlap=teacher.overlap.numpy(),
-            teacher_max=teacher.teacher_max.numpy(),
-            teacher_entropy=teacher.teacher_entropy.numpy(),
-            student_entropy=entropy(student).numpy(),
-            student_tail=student_tail.exp().numpy(),
+            overlap=teacher.overlap.half().numpy(),
+            teacher_max=teacher.teacher_max.half().numpy(),
+            teacher_entropy=teacher.teacher_entropy.half().numpy(),
+            student_entropy=entropy(student).half().numpy(),
+            student_tail=tail.exp().half().numpy(),
             teacher_top=teacher.top.numpy(),
             seconds=time.monotonic() - started,
         )
+        return scored, TeacherRows(small.numpy(), teacher.tail.numpy(), stop.numpy())
 
 
 def make_teacher(config: Config, teacher_dir: str, stop_ids: tuple[int, ...], max_model_len: int) -> Teacher:
