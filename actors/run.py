@@ -22,7 +22,7 @@ from kat_ray.models import ModelFacts, check_models, resolve_model
 from kat_ray.probes import RolloutGrader, probe_metrics, seen_to_the_end
 from kat_ray.progress import Progress, StepLine
 from kat_ray.records import RunDirectory
-from kat_ray.step_metrics import rollout_metrics, score_metrics
+from kat_ray.step_metrics import decision_metrics, rollout_metrics, score_metrics
 from kat_ray.summary import Totals, run_summary
 from kat_ray.termination import RunFacts, make_rule
 from kat_ray.traces import TokenFeatures, TraceRow
@@ -225,6 +225,8 @@ class _Job:
             "time/sample": sampled_at - started,
             "time/monitor": sampled.monitor_seconds,
             "time/score_wait": max(r.wait_seconds for r in sampled.reports),
+            "time/control": max(r.control_seconds for r in sampled.reports),
+            **decision_metrics(sampled.reports),
             "time/learn": learnt_at - sampled_at,
             "time/publish": ended - learnt_at,
             "throughput/tokens_per_second": generated / (ended - started),

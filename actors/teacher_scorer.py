@@ -9,7 +9,7 @@ store for the learner.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,18 +22,44 @@ from kat_ray.errors import UserError
 from kat_ray.types import EngineEnd, RolloutChunk, ScoredChunk, TeacherRows
 
 
+def make_teacher(config: Config, teacher_dir: str, stop_ids: tuple[int, ...], max_model_len: int) -> Teacher:
+    """The engine that `scorer.backend` names; `auto` takes vLLM on a GPU, transformers elsewhere."""
+    backend = config.scorer.backend
+    if backend == "vllm" and not torch.cuda.is_available():
+        raise UserError(
+            "scorer.backend = 'vllm': scoring given ids needs vLLM's V2 model runner, which needs a GPU, and this "
+            "process sees none; use 'auto' or 'transformers', or give scorers a GPU (scorer.num_gpus = 1)"
+        )
+    if backend == "vllm" or (backend == "auto" and torch.cuda.is_available()):
+        from actors.teacher_vllm import VllmTeacher
+
+        return VllmTeacher(config, teacher_dir, stop_ids, max_model_len)
+    from actors.teacher_transformers import TransformersTeacher
+
+    return TransformersTeacher(config, teacher_dir, stop_ids)
+
+
+TeacherMaker = Callable[[Config, str, tuple[int, ...], int], Teacher]
+
+
 class TeacherScorer:
     """One replica of the teacher."""
 
     def __init__(
-        self, name: str, config: Config, teacher_dir: str, stop_ids: tuple[int, ...], max_model_len: int = 0
+        self,
+        name: str,
+        config: Config,
+        teacher_dir: str,
+        stop_ids: tuple[int, ...],
+        max_model_len: int = 0,
+        make: TeacherMaker = make_teacher,
     ) -> None:
         started = time.monotonic()
         torch.set_num_threads(config.scorer.threads)
         self._name = name
         self._stop_ids = stop_ids
         self._eos: EosMode = config.rollout.eos
-        self._teacher = make_teacher(config, teacher_dir, stop_ids, max_model_len)
+        self._teacher = make(config, teacher_dir, stop_ids, max_model_len)
         self._scored_tokens = 0
         self._busy_seconds = 0.0
         self._load_seconds = time.monotonic() - started
@@ -98,20 +124,3 @@ class TeacherScorer:
             seconds=time.monotonic() - started,
         )
         return scored, TeacherRows(small.numpy(), teacher.tail.numpy(), stop.numpy())
-
-
-def make_teacher(config: Config, teacher_dir: str, stop_ids: tuple[int, ...], max_model_len: int) -> Teacher:
-    """The engine that `scorer.backend` names; `auto` takes vLLM on a GPU, transformers elsewhere."""
-    backend = config.scorer.backend
-    if backend == "vllm" and not torch.cuda.is_available():
-        raise UserError(
-            "scorer.backend = 'vllm': scoring given ids needs vLLM's V2 model runner, which needs a GPU, and this "
-            "process sees none; use 'auto' or 'transformers', or give scorers a GPU (scorer.num_gpus = 1)"
-        )
-    if backend == "vllm" or (backend == "auto" and torch.cuda.is_available()):
-        from actors.teacher_vllm import VllmTeacher
-
-        return VllmTeacher(config, teacher_dir, stop_ids, max_model_len)
-    from actors.teacher_transformers import TransformersTeacher
-
-    return TransformersTeacher(config, teacher_dir, stop_ids)

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from actors.monitor_shards import MonitorShards
 from actors.pools import Pools, wait
 from kat_ray.accounting import RolloutBooks, join_outcomes
 from kat_ray.batch import assign_ranks
@@ -27,7 +28,6 @@ from kat_ray.types import (
     SampledRollout,
     SamplerReport,
     ScoredChunk,
-    StepEnd,
     StepStart,
 )
 
@@ -59,10 +59,8 @@ class Trainer:
     def sample(self, step: int) -> SampledStep:
         """Generate, score and monitor the rollouts of one step, each to its end."""
         specs = rollout_specs(self._order, self._config, step)
-        monitor, samplers = self._pools.monitor, self._pools.samplers
-        ids, probes = [s.rollout_id for s in specs], [s.probe for s in specs]
-        begun: StepStart
-        (begun,) = wait([monitor.start_step.remote(step, ids, probes)], None, "the trap monitor")
+        monitor, samplers = MonitorShards(self._pools.monitors), self._pools.samplers
+        begun = monitor.start_step(step, specs, len(samplers))
         specs = [s if s.probe else replace(s, max_tokens=_within(begun.budget, s.max_tokens)) for s in specs]
         n = len(samplers)
         reports: list[SamplerReport] = wait(
@@ -70,8 +68,7 @@ class Trainer:
         )
         stale = [r.sampler for r in reports if r.policy_version != self.policy_version]
         assert not stale, f"{stale} sampled from other weights than version {self.policy_version}"
-        closed: StepEnd
-        (closed,) = wait([monitor.end_step.remote()], None, "the trap monitor")
+        closed = monitor.end_step()
         chunks = [c for report in reports for c in report.chunks]
         scored: list[ScoredChunk] = ray.get([c.scored for c in chunks])
         joined = join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes)

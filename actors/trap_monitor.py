@@ -1,7 +1,7 @@
 """The trap monitor: one named actor around the termination rule.
 
 It receives floats, never tensors. It decides online which rollouts are trapped and keeps the only ledger of
-how rollouts end. Left out: sharding over several monitors.
+how rollouts end. Several of them share a run's rollouts as `actors.monitor_shards` deals them out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kat_ray.accounting import finished
 from kat_ray.termination import (
     Finished,
     NewTokens,
@@ -99,15 +100,24 @@ class TrapMonitor:
         return decision
 
     def end_step(self) -> StepEnd:
-        """Close the step: every rollout has ended; outcomes in the order of rollout ids.
+        """Close the step of the only monitor, and learn from it."""
+        closed = self.close_step()
+        self.learn([finished(o) for o in closed.outcomes if o.stop_reason is not StopReason.FAILED])
+        return closed
 
-        The calibration is fed in that order too, so that it does not depend on who finished first.
+    def learn(self, ended: Sequence[Finished]) -> None:
+        """Feed the calibration with *all* rollouts of the step, in the order of rollout ids.
+
+        So it depends neither on who finished first nor on which of several monitors saw it.
         """
+        self._rule.end_step(ended)
+
+    def close_step(self) -> StepEnd:
+        """Close the step: every rollout has ended; outcomes in the order of rollout ids."""
         started = time.thread_time()
         running = [i for i, row in self._rows.items() if self._end[row] == EngineEnd.RUNNING]
         assert not running, f"{len(running)} rollouts have not ended, the first is {running[0]}"
         outcomes = [self._outcome(rollout_id, row) for rollout_id, row in sorted(self._rows.items())]
-        self._rule.end_step([_finished(o) for o in outcomes if o.stop_reason is not StopReason.FAILED])
         self._begin([], [])
         return StepEnd(tuple(outcomes), self._busy_seconds + time.thread_time() - started)
 
@@ -135,13 +145,3 @@ class TrapMonitor:
             "decisions": self._decisions,
             "late_tokens": self._late_tokens,
         }
-
-
-def _finished(outcome: RolloutOutcome) -> Finished:
-    return Finished(
-        outcome.minimum,
-        cut=outcome.cut is not None,
-        probe=outcome.probe,
-        length=outcome.scored,
-        full=outcome.stop_reason is StopReason.MAX_TOKENS,
-    )

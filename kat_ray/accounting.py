@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kat_ray.termination.base import Finished
 from kat_ray.types import FloatArray, RolloutOutcome, SampledRollout, ScoredChunk, StopReason
 
 
@@ -61,6 +62,17 @@ def join_outcomes(
         rollout = by_id[outcome.rollout_id]
         joined.append((outcome, rollout, keep_books(outcome, len(rollout.token_ids))))
     return joined
+
+
+def finished(outcome: RolloutOutcome) -> Finished:
+    """What a rule learns from a rollout's end."""
+    return Finished(
+        outcome.minimum,
+        cut=outcome.cut is not None,
+        probe=outcome.probe,
+        length=outcome.scored,
+        full=outcome.stop_reason is StopReason.MAX_TOKENS,
+    )
 
 
 def traces_of(scored: Sequence[ScoredChunk], field: str = "d") -> Mapping[int, FloatArray]:

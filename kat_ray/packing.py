@@ -4,8 +4,8 @@
     vocabulary <= 2^18    2 bytes and 2 bits (Qwen3, Llama 3, Gemma); int32 would take 4 bytes
     vocabulary <= 2^24    3 bytes
 
-Log-probabilities travel as float16: its step is a constant share of the value, 2^-11 at most, so that the tokens that
-weigh, those near 0, are held best. What is lost in d and in the loss: docs/log.md, "Narrow records".
+Log-probabilities travel as float16: it rounds by a constant share of the value, 2^-11 at most, so that the tokens
+that weigh, those near 0, are held best. What is lost in d and in the loss: docs/log.md, "Narrow records".
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kat_ray.accounting import RolloutBooks, kept_rows
-from kat_ray.types import RolloutOutcome, SampledRollout, ScoredChunk, StepStart, StopReason
+from kat_ray.types import RolloutOutcome, SampledRollout, SamplerReport, ScoredChunk, StepStart, StopReason
 
 Joined = Sequence[tuple[RolloutOutcome, SampledRollout, RolloutBooks]]
 _FEATURES = {
@@ -62,6 +62,14 @@ def score_metrics(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> dic
     for name, field in _FEATURES.items():
         figures[name] = _mean(np.concatenate([getattr(c, field) for c in scored])[mask])
     return {k: v for k, v in figures.items() if v is not None}
+
+
+def decision_metrics(reports: Sequence[SamplerReport]) -> dict[str, float]:
+    """How long decisions took, over all chunks of a step; nothing without chunks."""
+    seconds = np.concatenate([r.decision_seconds for r in reports])
+    if not len(seconds):
+        return {}
+    return {"time/decision_mean": float(seconds.mean()), "time/decision_max": float(seconds.max())}
 
 
 def _mean(values: np.ndarray) -> float | None:

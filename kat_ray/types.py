@@ -263,6 +263,8 @@ class SamplerReport:
     engine_steps: int
     seconds: float  # whole call
     wait_seconds: float  # part of it spent waiting for decisions (back-pressure and the last chunks)
+    control_seconds: float  # CPU time of the loop's thread in sending chunks and applying decisions
+    decision_seconds: FloatArray  # [chunks] from building a chunk to applying the decision on it
 
 
 @dataclass(frozen=True)

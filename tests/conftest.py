@@ -52,7 +52,18 @@ def models(tmp_path_factory):
 
 
 @torch.no_grad()
-def chunk_of(student, rollouts, *, top_k=64, start=None, end=None, context=None, ended=None, released=(), logprob_dtype=np.float16):
+def chunk_of(
+    student,
+    rollouts,
+    *,
+    top_k=64,
+    start=None,
+    end=None,
+    context=None,
+    ended=None,
+    released=(),
+    logprob_dtype=np.float16,
+):
     """A RolloutChunk as a sampler would send it: rows of the real student for tokens start..end.
 
     `rollouts` maps ids to (prompt, tokens); `start`, `end`, `ended` map ids to token indices or EngineEnd.

@@ -1,7 +1,7 @@
-"""What float16 log-probabilities do to d, to the rule's cuts, to the loss and to its gradient, on a pair of models.
+"""What float16 log-probabilities do to d, to the rule's cuts, to the loss and its gradient, on a pair of models.
 
-`python -m actors.bench.narrowing [STUDENT TEACHER PROMPTS]`, by default the embedded pair. The reference is the same
-arithmetic on float32 records; both differ from the full vocabulary's KL by what the top k leave out.
+`python -m actors.bench.narrowing [STUDENT TEACHER PROMPTS]`, by default the embedded pair. The reference is the
+same arithmetic on float32 records; both differ from the full vocabulary's KL by what the top k leave out.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def measure(student: Any, teacher: Any, rollouts: Sequence[tuple[list[int], list
         for kind in values:
             topk, tail, _ = sides[0]
             own = (topk, tail) if kind == "exact" else widen(topk.half(), tail)
-            d = reverse_kl(
-                event_logprobs(*own, None, stops, "merged"), event_logprobs(*sides[1], stops, "merged")
-            )
+            d = reverse_kl(event_logprobs(*own, None, stops, "merged"), event_logprobs(*sides[1], stops, "merged"))
             values[kind].append(d.double().numpy())
         exact, rough = (_loss(p, ids, stops, sides[1], stop_ids, kind) for kind in ("exact", "narrow"))
         losses = {"exact": losses["exact"] + exact[0], "narrow": losses["narrow"] + rough[0]}
@@ -87,7 +85,7 @@ def _loss(
     )
     loss = reverse_kl(events, event_logprobs(*teacher, stops, "merged")).sum()
     (gradient,) = torch.autograd.grad(loss, logits)
-    return float(loss), gradient
+    return float(loss.detach()), gradient
 
 
 def _summary(values: dict[str, list[np.ndarray]], losses: dict[str, float], gradient_error: float) -> Narrowing:
@@ -147,13 +145,12 @@ def main(student_dir: str, teacher_dir: str, prompts: str, count: int = 60, toke
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     student, teacher = (
-        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (student_dir, teacher_dir)
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (student_dir, teacher_dir)
     )
     lines = Path(prompts).read_text(encoding="utf-8").splitlines()[:count]
     tokenizer = AutoTokenizer.from_pretrained(student_dir)
-    return measure(
-        student, teacher, sampled(student, tokenizer, [json.loads(x)["prompt"] for x in lines], tokens)
-    )
+    return measure(student, teacher, sampled(student, tokenizer, [json.loads(x)["prompt"] for x in lines], tokens))
 
 
 if __name__ == "__main__":
