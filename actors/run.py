@@ -14,7 +14,7 @@ from actors.cluster import Placement, ray_session, roles_of
 from actors.evaluator import Evaluator
 from actors.pools import ModelPaths, Pools, make_samplers, wait
 from actors.trainer import SampledStep, Trainer
-from kat_ray.accounting import traces_of
+from kat_ray.accounting import ScoredTokens
 from kat_ray.config import Config, DataConfig, ModelConfig
 from kat_ray.config_io import config_yaml
 from kat_ray.data import PromptOrder, PromptSet, load_prompts
@@ -245,8 +245,9 @@ class _Job:
 
     def _record(self, step: int, sampled: SampledStep, version: int) -> dict[str, float]:
         kept = {b.rollout_id: b.kept for _, _, b in sampled.joined}
-        traces = traces_of(sampled.scored)
-        features = self._features(sampled)
+        tokens = ScoredTokens(sampled.scored)
+        traces = tokens.column("d")
+        features = self._features(tokens)
         prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
         untouched = seen_to_the_end(sampled.joined, cuts=self._config.termination.rule != "none")
         correct = self._grader.grade(
@@ -287,13 +288,11 @@ class _Job:
             | probe_metrics([o for o, _, _ in sampled.joined], traces, correct)
         )
 
-    def _features(self, sampled: SampledStep) -> Callable[[int], TokenFeatures | None]:
+    def _features(self, tokens: ScoredTokens) -> Callable[[int], TokenFeatures | None]:
         """What is recorded of a rollout's tokens beside their KL."""
         if not self._config.run.trace_features:
             return lambda rollout_id: None
-        columns: dict[str, Mapping[int, Any]] = {
-            f.name: traces_of(sampled.scored, f.name) for f in fields(TokenFeatures)
-        }
+        columns: dict[str, Mapping[int, Any]] = {f.name: tokens.column(f.name) for f in fields(TokenFeatures)}
         return lambda rollout_id: TokenFeatures(**{name: column[rollout_id] for name, column in columns.items()})
 
     def _save(self, step: int) -> Path:

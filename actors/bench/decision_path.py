@@ -23,22 +23,22 @@ from kat_ray.types import EngineEnd, ScoredChunk
 def scored_chunk(rollouts: int, start: int, tokens: int, ended: EngineEnd, rng: np.random.Generator) -> ScoredChunk:
     """A scored chunk of `tokens` new tokens of each rollout 0 .. rollouts - 1, as a scorer makes it."""
     n = rollouts * tokens
-    half = np.full(n, 0.5, dtype=np.float16)
+    features = rng.random((5, n)).astype(np.float16)
     return ScoredChunk(
         scorer="scorer:0",
         policy_version=0,
         rollout_ids=np.arange(rollouts, dtype=np.int64),
         start=np.full(rollouts, start, dtype=np.int32),
         offsets=np.arange(rollouts + 1, dtype=np.int32) * tokens,
-        token_ids=np.zeros(n, dtype=np.int32),
+        token_ids=rng.integers(0, 50_000, n, dtype=np.int32),
         d=rng.exponential(0.3, n).astype(np.float32),
         ended=np.full(rollouts, ended, dtype=np.int8),
-        overlap=half,
-        teacher_max=half,
-        teacher_entropy=half,
-        student_entropy=half,
-        student_tail=half,
-        teacher_top=np.zeros(n, dtype=np.int32),
+        overlap=features[0],
+        teacher_max=features[1],
+        teacher_entropy=features[2],
+        student_entropy=features[3],
+        student_tail=features[4],
+        teacher_top=rng.integers(0, 50_000, n, dtype=np.int32),
         seconds=0.0,
     )
 

@@ -46,9 +46,8 @@ class Setting:
     @property
     def name(self) -> str:
         """In a word."""
-        return f"{self.samplers} x {self.rollouts}" + (
-            f", {self.max_tokens} tokens" * (self.max_tokens != MAX_TOKENS)
-        )
+        longer = f", {self.max_tokens} tokens" if self.max_tokens != MAX_TOKENS else ""
+        return f"{self.samplers} x {self.rollouts}{longer}"
 
 
 @dataclass(frozen=True)

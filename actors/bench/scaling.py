@@ -24,7 +24,7 @@ import numpy as np
 
 from actors.bench.capacity import Assumptions, Cost, Costs, fit, markdown, plan
 from actors.bench.decision_path import bytes_figure, chunks_of_a_step, decision_path_figure
-from kat_ray.accounting import traces_of
+from kat_ray.accounting import ScoredTokens
 from kat_ray.step_metrics import score_metrics
 from kat_ray.traces import TokenFeatures, TraceRow, write_traces
 from kat_ray.types import StopReason
@@ -38,20 +38,23 @@ def books_seconds_per_token(rollouts: int = 256, length: int = 512) -> float:
     scored = chunks_of_a_step(rollouts, length, 16)
     ids = np.zeros(length, dtype=np.int32)
     with tempfile.TemporaryDirectory() as folder:
-        started = time.process_time()
-        d = traces_of(scored)
-        columns: dict[str, Any] = {f.name: traces_of(scored, f.name) for f in fields(TokenFeatures)}
-        rows = [
-            TraceRow(
-                i, str(i), 0, 0, ids, d[i], StopReason.MAX_TOKENS, None, None, None, False, None, None, None, None,
-                TokenFeatures(**{name: column[i] for name, column in columns.items()}),
-            )
-            for i in range(rollouts)
-        ]  # fmt: skip
-        write_traces(Path(folder), 0, rows)
-        score_metrics(scored, dict.fromkeys(range(rollouts), length))
-        spent = time.process_time() - started
-    return spent / (rollouts * length)
+        spent = []
+        for step in range(3):  # the first one loads libraries
+            started = time.process_time()
+            tokens = ScoredTokens(scored)
+            d = tokens.column("d")
+            columns: dict[str, Any] = {f.name: tokens.column(f.name) for f in fields(TokenFeatures)}
+            rows = [
+                TraceRow(
+                    i, str(i), 0, 0, ids, d[i], StopReason.MAX_TOKENS, None, None, None, False, None, None, None,
+                    None, TokenFeatures(**{name: column[i] for name, column in columns.items()}),
+                )
+                for i in range(rollouts)
+            ]  # fmt: skip
+            write_traces(Path(folder), step, rows)
+            score_metrics(scored, dict.fromkeys(range(rollouts), length))
+            spent.append(time.process_time() - started)
+    return min(spent[1:]) / (rollouts * length)
 
 
 @dataclass(frozen=True)

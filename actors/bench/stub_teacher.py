@@ -82,7 +82,7 @@ def stub_kl(rollout: np.ndarray, position: np.ndarray, horizon: int) -> np.ndarr
 
 def _uniform(numbers: np.ndarray, stream: int) -> np.ndarray:
     """A number in [0, 1) for each integer, the same everywhere (splitmix64)."""
-    x = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(stream + 1)
+    x = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15 * (stream + 1) % 2**64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return (x >> np.uint64(11)).astype(np.float64) / 2.0**53
