@@ -55,7 +55,7 @@ def roles_of(config: Config) -> dict[str, Role]:
             Role("learner", config.learner.world_size, config.learner, _env(config.learner)),
             Role("sampler", config.sampler.replicas, config.sampler, _sampler_env(config)),
             Role("scorer", config.scorer.replicas, config.scorer, _env(config.scorer)),
-            Role("monitor", 1, PlacementConfig(num_cpus=MONITOR_CPUS), {}),
+            Role("monitor", config.monitor.shards, PlacementConfig(num_cpus=MONITOR_CPUS), {}),
         )
     }
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from actors.student_model import load_student, weight_update
 from kat_ray.batch import MicroBatch, TrainRow, collect_rows, micro_batches
 from kat_ray.config import Config
+from kat_ray.divergence import widen
 from kat_ray.hf_model import DTYPES
 from kat_ray.loss import SUMS, LossSums, TeacherTargets, distillation_loss
 from kat_ray.timeline import Span, Timeline
@@ -333,11 +334,16 @@ def _targets(batch: MicroBatch, top_k: int, device: torch.device) -> TeacherTarg
         parts = [getattr(row, field).astype(dtype) for row in batch.rows]
         return torch.from_numpy(np.concatenate([np.zeros((0, *width), dtype), *parts])).to(device)
 
+    topk, tail, stop = widen(
+        join("teacher_topk", np.float32, (top_k,)),
+        join("teacher_tail", np.float32),
+        join("teacher_stop", np.float32),
+    )
     return TeacherTargets(
         topk_ids=join("topk_ids", np.int64, (top_k,)),
-        topk_logprobs=join("teacher_topk", np.float32, (top_k,)),
-        tail=join("teacher_tail", np.float32),
-        stop=join("teacher_stop", np.float32),
+        topk_logprobs=topk,
+        tail=tail,
+        stop=stop,
         token_ids=join("token_ids", np.int64),
         sampled_logprobs=join("sampled_logprobs", np.float32),
         weights=join("weights", np.float32),

@@ -46,9 +46,10 @@ class Pools:
         self._paths = paths
         self._placement = placement
         self._timeout = config.cluster.start_timeout
-        self.monitor = self._make(
-            "monitor", 0, TrapMonitor, config.termination, RunFacts(config.run.seed, config.rollout.max_tokens)
-        )
+        facts = RunFacts(config.run.seed, config.rollout.max_tokens)
+        self.monitors = [
+            self._make("monitor", i, TrapMonitor, config.termination, facts) for i in range(config.monitor.shards)
+        ]
         self.learners = [self._learner(i) for i in range(config.learner.world_size)]
         self.scorers = [
             self._make(
@@ -86,8 +87,7 @@ class Pools:
     def join(self) -> None:
         """Wait until every model is loaded, and connect samplers, scorers and monitor."""
         wait(self._starting, self._timeout, "models to load (cluster.start_timeout)")
-        connected = [s.connect.remote(self.scorers, self.monitor) for s in self.samplers]
-        wait(connected, self._timeout, "samplers to be connected")
+        connect(self.samplers, self.scorers, self.monitors, self._timeout)
 
     def _learner(self, rank: int) -> Any:
         config, paths = self._config, self._paths
@@ -97,6 +97,22 @@ class Pools:
 
     def _make(self, role: str, index: int, cls: type, *args: Any) -> Any:
         return ray.remote(cls).options(**self._placement.options(role, index)).remote(*args)
+
+
+def shard_of(sampler: int, shards: int) -> int:
+    """The monitor that all rollouts of the `sampler`-th sampler belong to."""
+    return sampler % shards
+
+
+def connect(
+    samplers: Sequence[Any], scorers: Sequence[Any], monitors: Sequence[Any], timeout: float | None
+) -> None:
+    """Give every sampler the scorers and the monitor that its chunks go to."""
+    n = len(samplers)
+    connected = [
+        s.connect.remote(scorers, monitors[shard_of(i, len(monitors))], i, n) for i, s in enumerate(samplers)
+    ]
+    wait(connected, timeout, "samplers to be connected")
 
 
 def make_samplers(

@@ -14,7 +14,7 @@ from actors.cluster import Placement, ray_session, roles_of
 from actors.evaluator import Evaluator
 from actors.pools import ModelPaths, Pools, make_samplers, wait
 from actors.trainer import SampledStep, Trainer
-from kat_ray.accounting import traces_of
+from kat_ray.accounting import ScoredTokens
 from kat_ray.config import Config, DataConfig, ModelConfig
 from kat_ray.config_io import config_yaml
 from kat_ray.data import PromptOrder, PromptSet, load_prompts
@@ -22,7 +22,7 @@ from kat_ray.models import ModelFacts, check_models, resolve_model
 from kat_ray.probes import RolloutGrader, is_active, probe_metrics, seen_to_the_end
 from kat_ray.progress import Progress, StepLine
 from kat_ray.records import RunDirectory
-from kat_ray.step_metrics import busy_metrics, rollout_metrics, score_metrics
+from kat_ray.step_metrics import busy_metrics, decision_metrics, rollout_metrics, score_metrics
 from kat_ray.summary import Totals, run_summary
 from kat_ray.termination import RunFacts, make_rule
 from kat_ray.termination_warnings import RunScale, warnings_of
@@ -214,7 +214,7 @@ class _Job:
         self._progress.training()
         trainer, is_last = self._trainer, step + 1 == self._config.run.steps
         with self._timeline.span("sample"):
-            sampled = self._ahead or trainer.finish_sampling(trainer.start_sampling(step))
+            sampled = self._ahead or trainer.sample(step)
         self._ahead = None
         sampled_at = time.monotonic()
         pending = trainer.learn(sampled)
@@ -238,6 +238,8 @@ class _Job:
             "rollout/staleness": float(report.policy_version - sampled.version),
             "time/step": ended - started,
             "time/sample": sampled_at - started + ready_at - learnt_at,
+            "time/control": max(r.control_seconds for r in sampled.reports),
+            **decision_metrics(sampled.reports),
             "time/learn": learnt_at - sampled_at,
             "time/publish": ended - ready_at,
         }
@@ -261,8 +263,9 @@ class _Job:
 
     def _record(self, step: int, sampled: SampledStep) -> dict[str, float]:
         kept = {b.rollout_id: b.kept for _, _, b in sampled.joined}
-        traces = traces_of(sampled.scored)
-        features = self._features(sampled)
+        tokens = ScoredTokens(sampled.scored)
+        traces = tokens.column("d")
+        features = self._features(tokens)
         prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
         active = is_active(self._config.termination, sampled.begun.threshold)
         untouched = seen_to_the_end(sampled.joined, cuts=self._config.termination.rule != "none")
@@ -305,13 +308,11 @@ class _Job:
             | probe_metrics([o for o, _, _ in sampled.joined], traces, correct, active)
         )
 
-    def _features(self, sampled: SampledStep) -> Callable[[int], TokenFeatures | None]:
+    def _features(self, tokens: ScoredTokens) -> Callable[[int], TokenFeatures | None]:
         """What is recorded of a rollout's tokens beside their KL."""
         if not self._config.run.trace_features:
             return lambda rollout_id: None
-        columns: dict[str, Mapping[int, Any]] = {
-            f.name: traces_of(sampled.scored, f.name) for f in fields(TokenFeatures)
-        }
+        columns: dict[str, Mapping[int, Any]] = {f.name: tokens.column(f.name) for f in fields(TokenFeatures)}
         return lambda rollout_id: TokenFeatures(**{name: column[rollout_id] for name, column in columns.items()})
 
     def _save(self, step: int) -> Path:

@@ -9,7 +9,7 @@ store for the learner.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,24 +17,50 @@ import torch
 
 from actors.teacher_columns import Teacher, TeacherColumns
 from kat_ray.config import Config
-from kat_ray.divergence import EosMode, entropy, event_logprobs, is_stop, reverse_kl
+from kat_ray.divergence import EosMode, entropy, event_logprobs, is_stop, narrow, reverse_kl, widen
 from kat_ray.errors import UserError
 from kat_ray.timeline import Span, Timeline
 from kat_ray.types import EngineEnd, RolloutChunk, ScoredChunk, TeacherRows
+
+
+def make_teacher(config: Config, teacher_dir: str, stop_ids: tuple[int, ...], max_model_len: int) -> Teacher:
+    """The engine that `scorer.backend` names; `auto` takes vLLM on a GPU, transformers elsewhere."""
+    backend = config.scorer.backend
+    if backend == "vllm" and not torch.cuda.is_available():
+        raise UserError(
+            "scorer.backend = 'vllm': scoring given ids needs vLLM's V2 model runner, which needs a GPU, and this "
+            "process sees none; use 'auto' or 'transformers', or give scorers a GPU (scorer.num_gpus = 1)"
+        )
+    if backend == "vllm" or (backend == "auto" and torch.cuda.is_available()):
+        from actors.teacher_vllm import VllmTeacher
+
+        return VllmTeacher(config, teacher_dir, stop_ids, max_model_len)
+    from actors.teacher_transformers import TransformersTeacher
+
+    return TransformersTeacher(config, teacher_dir, stop_ids)
+
+
+TeacherMaker = Callable[[Config, str, tuple[int, ...], int], Teacher]
 
 
 class TeacherScorer:
     """One replica of the teacher."""
 
     def __init__(
-        self, name: str, config: Config, teacher_dir: str, stop_ids: tuple[int, ...], max_model_len: int = 0
+        self,
+        name: str,
+        config: Config,
+        teacher_dir: str,
+        stop_ids: tuple[int, ...],
+        max_model_len: int = 0,
+        make: TeacherMaker = make_teacher,
     ) -> None:
         started = time.monotonic()
         torch.set_num_threads(config.scorer.threads)
         self._name = name
         self._stop_ids = stop_ids
         self._eos: EosMode = config.rollout.eos
-        self._teacher = make_teacher(config, teacher_dir, stop_ids, max_model_len)
+        self._teacher = make(config, teacher_dir, stop_ids, max_model_len)
         self._timeline = Timeline()
         self._scored_tokens = 0
         self._busy_seconds = 0.0
@@ -58,9 +84,9 @@ class TeacherScorer:
         columns = self._teacher.score(chunk)
         self.release(chunk.rollout_ids[chunk.ended != EngineEnd.RUNNING].tolist())
         self._scored_tokens += chunk.tokens
-        scored = self._compare(chunk, columns, started)
+        scored, rows = self._compare(chunk, columns, started)
         self._busy_seconds += scored.seconds
-        return scored, TeacherRows(columns.topk.numpy(), columns.tail.numpy(), columns.stop.numpy())
+        return scored, rows
 
     def release(self, rollout_ids: Sequence[int]) -> None:
         """Forget rollouts; unknown ones are ignored."""
@@ -81,14 +107,16 @@ class TeacherScorer:
         }
 
     @torch.inference_mode()
-    def _compare(self, chunk: RolloutChunk, teacher: TeacherColumns, started: float) -> ScoredChunk:
-        """Reverse KL of every row on the partition that the student's top k makes."""
-        stops = is_stop(torch.from_numpy(chunk.topk_ids.astype(np.int64)), self._stop_ids)
-        student_topk = torch.from_numpy(chunk.topk_logprobs.astype(np.float32))
-        student_tail = torch.from_numpy(chunk.tail_logprobs.astype(np.float32))
-        student = event_logprobs(student_topk, student_tail, None, stops, self._eos)
+    def _compare(
+        self, chunk: RolloutChunk, teacher: TeacherColumns, started: float
+    ) -> tuple[ScoredChunk, TeacherRows]:
+        """Reverse KL of every row on the partition that the student's top k makes; the teacher's rows, narrowed."""
+        stops = is_stop(torch.from_numpy(chunk.topk_ids()), self._stop_ids)
+        topk, tail = (torch.from_numpy(a.astype(np.float32)) for a in (chunk.topk_logprobs, chunk.tail_logprobs))
+        student = event_logprobs(*widen(topk, tail), None, stops, self._eos)
         d = reverse_kl(student, event_logprobs(teacher.topk, teacher.tail, teacher.stop, stops, self._eos))
-        return ScoredChunk(
+        small, stop = narrow(teacher.topk, teacher.stop, stops)
+        scored = ScoredChunk(
             scorer=self._name,
             policy_version=chunk.policy_version,
             rollout_ids=chunk.rollout_ids,
@@ -97,28 +125,12 @@ class TeacherScorer:
             token_ids=chunk.token_ids,
             d=torch.where(torch.isfinite(d), d, torch.full_like(d, torch.nan)).numpy(),
             ended=chunk.ended,
-            overlap=teacher.overlap.numpy(),
-            teacher_max=teacher.teacher_max.numpy(),
-            teacher_entropy=teacher.teacher_entropy.numpy(),
-            student_entropy=entropy(student).numpy(),
-            student_tail=student_tail.exp().numpy(),
+            overlap=teacher.overlap.half().numpy(),
+            teacher_max=teacher.teacher_max.half().numpy(),
+            teacher_entropy=teacher.teacher_entropy.half().numpy(),
+            student_entropy=entropy(student).half().numpy(),
+            student_tail=tail.exp().half().numpy(),
             teacher_top=teacher.top.numpy(),
             seconds=time.monotonic() - started,
         )
-
-
-def make_teacher(config: Config, teacher_dir: str, stop_ids: tuple[int, ...], max_model_len: int) -> Teacher:
-    """The engine that `scorer.backend` names; `auto` takes vLLM on a GPU, transformers elsewhere."""
-    backend = config.scorer.backend
-    if backend == "vllm" and not torch.cuda.is_available():
-        raise UserError(
-            "scorer.backend = 'vllm': scoring given ids needs vLLM's V2 model runner, which needs a GPU, and this "
-            "process sees none; use 'auto' or 'transformers', or give scorers a GPU (scorer.num_gpus = 1)"
-        )
-    if backend == "vllm" or (backend == "auto" and torch.cuda.is_available()):
-        from actors.teacher_vllm import VllmTeacher
-
-        return VllmTeacher(config, teacher_dir, stop_ids, max_model_len)
-    from actors.teacher_transformers import TransformersTeacher
-
-    return TransformersTeacher(config, teacher_dir, stop_ids)
+        return scored, TeacherRows(small.numpy(), teacher.tail.numpy(), stop.numpy())

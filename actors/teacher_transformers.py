@@ -209,10 +209,10 @@ class TransformersTeacher:
             hidden_NH = torch.cat(rows)
             for first in range(0, chunk.tokens, _LOGITS_TOKENS):
                 part = slice(first, first + _LOGITS_TOKENS)
-                ids = torch.from_numpy(chunk.topk_ids[part].astype("int64"))
+                ids = torch.from_numpy(chunk.topk_ids(part).astype("int64"))
                 parts.append(columns_of(self.logprobs(hidden_NH[part]), ids, self._stop_ids))
         self._advance(chunk)
-        return TeacherColumns.join(parts, chunk.topk_ids.shape[1])
+        return TeacherColumns.join(parts, chunk.topk_logprobs.shape[1])
 
     def logprobs(self, hidden_NH: Tensor) -> Tensor:
         """Log-probabilities [N, V] float32 over the teacher's whole vocabulary."""

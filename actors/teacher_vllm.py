@@ -77,13 +77,13 @@ class VllmTeacher:
             self._tokens[rollout_id].extend(new.tolist())
             self.run_tokens += len(new) + chunk.context(i).size
             if new.size:
-                rows = chunk.topk_ids[chunk.offsets[i] : chunk.offsets[i + 1]].astype(np.int64)
+                rows = chunk.topk_ids(slice(chunk.offsets[i], chunk.offsets[i + 1])).astype(np.int64)
                 stops = np.broadcast_to(np.array(self._stop_ids, dtype=np.int64), (len(rows), len(self._stop_ids)))
                 asked[rollout_id] = np.concatenate([rows, stops], axis=1)
         scores = self._ask(asked, skip_cache=False)
         # A prefix cached up to the end of a block may swallow the first row asked for; vLLM then gives none.
         scores |= self._ask({i: ids for i, ids in asked.items() if i not in scores}, skip_cache=True)
-        top_k = chunk.topk_ids.shape[1]
+        top_k = chunk.topk_logprobs.shape[1]
         return TeacherColumns.join([_columns(scores[i], top_k) for i in asked], top_k)
 
     def _ask(self, asked: dict[int, np.ndarray], skip_cache: bool) -> dict[int, torch.Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from actors.monitor_shards import MonitorShards
 from actors.pools import Pools, wait
 from kat_ray.accounting import RolloutBooks, join_outcomes
 from kat_ray.batch import assign_ranks
@@ -29,7 +30,6 @@ from kat_ray.types import (
     SampledRollout,
     SamplerReport,
     ScoredChunk,
-    StepEnd,
     StepStart,
 )
 
@@ -69,13 +69,15 @@ class Trainer:
         self._order = order
         self.policy_version = 0
 
+    def sample(self, step: int) -> SampledStep:
+        """Generate, score and monitor the rollouts of one step, each to its end."""
+        return self.finish_sampling(self.start_sampling(step))
+
     def start_sampling(self, step: int) -> Sampling:
         """Set the samplers going on the rollouts of one step."""
         specs = rollout_specs(self._order, self._config, step)
-        monitor, samplers = self._pools.monitor, self._pools.samplers
-        ids, probes = [s.rollout_id for s in specs], [s.probe for s in specs]
-        begun: StepStart
-        (begun,) = wait([monitor.start_step.remote(step, ids, probes)], None, "the trap monitor")
+        monitor, samplers = MonitorShards(self._pools.monitors), self._pools.samplers
+        begun = monitor.start_step(step, specs, len(samplers))
         specs = [s if s.probe else replace(s, max_tokens=_within(begun.budget, s.max_tokens)) for s in specs]
         n = len(samplers)
         reports = [s.generate.remote(specs[i::n]) for i, s in enumerate(samplers)]
@@ -86,8 +88,7 @@ class Trainer:
         reports: list[SamplerReport] = wait(sampling.reports, None, "rollouts")
         odd = [r.sampler for r in reports if r.policy_version != sampling.version]
         assert not odd, f"{odd} sampled from other weights than version {sampling.version}"
-        closed: StepEnd
-        (closed,) = wait([self._pools.monitor.end_step.remote()], None, "the trap monitor")
+        closed = MonitorShards(self._pools.monitors).end_step()
         chunks = [c for report in reports for c in report.chunks]
         scored: list[ScoredChunk] = ray.get([c.scored for c in chunks])
         joined = join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes)
@@ -138,7 +139,7 @@ class Trainer:
         actors = {
             **{f"sampler:{i}": a for i, a in enumerate(pools.samplers)},
             **{f"scorer:{i}": a for i, a in enumerate(pools.scorers)},
-            "monitor:0": pools.monitor,
+            **{f"monitor:{i}": a for i, a in enumerate(pools.monitors)},
             **{f"learner:{i}": a for i, a in enumerate(pools.learners)},
         }
         drained = wait([a.spans.remote() for a in actors.values()], None, "the timeline")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kat_ray.types import FloatArray, RolloutOutcome, SampledRollout, ScoredChunk, StopReason
+from kat_ray.termination.base import Finished
+from kat_ray.types import FloatArray, IntArray, RolloutOutcome, SampledRollout, ScoredChunk, StopReason
 
 
 @dataclass(frozen=True)
@@ -63,24 +64,56 @@ def join_outcomes(
     return joined
 
 
+def finished(outcome: RolloutOutcome) -> Finished:
+    """What a rule learns from a rollout's end."""
+    return Finished(
+        outcome.minimum,
+        cut=outcome.cut is not None,
+        probe=outcome.probe,
+        length=outcome.scored,
+        full=outcome.stop_reason is StopReason.MAX_TOKENS,
+    )
+
+
+class ScoredTokens:
+    """Every scored token of a step by rollout, in the order of tokens: sorted once, for all columns."""
+
+    def __init__(self, scored: Sequence[ScoredChunk]) -> None:
+        self._scored = scored
+        counts = _flat([np.diff(c.offsets) for c in scored])
+        starts = _flat([c.start for c in scored])
+        rollouts = _flat([c.rollout_ids for c in scored])
+        sizes = [int(c.offsets[-1]) for c in scored]
+        bases = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        rows = _flat([c.offsets[:-1] + base for c, base in zip(scored, bases[:-1], strict=True)])
+        order = np.lexsort((counts, starts, rollouts))  # a rollout's piece without tokens comes before its next
+        counts, starts, rollouts, rows = counts[order], starts[order], rollouts[order], rows[order]
+        ends = np.cumsum(counts)
+        self._ids, first = np.unique(rollouts, return_index=True)
+        self._bounds = (ends - counts)[first]
+        have = ends - counts - np.repeat(self._bounds, np.diff([*first, len(order)]))
+        wrong = np.flatnonzero(starts != have)
+        assert not len(wrong), (
+            f"rollout {rollouts[wrong[0]]}: a scored chunk starts at token {starts[wrong[0]]}, "
+            f"expected {have[wrong[0]]}"
+        )
+        self._index = np.repeat(rows - (ends - counts), counts) + np.arange(int(counts.sum()))
+
+    def column(self, field: str) -> Mapping[int, FloatArray]:
+        """A column of the ScoredChunks by rollout."""
+        if not len(self._ids):
+            return {}
+        values = np.concatenate([getattr(c, field) for c in self._scored])[self._index]
+        return dict(zip(self._ids.tolist(), np.split(values, self._bounds[1:]), strict=True))
+
+
+def _flat(parts: Sequence[IntArray]) -> IntArray:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+
 def traces_of(scored: Sequence[ScoredChunk], field: str = "d") -> Mapping[int, FloatArray]:
     """A column of every scored token by rollout, in the order of tokens; `d` is the reverse KL, nats, float32."""
-    pieces: dict[int, list[tuple[int, FloatArray]]] = {}
-    for chunk in scored:
-        column = getattr(chunk, field)
-        for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
-            rows = column[chunk.offsets[i] : chunk.offsets[i + 1]]
-            pieces.setdefault(rollout_id, []).append((int(chunk.start[i]), rows))
-    return {rollout_id: _joined(rollout_id, parts) for rollout_id, parts in pieces.items()}
-
-
-def _joined(rollout_id: int, parts: list[tuple[int, FloatArray]]) -> FloatArray:
-    have = 0
-    ordered = sorted(parts, key=lambda part: (part[0], len(part[1])))
-    for start, rows in ordered:
-        assert start == have, f"rollout {rollout_id}: a scored chunk starts at token {start}, expected {have}"
-        have += len(rows)
-    return np.concatenate([rows for _, rows in ordered])
+    return ScoredTokens(scored).column(field)
 
 
 def kept_rows(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> list[np.ndarray]:

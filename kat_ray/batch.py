@@ -102,7 +102,7 @@ def _join(
         rollout_id=kept.rollout_id,
         prompt_ids=prompt,
         token_ids=np.concatenate([chunks[c].token_ids[s] for c, s in spans]),
-        topk_ids=np.concatenate([chunks[c].topk_ids[s] for c, s in spans]),
+        topk_ids=np.concatenate([chunks[c].topk_ids(s) for c, s in spans]),
         teacher_topk=np.concatenate([teacher[c].topk_logprobs[s] for c, s in spans]),
         teacher_tail=np.concatenate([teacher[c].tail_logprobs[s] for c, s in spans]),
         teacher_stop=np.concatenate([teacher[c].stop_logprobs[s] for c, s in spans]),

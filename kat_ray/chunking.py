@@ -7,24 +7,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kat_ray.packing import pack_ids
 from kat_ray.types import EngineEnd, FloatArray, IntArray, RolloutChunk
 
 # Below fp32's resolution of `1 - sum(p)` a tail mass is rounding noise; the same floor as in
 # kat_ray.divergence, restated there with its reason.
-TAIL_FLOOR = float(np.log(2.0**-24))
-
-
-def id_dtype(vocabulary: int) -> type[np.integer]:
-    """Narrowest type that holds every token id: half the bytes of a chunk are ids."""
-    return np.uint16 if vocabulary <= 2**16 else np.int32
+TAIL_FLOOR = 2.0**-24
 
 
 def tail_logprobs(topk_logprobs: FloatArray) -> FloatArray:
     """Log of the mass outside the top k, from their log-probabilities [N, k] float32; shape [N]."""
-    inside = np.logaddexp.reduce(topk_logprobs.astype(np.float64), axis=-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        outside = np.where(inside < 0.0, np.log(-np.expm1(inside)), -np.inf)
-    return np.maximum(outside, TAIL_FLOOR).astype(np.float32)
+    # In double precision 1 - sum(p) is exact to 1e-16, far below the floor.
+    outside = 1.0 - np.exp(topk_logprobs, dtype=np.float64).sum(axis=-1)
+    return np.log(np.maximum(outside, TAIL_FLOOR)).astype(np.float32)
 
 
 @dataclass
@@ -66,7 +61,6 @@ def build_chunk(
     policy_version: int,
     top_k: int,
     vocabulary: int,
-    logprob_dtype: type[np.floating] = np.float32,
 ) -> RolloutChunk:
     """One chunk of everything the rollouts have not sent yet; marks it as sent.
 
@@ -80,6 +74,7 @@ def build_chunk(
     if rows:
         np.concatenate([a for r in rollouts for a in r.topk_ids], out=ids, casting="same_kind")
         np.concatenate([a for r in rollouts for a in r.logprobs], out=logprobs)
+    low, high = pack_ids(ids[:, 1:], vocabulary)
     chunk = RolloutChunk(
         sampler=sampler,
         policy_version=policy_version,
@@ -88,8 +83,9 @@ def build_chunk(
         offsets=_offsets(counts),
         token_ids=np.array([t for r in rollouts for t in r.token_ids[r.sent :]], dtype=np.int32),
         sampled_logprobs=np.ascontiguousarray(logprobs[:, 0]),
-        topk_ids=np.ascontiguousarray(ids[:, 1:], dtype=id_dtype(vocabulary)),
-        topk_logprobs=np.ascontiguousarray(logprobs[:, 1:], dtype=logprob_dtype),
+        topk_ids_low=low,
+        topk_ids_high=high,
+        topk_logprobs=logprobs[:, 1:].astype(np.float16),
         tail_logprobs=tail_logprobs(logprobs[:, 1:]),
         context_offsets=_offsets([len(c) for c in contexts]),
         context_ids=np.array([t for c in contexts for t in c], dtype=np.int32),

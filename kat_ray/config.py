@@ -182,6 +182,14 @@ class ScorerConfig(PlacementConfig):
     """Share of a GPU's memory that vLLM takes (backend vllm)."""
 
 
+class MonitorConfig(Section):
+    """Trap monitors."""
+
+    shards: int = Field(1, ge=1)
+    """Monitors that share the samplers' rollouts under one calibration; results do not depend on it.
+    One suffices up to some hundred GPUs (docs/scaling.md)."""
+
+
 class LearnerConfig(PlacementConfig):
     """The student's trainer: DeepSpeed, one actor per rank."""
 
@@ -268,6 +276,7 @@ class Config(Section):
     termination: TerminationConfig = KatSettings()
     sampler: SamplerConfig = SamplerConfig()
     scorer: ScorerConfig = ScorerConfig()
+    monitor: MonitorConfig = MonitorConfig()
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -278,6 +287,15 @@ class Config(Section):
             raise ValueError(
                 f"learner.world_size = {self.learner.world_size}: must be <= {self.rollout.rollouts_per_step}, the "
                 "rollouts of a step (rollout.prompts_per_step x rollout.rollouts_per_prompt)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _work_for_every_monitor(self) -> Config:
+        if self.monitor.shards > self.sampler.replicas:
+            raise ValueError(
+                f"monitor.shards = {self.monitor.shards}: must be <= sampler.replicas = {self.sampler.replicas}; "
+                "a sampler's rollouts belong to one monitor"
             )
         return self
 

@@ -25,6 +25,30 @@ EosMode = Literal["raw", "merged", "mask"]
 LOG_FLOOR = math.log(2.0**-24)
 
 
+def widen(topk: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Narrowed log-probabilities in float32, scaled so that the top k [N, k] and the tail add up to 1 again.
+
+    `others` [N] are the tail and any further log-masses of the same distribution, held in full precision. Rounding
+    moved the sum by some 1e-4; what KL would make of that does not vanish where both models agree, and can be
+    negative. Of a distribution KL is >= 0, and its error shrinks with the KL itself.
+    """
+    topk, tail = topk.float(), others[0].float()
+    total = torch.logsumexp(torch.cat([topk, tail[:, None]], dim=-1), dim=-1)
+    return topk - total[:, None], *(other.float() - total for other in others)
+
+
+def narrow(topk: Tensor, stop: Tensor, stop_in_topk: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N, k] in float16, and the log-mass of all stop ids [N] that fits to them.
+
+    Stop ids outside the top k hold `stop` less what of it lies in the top k: a small difference, which must not
+    take up the rounding of the latter.
+    """
+    small = topk.to(torch.float16)
+    outside = _log_subtract(stop, _masked_logsumexp(topk, stop_in_topk))
+    fitted = torch.logaddexp(_masked_logsumexp(small.float(), stop_in_topk), outside)
+    return small, torch.where(stop_in_topk.any(dim=-1), fitted, stop)
+
+
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x <= 0, stable at both ends; -inf at 0. Same shape as x."""
     near_zero = x > -math.log(2.0)

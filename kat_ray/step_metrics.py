@@ -8,14 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kat_ray.accounting import RolloutBooks, kept_rows
-from kat_ray.types import (
-    RolloutOutcome,
-    SampledRollout,
-    SamplerReport,
-    ScoredChunk,
-    StepStart,
-    StopReason,
-)
+from kat_ray.types import RolloutOutcome, SampledRollout, SamplerReport, ScoredChunk, StepStart, StopReason
 
 Joined = Sequence[tuple[RolloutOutcome, SampledRollout, RolloutBooks]]
 _FEATURES = {
@@ -88,6 +81,14 @@ def busy_metrics(
     }
     busiest = max(figures["time/sampler_busy"], figures["time/scorer_busy"], step["learner/seconds"])
     return figures | {"time/idle_share": max(0.0, 1.0 - busiest / step["time/step"])}
+
+
+def decision_metrics(reports: Sequence[SamplerReport]) -> dict[str, float]:
+    """How long decisions took, over all chunks of a step; nothing without chunks."""
+    seconds = np.concatenate([r.decision_seconds for r in reports])
+    if not len(seconds):
+        return {}
+    return {"time/decision_mean": float(seconds.mean()), "time/decision_max": float(seconds.max())}
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from kat_ray.packing import unpack_ids
+
 IntArray: TypeAlias = NDArray[np.integer[Any]]
 FloatArray: TypeAlias = NDArray[np.floating[Any]]
 
@@ -86,10 +88,11 @@ class RolloutChunk:
     offsets: IntArray  # [R + 1] int32, rows of each rollout
     token_ids: IntArray  # [N] int32, the generated tokens
     sampled_logprobs: FloatArray  # [N] float32, log p(token) at generation time
-    topk_ids: IntArray  # [N, k] uint16 if the vocabulary fits, else int32; most likely first
-    topk_logprobs: FloatArray  # [N, k] float32 or float16
-    # Log of the mass outside the top k, taken before any narrowing of topk_logprobs.
-    tail_logprobs: FloatArray  # [N] float32
+    # The student's top-k ids, most likely first, packed by kat_ray.packing: `topk_ids` unpacks them.
+    topk_ids_low: IntArray  # [N, k] uint16
+    topk_ids_high: IntArray  # [N, *] uint8; no columns if the vocabulary fits into 16 bits
+    topk_logprobs: FloatArray  # [N, k] float16, see kat_ray.packing
+    tail_logprobs: FloatArray  # [N] float32, log of the mass outside the top k, taken before narrowing
     # Tokens a scorer must run before the first row and has not seen: the prompt for a new rollout,
     # prompt + generated tokens when another scorer takes the rollout over, nothing in between.
     context_offsets: IntArray  # [R + 1] int32
@@ -101,6 +104,10 @@ class RolloutChunk:
     def tokens(self) -> int:
         """Number of new tokens, N."""
         return int(self.offsets[-1])
+
+    def topk_ids(self, rows: slice = slice(None)) -> IntArray:
+        """The student's top-k ids of these rows, [n, k] int32."""
+        return unpack_ids(self.topk_ids_low[rows], self.topk_ids_high[rows])
 
     def new_tokens(self, i: int) -> IntArray:
         """New tokens of the i-th rollout."""
@@ -123,7 +130,7 @@ class ScoredChunk:
     token_ids: IntArray  # [N] int32, the generated tokens
     d: FloatArray  # [N] float32, reverse KL in nats; NaN where the teacher gave no finite value
     ended: IntArray  # [R] int8, EngineEnd
-    # Health features per token (arXiv 2604.13016), each [N] float32.
+    # Health features per token (arXiv 2604.13016), each [N] float16.
     overlap: FloatArray  # share of the student's top-16 ids among the teacher's top-16
     teacher_max: FloatArray  # the teacher's largest probability
     teacher_entropy: FloatArray  # nats, full vocabulary
@@ -135,9 +142,12 @@ class ScoredChunk:
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """The teacher's side of the loss for one chunk; stays in the object store until the learner."""
+    """The teacher's side of the loss for one chunk; stays in the object store until the learner.
 
-    topk_logprobs: FloatArray  # [N, k] log q at the student's top-k ids
+    Narrowed by `kat_ray.divergence.narrow`; `widen` gives distributions that add up to 1 again.
+    """
+
+    topk_logprobs: FloatArray  # [N, k] float16, log q at the student's top-k ids
     tail_logprobs: FloatArray  # [N] float32, log of the mass outside those ids
     stop_logprobs: FloatArray  # [N] float32, log of the mass of all stop ids of both models
 
@@ -253,6 +263,8 @@ class SamplerReport:
     engine_steps: int
     seconds: float  # whole call
     wait_seconds: float  # part of it spent waiting for decisions (back-pressure and the last chunks)
+    control_seconds: float  # CPU time of the loop's thread in sending chunks and applying decisions
+    decision_seconds: FloatArray  # [chunks] from building a chunk to applying the decision on it
 
 
 @dataclass(frozen=True)

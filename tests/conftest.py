@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from kat_ray.packing import pack_ids
 from kat_ray.types import EngineEnd, RolloutChunk
 
 
@@ -51,7 +52,18 @@ def models(tmp_path_factory):
 
 
 @torch.no_grad()
-def chunk_of(student, rollouts, *, top_k=64, start=None, end=None, context=None, ended=None, released=()):
+def chunk_of(
+    student,
+    rollouts,
+    *,
+    top_k=64,
+    start=None,
+    end=None,
+    context=None,
+    ended=None,
+    released=(),
+    logprob_dtype=np.float16,
+):
     """A RolloutChunk as a sampler would send it: rows of the real student for tokens start..end.
 
     `rollouts` maps ids to (prompt, tokens); `start`, `end`, `ended` map ids to token indices or EngineEnd.
@@ -70,6 +82,7 @@ def chunk_of(student, rollouts, *, top_k=64, start=None, end=None, context=None,
         logprobs.append(best)
         tails.append(torch.log((1 - best.double().exp().sum(-1)).clamp_min(2.0**-24)))
         contexts.append((context or {}).get(i, prompt if a == 0 else []))
+    low, high = pack_ids(torch.cat(ids).numpy(), vocabulary=200)
     offsets = lambda parts: np.cumsum([0, *map(len, parts)]).astype(np.int32)  # noqa: E731
     flat = lambda parts, dtype: np.array([x for p in parts for x in p], dtype=dtype)  # noqa: E731
     return RolloutChunk(
@@ -80,8 +93,9 @@ def chunk_of(student, rollouts, *, top_k=64, start=None, end=None, context=None,
         offsets=offsets(rows),
         token_ids=flat(rows, np.int32),
         sampled_logprobs=torch.cat(sampled).numpy().astype(np.float32),
-        topk_ids=torch.cat(ids).numpy().astype(np.uint16),
-        topk_logprobs=torch.cat(logprobs).numpy().astype(np.float32),
+        topk_ids_low=low,
+        topk_ids_high=high,
+        topk_logprobs=torch.cat(logprobs).numpy().astype(logprob_dtype),
         tail_logprobs=torch.cat(tails).numpy().astype(np.float32),
         context_offsets=offsets(contexts),
         context_ids=flat(contexts, np.int32),

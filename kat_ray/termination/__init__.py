@@ -14,6 +14,7 @@ from kat_ray.termination.base import (
     TerminationRule,
 )
 from kat_ray.termination.registry import RULES, TerminationConfig, make_rule
+from kat_ray.termination.table import make_table
 
 __all__ = [
     "RULES",
@@ -27,4 +28,5 @@ __all__ = [
     "TerminationConfig",
     "TerminationRule",
     "make_rule",
+    "make_table",
 ]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart, RolloutTracker, RunFacts
+from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart, RolloutTracker
 from kat_ray.termination.calibration import MinimaBuffer
 from kat_ray.termination.settings import KatParameters
 from kat_ray.termination.window import WindowMean
@@ -118,8 +118,3 @@ class KatRule:
                 return not rollout.cut
             case "all":
                 return True
-
-
-def make(settings: KatParameters, facts: RunFacts) -> KatRule:
-    """The rule that the settings describe."""
-    return KatRule(settings)

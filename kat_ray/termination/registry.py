@@ -16,8 +16,8 @@ from pydantic import Field
 from kat_ray.errors import UserError
 from kat_ray.termination import (
     fixed_prefix,
-    kat,
     kat_stages,
+    kat_table,
     length_matched,
     none,
     progressive,
@@ -34,7 +34,7 @@ GROUP = "kat_ray.termination_rules"
 def _found() -> dict[str, RuleType]:
     kinds = [
         RuleType(NoneSettings, none.make),
-        RuleType(KatSettings, kat.make),
+        RuleType(KatSettings, kat_table.make),
         RuleType(kat_stages.KatStagesSettings, kat_stages.make),
         RuleType(fixed_prefix.FixedPrefixSettings, fixed_prefix.make),
         RuleType(random.RandomSettings, random.make),

@@ -25,7 +25,7 @@ def step_of(models, rollouts):
         models["teacher"][1](torch.tensor([[*p, *t]])).logits[0, len(p) - 1 : -1] for p, t in rollouts.values()
     ]
     q = torch.log_softmax(torch.cat(logits), -1)
-    ids = torch.from_numpy(chunk.topk_ids.astype(np.int64))
+    ids = torch.from_numpy(chunk.topk_ids().astype(np.int64))
     tail = torch.logsumexp(q.scatter(-1, ids, -torch.inf), -1)
     teacher = TeacherRows(q.gather(-1, ids).numpy(), tail.numpy(), q[:, 1].numpy())
     kept = [KeptRollout(i, len(p), max(1, len(t) - i % 3)) for i, (p, t) in rollouts.items()]

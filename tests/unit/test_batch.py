@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kat_ray.batch import assign_ranks, collect_rows, micro_batches
-from kat_ray.chunking import PendingRollout, build_chunk, id_dtype
+from kat_ray.chunking import PendingRollout, build_chunk, tail_logprobs
 from kat_ray.types import EngineEnd, KeptRollout, TeacherRows
 
 K = 3
@@ -123,10 +123,6 @@ def test_a_rollout_of_which_nothing_is_kept_is_in_no_micro_batch():
     assert micro_batches(rows[:1], 1000) == []
 
 
-def test_ids_are_as_narrow_as_the_vocabulary_allows():
-    assert id_dtype(2**16) is np.uint16 and id_dtype(2**16 + 1) is np.int32
-
-
 def test_an_end_without_tokens_is_news_once():
     pending = PendingRollout(1, (5,), scorer=0)
     pending.add([7], np.zeros((1, K + 1), np.int32), np.zeros((1, K + 1), np.float32))
@@ -138,3 +134,11 @@ def test_an_end_without_tokens_is_news_once():
     chunk = build_chunk([pending], [3], **arguments)
     assert (chunk.tokens, chunk.ended.tolist(), chunk.released.tolist()) == (0, [2], [3])
     assert not pending.has_news
+
+
+@pytest.mark.parametrize(("mass", "tail"), [([0.5, 0.25], 0.25), ([1.0, 0.0], 2.0**-24), ([0.5, 0.5 - 1e-5], 1e-5)])
+def test_the_tail_is_what_the_top_k_leave(mass, tail):
+    with np.errstate(divide="ignore"):
+        logprobs = np.log(np.array([mass]))
+    assert tail_logprobs(logprobs)[0] == pytest.approx(np.log(tail), abs=1e-5)
+    assert np.isnan(tail_logprobs(np.array([[np.nan, -1.0]]))).all() and tail_logprobs(np.zeros((0, 2))).size == 0

@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.trap_monitor import TrapMonitor
-from kat_ray.termination import Finished, NewTokens, RolloutStart, RunFacts, make_rule
+from kat_ray.termination import Cut, Finished, NewTokens, RolloutStart, RunFacts, make_rule, make_table
 from kat_ray.termination.calibration import MinimaBuffer, quantile
 from kat_ray.termination.kat import KatRule, KatTracker
+from kat_ray.termination.kat_table import KatTable, KatTableRule
 from kat_ray.termination.settings import KatSettings, NoneSettings
+from kat_ray.termination.table import TrackerTable
 from kat_ray.termination.window import WindowMean
 from kat_ray.types import EngineEnd, ScoredChunk, StopReason
 
@@ -220,3 +222,53 @@ def test_none_rule_never_cuts():
     tracker = rule.begin(RolloutStart(1, probe=False))
     assert tracker.observe(kl([0.0] * 500)) is None and tracker.seen == 500
     assert rule.threshold is None and rule.samples == 0
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_rollouts_followed_together_end_as_each_alone_to_the_bit(data):
+    """Random values (not only those that add up exactly), settings, probes and chunks, some rollouts silent."""
+    draw = data.draw
+    rule = rule_of(
+        window=draw(st.integers(1, 6)), consecutive=draw(st.integers(1, 4)), stride=draw(st.integers(1, 3)),
+        exempt=draw(st.integers(0, 8)),
+    )  # fmt: skip
+    threshold = draw(st.one_of(st.none(), st.floats(0, 2)))
+    probes = draw(st.lists(st.booleans(), min_size=1, max_size=5))
+    value = st.one_of(st.floats(0, 3, width=32), st.just(0.1), st.just(math.nan))
+    table = KatTable(rule, threshold, probes)
+    trackers = [KatTracker(rule, threshold, probe) for probe in probes]
+    for _ in range(draw(st.integers(1, 6))):
+        rows = np.array(draw(st.permutations(range(len(probes)))))[: draw(st.integers(0, len(probes)))]
+        pieces = [np.array(draw(st.lists(value, max_size=9)), dtype=np.float32) for _ in rows]
+        count = np.array([len(p) for p in pieces], dtype=np.int64)
+        first = np.concatenate([[0], np.cumsum(count)])[:-1].astype(np.int64)
+        d = np.concatenate([*pieces, np.zeros(0, np.float32)])
+        cuts, confirmed = table.observe(rows, NewTokens(d), first, count)
+        for i, (row, piece) in enumerate(zip(rows.tolist(), pieces, strict=True)):
+            cut = trackers[row].observe(NewTokens(piece))
+            assert (cuts[i], confirmed[i]) == ((cut.at, cut.confirmed) if cut else (-1, -1))
+    for row, tracker in enumerate(trackers):
+        followed = table.followed(row)
+        assert (followed.cut, followed.minimum, followed.threshold) == (tracker.cut, tracker.minimum, threshold)
+
+
+def test_rules_without_a_table_are_followed_one_by_one_with_all_features():
+    class Overlap:
+        threshold = minimum = cut = weights = None
+        seen = 0
+
+        def observe(self, tokens):
+            self.seen += len(tokens.d)
+            low = np.flatnonzero(tokens.overlap < 0.5)
+            if len(low):
+                self.cut = Cut(int(low[0]), self.seen)
+            return self.cut
+
+    table = TrackerTable([Overlap(), Overlap()])
+    tokens = NewTokens(d=np.zeros(5), token_ids=np.arange(5), overlap=np.array([1, 1, 1, 0.25, 1]))
+    cuts, confirmed = table.observe(np.array([1, 0]), tokens, np.array([0, 2]), np.array([2, 3]))
+    assert (cuts.tolist(), confirmed.tolist()) == ([-1, 1], [-1, 3])
+    assert table.followed(0).cut == Cut(1, 3) and table.followed(1).cut is None
+    assert isinstance(make_table(KatTableRule(rule_of()), []), KatTable)
+    assert isinstance(make_table(make_rule(NoneSettings(), FACTS), []), TrackerTable)
