@@ -283,7 +283,10 @@ def test_what_a_run_ran_on():
 
 
 def test_the_busiest_stage_tells_what_a_step_failed_to_overlap():
-    reports = [SamplerReport(f"sampler:{i}", 0, (), (), 1, 5.0, wait) for i, wait in enumerate((1.0, 2.0))]
+    reports = [
+        SamplerReport(f"sampler:{i}", 0, (), (), 1, 5.0, wait, 0.0, np.zeros(0))
+        for i, wait in enumerate((1.0, 2.0))
+    ]
     chunks = [
         replace(chunk([0], [0], [[1.0]]), scorer=name, seconds=s)
         for name, s in (("a", 1.0), ("a", 1.5), ("b", 0.5))
