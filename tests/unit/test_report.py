@@ -3,15 +3,19 @@
 import json
 import math
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from kat_ray import cli
 from kat_ray.config_io import load_config, save_config
+from kat_ray.models import resolve_model
 from kat_ray.report.browser import choose
 from kat_ray.report.gradients import bases_of, groups_of, projected
 from kat_ray.report.page import embedded_json
@@ -173,6 +177,40 @@ def test_other_settings_divide_the_rollouts_of_any_run(tmp_path):
     assert cli.main(["report", str(run), *arguments, "--out", str(tmp_path / "page")]) == 0
     assert "not the run&#39;s own" in (html := (tmp_path / "page" / "report.html").read_text())
     assert 'id="stages"' in html and not (run / "report").exists()
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    """The demo's student, and the same moved along one direction in each matrix."""
+    first = Path(resolve_model(load_config("demo", []).student))
+    shutil.copytree(first, tmp_path / "last")
+    weights = load_file(first / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if weight.ndim == 2 and "layers" in name:
+            weight += 0.01 * torch.outer(*(torch.randn(n, generator=generator) for n in weight.shape))
+    save_file(weights, tmp_path / "last" / "model.safetensors", metadata={"format": "pt"})
+    return str(first), str(tmp_path / "last")
+
+
+@pytest.mark.slow
+def test_gradients_of_the_demo_models(tmp_path, two_checkpoints):
+    run = small_run(tmp_path)
+    assert cli.main(["report", str(run), "--gradients", *two_checkpoints]) == 0
+    html = (run / "report" / "report.html").read_text()
+    table = re.search(r'<h2 id="gradients">.*?<table>(.*?)</table>', html, re.DOTALL).group(1)
+    heading, *lines = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in table.split("</tr>")[:-1]]
+    assert heading[:3] == ["stage", "tokens", "gradient norm"] and len(heading) == 5
+    assert [line[:2] for line in lines] == [["before", "3"], ["agreement", "5"], ["after", "3"]]
+    shares = [float(cell.rstrip("%")) for line in lines for cell in line[3:]]
+    assert all(0 < share < 100 for share in shares) and all(float(line[2]) > 0 for line in lines)
+    assert len(set(shares)) == len(shares), "each stage has a gradient of its own"
+
+
+def test_gradients_of_a_run_whose_data_changed(tmp_path, capsys, two_checkpoints):
+    run = write_run(tmp_path / "run", [[row(0, STAGES, would_cut=3, prompt_id="train:gone")]])
+    assert cli.main(["report", str(run), "--gradients", *two_checkpoints]) == 2
+    assert "prompt train:gone, which data.path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
