@@ -1,8 +1,9 @@
 """LaTeX answers graded by math-verify in a child process that can be ended.
 
 The parent works from any thread of any process. The child, `python -m kat_ray.math_grader`, reads
-`["gold", "text"]` and writes `true` or `false`, one JSON line each. An answer that takes longer than
-`SECONDS` is wrong, and the child is replaced.
+`["gold", "text"]` and writes `true` or `false`, or reads `[null, "text"]` and writes the expression it would grade
+(a string, "" if there is none), one JSON line each. An answer that takes longer than `SECONDS` is wrong, and the
+child is replaced.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ class MathGrader:
 
     def grade(self, text: str, gold: str) -> bool:
         """Whether the text's last expression equals the gold answer; False where either cannot be read."""
-        reply = self._ask(json.dumps([gold, text[-_LAST_CHARACTERS:]]), self._seconds)
-        if reply is None:
-            self.close()
-            self._child = self._start()
-        return reply == "true"
+        return self._ask([gold, text[-_LAST_CHARACTERS:]]) == "true"
+
+    def extract(self, text: str) -> str | None:
+        """The text's last expression, as it stands there; None where there is none that can be read."""
+        reply = self._ask([None, text[-_LAST_CHARACTERS:]])
+        return json.loads(reply) or None if reply else None
 
     def close(self) -> None:
         """End the child."""
@@ -67,14 +69,19 @@ class MathGrader:
             )
         return child
 
-    def _ask(self, line: str, seconds: float) -> str | None:
+    def _ask(self, question: list[str | None]) -> str | None:
+        """The child's reply; None when it is late or gone, and another child takes its place."""
         assert self._child.stdin is not None
         try:
-            self._child.stdin.write(line + "\n")
+            self._child.stdin.write(json.dumps(question) + "\n")
             self._child.stdin.flush()
+            reply = self._read(self._seconds)
         except BrokenPipeError:
-            return None
-        return self._read(seconds)
+            reply = None
+        if reply is None:
+            self.close()
+            self._child = self._start()
+        return reply
 
     def _read(self, seconds: float) -> str | None:
         """The child's next line; None when it is late or gone. Replies are short, so a line comes whole."""
@@ -93,6 +100,14 @@ def _equal(gold: str, text: str) -> bool:
     return bool(verify(parse(wrapped, **options), parse(text, **options), timeout_seconds=None))
 
 
+def _expression(text: str) -> str:
+    """What math-verify reads as the answer: its last alternative is the text itself."""
+    from math_verify import parse
+
+    found = parse(text, parsing_timeout=None)
+    return str(found[-1]) if found else ""
+
+
 def _serve() -> None:
     logging.disable(logging.WARNING)  # math-verify warns that the time limit is ours to set: it is
     try:
@@ -103,7 +118,7 @@ def _serve() -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         gold, text = json.loads(line)
-        print("true" if _equal(gold, text) else "false", flush=True)
+        print(json.dumps(_expression(text) if gold is None else _equal(gold, text)), flush=True)
 
 
 if __name__ == "__main__":

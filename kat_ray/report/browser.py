@@ -11,10 +11,10 @@ from kat_ray.config import Config
 from kat_ray.data import load_prompts
 from kat_ray.errors import UserError
 from kat_ray.replay import windows_of
+from kat_ray.report.answers import answers_of
+from kat_ray.report.phases import Lens
 from kat_ray.report.run_records import RunRecords
-from kat_ray.termination.settings import KatParameters
 from kat_ray.types import IntArray, Prompt
-from kat_ray.verify import extract_integer
 
 MAX_TOKENS = 400_000  # in one page: more makes it slow to open
 
@@ -65,28 +65,34 @@ class Texts:
 
 
 def rollouts_for(
-    records: RunRecords, chosen: IntArray, rule: KatParameters, tokenizer: Any, prompts: Mapping[str, Prompt]
+    records: RunRecords, chosen: IntArray, lens: Lens, tokenizer: Any, prompts: Mapping[str, Prompt]
 ) -> dict[str, Any]:
-    """What the page's browser shows: `texts` and one object a rollout, small enough to embed."""
+    """What the page's browser shows: `texts` and one object a rollout, small enough to embed.
+
+    `threshold`, `cut` and `would` are the run's own; `seen_threshold` and `seen_cut` are those of the settings that
+    the report looks through.
+    """
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=False))
 
-    traces = records.traces
     texts = Texts(decode)
-    windows = windows_of(traces.take(chosen), rule.window)
+    windows = windows_of(records.traces.take(chosen), lens.rule.window)
     rows = records.table.take(chosen).to_pylist()
+    # Tokens that came in after the cut (overshoot) are no part of the answer.
+    kept = [tokenizer.decode(row["token_ids"][: row["cut"]], skip_special_tokens=True) for row in rows]
+    answers = answers_of(kept, records.config.evaluation.verifier)
     shown = []
-    for row, z in zip(rows, windows, strict=True):
+    for index, row, z, answer in zip(chosen.tolist(), rows, windows, answers, strict=True):
         prompt = prompts.get(row["prompt_id"])
-        answer = decode(row["token_ids"])
+        seen_cut = int(lens.cut[index])
         shown.append(
             {
                 "id": row["rollout_id"],
                 "step": row["step"],
                 "prompt": None if prompt is None else decode(list(prompt.token_ids)),
                 "gold": None if prompt is None else prompt.answer,
-                "answer": extract_integer(answer) if records.config.evaluation.verifier == "integer" else None,
+                "answer": answer,
                 "stop": row["stop_reason"],
                 "probe": row["probe"],
                 "right": row["correct"],
@@ -94,13 +100,16 @@ def rollouts_for(
                 "confirmed": row["confirmed"],
                 "would": row["would_cut"],
                 "threshold": _short(row["threshold"]),
+                "seen_threshold": _short(float(lens.thresholds[index])),
+                "seen_cut": None if seen_cut < 0 else seen_cut,
                 "mean": _short(float(np.nanmean(row["d"]))) if np.isfinite(row["d"]).any() else None,
                 "tokens": [texts.index(t) for t in row["token_ids"]],
                 "d": [_short(x) for x in row["d"]],
                 "z": [_short(x) for x in z.tolist()],
+                "weights": None if row["weights"] is None else [_short(x) for x in row["weights"]],
             }
         )
-    return {"texts": texts.texts, "window": rule.window, "rollouts": shown}
+    return {"texts": texts.texts, "window": lens.rule.window, "own": lens.own, "rollouts": shown}
 
 
 def _short(value: float | None) -> float | None:

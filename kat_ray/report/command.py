@@ -12,7 +12,7 @@ from kat_ray.models import load_tokenizer
 from kat_ray.report import curves, rollout_figures
 from kat_ray.report.browser import choose, prompts_of, rollouts_for
 from kat_ray.report.page import Card, Section, embedded_json, png_of, render, script, write_page
-from kat_ray.report.phases import PhaseRow, Phases, phase_table, phases_of, teacher_tokens
+from kat_ray.report.phases import Lens, PhaseRow, Phases, lens_of, phase_table, phases_of, teacher_tokens
 from kat_ray.report.run_records import RunRecords, read_run
 from kat_ray.termination.settings import KatParameters, KatSettings
 
@@ -40,16 +40,19 @@ def report(
     settings, own = _rule_of(records, rule)
     tokenizer = load_tokenizer(records.config.student)
     phases, trouble = _phases(records, settings, own)
+    lens = lens_of(records, settings, own, phases)
     notes = [*records.notes, *([trouble] if trouble else [])]
-    sections = [*_step_sections(records), *_rollout_sections(records), *_phase_sections(records, phases, tokenizer)]
+    sections = [*_step_sections(records, phases, lens), *_rollout_sections(records, lens)]
+    if phases is not None and not trouble:
+        sections += _phase_sections(records, phases, tokenizer)
     if gradients is not None:
-        if phases is None:
+        if phases is None or trouble:
             raise UserError(f"--gradients: {trouble}")
         sections.append(_gradient_section(records, phases, gradients, say))
     prompts, missing = prompts_of(records.config, tokenizer)
     notes += [missing] if missing else []
     chosen = choose(records, rollouts)
-    data = rollouts_for(records, chosen, settings, tokenizer, prompts)
+    data = rollouts_for(records, chosen, lens, tokenizer, prompts)
     count = len(records.traces.step)
     how = "All rollouts." if len(chosen) == count else f"{len(chosen):,} of {count:,} rollouts, every kind in turn."
     html = render(
@@ -60,7 +63,8 @@ def report(
             "notes": notes,
             "cards": _cards(records),
             "sections": sections,
-            "browser_words": how,
+            "browser_words": f"{how} {_browser_words(records, lens)}",
+            "marks": _marks(records, lens),
             "stops": sorted(set(records.words("stop_reason"))),
             "data": data,
             "data_json": embedded_json(data),
@@ -87,11 +91,39 @@ def _phases(records: RunRecords, rule: KatParameters, own: bool) -> tuple[Phases
     except UserError as error:
         return None, f"No stages: {error}"
     if not phases.active.any():
-        return None, (
+        return phases, (
             "No stages: the rule was never active on these rollouts (termination.min_samples, min_steps, window); "
             "name other settings, such as `kat-ray report RUN window=16 min_samples=64 min_steps=2`"
         )
     return phases, None
+
+
+def _browser_words(records: RunRecords, lens: Lens) -> str:
+    window, own = lens.rule.window, records.config.termination.rule
+    words = (
+        "A token is coloured by its reverse KL; point at one, click it or use the arrow keys to see its figures. "
+        f"Underlined tokens are not trained on. The curve is the mean KL of the last {window} tokens. "
+    )
+    if not lens.own:
+        return words + (
+            "Threshold and marks called applied are of the KAT settings named at the top, applied afterwards; "
+            f"the run's own rule was {own}, "
+            + ("which cut nothing." if own == "none" else "and what it did is marked as cut and would cut.")
+        )
+    does = "cuts where it stays" if own == "kat" else "divides the rollout where it stays"
+    return words + f"The run's rule {does} below the threshold for {lens.rule.consecutive} looks in a row."
+
+
+def _marks(records: RunRecords, lens: Lens) -> list[tuple[str, str, str]]:
+    """The marks that the browser can show: class, words, meaning."""
+    marks = []
+    if records.config.termination.rule != "none":
+        marks += [("", "cut", "by the run's rule"), ("would", "would cut", "a probe")]
+    if not lens.own:
+        marks.append(("applied", "applied", "where the settings applied afterwards would cut"))
+    elif lens.rule.rule != "kat":
+        marks.append(("applied", "KAT", "would cut; tokens after it are weighed"))
+    return marks
 
 
 def _subtitle(records: RunRecords, rule: KatParameters, own: bool) -> str:
@@ -136,7 +168,7 @@ def _section(name: str, title: str, text: str, fig: Any) -> Section:
     return Section(name, title, text, png=png_of(fig))
 
 
-def _step_sections(records: RunRecords) -> list[Section]:
+def _step_sections(records: RunRecords, phases: Phases | None, lens: Lens) -> list[Section]:
     sections = [
         _section(
             "learning", "Learning",
@@ -145,19 +177,22 @@ def _step_sections(records: RunRecords) -> list[Section]:
         ),
         _section(
             "stops", "How rollouts ended",
-            "Trapped ones were ended by the rule, max_tokens ran into their limit. A share of max_tokens that "
-            "grows is a first sign of loops or of a lost end of sequence.",
+            "Trapped ones were ended by the rule, max_tokens ran into their limit (or the rule's length budget), "
+            "failed ones were given up by the engine. A share of max_tokens that grows is a first sign of loops "
+            "or of a lost end of sequence.",
             curves.stops(records),
         ),
         _section(
             "threshold", "Threshold",
             "The threshold has to follow the KL scale. If KL falls and the threshold stays, too much is cut: "
-            "let the calibration forget sooner (a smaller buffer).",
-            curves.threshold(records),
+            "let the calibration forget sooner (a smaller buffer). m(y) is the smallest window mean of a rollout, "
+            "drawn for rollouts that were seen to their end: a cut one never shows its later, smaller windows."
+            + ("" if lens.own else " The threshold is that of the settings applied afterwards."),
+            curves.threshold(records, phases, lens),
         ),
         _section(
             "health", "Health",
-            "Of the kept tokens. In a healthy run the overlap rises and the two entropies meet; a tail mass that "
+            "Of the kept tokens. In a healthy run the overlap rises and the entropy gap closes; a tail mass that "
             "grows says that top k is too small.",
             curves.health(records),
         ),
@@ -171,13 +206,15 @@ def _step_sections(records: RunRecords) -> list[Section]:
     return sections
 
 
-def _rollout_sections(records: RunRecords) -> list[Section]:
+def _rollout_sections(records: RunRecords, lens: Lens) -> list[Section]:
     return [
         _section(
             "heatmap", "KL of single tokens",
-            "A row is a rollout, dark is agreement. Traps are dark stretches that do not end. The drawn rollouts "
-            "are a sample.",
-            rollout_figures.heat_map(records),
+            "A row is a rollout, dark is agreement, grey is no token. Rollouts with a mark come first, in the "
+            "order of their marks; above them the others, by length. A trap is a dark stretch to the right of a "
+            "mark that does not end. The drawn rollouts are a sample, and the longest twentieth of them runs out "
+            "of the picture.",
+            rollout_figures.heat_map(records, lens),
         ),
         _section(
             "position", "KL by position",
@@ -188,9 +225,7 @@ def _rollout_sections(records: RunRecords) -> list[Section]:
     ]  # fmt: skip
 
 
-def _phase_sections(records: RunRecords, phases: Phases | None, tokenizer: Any) -> list[Section]:
-    if phases is None:
-        return []
+def _phase_sections(records: RunRecords, phases: Phases, tokenizer: Any) -> list[Section]:
     sections = [
         _section(
             "onset", "Where agreement begins",

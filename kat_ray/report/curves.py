@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from kat_ray.report.phases import Lens, Phases
 from kat_ray.report.run_records import RunRecords
-from kat_ray.report.style import CUT, GREY, KEPT, SCALE, STOPS, figure, percent, smooth
+from kat_ray.report.style import APPLIED, CUT, GREY, KEPT, SCALE, STOPS, WOULD, figure, percent, plain, smooth
+from kat_ray.types import FloatArray, IntArray
 
 
-def _line(axes: Any, records: RunRecords, metric: str, label: str, colour: str) -> bool:
-    steps, values = records.series(metric)
+def _line(axes: Any, records: RunRecords, metric: str, label: str, colour: str, parts: int = 25) -> bool:
+    return _draw(axes, *records.series(metric), label, colour, parts)
+
+
+def _draw(axes: Any, steps: list[int], values: list[float], label: str, colour: str, parts: int = 25) -> bool:
+    """Single steps faint, their trailing mean over one of `parts` of the run strong."""
     if not values:
         return False
-    width = max(1, len(values) // 25)
+    width = max(1, len(values) // parts)
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
     axes.plot(steps, smooth(values, width), color=colour, label=label)
     return True
@@ -50,46 +58,75 @@ def learning(records: RunRecords) -> Any:
 def stops(records: RunRecords) -> Any:
     """Shares of rollouts by how they ended, over the steps."""
     fig, ((axes,),) = figure(1, 1)
-    steps, _ = records.series("rollout/eos_share")
+    steps, shares = stop_shares(records)
     width = max(1, len(steps) // 25)
-    shares, labels = [], []
-    for reason in ("eos", "max_tokens", "trapped"):
-        shares.append(smooth(records.series(f"rollout/{reason}_share")[1], width))
-        labels.append(reason)
     if steps:
-        axes.stackplot(steps, *shares, labels=labels, colors=[STOPS[label] for label in labels], alpha=0.8)
+        axes.stackplot(
+            steps, *(smooth(values, width) for values in shares.values()), labels=list(shares),
+            colors=[STOPS[reason] for reason in shares], alpha=0.8,
+        )  # fmt: skip
         axes.set_xlim(min(steps), max(*steps, min(steps) + 1))
     axes.set(title="How rollouts ended", xlabel="step", ylim=(0, 1))
     percent(axes.yaxis)
-    _legend(axes, loc="lower left", ncols=3, facecolor="white", frameon=True)
+    _legend(axes, loc="lower left", ncols=4, facecolor="white", frameon=True)
     return fig
 
 
-def threshold(records: RunRecords) -> Any:
-    """The rule's threshold beside the scale of KL that it follows."""
+def stop_shares(records: RunRecords) -> tuple[list[int], dict[str, list[float]]]:
+    """Steps, and by stop reason its share in each; `failed` only if any did."""
+    lines = [line for line in records.steps if line.get("rollout/eos_share") is not None]
+    shares = {
+        reason: [line.get(f"rollout/{reason}_share") or 0.0 for line in lines]
+        for reason in ("eos", "max_tokens", "trapped")
+    }
+    if any(line.get("rollout/failed") for line in lines):  # recorded as a count: its share is what is left
+        shares["failed"] = [max(0.0, 1 - sum(parts)) for parts in zip(*shares.values(), strict=True)]
+    return [line["step"] for line in lines], shares
+
+
+def threshold(records: RunRecords, phases: Phases | None, lens: Lens) -> Any:
+    """The threshold beside the scale of KL that it follows."""
     fig, ((axes,),) = figure(1, 1)
     drawn = _line(axes, records, "kl/mean", "mean KL of all scored tokens", GREY)
-    drawn |= _line(axes, records, "kat/window_min_mean", "mean smallest window m(y)", SCALE)
-    steps, values = records.series("kat/threshold")
+    if phases is not None:
+        drawn |= _by_step(axes, phases.traces.step, phases.replayed.minimum, "mean m(y), seen to the end", SCALE)
+    if lens.own:
+        steps, values = records.series("kat/threshold")
+    else:
+        steps, values = step_means(records.traces.step, lens.thresholds)
     if values:
-        axes.step(steps, values, where="mid", color=CUT, label="threshold")
+        label = "threshold" if lens.own else "threshold, applied afterwards"
+        axes.step(steps, values, where="mid", color=CUT if lens.own else APPLIED, label=label)
     if drawn or values:
         axes.set_yscale("log")
+        plain(axes.yaxis)
         axes.legend()
     axes.set(title="Threshold against the KL scale", xlabel="step", ylabel="nats")
     return fig
 
 
+def step_means(steps: IntArray, values: FloatArray) -> tuple[list[int], list[float]]:
+    """Steps, counted as in metrics.jsonl (from 1), and the mean over their rollouts' values; NaN is none."""
+    known = ~np.isnan(values)
+    found, which = np.unique(steps[known], return_inverse=True)
+    means = np.bincount(which, weights=values[known], minlength=len(found)) / np.maximum(1, np.bincount(which))
+    return (found + 1).tolist(), means.tolist()
+
+
+def _by_step(axes: Any, steps: IntArray, values: FloatArray, label: str, colour: str) -> bool:
+    return _draw(axes, *step_means(steps, values), label, colour, parts=10)
+
+
 def probes(records: RunRecords) -> Any:
     """What the rule would have done to the rollouts that it may not cut."""
-    fig, ((shares, tokens),) = figure(1, 2)
-    _line(shares, records, "probe/right_share", "answered right", STOPS["eos"])
-    _line(shares, records, "probe/would_cut_share", "would have been cut", CUT)
-    _line(shares, records, "probe/false_cut_share", "would have been cut, and answered right", "#7c3aed")
-    shares.set(title="Probes", xlabel="step", ylim=(0, 1))
+    fig, ((shares, tokens),) = figure(1, 2, height=3.6)
+    _line(shares, records, "probe/right_share", "answered right", STOPS["eos"], parts=10)
+    _line(shares, records, "probe/would_cut_share", "would have been cut", CUT, parts=10)
+    _line(shares, records, "probe/false_cut_share", "both: a false cut", WOULD, parts=10)
+    shares.set(title="Probes", ylim=(0, 1))
     percent(shares.yaxis)
-    _legend(shares)
-    _line(tokens, records, "probe/tokens_after_cut", "tokens", KEPT)
+    _legend(shares, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)  # not over the lines
+    _line(tokens, records, "probe/tokens_after_cut", "tokens", KEPT, parts=10)
     tokens.set(title="Tokens that a cut would have saved, mean", xlabel="step")
     tokens.set_ylim(bottom=0)
     return fig
@@ -103,8 +140,9 @@ def health(records: RunRecords) -> Any:
     percent(overlap.yaxis)
     _line(gap, records, "health/teacher_entropy", "teacher", SCALE)
     _line(gap, records, "health/student_entropy", "student", KEPT)
-    gap.set(title="Entropy", ylabel="nats")
-    gap.set_ylim(bottom=0)
+    _draw(gap, *entropy_gap(records), "gap: student - teacher", CUT)
+    gap.axhline(0, color="black", linewidth=0.6)
+    gap.set(title="Entropy, and the gap between the two", ylabel="nats")
     _legend(gap)
     _line(teacher, records, "health/teacher_max", "", SCALE)
     teacher.set(title="The teacher's largest probability", xlabel="step", ylim=(0, 1))
@@ -112,3 +150,10 @@ def health(records: RunRecords) -> Any:
     tail.set(title="The student's mass outside its top k", xlabel="step")
     tail.set_ylim(bottom=0)
     return fig
+
+
+def entropy_gap(records: RunRecords) -> tuple[list[int], list[float]]:
+    """The student's mean entropy minus the teacher's, nats, in the steps that have both."""
+    names = ("health/student_entropy", "health/teacher_entropy")
+    lines = [line for line in records.steps if all(line.get(name) is not None for name in names)]
+    return [line["step"] for line in lines], [line[names[0]] - line[names[1]] for line in lines]

@@ -80,11 +80,17 @@ def gradient_evidence(records: RunRecords, phases: Phases, first: Path, last: Pa
         span = slice(int(phases.traces.offsets[i]), int(phases.traces.offsets[i + 1]))
         row = int(phases.rows[i])
         ids = tokens[row][: span.stop - span.start]
+        prompt = prompts.get(names[row])
+        if prompt is None:
+            raise UserError(
+                f"--gradients: rollout {int(phases.traces.rollout_id[i])} answered prompt {names[row]}, which "
+                f"data.path = {config.data.path} does not hold any more: the data must be those of the run"
+            )
         for code, phase in enumerate(PHASES):
             mask = phases.stage[span] == code
             if mask.any():
                 counts[phase] += int(mask.sum())
-                _add_gradient(sums[phase], student, teacher, prompts[names[row]], ids, mask, config, facts.stop_ids)
+                _add_gradient(sums[phase], student, teacher, prompt, ids, mask, config, facts.stop_ids)
     shares = {
         group: {phase: _share(sums[phase], bases, members) for phase in PHASES if counts[phase]}
         for group, members in groups_of(bases).items()

@@ -29,6 +29,7 @@ class Phases:
     rows: IntArray  # [R] their indices among the run's traces
     traces: Traces  # of these rollouts
     replayed: Replayed  # what the rule says of them
+    thresholds: FloatArray  # [R] nats, NaN where the rule was inactive
     active: IntArray  # [R] bool, the rule had a threshold
     stage: IntArray  # [N] int8: index into PHASES; -1 no trap; -2 the rule was inactive
     tokens: IntArray  # [N] int64, where each value stands among the run's values
@@ -37,6 +38,16 @@ class Phases:
     def trapped(self) -> IntArray:
         """[R] bool: rollouts in which the rule sees a trap."""
         return self.active & (self.replayed.cut >= 0)
+
+
+@dataclass(frozen=True)
+class Lens:
+    """The KAT settings through which a report looks at a run, on all of its rollouts as far as they were scored."""
+
+    rule: KatParameters
+    own: bool  # the run's own, with the thresholds that it had; else applied afterwards
+    thresholds: FloatArray  # [R] nats, NaN where the settings were inactive
+    cut: IntArray  # [R] first token that they would remove; -1 if none
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,23 @@ def phases_of(records: RunRecords, rule: KatParameters, own: bool) -> Phases:
                 stage[start + back : end] = 2
     spans = [np.arange(records.traces.offsets[r], records.traces.offsets[r + 1]) for r in rows]
     tokens = np.concatenate([*spans, np.zeros(0, np.int64)]).astype(np.int64)
-    return Phases(rows, traces, replayed, active, stage, tokens)
+    return Phases(rows, traces, replayed, thresholds, active, stage, tokens)
+
+
+def lens_of(records: RunRecords, rule: KatParameters, own: bool, phases: Phases | None) -> Lens:
+    """What `rule` says of every rollout; without `phases` settings that are not the run's own have no threshold."""
+    traces = records.traces
+    if own:
+        thresholds = traces.threshold
+    else:
+        thresholds = np.full(len(traces.step), np.nan)
+        if phases is not None and len(phases.rows):
+            # A step without a rollout that feeds the calibration has the threshold of the next one that has some.
+            steps, first = np.unique(phases.traces.step, return_index=True)
+            at = np.searchsorted(steps, traces.step)
+            known = (at < len(steps)) & (traces.step >= rule.min_steps)
+            thresholds[known] = phases.thresholds[first[at[known]]]
+    return Lens(rule, own, thresholds, apply_rule(traces, rule, thresholds).cut)
 
 
 def phase_table(records: RunRecords, phases: Phases) -> list[PhaseRow]:

@@ -11,13 +11,13 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
 from kat_ray.replay import Traces
-from kat_ray.report.phases import NO_TRAP, PHASES, Phases, phase_means
+from kat_ray.report.phases import NO_TRAP, PHASES, Lens, Phases, phase_means
 from kat_ray.report.run_records import RunRecords
-from kat_ray.report.style import CUT, KEPT, PHASE_COLOURS, SCALE, figure, percent
+from kat_ray.report.style import APPLIED, CUT, KEPT, PHASE_COLOURS, SCALE, WOULD, figure, percent, plain
 from kat_ray.types import FloatArray, IntArray
 
 _FLOOR = 1e-4  # nats: below it KL is drawn as one colour
-_DRAWN = 150  # rollouts in a heat map; what is counted is never sampled
+_DRAWN = 100  # rollouts in a heat map; what is counted is never sampled
 
 
 def parts_of(steps: IntArray, count: int) -> list[IntArray]:
@@ -28,35 +28,79 @@ def parts_of(steps: IntArray, count: int) -> list[IntArray]:
     return [(steps >= low) & (steps < high) for low, high in pairwise(edges)]
 
 
-def heat_map(records: RunRecords) -> Any:
-    """KL of every token of some rollouts, early and late; the cut is marked."""
-    fig, ((early, late),) = figure(1, 2, height=5)
-    first, *_, last = parts_of(records.traces.step, 4)
+def ends_of(steps: IntArray) -> list[tuple[str, IntArray]]:
+    """The first and the last quarter of a run, or its first and last step if there are no four: names and masks."""
+    found = np.unique(steps)
+    if not len(found):
+        return []
+    if len(found) == 1:
+        return [("The run's only step", steps == found[0])]
+    if len(found) < 4:
+        return [("First step", steps == found[0]), ("Last step", steps == found[-1])]
+    first, *_, last = parts_of(steps, 4)
+    return [("First quarter of the run", first), ("Last quarter", last)]
+
+
+def heat_map(records: RunRecords, lens: Lens) -> Any:
+    """KL of every token of some rollouts, early and late; cuts are marked."""
+    traces = records.traces
+    marks = _marks(records, lens)
+    drawn = [(title, _in_order(traces, np.flatnonzero(mask), marks)) for title, mask in ends_of(traces.step)]
+    fig, (panels,) = figure(1, max(1, len(drawn)), height=5.6)
     scale = Normalize(np.log10(_FLOOR), 1)
-    for axes, mask, title in ((early, first, "First quarter of the run"), (late, last, "Last quarter")):
-        axes.set(title=title, xlabel="token")
+    lengths = traces.lengths[np.concatenate([rows for _, rows in drawn] or [np.zeros(0, np.int64)])]
+    right = max(1, int(np.percentile(lengths, 95))) if len(lengths) else 1
+    for axes, (title, rows) in zip(panels, drawn, strict=False):
+        axes.set(title=title, xlabel="token", facecolor="#9ca3af")
         axes.grid(visible=False)
-        if mask.any():
-            _heat(axes, records.traces, np.flatnonzero(mask), scale)
-    handles, labels = late.get_legend_handles_labels()
-    if handles:
-        late.legend(handles, labels, loc="lower right", facecolor="#94a3b8", frameon=True, framealpha=0.9)
-    bar = fig.colorbar(ScalarMappable(scale, "viridis"), ax=[early, late], shrink=0.8, label="reverse KL, nats")
+        if len(rows):
+            _heat(axes, traces, rows, scale, marks)
+            axes.set_xlim(-0.5, right - 0.5)
+            count = sum(dict(ends_of(traces.step))[title])
+            axes.set_ylabel(f"{len(rows)} of {count:,} rollouts")
+    labels = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if labels:
+        fig.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=3, fontsize=9)
+    bar = fig.colorbar(ScalarMappable(scale, "viridis"), ax=list(panels), shrink=0.8, label="reverse KL, nats")
     ticks = np.arange(np.log10(_FLOOR), 1.01)
     bar.set_ticks(ticks, labels=[f"{10.0**t:g}" for t in ticks])
     return fig
 
 
-def _heat(axes: Any, traces: Traces, rows: IntArray, scale: Normalize) -> None:
+def _marks(records: RunRecords, lens: Lens) -> dict[str, tuple[str, IntArray]]:
+    """By label its colour and, for every rollout, the marked token, -1 for none."""
+    traces = records.traces
+    would = np.where(traces.probe == 1, traces.would_cut, -1)
+    marks = {"cut": (CUT, traces.cut), "probe: would be cut": (WOULD, would)}
+    if not lens.own:
+        marks["cut of the settings applied afterwards"] = (APPLIED, lens.cut)
+    elif lens.rule.rule != "kat":
+        marks["KAT would cut"] = (APPLIED, np.where((traces.cut < 0) & (would < 0), lens.cut, -1))
+    return marks
+
+
+def _in_order(traces: Traces, rows: IntArray, marks: Mapping[str, tuple[str, IntArray]]) -> IntArray:
+    """A sample of the rollouts: those with a mark by its place, then the others by length."""
     chosen = rows[np.linspace(0, len(rows) - 1, min(_DRAWN, len(rows))).astype(int)]
-    chosen = chosen[np.argsort(traces.lengths[chosen], kind="stable")]
-    image = np.ma.masked_invalid(np.log10(np.maximum(padded(traces, chosen), _FLOOR)))
+    first = np.full(len(chosen), -1)
+    for _, cuts in marks.values():
+        first = np.where(first < 0, cuts[chosen], first)
+    return chosen[np.lexsort((np.where(first < 0, traces.lengths[chosen], first), first < 0))]
+
+
+def _heat(
+    axes: Any, traces: Traces, rows: IntArray, scale: Normalize, marks: Mapping[str, tuple[str, IntArray]]
+) -> None:
+    image = np.ma.masked_invalid(np.log10(np.maximum(padded(traces, rows), _FLOOR)))
     axes.imshow(image, aspect="auto", cmap="viridis", norm=scale, interpolation="nearest", origin="lower")
-    would = np.where(traces.probe[chosen] == 1, traces.would_cut[chosen], -1)
-    for cuts, colour, label in ((traces.cut[chosen], CUT, "cut"), (would, "white", "probe: would be cut")):
-        at = np.flatnonzero(cuts >= 0)
-        axes.scatter(cuts[at], at, marker="|", s=14, color=colour, label=label)
-    axes.set(ylabel=f"{len(chosen)} of {len(rows):,} rollouts, by scored length")
+    for label, (colour, cuts) in marks.items():
+        at = np.flatnonzero(cuts[rows] >= 0)
+        if len(at):
+            axes.scatter(
+                cuts[rows][at], at, marker="o", s=32, color=colour, edgecolors="white", linewidths=0.7, label=label
+            )
 
 
 def padded(traces: Traces, rows: IntArray) -> FloatArray:
@@ -151,9 +195,12 @@ def position(records: RunRecords, bins: int = 24) -> Any:
         count = np.bincount(which[usable], minlength=len(middle))[: len(middle)]
         total = np.bincount(which[usable], weights=traces.d[usable], minlength=len(middle))[: len(middle)]
         shown = count > 0
+        if not shown.any():
+            continue
         axes.plot(middle[shown], total[shown] / count[shown], "o-", markersize=3, color=colour, label=name)
     if axes.lines:
         axes.set_yscale("log")
+        plain(axes.yaxis)
         axes.legend(title="of the run's steps")
     axes.set(title="Mean KL by position", xlabel="token", ylabel="nats")
     return fig

@@ -10,6 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 KEPT, CUT, SCALE, GREY = "#2563eb", "#dc2626", "#0f766e", "#6b7280"
+WOULD, APPLIED = "#7c3aed", "#0891b2"  # what the rule says of a probe; settings applied afterwards
 STOPS = {"eos": "#16a34a", "max_tokens": "#d97706", "trapped": CUT, "failed": GREY}
 PHASE_COLOURS = {"no trap": GREY, "before": KEPT, "agreement": CUT, "after": "#d97706"}
 _STYLE = {
@@ -41,8 +42,14 @@ def smooth(values: list[float], width: int) -> list[float]:
 
 
 def percent(axis: Any) -> None:
-    """Label an axis of shares in per cent."""
-    axis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    """Label an axis of shares in per cent; a tick at 2.5 % is not called 2 %."""
+    axis.set_major_formatter(lambda value, _: f"{100 * value:.6g}%")
+
+
+def plain(axis: Any) -> None:
+    """Label a logarithmic axis with numbers as people write them, at 1, 2 and 5 of each decade."""
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
 
 
 def save(fig: Any, path: Any) -> None:

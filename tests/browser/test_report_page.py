@@ -1,16 +1,27 @@
 """The report in a real browser: it opens without a network, and its rollouts can be filtered and looked at."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
 from kat_ray import cli
 from kat_ray.types import StopReason
-from tests.unit.test_report import STAGES, row, small_run, write_run
+from tests.unit.test_report import APPLIED, STAGES, row, small_run, write_run
+
+# Change a filter; returns the milliseconds until the page has answered, its layout included.
+CHANGE = """
+const [name, value] = arguments, field = document.getElementById(name), start = performance.now();
+field.value = value;
+field.dispatchEvent(new Event("change"));
+document.body.getBoundingClientRect();
+return performance.now() - start;
+"""
 
 
 def get(browser, name):
@@ -79,6 +90,53 @@ def test_a_token_tells_its_figures(browser, page):
     assert colour[0] != colour[1]
 
 
+def at(browser):
+    (token,) = get(browser, "tokens").find_elements(By.CLASS_NAME, "at")
+    return int(token.get_attribute("data-i"))
+
+
+def test_tokens_are_reached_without_a_mouse(browser, page):
+    open_page(browser, page)
+    entries(browser)[0].click()
+    box = get(browser, "tokens")
+    browser.execute_script("arguments[0].focus()", box)
+    keys = ((Keys.ARROW_RIGHT, 0), (Keys.ARROW_RIGHT, 1), (Keys.ARROW_DOWN, 10), (Keys.ARROW_LEFT, 9),
+            (Keys.ARROW_UP, 0), (Keys.END, 10), (Keys.ARROW_RIGHT, 10), (Keys.HOME, 0))  # fmt: skip
+    for key, token in keys:
+        box.send_keys(key)
+        assert at(browser) == token and get(browser, "info").text.startswith(f"token {token} ")
+    for _ in range(7):
+        box.send_keys(Keys.ARROW_RIGHT)
+    info = get(browser, "info").text
+    assert "window mean 0.00" in info and "threshold 0.5" in info
+    cursor = get(browser, "cursor")
+    assert cursor.get_attribute("visibility") == "visible"
+    assert float(cursor.get_attribute("x1")) == pytest.approx(46 + 0.7 * (780 - 46 - 8))
+
+
+def test_a_click_points_at_a_token(browser, page):
+    open_page(browser, page)
+    # A touch screen sends a click and no hovering.
+    browser.execute_script("document.querySelector('#tokens [data-i=\"4\"]').click()")
+    assert at(browser) == 4 and get(browser, "info").text.startswith("token 4 ")
+
+
+def test_settings_applied_afterwards_are_named_so(browser, tmp_path):
+    plain = dict(probe=False, threshold=None, minimum=None)
+    rows = [[row(10 * s + i, STAGES if i < 2 else [1.0] * 12, step=s, **plain) for i in range(4)] for s in range(2)]
+    run = write_run(tmp_path / "run", rows, ["termination.rule=none"])
+    assert cli.main(["report", str(run), *APPLIED]) == 0
+    open_page(browser, run / "report" / "report.html")
+    entries(browser)[4].click()
+    assert "applied afterwards: threshold 1.00 nats, cut at 1" in get(browser, "head").text
+    (mark,) = get(browser, "tokens").find_elements(By.CLASS_NAME, "mark")
+    assert mark.text == "applied at 1" and "threshold (applied)" in get(browser, "chart").text
+    words = browser.find_element(By.TAG_NAME, "main").text
+    assert "the run's own rule was none, which cut nothing" in words and "by the run's rule" not in words
+    browser.execute_script("document.querySelector('#tokens [data-i=\"4\"]').click()")
+    assert "threshold 1.00 (applied)" in get(browser, "info").text
+
+
 def test_pictures_are_there(browser, page):
     open_page(browser, page)
     images = browser.find_elements(By.TAG_NAME, "img")
@@ -101,13 +159,25 @@ def test_ten_thousand_rollouts_open(browser, tmp_path):
     ]  # fmt: skip
     steps.append([row(9900 + i, STAGES, step=99) for i in range(100)])
     run = write_run(tmp_path / "run", steps)
+    started = time.perf_counter()
     assert cli.main(["report", str(run)]) == 0
+    print(f"a report of 10,000 rollouts: {time.perf_counter() - started:.1f} s")
     page = run / "report" / "report.html"
     assert page.stat().st_size < 20 * 2**20
     open_page(browser, page)
+    opened = browser.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd")
+    print(f"opened in {opened:.0f} ms")
+    assert 0 < opened < 5000, "it is to open in seconds; milliseconds"
+    for name, value in (("stop", "eos"), ("right", "true"), ("stop", ""), ("order", "mean"), ("order", "long")):
+        took = browser.execute_script(CHANGE, name, value)
+        print(f"{name} = {value}: {took:.0f} ms")
+        assert took < 1000, "milliseconds"
+    assert "longest first" in browser.execute_script(
+        "return document.getElementById('order').selectedOptions[0].text"
+    )
+    Select(get(browser, "right")).select_by_visible_text("all")
     assert "300 of 10,000 rollouts" in browser.find_element(By.TAG_NAME, "main").text
     assert get(browser, "count").text == "300 of 300"
-    Select(get(browser, "order")).select_by_visible_text("longest first")
     entries(browser)[0].click()
     first = int(entries(browser)[0].text.splitlines()[1].split()[0])
     assert len(get(browser, "tokens").find_elements(By.CSS_SELECTOR, "[data-i]")) == first > 300

@@ -3,20 +3,28 @@
 import json
 import math
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from kat_ray import cli
+from kat_ray import cli, math_grader
 from kat_ray.config_io import load_config, save_config
+from kat_ray.models import load_tokenizer, resolve_model
+from kat_ray.report import curves, rollout_figures
+from kat_ray.report.answers import answers_of
 from kat_ray.report.browser import choose
 from kat_ray.report.gradients import bases_of, groups_of, projected
 from kat_ray.report.page import embedded_json
-from kat_ray.report.phases import phase_means, phase_table, phases_of, teacher_tokens
+from kat_ray.report.phases import lens_of, phase_means, phase_table, phases_of, teacher_tokens
 from kat_ray.report.run_records import read_run
+from kat_ray.report.style import figure, percent, plain
+from kat_ray.termination.settings import KatSettings
 from kat_ray.traces import TokenFeatures, TraceRow, write_traces
 from kat_ray.types import StopReason
 
@@ -149,10 +157,14 @@ def test_the_page_stands_alone_and_counts_everything(tmp_path, capsys):
     assert whole[0]["prompt"].startswith("start") and whole[0]["gold"] is not None
 
 
-def page_data(run):
-    assert cli.main(["report", str(run)]) == 0
+def page_data(run, *arguments):
+    return whole_data(run, *arguments)["rollouts"]
+
+
+def whole_data(run, *arguments):
+    assert cli.main(["report", str(run), *arguments]) == 0
     html = (run / "report" / "report.html").read_text()
-    return json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL).group(1))["rollouts"]
+    return json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL).group(1))
 
 
 def test_a_run_without_rule_probes_or_end_still_has_a_page(tmp_path):
@@ -173,6 +185,206 @@ def test_other_settings_divide_the_rollouts_of_any_run(tmp_path):
     assert cli.main(["report", str(run), *arguments, "--out", str(tmp_path / "page")]) == 0
     assert "not the run&#39;s own" in (html := (tmp_path / "page" / "report.html").read_text())
     assert 'id="stages"' in html and not (run / "report").exists()
+
+
+APPLIED = ["window=4", "consecutive=2", "exempt=0", "min_samples=4", "min_steps=1", "eta=0.2"]
+
+
+def test_the_browser_shows_settings_applied_afterwards_beside_the_runs_own(tmp_path):
+    # Each step has the minima 0 0 0 1 1 1: their 0.8 quantile is 1, and STAGES is below it from token 1 on.
+    steps = [[row(10 * s + i, STAGES if i < 3 else [1.0] * 12, step=s, threshold=0.25) for i in range(6)]
+             for s in range(3)]  # fmt: skip
+    run = write_run(tmp_path / "run", steps, [*RULE, "termination.window=8", "termination.min_samples=1"])
+    data = whole_data(run, *APPLIED)
+    assert not data["own"] and data["window"] == 4
+    shown = {r["id"]: r for r in data["rollouts"]}
+    assert shown[0]["seen_threshold"] is None and shown[0]["seen_cut"] is None, "inactive in step 0"
+    assert shown[10]["seen_threshold"] == 1.0 and shown[10]["seen_cut"] == 1 and shown[13]["seen_cut"] is None
+    assert {r["threshold"] for r in shown.values()} == {0.25}, "the run's own stays what it was"
+    html = (run / "report" / "report.html").read_text()
+    assert "marks called applied" in html and "mean KL of the last 4 tokens" in html
+    own = whole_data(small_run(tmp_path / "own"))
+    assert own["own"] and [r["seen_threshold"] for r in own["rollouts"]] == [0.5, 0.5, 0.5, None]
+    assert [r["seen_cut"] for r in own["rollouts"]] == [3, None, 3, None]
+
+
+def test_a_step_that_feeds_no_calibration_has_the_threshold_of_the_next(tmp_path):
+    cut = dict(probe=False, stop_reason=StopReason.TRAPPED, cut=3, confirmed=8, correct=None)
+    steps = [[row(i, [1.0] * 6) for i in range(4)], [row(10, STAGES[:8], step=1, **cut)], [row(20, STAGES, step=2)]]
+    steps.append([row(30, STAGES[:8], step=3, **cut)])
+    records = read_run(write_run(tmp_path / "run", steps))
+    rule = KatSettings(window=4, consecutive=2, exempt=0, min_samples=4, min_steps=1, eta=0.2, buffer=8)
+    lens = lens_of(records, rule, False, phases_of(records, rule, own=False))
+    assert lens.thresholds[:4].tolist() == [pytest.approx(math.nan, nan_ok=True)] * 4
+    # z of STAGES[:8] is 1, 3/4, 1/2, ...: two below 1 from the window that starts at token 1.
+    assert lens.thresholds[4:6].tolist() == [1.0, 1.0] and lens.cut[4] == 1
+    assert math.isnan(lens.thresholds[6]), "after the last probe it is not known"
+
+
+def test_answers_are_read_from_what_was_kept(tmp_path):
+    tokenizer = load_tokenizer(load_config("demo", []).student)
+    ids = np.array(tokenizer("answer 12\nanswer 34")["input_ids"], np.int32)
+    assert len(ids) == 5
+    cut = dict(probe=False, stop_reason=StopReason.TRAPPED, cut=3, confirmed=4, correct=None, token_ids=ids)
+    rows = [row(0, [0.5] * 5, **cut), row(1, [0.5] * 5, token_ids=ids), row(2, [0.5] * 5, **(cut | {"cut": 0}))]
+    assert [r["answer"] for r in page_data(write_run(tmp_path / "run", [rows]))] == ["12", "34", None]
+
+
+def test_mathematical_answers(monkeypatch):
+    pytest.importorskip("math_verify")
+    texts = ["so it is $\\boxed{\\frac{1}{2}}$", "no answer", r"\boxed{9^{9^{9^9}}}", "I think 7"]
+    half, none, _, seven = answers_of(texts, "math")
+    assert "frac{1}{2}" in half and none is None and seven == "7"
+    monkeypatch.setattr(math_grader.sys, "executable", "false")  # a child that says nothing, as without the package
+    assert answers_of(["", " so 7 ", "x" * 100], "math") == [None, "so 7", "…" + "x" * 60]
+
+
+def test_heat_map_shows_cuts_in_order(tmp_path):
+    records = read_run(small_run(tmp_path))
+    lens = lens_of(records, records.config.termination, True, None)
+    fig = rollout_figures.heat_map(records, lens)
+    (axes,) = [a for a in fig.axes if a.get_xlabel() == "token"]
+    assert axes.get_title(loc="left") == "The run's only step"
+    marks = {m.get_label(): m.get_offsets().tolist() for m in axes.collections}
+    # Both with a mark at token 3 first, the probe above or below; then 5 and 12 tokens.
+    assert sorted(marks["cut"] + marks["probe: would be cut"]) == [[3, 0], [3, 1]]
+    image = axes.images[0].get_array()
+    assert (~np.ma.getmaskarray(image)).sum(axis=1)[2:].tolist() == [5, 12]
+    assert axes.get_xlim()[1] == int(np.percentile([11, 12, 8, 5], 95)) - 0.5
+
+
+@pytest.mark.parametrize(
+    ("steps", "titles"),
+    [
+        (1, ["The run's only step"]),
+        (2, ["First step", "Last step"]),
+        (3, ["First step", "Last step"]),
+        (4, ["First quarter of the run", "Last quarter"]),
+        (9, ["First quarter of the run", "Last quarter"]),
+    ],
+)
+def test_both_ends_of_a_run_have_rollouts(steps, titles):
+    ends = rollout_figures.ends_of(np.repeat(np.arange(steps), 3))
+    assert [title for title, _ in ends] == titles and all(mask.sum() >= 3 for _, mask in ends)
+    assert ends[0][1][0] and ends[-1][1][-1]
+    assert rollout_figures.ends_of(np.zeros(0, np.int32)) == []
+
+
+def test_ticks_say_what_they_are():
+    _, ((axes,),) = figure(1, 1)
+    percent(axes.yaxis)
+    plain(axes.xaxis)
+    share, nats = axes.yaxis.get_major_formatter(), axes.xaxis.get_minor_formatter()
+    assert [share(v, 0) for v in (0, 0.025, 0.07, 0.075, 1)] == ["0%", "2.5%", "7%", "7.5%", "100%"]
+    assert [nats(v, 0) for v in (0.02, 0.03, 0.5, 4)] == ["0.02", "", "0.5", ""]
+
+
+def test_failed_rollouts_and_the_entropy_gap_are_drawn(tmp_path):
+    run = small_run(tmp_path)
+    line = {"rollout/eos_share": 0.5, "rollout/max_tokens_share": 0.25, "rollout/trapped_share": 0.0}
+    lines = [line | {"step": 1, "rollout/failed": 1, "health/student_entropy": 0.5, "health/teacher_entropy": 0.75}]
+    lines.append(line | {"step": 2, "rollout/max_tokens_share": 0.5, "rollout/failed": 0})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = read_run(run)
+    steps, shares = curves.stop_shares(records)
+    assert steps == [1, 2] and shares["failed"] == [0.25, 0.0]
+    assert curves.entropy_gap(records) == ([1], [-0.25])
+    assert [t.get_text() for t in curves.stops(records).axes[0].get_legend().get_texts()][-1] == "failed"
+    run_without = read_run(small_run(tmp_path / "b"))
+    assert "failed" not in curves.stop_shares(run_without)[1]
+
+
+def test_the_threshold_stands_beside_minima_that_no_cut_hid(tmp_path):
+    records = read_run(small_run(tmp_path))
+    rule = records.config.termination
+    phases = phases_of(records, rule, own=True)
+    (axes,) = curves.threshold(records, phases, lens_of(records, rule, True, phases)).axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert lines["mean m(y), seen to the end"].get_ydata().tolist() == [pytest.approx((0 + 1 + 1) / 3)]
+    assert lines["mean m(y), seen to the end"].get_xdata().tolist() == [1], "steps as in metrics.jsonl"
+    lens = lens_of(records, rule.model_copy(update={"eta": 0.5}), False, phases)
+    (axes,) = curves.threshold(records, phases, lens).axes
+    assert "threshold, applied afterwards" in [line.get_label() for line in axes.lines]
+
+
+RULES = [
+    ["termination.rule=none"],
+    [*OWN, "termination.rule=kat_stages"],
+    ["termination.rule=prune_opd"],
+    ["termination.rule=progressive", "termination.start=16"],
+    ["termination.rule=length_matched", "termination.run=runs/kat"],
+    ["termination.rule=repetition"],
+    ["termination.rule=random"],
+    ["termination.rule=fixed_prefix", "termination.n=8"],
+    [*OWN, "run.trace_features=false"],
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=[" ".join(rule) for rule in RULES])
+def test_every_rule_has_a_page(tmp_path, rule):
+    own = any("kat" in part and "rule" in part for part in rule) or "run.trace_features=false" in rule
+    cuts = any(name in rule[0] for name in ("prune", "length", "repetition", "random", "fixed"))
+    bounded = any(name in rule[0] for name in ("prune", "progressive"))
+    weighs = any(name in part for part in rule for name in ("prune", "kat_stages"))
+    rows = []
+    for i in range(48):
+        probe = i % 4 == 0
+        changes = dict(probe=probe, threshold=0.5 if own else None, minimum=0.0 if own else None, step=i // 12)
+        if cuts and i % 2 and not probe:
+            changes |= dict(stop_reason=StopReason.TRAPPED, cut=3, confirmed=8, correct=None)
+        elif bounded and not probe:
+            changes |= dict(stop_reason=StopReason.MAX_TOKENS, correct=None)
+        if weighs and not probe:
+            changes |= dict(weights=np.array([1.0] * 3 + [0.5] * 2 + [0.0] * 6, np.float32))
+        changes |= dict(features=None) if "run.trace_features=false" in rule else {}
+        rows.append(
+            row(i, STAGES if i % 3 else [1.0] * 11, would_cut=3 if own and probe and i % 3 else None, **changes)
+        )
+    run = write_run(tmp_path / "run", [rows[i : i + 12] for i in range(0, 48, 12)], rule)
+    settings = [] if own else ["window=4", "consecutive=2", "exempt=0", "min_samples=2", "min_steps=1"]
+    data = whole_data(run, *settings)
+    assert data["own"] is own and len(data["rollouts"]) == 48
+    active = [r for r in data["rollouts"] if r["seen_threshold"] is not None]
+    assert active and any(r["seen_cut"] is not None for r in active)
+    assert {tuple(r["weights"] or ()) for r in data["rollouts"]} >= (
+        {(1.0,) * 3 + (0.5,) * 2 + (0.0,) * 6} if weighs else {()}
+    )
+    html = (run / "report" / "report.html").read_text()
+    assert 'id="stages"' in html and ("marks called applied" in html) is not own
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    """The demo's student, and the same moved along one direction in each matrix."""
+    first = Path(resolve_model(load_config("demo", []).student))
+    shutil.copytree(first, tmp_path / "last")
+    weights = load_file(first / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        if weight.ndim == 2 and "layers" in name:
+            weight += 0.01 * torch.outer(*(torch.randn(n, generator=generator) for n in weight.shape))
+    save_file(weights, tmp_path / "last" / "model.safetensors", metadata={"format": "pt"})
+    return str(first), str(tmp_path / "last")
+
+
+@pytest.mark.slow
+def test_gradients_of_the_demo_models(tmp_path, two_checkpoints):
+    run = small_run(tmp_path)
+    assert cli.main(["report", str(run), "--gradients", *two_checkpoints]) == 0
+    html = (run / "report" / "report.html").read_text()
+    table = re.search(r'<h2 id="gradients">.*?<table>(.*?)</table>', html, re.DOTALL).group(1)
+    heading, *lines = [re.findall(r"<t[hd]>(.*?)</t[hd]>", line) for line in table.split("</tr>")[:-1]]
+    assert heading[:3] == ["stage", "tokens", "gradient norm"] and len(heading) == 5
+    assert [line[:2] for line in lines] == [["before", "3"], ["agreement", "5"], ["after", "3"]]
+    shares = [float(cell.rstrip("%")) for line in lines for cell in line[3:]]
+    assert all(0 < share < 100 for share in shares) and all(float(line[2]) > 0 for line in lines)
+    assert len(set(shares)) == len(shares), "each stage has a gradient of its own"
+
+
+def test_gradients_of_a_run_whose_data_changed(tmp_path, capsys, two_checkpoints):
+    run = write_run(tmp_path / "run", [[row(0, STAGES, would_cut=3, prompt_id="train:gone")]])
+    assert cli.main(["report", str(run), "--gradients", *two_checkpoints]) == 2
+    assert "prompt train:gone, which data.path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,32 @@
+"""What rollouts answered, in the words of the run's verifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kat_ray.errors import UserError
+from kat_ray.verify import Verifier, extract_integer
+
+_TAIL = 60  # characters
+_SECONDS = 1.0  # for one answer: it is only shown
+
+
+def answers_of(texts: Sequence[str], verifier: Verifier) -> list[str | None]:
+    """What the verifier reads as each text's answer, None where it reads none.
+
+    Without math-verify the last characters of a text stand for a mathematical answer.
+    """
+    if verifier == "integer":
+        return [extract_integer(text) for text in texts]
+    from kat_ray.math_grader import MathGrader
+
+    try:
+        with MathGrader(_SECONDS) as grader:
+            return [grader.extract(text) for text in texts]
+    except UserError:
+        return [_tail(text) for text in texts]
+
+
+def _tail(text: str) -> str | None:
+    text = text.strip()
+    return f"…{text[-_TAIL:]}" if len(text) > _TAIL else text or None
