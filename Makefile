@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint format format-check types check clean
+.PHONY: help setup train bench test test-slow lint format format-check types check clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,6 +14,9 @@ setup: ## make the virtual environment; nothing to do if nothing changed
 
 train: setup ## train the embedded demo: make train ARGS="termination.rule=none"
 	@$(BIN)/kat-ray train demo $(ARGS)
+
+bench: setup ## run the benchmark, its peer included (an hour): make bench ARGS="--only sampler teacher"
+	@$(BIN)/kat-ray bench $(ARGS)
 
 test: setup ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)

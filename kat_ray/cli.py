@@ -1,4 +1,4 @@
-"""The command line: `kat-ray train | eval | compare | replay | report | doctor | config`.
+"""The command line: `kat-ray train | eval | compare | replay | report | doctor | bench | config`.
 
 Commands import what they need when they run, so that `--help` and mistakes in a configuration answer at once.
 """
@@ -46,6 +46,10 @@ ABOUT_REPORT = """\
 RUN is a run directory. The page needs no network: learning curves, how rollouts ended, threshold, KL of single
 tokens, the stages before, during and after agreement, and a browser of rollouts. The pictures lie beside it as PNG.
 Each FIELD is one of the KAT rule's: it divides rollouts into stages. The default is the run's own rule."""
+
+ABOUT_BENCH = """\
+Each row is a ratio, both sides measured in one run. Groups: end_to_end (it installs the peer into .venv-peer once),
+pipeline, sampler, teacher, learner, memory, publication, offline. Leave the machine alone while it runs."""
 
 EXAMPLES = {
     "": """\
@@ -96,6 +100,10 @@ examples:
   kat-ray report runs/latest                                 RUN/report/report.html
   kat-ray report runs/none window=16 exempt=8 min_samples=64 min_steps=2
   kat-ray report runs/latest --gradients                     and which stage pulls where training went""",
+    "bench": """\
+examples:
+  kat-ray bench                               everything; writes docs/benchmarks.md and docs/benchmarks.json
+  kat-ray bench --only sampler teacher        these groups; the others' results stay""",
     "config": """\
 examples:
   kat-ray config demo                    the embedded configuration, every field spelled out
@@ -226,6 +234,18 @@ def _parser() -> argparse.ArgumentParser:
         "checkpoint, or between the two named",
     )  # fmt: skip
     report.add_argument("--out", metavar="DIR", type=Path, help="where report.html goes (default RUN/report)")
+    bench = add("bench", _bench, "measure the pipeline against its peer and the machine", ABOUT_BENCH)
+    bench.add_argument("--only", metavar="GROUP", nargs="+", default=[], help="only these groups")
+    bench.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("docs"),
+        help="where benchmarks.md and .json go (default docs)",
+    )
+    bench.add_argument(
+        "--work", metavar="DIR", type=Path, default=Path("runs/bench"), help="models and logs (default runs/bench)"
+    )
     config = add("config", _config, "print the resolved configuration")
     config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     config.add_argument("--docs", action="store_true", help="print the text of docs/configuration.md instead")
@@ -369,6 +389,14 @@ def _report(args: argparse.Namespace) -> int:
         gradients=args.gradients,
         say=lambda text: print(text, flush=True),
     )
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from actors.bench.command import bench
+
+    for file in bench(args.only, args.out, args.work.resolve(), lambda text: print(text, flush=True)):
+        print(file)
     return 0
 
 

@@ -167,7 +167,8 @@ class Fleet:
         order = PromptOrder(self._prompts, seed=0, shuffle=False)
         self._one_step(Trainer(bench_config(max(64, setting.samplers)), pools, order))
         trainer = Trainer(bench_config(setting.rollouts, max_tokens=setting.max_tokens), pools, order)
-        before, started, parts = _usage(used), time.monotonic(), []
+        parts: list[_Part] = []
+        before, started = _usage(used), time.monotonic()
         while not parts or sum(p.tokens for p in parts) < tokens:
             parts.append(_part(self._one_step(trainer)))
         return _measured(setting, parts, before, _usage(used), time.monotonic() - started)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from actors.bench.child import print_figures
 from actors.bench.figure import Figure
 from actors.bench.pairs import random_model
 from actors.student_model import weight_update
 
 _NODES, _SAMPLERS = 2, 3  # sampler nodes, samplers on each
+_NAME = "bytes that arrive at a node of samplers per byte of weights"
+OWED = (Figure("publication", _NAME, None, goal=1.1, sense="<="),)
 
 
 class _Publisher:
@@ -70,7 +73,7 @@ def publication_figures(vocabulary: int = 32_000) -> list[Figure]:
     return [
         Figure(
             "publication",
-            "bytes that arrive at a node of samplers per byte of weights",
+            _NAME,
             max(arrived) / weights,
             goal=1.1,
             sense="<=",
@@ -93,5 +96,4 @@ def _stored() -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    for figure in publication_figures():
-        print(figure)
+    print_figures(publication_figures())
