@@ -19,6 +19,7 @@ from kat_ray.config import Config
 from kat_ray.config_io import load_config, yaml_value
 from kat_ray.errors import UserError
 from kat_ray.termination import RULES, RunFacts, TerminationConfig, make_rule
+from kat_ray.termination.settings import KatParameters
 
 # What `length_matched` cannot copy: rules that cut nothing, and itself.
 _NO_CUTS = ("none", "progressive", "kat_stages", "length_matched")
@@ -91,14 +92,20 @@ def _with_copied(arm: Arm, arms: Sequence[Arm]) -> Arm:
 def config_of(base: Config, arm: Arm, seed: int, out: Path) -> Config:
     """The configuration of one run: only the rule, the seed and the folder differ from `base`.
 
-    The rule's fields are those of `base` where it has the same rule, else the rule's defaults. A `length_matched`
-    rule that copies another arm copies its run of the same seed.
+    The rule's fields are those of `base` where it has the same rule, or one of the same family (`kat` and
+    `kat_stages`); else the rule's defaults. A `length_matched` rule that copies another arm copies its run of the
+    same seed.
     """
-    same = base.termination.rule == arm.rule
-    fields: dict[str, Any] = base.termination.model_dump() if same else {"rule": arm.rule}
+    settings = RULES[arm.rule].settings
+    fields: dict[str, Any] = {"rule": arm.rule}
+    if isinstance(base.termination, KatParameters) and issubclass(settings, KatParameters):
+        own = base.termination.model_dump(exclude={"rule"})
+        fields |= {name: value for name, value in own.items() if name in settings.model_fields}
+    elif base.termination.rule == arm.rule:
+        fields |= base.termination.model_dump()
     if arm.of is not None:
         fields["run"] = str(out / arm.of / f"seed-{seed}")
-    if "probe_share" not in fields and "probe_share" in RULES[arm.rule].settings.model_fields:
+    if "probe_share" not in fields and "probe_share" in settings.model_fields:
         fields["probe_share"] = getattr(base.termination, "probe_share", 0.1)  # the same share in all arms
     try:
         rule = TypeAdapter(TerminationConfig).validate_python({**fields, **arm.fields})

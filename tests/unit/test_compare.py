@@ -384,3 +384,11 @@ def test_metrics_are_read_up_to_the_damage(tmp_path, capsys):
     ]
     html = (tmp_path / "page" / "compare.html").read_text()
     assert html.count("metrics.jsonl:4 is damaged") == 1 and "<td>-</td>" in html
+
+
+def test_the_stages_of_kat_keep_the_settings_of_kat(tmp_path):
+    base = load_config("demo")
+    arms = [config_of(base, parse_arm(a), 0, tmp_path) for a in ("kat", "kat_stages:put_back=after")]
+    kat, stages = (a.termination for a in arms)
+    assert stages.put_back == "after" and kat.window == stages.window == 16
+    assert stages.model_dump(exclude={"rule", "put_back"}) == kat.model_dump(exclude={"rule"})
