@@ -15,6 +15,8 @@ from kat_ray.termination.base import Finished, NewTokens
 from kat_ray.termination.kat import KatRule, KatTracker
 from kat_ray.termination.settings import KatSettings
 
+SHORT_BUFFER = 96  # probe_share x rollouts of a step x 10 steps: how far the threshold may lag
+
 
 @dataclass(frozen=True)
 class Simulated:
@@ -72,8 +74,11 @@ def plot(path: str) -> None:
     from matplotlib import pyplot
 
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-    for number, source in enumerate(("probes", "all", "finished")):
-        result = simulate(example(source), halved_at(100), steps=300, rollouts=64, tokens=96, seed=0)
+    short = example("probes", buffer=SHORT_BUFFER)
+    rules = {name: example(name) for name in ("probes", "all", "finished")}
+    rules |= {f"probes, buffer {SHORT_BUFFER} for {rules['probes'].buffer}": short}
+    for number, (source, rule) in enumerate(rules.items()):
+        result = simulate(rule, halved_at(100), steps=300, rollouts=64, tokens=96, seed=0)
         if number == 0:
             top.plot(result.uncensored_threshold, color="black", linewidth=2.5, alpha=0.35, label="uncensored")
             bottom.plot(*_smooth(result.uncensored_share), color="black", linewidth=2.5, alpha=0.35)
@@ -90,10 +95,10 @@ def plot(path: str) -> None:
     pyplot.close(figure)
 
 
-def example(source: str) -> KatSettings:
+def example(source: str, **changes: int) -> KatSettings:
     """The settings of the plot and of the tests."""
-    fields = {"window": 16, "exempt": 16, "buffer": 512, "min_samples": 128, "min_steps": 2, "probe_share": 0.15}
-    return KatSettings.model_validate({**fields, "calibrate_on": source})
+    fields = {"window": 16, "exempt": 16, "buffer": 512, "min_samples": 96, "min_steps": 2, "probe_share": 0.15}
+    return KatSettings.model_validate({**fields, **changes, "calibrate_on": source})
 
 
 def _smooth(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,9 @@ from actors import run as job
 from actors.pools import wait
 from kat_ray.config import Config
 from kat_ray.demo.tokenizer import build_tokenizer
+from kat_ray.replay import load_traces
+from kat_ray.replay_rules import COLUMNS, reproduce
+from kat_ray.termination import RunFacts
 from kat_ray.termination.calibration import quantile
 from kat_ray.traces import read_traces
 from tests.conftest import make_model, random_rollouts
@@ -204,6 +207,56 @@ def test_weights_and_budget_of_a_rule_reach_learner_and_engine(ray_local, files,
         without += int((weights == 0).sum())
         assert m["learner/loss"] == pytest.approx(np.average(values, weights=weights), rel=2e-3)
     assert without > 0, "some probes must go on at weight 0 for this to mean anything"
+
+
+def test_a_replay_of_the_run_gives_its_cuts_again(finished):
+    config, path, *_ = finished
+    traces, notes = load_traces(path)
+    again = reproduce(traces, config.termination, RunFacts(config.run.seed, config.rollout.max_tokens))
+    recorded = np.where(traces.probe == 1, traces.would_cut, traces.cut)
+    assert not notes and (recorded >= 0).sum() > 5
+    assert again.cut.tolist() == recorded.tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"rule": "fixed_prefix", "n": 10},
+        {"rule": "random", "longest": 20},
+        {"rule": "repetition", "repeats": 2},
+        {"rule": "length_matched"},
+        {"rule": "progressive", "start": 6, "end": 20, "steps": 2},
+        {"rule": "kat_stages", "window": 8, "exempt": 4, "consecutive": 2, "min_samples": 4, "min_steps": 1,
+         "buffer": 32, "probe_share": 0.25},
+    ],
+    ids=lambda rule: rule["rule"],
+)  # fmt: skip
+def test_every_rule_acts_while_rollouts_are_generated(finished, files, tmp_path, rule):
+    """One pair of engines each: what a rule ended was not generated to its end, and a replay says the same."""
+    if rule["rule"] == "length_matched":
+        rule = {**rule, "run": str(finished[1])}
+    single = {"replicas": 1}
+    config = config_of(
+        files, tmp_path, termination={"probe_share": 0.25, **rule}, run={"steps": 3}, sampler=single, scorer=single,
+        learner={"world_size": 1}, evaluation={"data": None},
+    )  # fmt: skip
+    path = job.train(config)
+    traces, _ = load_traces(path, COLUMNS)
+    cut, probe = traces.cut >= 0, traces.probe == 1
+    generated = np.array([len(t["token_ids"]) for t in read_traces(path).to_pylist()])
+    match rule["rule"]:
+        case "progressive":
+            budget = np.array([6, 13, 20])[traces.step]
+            assert (generated[~probe] <= budget[~probe]).all() and generated[probe].max() > 20
+        case "kat_stages":
+            assert not cut.any() and (traces.would_cut[probe] >= 0).any()
+        case _:
+            assert cut.sum() > 3 and not cut[probe].any()
+            assert (generated[cut] < 48).any(), "the engine was stopped"
+    facts = RunFacts(config.run.seed, config.rollout.max_tokens)
+    again = reproduce(traces, config.termination, facts).cut
+    assert again.tolist() == np.where(probe, traces.would_cut, traces.cut).tolist()
 
 
 @pytest.mark.slow

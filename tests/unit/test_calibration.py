@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kat_ray.termination.simulation import example, halved_at, simulate
+from kat_ray.termination.simulation import SHORT_BUFFER, example, halved_at, simulate
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,20 @@ def test_the_threshold_follows_the_scale_and_probes_follow_later(runs):
     # 15 % of 64 rollouts refill a buffer of 512 within 53 steps, all of them within 8: until then too much is cut.
     lag = {source: (run.cut_share[100:150] > 0.75).sum() for source, run in runs.items()}
     assert lag["all"] < lag["probes"] < 50
+
+
+def test_probes_of_the_last_ten_steps_keep_the_rate_near_the_uncensored_one_when_the_scale_moves():
+    """docs/termination.md: let `buffer` be the probes of the steps that the threshold may lag."""
+    rule = example("probes", buffer=SHORT_BUFFER)
+    runs = [simulate(rule, halved_at(100), steps=150, rollouts=64, tokens=96, seed=seed) for seed in range(1, 4)]
+    share, uncensored = (np.mean([getattr(r, n) for r in runs], axis=0) for n in ("cut_share", "uncensored_share"))
+    gap = share - uncensored
+    assert abs(gap[60:100].mean()) < 0.05 and abs(gap[112:150].mean()) < 0.05, gap
+    wide = [
+        simulate(example("probes"), halved_at(100), steps=150, rollouts=64, tokens=96, seed=s) for s in range(1, 4)
+    ]
+    lagging = np.mean([r.cut_share - r.uncensored_share for r in wide], axis=0)
+    assert lagging[112:150].mean() > 0.15, "with a buffer of 53 steps of probes it does not"
 
 
 def test_the_uncensored_rule_does_not_depend_on_what_feeds_the_other(runs):
