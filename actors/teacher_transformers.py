@@ -210,9 +210,13 @@ class TransformersTeacher:
             for first in range(0, chunk.tokens, _LOGITS_TOKENS):
                 part = slice(first, first + _LOGITS_TOKENS)
                 ids = torch.from_numpy(chunk.topk_ids[part].astype("int64"))
-                parts.append(columns_of(self.logprobs(hidden_NH[part]), ids, self._stop_ids))
+                parts.append(self.columns(hidden_NH[part], ids))
         self._advance(chunk)
         return TeacherColumns.join(parts, chunk.topk_ids.shape[1])
+
+    def columns(self, hidden_NH: Tensor, ids: Tensor) -> TeacherColumns:
+        """Columns from hidden states [N, H] and the student's top-k ids [N, k] int64."""
+        return columns_of(self.logprobs(hidden_NH), ids, self._stop_ids)
 
     def logprobs(self, hidden_NH: Tensor) -> Tensor:
         """Log-probabilities [N, V] float32 over the teacher's whole vocabulary."""
