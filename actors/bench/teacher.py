@@ -21,7 +21,7 @@ from actors.bench.work import Rollouts, chunks_of, random_rollouts
 GOAL = 1.3
 _WORK = {"tiny": (256, (200, 501)), "large": (64, (200, 301))}  # rollouts, and the range of their lengths
 _TURNS = {"tiny": 3, "large": 2}
-_BATCHES = (1, 2, 4, 8, 16)
+_BATCHES = (1, 2, 4, 8)
 _PROBED = 16  # sequences on which the batch sizes are compared
 
 
@@ -41,6 +41,9 @@ def _name(pair: str) -> str:
 
 def measure(pair: Pair, threads: int) -> list[Figure]:
     """The figure of one pair, in this process."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     from actors.teacher_scorer import TeacherScorer
     from kat_ray.config import Config
 
@@ -65,7 +68,8 @@ def measure(pair: Pair, threads: int) -> list[Figure]:
 
     scorer.score(next(chunks_of(rollouts, 1, vocabulary)))  # warms up
     scorer.release(range(count))
-    full, batch = _best_full(scorer._teacher, rollouts, vocabulary)
+    plain = AutoModelForCausalLM.from_pretrained(pair.teacher, dtype=torch.float32).eval()
+    full, batch = _best_full(plain, scorer._teacher, rollouts, vocabulary)
     own, other = alternate([incremental, full], _TURNS[pair.name])
     tokens = sum(len(t) for _, t in rollouts)
     return [
@@ -91,21 +95,21 @@ def measure(pair: Pair, threads: int) -> list[Figure]:
     ]
 
 
-def _best_full(teacher: Any, rollouts: Rollouts, vocabulary: int) -> tuple[Callable[[], None], int]:
+def _best_full(model: Any, teacher: Any, rollouts: Rollouts, vocabulary: int) -> tuple[Callable[[], None], int]:
     """The full forward over all sequences in the batch size that is fastest on some of them."""
     ordered = sorted(rollouts, key=lambda r: len(r[0]) + len(r[1]))
     sample = ordered[:: max(1, len(ordered) // _PROBED)]
     seconds = {}
     for batch in _BATCHES:
-        run = _full(teacher, sample, vocabulary, batch)
+        run = _full(model, teacher, sample, vocabulary, batch)
         started = time.perf_counter()
         run()
         seconds[batch] = time.perf_counter() - started
     best = min(seconds, key=seconds.__getitem__)
-    return _full(teacher, ordered, vocabulary, best), best
+    return _full(model, teacher, ordered, vocabulary, best), best
 
 
-def _full(teacher: Any, ordered: Rollouts, vocabulary: int, batch: int) -> Callable[[], None]:
+def _full(model: Any, teacher: Any, ordered: Rollouts, vocabulary: int, batch: int) -> Callable[[], None]:
     import numpy as np
 
     ids = np.concatenate([c.topk_ids for c in chunks_of(ordered, 1 << 30, vocabulary)]).astype(np.int64)
@@ -113,12 +117,12 @@ def _full(teacher: Any, ordered: Rollouts, vocabulary: int, batch: int) -> Calla
     def run() -> None:
         row = 0
         for first in range(0, len(ordered), batch):
-            row += _full_batch(teacher, ordered[first : first + batch], ids[row:])
+            row += _full_batch(model, teacher, ordered[first : first + batch], ids[row:])
 
     return run
 
 
-def _full_batch(teacher: Any, rollouts: Sequence[tuple[Any, Any]], ids: Any) -> int:
+def _full_batch(model: Any, teacher: Any, rollouts: Sequence[tuple[Any, Any]], ids: Any) -> int:
     """One right-padded forward and its columns; returns the rows computed."""
     import numpy as np
     import torch
@@ -131,10 +135,12 @@ def _full_batch(teacher: Any, rollouts: Sequence[tuple[Any, Any]], ids: Any) -> 
         inputs[b, : lengths[b]] = np.concatenate([prompt, tokens])[:-1]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     with torch.inference_mode():
-        hidden = teacher._model.model(
+        hidden = model.model(
             input_ids=torch.from_numpy(inputs), attention_mask=mask if len(rollouts) > 1 else None, use_cache=False
         )[0]
-        rows = torch.cat([hidden[b, len(p) - 1 : n] for b, ((p, _), n) in enumerate(zip(rollouts, lengths, strict=True))])
+        rows = torch.cat(
+            [hidden[b, len(p) - 1 : n] for b, ((p, _), n) in enumerate(zip(rollouts, lengths, strict=True))]
+        )
         for first in range(0, len(rows), _LOGITS_TOKENS):
             part = slice(first, min(first + _LOGITS_TOKENS, len(rows)))
             teacher.columns(rows[part], torch.from_numpy(ids[part]))
