@@ -113,7 +113,8 @@ class TeacherScorer:
         """Reverse KL of every row on the partition that the student's top k makes; the teacher's rows, narrowed."""
         stops = is_stop(torch.from_numpy(chunk.topk_ids()), self._stop_ids)
         topk, tail = (torch.from_numpy(a.astype(np.float32)) for a in (chunk.topk_logprobs, chunk.tail_logprobs))
-        student = event_logprobs(*widen(topk, tail), None, stops, self._eos)
+        topk, tail = widen(topk, tail)
+        student = event_logprobs(topk, tail, None, stops, self._eos)
         d = reverse_kl(student, event_logprobs(teacher.topk, teacher.tail, teacher.stop, stops, self._eos))
         small, stop = narrow(teacher.topk, teacher.stop, stops)
         scored = ScoredChunk(

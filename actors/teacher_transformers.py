@@ -1,140 +1,27 @@
 """A teacher on transformers with a KV cache that outlives calls: every token is run once.
 
-Keys and values of all live rollouts lie in slots, [slots, heads, capacity, head_dim] per layer. A forward pass
-takes the new tokens of some slots, ragged and right-padded; the cache layer scatters their keys and values to
-each row's own positions and attends over the slots' past. Left out: models whose attention is not causal over
-the whole past (sliding windows, linear attention); they are refused by name.
+Keys and values of all live rollouts lie in slots (actors/slot_cache.py). A forward pass takes the new tokens of
+some rollouts, one after the other, without padding. Left out: models whose attention is not causal over the whole
+past (sliding windows, linear attention) or does not go through transformers' attention interface; they are refused
+by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
+from actors.slot_cache import ATTENTION, SlotCache, Span
 from actors.teacher_columns import TeacherColumns, columns_of
 from kat_ray.config import Config
 from kat_ray.errors import UserError
 from kat_ray.hf_model import load_causal_lm
 from kat_ray.types import RolloutChunk
 
-_FIRST_CAPACITY = 64
 _LOGITS_TOKENS = 1024  # tokens whose logits over the vocabulary exist at once
-
-
-class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer for all slots."""
-
-    is_sliding = False
-
-    def __init__(self, shared: _Selection) -> None:
-        super().__init__()
-        self._shared = shared
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate on the first pass, when heads and width are known."""
-        shared = self._shared
-        shape = (shared.slots, key_states.shape[1], shared.capacity)
-        self.keys = key_states.new_zeros((*shape, key_states.shape[3]))
-        self.values = value_states.new_zeros((*shape, value_states.shape[3]))
-        self.is_initialized = True
-
-    def fit(self) -> None:
-        """Grow to the slots and the capacity now needed."""
-        if not self.is_initialized:
-            return
-        shared = self._shared
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            if old.shape[0] < shared.slots or old.shape[2] < shared.capacity:
-                new = old.new_zeros((shared.slots, old.shape[1], shared.capacity, old.shape[3]))
-                new[: old.shape[0], :, : old.shape[2]] = old
-                setattr(self, name, new)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Store [B, heads, n, width] at each row's positions; returns the batch's past, [B, heads, L, width]."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        s = self._shared
-        # Padded columns all write to one spare position beyond every row's past, which the mask hides.
-        self.keys[s.rows_B1, :, s.positions_BN] = key_states.transpose(1, 2)
-        self.values[s.rows_B1, :, s.positions_BN] = value_states.transpose(1, 2)
-        return self.keys[s.rows_B, :, : s.length], self.values[s.rows_B, :, : s.length]
-
-    def get_seq_length(self) -> int:
-        """Length of the longest past in the batch."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Key length and offset; the mask is given in full, so transformers does not make one."""
-        return self._shared.length, 0
-
-    def get_max_cache_shape(self) -> int:
-        """No fixed size."""
-        return -1
-
-    def get_max_length(self) -> int:
-        """No fixed size."""
-        return -1
-
-
-@dataclass
-class _Selection:
-    """Which slots a pass runs on, shared by all layers."""
-
-    slots: int = 0
-    capacity: int = _FIRST_CAPACITY
-    length: int = 0
-    rows_B: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    rows_B1: Tensor = field(default_factory=lambda: torch.zeros(0, 1, dtype=torch.long))
-    positions_BN: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
-
-
-class SlotCache(Cache):
-    """Slots for rollouts: taken, written by forward passes, freed."""
-
-    def __init__(self, layers: int) -> None:
-        self.selection = _Selection()
-        super().__init__(layers=[_SlotLayer(self.selection) for _ in range(layers)])
-        self._free: list[int] = []
-
-    def take(self) -> int:
-        """A slot for a new rollout."""
-        if not self._free:
-            old = self.selection.slots
-            self.selection.slots = max(8, old * 2)
-            self._free.extend(range(self.selection.slots - 1, old - 1, -1))
-            self._fit()
-        return self._free.pop()
-
-    def free(self, slot: int) -> None:
-        """Give a slot back; what it holds is overwritten by the next rollout."""
-        self._free.append(slot)
-
-    def select(self, slots: Sequence[int], positions_BN: Tensor, length: int) -> None:
-        """Set up a pass: `length` is the longest past including the new tokens, padding excluded."""
-        s = self.selection
-        if length + 1 > s.capacity:
-            while s.capacity < length + 1:
-                s.capacity *= 2
-            self._fit()
-        s.rows_B = torch.tensor(slots, dtype=torch.long, device=positions_BN.device)
-        s.rows_B1, s.positions_BN, s.length = s.rows_B[:, None], positions_BN, length
-
-    def _fit(self) -> None:
-        for layer in self.layers:
-            layer.fit()
-
-    @property
-    def bytes(self) -> int:
-        """Memory of all keys and values."""
-        return sum(
-            2 * layer.keys.numel() * layer.keys.element_size() for layer in self.layers if layer.is_initialized
-        )
 
 
 @dataclass(frozen=True)
@@ -171,6 +58,12 @@ class TransformersTeacher:
                 f"teacher.path = {teacher.path!r}: its layers attend by {', '.join(sorted(kinds))}; the "
                 "transformers backend scores models with full attention only. Use scorer.backend = vllm on a GPU."
             )
+        self._model.set_attn_implementation(ATTENTION)
+        if model_config._attn_implementation != ATTENTION:
+            raise UserError(
+                f"teacher.path = {teacher.path!r}: {type(self._model).__name__} does not go through transformers' "
+                "attention interface, which the transformers backend needs. Use scorer.backend = vllm on a GPU."
+            )
         self._cache = SlotCache(model_config.num_hidden_layers)
         self._budget = config.scorer.max_batch_tokens
         self._stop_ids = stop_ids
@@ -200,19 +93,21 @@ class TransformersTeacher:
         ValueError names rollouts whose past is not held: send them again with their context.
         """
         feeds = self._feeds(chunk)
-        hidden: dict[int, Tensor] = {}
-        self._run(feeds, hidden.__setitem__)
+        rows = self._run(feeds)
         self.run_tokens += sum(len(f.token_ids) for f in feeds)
         parts = []
-        rows = [hidden[i] for i in range(len(feeds)) if feeds[i].wanted]
         if rows:
             hidden_NH = torch.cat(rows)
             for first in range(0, chunk.tokens, _LOGITS_TOKENS):
                 part = slice(first, first + _LOGITS_TOKENS)
                 ids = torch.from_numpy(chunk.topk_ids(part).astype("int64"))
-                parts.append(columns_of(self.logprobs(hidden_NH[part]), ids, self._stop_ids))
+                parts.append(self.columns(hidden_NH[part], ids))
         self._advance(chunk)
         return TeacherColumns.join(parts, chunk.topk_logprobs.shape[1])
+
+    def columns(self, hidden_NH: Tensor, ids: Tensor) -> TeacherColumns:
+        """Columns from hidden states [N, H] and the student's top-k ids [N, k] int64."""
+        return columns_of(self.logprobs(hidden_NH), ids, self._stop_ids)
 
     def logprobs(self, hidden_NH: Tensor) -> Tensor:
         """Log-probabilities [N, V] float32 over the teacher's whole vocabulary."""
@@ -252,44 +147,28 @@ class TransformersTeacher:
                 state.fed += len(tokens) - (1 if context.size else 0)
                 state.pending = tokens[-1]
 
-    def _run(self, feeds: Sequence[_Feed], take_rows: Callable[[int, Tensor], None]) -> None:
-        """Run all feeds; `take_rows(i, hidden [wanted, H])` gets the last rows of feed i.
+    def _run(self, feeds: Sequence[_Feed]) -> list[Tensor]:
+        """Run all feeds; returns the wanted rows, [wanted, H] each, in the order of the feeds.
 
-        Feeds of similar length share a pass of at most `scorer.max_batch_tokens`, padding included.
+        A pass takes at most `scorer.max_batch_tokens` tokens, or one feed.
         """
-        order = sorted(range(len(feeds)), key=lambda i: (len(feeds[i].token_ids), feeds[i].past))
-        start = 0
-        while start < len(order):
-            end = start + 1
-            while end < len(order) and (end + 1 - start) * len(feeds[order[end]].token_ids) <= self._budget:
-                end += 1
-            self._pass([feeds[i] for i in order[start:end]], order[start:end], take_rows)
-            start = end
+        rows: list[Tensor] = []
+        group: list[_Feed] = []
+        tokens = 0
+        for feed in feeds:
+            if group and tokens + len(feed.token_ids) > self._budget:
+                rows += self._pass(group)
+                group, tokens = [], 0
+            group.append(feed)
+            tokens += len(feed.token_ids)
+        return rows + self._pass(group) if group else rows
 
-    def _pass(
-        self, feeds: Sequence[_Feed], indices: Sequence[int], take_rows: Callable[[int, Tensor], None]
-    ) -> None:
-        counts = torch.tensor([len(f.token_ids) for f in feeds])
-        pasts = torch.tensor([f.past for f in feeds])
-        width, length = int(counts.max()), int((counts + pasts).max())
-        ids = torch.zeros(len(feeds), width, dtype=torch.long)
-        for b, feed in enumerate(feeds):
-            ids[b, : len(feed.token_ids)] = torch.tensor(feed.token_ids)
-        column = torch.arange(width)
-        real_BN = column < counts[:, None]
-        positions_BN = torch.where(real_BN, pasts[:, None] + column, length)
-        device = self._device
-        self._cache.select([f.slot for f in feeds], positions_BN.to(device), length)
-        seen_from = torch.where(real_BN, positions_BN, 0)
-        visible_BNL = torch.arange(length) <= seen_from[:, :, None]
-        hidden_BNH = self._model.model(
-            input_ids=ids.to(device),
-            attention_mask=visible_BNL[:, None].to(device),
-            position_ids=seen_from.to(device),
-            past_key_values=self._cache,
-            use_cache=True,
-        )[0]
-        for b, feed in enumerate(feeds):
-            if feed.wanted:
-                n = len(feed.token_ids)
-                take_rows(indices[b], hidden_BNH[b, n - feed.wanted : n])
+    def _pass(self, feeds: Sequence[_Feed]) -> list[Tensor]:
+        spans = [Span(f.slot, f.past, len(f.token_ids)) for f in feeds]
+        ids = torch.tensor([t for f in feeds for t in f.token_ids], dtype=torch.long, device=self._device)
+        positions_T = self._cache.select(spans, self._model.dtype, self._device)
+        hidden_TH = self._model.model(
+            input_ids=ids[None], position_ids=positions_T[None], past_key_values=self._cache, use_cache=True
+        )[0][0]
+        parts = hidden_TH.split([s.new for s in spans])
+        return [part[len(part) - f.wanted :] for part, f in zip(parts, feeds, strict=True) if f.wanted]

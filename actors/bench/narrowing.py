@@ -56,7 +56,8 @@ def measure(student: Any, teacher: Any, rollouts: Sequence[tuple[list[int], list
         for kind in values:
             topk, tail, _ = sides[0]
             own = (topk, tail) if kind == "exact" else widen(topk.half(), tail)
-            d = reverse_kl(event_logprobs(*own, None, stops, "merged"), event_logprobs(*sides[1], stops, "merged"))
+            ours = event_logprobs(own[0], own[1], None, stops, "merged")
+            d = reverse_kl(ours, _events(sides[1], stops))
             values[kind].append(d.double().numpy())
         exact, rough = (_loss(p, ids, stops, sides[1], stop_ids, kind) for kind in ("exact", "narrow"))
         losses = {"exact": losses["exact"] + exact[0], "narrow": losses["narrow"] + rough[0]}
@@ -71,6 +72,11 @@ def _rows(model: Any, prompt: list[int], tokens: list[int]) -> Tensor:
     return torch.log_softmax(logits.float(), dim=-1)
 
 
+def _events(side: tuple[Tensor, Tensor, Tensor], stops: Tensor) -> Tensor:
+    topk, tail, stop = side
+    return event_logprobs(topk, tail, stop, stops, "merged")
+
+
 def _loss(
     p: Tensor, ids: Tensor, stops: Tensor, teacher: tuple[Tensor, ...], stop_ids: tuple[int, ...], kind: str
 ) -> tuple[float, Tensor]:
@@ -83,7 +89,7 @@ def _loss(
     events = event_logprobs(
         own.gather(-1, ids), tail_from_logprobs(own, ids), stop_mass(own, stop_ids), stops, "merged"
     )
-    loss = reverse_kl(events, event_logprobs(*teacher, stops, "merged")).sum()
+    loss = reverse_kl(events, _events((teacher[0], teacher[1], teacher[2]), stops)).sum()
     (gradient,) = torch.autograd.grad(loss, logits)
     return float(loss.detach()), gradient
 
@@ -155,5 +161,5 @@ def main(student_dir: str, teacher_dir: str, prompts: str, count: int = 60, toke
 
 if __name__ == "__main__":
     paths = sys.argv[1:4] or [str(resolve_path(f"demo:{name}")) for name in ("student", "teacher", "train")]
-    for name, value in vars(main(*paths)).items():
+    for name, value in vars(main(paths[0], paths[1], paths[2])).items():
         print(f"{name:18} {value:.3g}" if isinstance(value, float) else f"{name:18} {value}")

@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kat_ray.divergence import full_reverse_kl, tail_from_logprobs
+from kat_ray.divergence import (
+    event_logprobs,
+    full_reverse_kl,
+    is_stop,
+    reverse_kl,
+    stop_mass,
+    tail_from_logprobs,
+)
 from kat_ray.loss import SUMS, TeacherTargets, distillation_loss
 
 V, H, K, T = 50, 8, 6, 11
@@ -36,10 +43,12 @@ def problem(seed=0, teacher_nan=()):
     )
 
 
-def run(head, hidden, targets, chunk=1000, eos="raw", stop_ids=()):
+def run(head, hidden, targets, chunk=1000, eos="raw", stop_ids=(), as_module=False):
+    """Result and gradients; `as_module` takes the way that ZeRO 3 needs, on which the head is called."""
     hidden = hidden.clone().requires_grad_()
     head.zero_grad()
-    result = distillation_loss(hidden, head, targets, stop_ids, eos, chunk)
+    layer = (lambda x: head(x)) if as_module else head
+    result = distillation_loss(hidden, layer, targets, stop_ids, eos, chunk)
     result.loss.backward()
     return result, hidden.grad.clone(), head.weight.grad.clone()
 
@@ -48,9 +57,10 @@ def sums(result):
     return dict(zip(SUMS, result.sums.tolist(), strict=True))
 
 
-def test_value_and_gradient_equal_a_float64_autograd_of_the_definition():
+@pytest.mark.parametrize("as_module", [False, True])
+def test_value_and_gradient_equal_a_float64_autograd_of_the_definition(as_module):
     head, hidden, t, _ = problem()
-    result, dh, dw = run(head, hidden, t)
+    result, dh, dw = run(head, hidden, t, as_module=as_module)
     h = hidden.double().clone().requires_grad_()
     w = head.weight.detach().double().clone().requires_grad_()
     p = torch.softmax(h @ w.T, -1)
@@ -66,14 +76,43 @@ def test_value_and_gradient_equal_a_float64_autograd_of_the_definition():
 
 @pytest.mark.parametrize("chunk", [1, 4, T, 100])
 @pytest.mark.parametrize("eos", ["raw", "merged", "mask"])
-def test_chunked_equals_whole(chunk, eos):
+@pytest.mark.parametrize("as_module", [False, True])
+def test_chunked_equals_whole(chunk, eos, as_module):
     head, hidden, t, _ = problem()
     whole, dh, dw = run(head, hidden, t, eos=eos, stop_ids=(3, 4))
-    part, ph, pw = run(head, hidden, t, chunk=chunk, eos=eos, stop_ids=(3, 4))
+    part, ph, pw = run(head, hidden, t, chunk=chunk, eos=eos, stop_ids=(3, 4), as_module=as_module)
     assert part.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
     torch.testing.assert_close(ph, dh, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(pw, dw, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(part.sums, whole.sums, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("eos", ["raw", "merged", "mask"])
+@pytest.mark.parametrize("k", [1, K, V])
+@pytest.mark.parametrize("stop_ids", [(), (3, 4, V + 7)])
+def test_gradient_in_the_logits_equals_autograd_through_all_log_probabilities(eos, k, stop_ids):
+    # Values, not only sums of gradients: stop ids inside and outside the top k, an empty tail, a masked logit.
+    head, hidden, t, teacher_logits = problem(seed=5)
+    q = torch.log_softmax(teacher_logits, -1)
+    logits = head(hidden).detach() * 2
+    logits[4, 9] = -math.inf
+    logits[6, [3, 4]] = -math.inf
+    ids = logits.topk(k, dim=-1).indices
+    t = replace(t, topk_ids=ids, topk_logprobs=q.gather(-1, ids), tail=tail_from_logprobs(q, ids))
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    result = distillation_loss(ours, lambda x: x, t, stop_ids, eos, 4)
+    result.loss.backward()
+    p = torch.log_softmax(theirs, -1)
+    stops = is_stop(ids, stop_ids)
+    student = event_logprobs(p.gather(-1, ids), tail_from_logprobs(p, ids), stop_mass(p, stop_ids), stops, eos)
+    teacher = event_logprobs(t.topk_logprobs, t.tail, t.stop, stops, eos)
+    kl = reverse_kl(student, teacher)
+    kl.sum().backward()
+    assert result.loss.item() == pytest.approx(kl.sum().item(), rel=1e-5)
+    # Autograd through all log-probabilities has NaN where all stop ids, or a token of the top k, are masked.
+    keep = torch.isfinite(theirs.grad).all(dim=1)
+    assert torch.isfinite(ours.grad).all() and keep.sum() >= T - 2
+    torch.testing.assert_close(ours.grad[keep], theirs.grad[keep], atol=2e-6, rtol=1e-4)
 
 
 def test_a_masked_nan_adds_nothing_to_value_and_gradient():

@@ -1,0 +1,204 @@
+"""The learner against plain matrix products: which share of what the cores can do ends up in the update.
+
+One optimiser step of `Learner.train_step` (DeepSpeed, one rank, float32) on whole rollouts. FLOPs of a step, with P
+the weights of all linear layers but the output layer, O those of the output layer (tied or not):
+
+    useful    6 (P + O) x trained tokens; attention, prompts, padding and recomputation count nothing
+    hardware  6 P x tokens run, prompts and padding included, + `HEAD_PRODUCTS` x 2 O x trained tokens
+
+The other side computes the same products alone: for each linear layer the forward product and the two of the
+backward pass, on as many tokens as a micro-batch has (the output layer: as a chunk of logits has).
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from actors.bench.child import alternate, print_figures, ratio, run_child
+from actors.bench.figure import Figure
+from actors.bench.pairs import Pair, make_pair
+from actors.bench.work import all_kept, chunks_of, random_rollouts, teacher_rows
+
+HEAD_PRODUCTS = 3  # of the output layer for each token: one forward, two gradients; nothing is computed again
+GOAL = 0.5
+_WORK = {"tiny": (64, (200, 501)), "large": (32, (150, 251))}  # rollouts, and the range of their lengths
+_TURNS = {"tiny": 3, "large": 3}
+
+
+def figures(folder: Path, threads: int = 2) -> list[Figure]:
+    """Useful FLOP/s of a training step over FLOP/s of its matrix products, for each pair."""
+    found = []
+    for name in ("tiny", "large"):
+        make_pair(name, folder)
+        owed = [Figure("learner", _name(name), None, _goal(name))]
+        found += run_child(__name__, [folder, name, threads], threads, owed, timeout=300)
+    return found
+
+
+def _name(pair: str) -> str:
+    return f"{pair}: useful FLOP/s of a step over FLOP/s of its matrix products"
+
+
+def _goal(pair: str) -> float | None:
+    return GOAL if pair == "large" else None  # layers of 96: overhead decides there, not arithmetic
+
+
+def learner_of(student: Path, threads: int) -> Any:
+    """A learner of one rank in this process, ready to take steps."""
+    from actors.learner import Learner
+    from kat_ray.config import Config
+
+    config = Config.model_validate(
+        {
+            "student": {"path": str(student), "dtype": "float32"},
+            "teacher": {"path": str(student), "dtype": "float32"},
+            "data": {"path": "unused.jsonl"},
+            "learner": {"dtype": "float32", "threads": threads},
+        }
+    )
+    learner = Learner(0, 1, config, str(student), (1,))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    learner.start("127.0.0.1", port)
+    return learner
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a step runs: weights and tokens."""
+
+    body: int  # weights of the linear layers but the output layer
+    head: int
+    run: int  # tokens of the forward passes, padding included
+    trained: int
+    wide: int  # tokens of the largest micro-batch
+
+    @property
+    def useful(self) -> float:
+        """FLOPs that the update needs."""
+        return 6.0 * (self.body + self.head) * self.trained
+
+    @property
+    def hardware(self) -> float:
+        """FLOPs of all products with weights."""
+        return 6.0 * self.body * self.run + 2.0 * HEAD_PRODUCTS * self.head * self.trained
+
+
+def measure(pair: Pair, threads: int) -> list[Figure]:
+    """The figure of one pair, in this process."""
+    learner = learner_of(pair.student, threads)
+    model = learner._engine.module.student
+    count, lengths = _WORK[pair.name]
+    rollouts = random_rollouts(count, lengths, model.config.vocab_size)
+    chunks = list(chunks_of(rollouts, 1 << 30, model.config.vocab_size))
+    teacher, kept = [teacher_rows(c) for c in chunks], all_kept(rollouts)
+    trained = sum(k.kept for k in kept)
+
+    def step() -> None:
+        report = learner.train_step(chunks, teacher, kept, float(trained), 0)
+        assert report.tokens == trained, report
+
+    step()  # warms up
+    linear = _linear_layers(model)
+    counts = _count(learner, linear, chunks, teacher, kept)
+    products, product_flops = _products(linear, counts.wide, learner._config.learner.logits_chunk_tokens)
+    products()
+    own, other = alternate([step, products], _TURNS[pair.name])
+    share = counts.useful / product_flops  # of a step's products in those timed alone
+    return [
+        Figure(
+            group="learner",
+            name=_name(pair.name),
+            value=ratio(other.wall, own.wall) * share,
+            goal=_goal(pair.name),
+            detail={
+                "rollouts": count,
+                "trained_tokens": trained,
+                "run_tokens": counts.run,
+                "threads": threads,
+                "body_weights": counts.body,
+                "output_weights": counts.head,
+                "useful_gflop_per_s": round(counts.useful / min(own.wall) / 1e9, 1),
+                "hardware_gflop_per_s": round(counts.hardware / min(own.wall) / 1e9, 1),
+                "product_gflop_per_s": round(product_flops / min(other.wall) / 1e9, 1),
+                "hardware_ratio": round(ratio(other.wall, own.wall) * counts.hardware / product_flops, 3),
+                "ratio_cpu": round(ratio(other.cpu, own.cpu) * share, 3),
+                "tokens_per_s": round(trained / min(own.wall)),
+                **own.detail("step"),
+                **other.detail("products"),
+            },
+        )
+    ]
+
+
+def _linear_layers(model: Any) -> Counter[tuple[int, int, bool]]:
+    """How many linear layers there are of each shape (out, in, whether it is the output layer)."""
+    import torch
+
+    return Counter(
+        (*module.weight.shape, module is model.lm_head)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear)
+    )
+
+
+def _count(learner: Any, linear: Counter[tuple[int, int, bool]], chunks: Any, teacher: Any, kept: Any) -> Counts:
+    from kat_ray.batch import collect_rows, micro_batches
+
+    batches = micro_batches(collect_rows(chunks, teacher, kept), learner._config.learner.micro_batch_tokens)
+    sizes = [b.input_ids.size for b in batches]
+    return Counts(
+        body=sum(o * i * n for (o, i, head), n in linear.items() if not head),
+        head=sum(o * i * n for (o, i, head), n in linear.items() if head),
+        run=sum(sizes),
+        trained=sum(k.kept for k in kept),
+        wide=max(sizes),
+    )
+
+
+def _products(
+    linear: Counter[tuple[int, int, bool]], tokens: int, head_tokens: int
+) -> tuple[Callable[[], None], float]:
+    """A function that computes each layer's three products into ready memory, and its FLOPs."""
+    import torch
+
+    jobs: list[tuple[int, Sequence[torch.Tensor]]] = []
+    flops = 0.0
+    for (rows, columns, head), layers in linear.items():
+        n = head_tokens if head else tokens
+        x, w, dy = torch.randn(n, columns), torch.randn(rows, columns), torch.randn(n, rows)
+        out = [torch.empty(n, rows), torch.empty(n, columns), torch.empty(rows, columns)]
+        # The output layer runs on all tokens, chunk by chunk.
+        times = layers * max(1, tokens // n)
+        jobs.append((times, [x, w, dy, *out]))
+        flops += 6.0 * n * rows * columns * times
+
+    def run() -> None:
+        for times, (x, w, dy, y, dx, dw) in jobs:
+            for _ in range(times):
+                torch.mm(x, w.t(), out=y)
+                torch.mm(dy, w, out=dx)
+                torch.mm(dy.t(), x, out=dw)
+
+    return run, flops
+
+
+def main() -> None:
+    """`python -m actors.bench.learner FOLDER PAIR THREADS`: the figure of one pair, as JSON on stdout."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("pair")
+    parser.add_argument("threads", type=int)
+    arguments = parser.parse_args()
+    print_figures(measure(make_pair(arguments.pair, arguments.folder), arguments.threads))
+
+
+if __name__ == "__main__":
+    main()
