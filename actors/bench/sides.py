@@ -36,7 +36,8 @@ class Size:
     rollouts: int
     max_tokens: int
     steps: int
-    micro_batch: int  # rollouts of one pass in the peer: the fastest of those tried, see docs/log.md
+    micro_batch: int  # rollouts of one pass in the peer: the fastest of those tried
+    peer_vllm: bool = False  # also against the peer's vLLM generation
     turns: int = 2
     timeout: float = 600.0
 

@@ -1,0 +1,50 @@
+"""The real actors around stub engines: outcomes do not depend on the number of samplers, scorers and monitors."""
+
+from types import SimpleNamespace
+
+import pytest
+import ray
+
+from actors.bench.fleet import Fleet, Setting, bench_config
+from actors.bench.scaling import costs_of, flood, report
+from actors.pools import connect
+from actors.trainer import Trainer
+from kat_ray.data import PromptOrder
+
+
+@pytest.fixture(scope="module")
+def fleet(ray_local):
+    fleet = Fleet(samplers=3, scorers=2, shards=[2])
+    yield fleet
+    for actor in (*fleet.samplers, *fleet.scorers, *(m for shards in fleet.monitors.values() for m in shards)):
+        ray.kill(actor)
+
+
+def outcomes_of(fleet, samplers, scorers, shards, steps=3):
+    """What every rollout of a few steps came to."""
+    monitors = fleet.monitors[shards]
+    connect(fleet.samplers[:samplers], fleet.scorers[:scorers], monitors, None)
+    pools = SimpleNamespace(samplers=fleet.samplers[:samplers], monitors=monitors)
+    trainer = Trainer(bench_config(40), pools, PromptOrder(fleet._prompts, 0, shuffle=False))
+    sampled = [trainer.sample(step) for step in range(steps)]
+    for s in sampled:
+        for books in (b for _, _, b in s.joined):
+            assert books.generated == books.kept + books.cut_back + books.overshoot
+        assert all(len(r.decision_seconds) == len(r.chunks) for r in s.reports)
+        assert all(len(r.chunks) and r.control_seconds > 0 for r in s.reports)
+    return [(o.rollout_id, o.cut, o.confirmed, o.threshold, o.minimum) for s in sampled for o, _, _ in s.joined]
+
+
+def test_two_monitors_do_what_one_does_and_the_benchmark_reports(fleet):
+    one = outcomes_of(fleet, samplers=1, scorers=1, shards=1)
+    assert one == outcomes_of(fleet, samplers=3, scorers=2, shards=2)
+    assert sum(cut is not None for _, cut, *_ in one) > 10 and one[-1][3] is not None
+    assert {ray.get(s.stats.remote())["states"] for s in fleet.scorers} == {0}, "what was cut was released"
+    measured = [fleet.measure(Setting(3, 48, 2, shards=n), tokens=1) for n in (1, 2)]
+    floods = [flood(fleet.monitors[1][0], 100 + rollouts, rollouts, calls=3) for rollouts in (4, 32)]
+    for m in measured:
+        assert m.tokens > 0 and m.chunks == m.puts and m.remote_calls > 2 * m.chunks
+        assert all(m.cpu[role] > 0 for role in ("sampler", "scorer", "monitor", "driver"))
+        assert 400 < m.bytes_put / m.tokens < 480
+    text = report(measured, floods, costs_of(measured, floods))
+    assert "512 GPUs" in text and text.count("| 3 x 48 (2, ") == 2
