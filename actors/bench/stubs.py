@@ -36,6 +36,7 @@ class StubEngine:
         self._tokens = [[int(t)] for t in ids[:, 0]]
         self._views = [(self._ids[i : i + 1], self._logprobs[i : i + 1]) for i in range(_ROWS)]
         self._left: dict[str, int] = {}
+        self._row: dict[str, int] = {}  # of a request: what it is given depends on its rollout alone
         self._rate = rate
         self._due = 0.0
         self.cpu_seconds = 0.0  # of the stub itself: not part of what is measured
@@ -52,6 +53,7 @@ class StubEngine:
     def add(self, request_id: str, prompt_ids: Sequence[int], seed: int, settings: SamplingSettings) -> None:
         """Queue one request; it ends after `settings.max_tokens` tokens."""
         self._left[request_id] = settings.max_tokens
+        self._row[request_id] = int(request_id)
 
     def step(self) -> list[EngineRows]:
         """One token of every running request, not before the rate allows it."""
@@ -61,12 +63,14 @@ class StubEngine:
             self._due = max(self._due, now) + len(self._left) / self._rate
             time.sleep(max(0.0, self._due - now))
         rows = []
-        for number, (request_id, left) in enumerate(self._left.items()):
-            row = (number + left) % _ROWS
+        for request_id, left in self._left.items():
+            row = (self._row[request_id] + left) % _ROWS
             ids, logprobs = self._views[row]
             end = EngineEnd.RUNNING if left > 1 else EngineEnd.MAX_TOKENS
             rows.append(EngineRows(request_id, self._tokens[row], ids, logprobs, end))
         self._left = {r: left - 1 for r, left in self._left.items() if left > 1}
+        if not self._left:
+            self._row.clear()
         self.cpu_seconds += time.thread_time() - started
         return rows
 
