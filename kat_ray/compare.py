@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +169,16 @@ def run_all(planned: Sequence[Planned], train: Callable[[Config], Any], say: Cal
 def check_same(config: Config, folder: Path) -> None:
     """Refuse a finished run that differs from what would be run now; names the fields.
 
-    `run.dir` does not count: it is where the run was found, however it was written then.
+    `run.dir` does not count: it is where the run was found, however it was written then. A run that copied another
+    one is the same wherever both were moved together.
     """
     then = load_config(folder / "config.yaml")
-    then = then.model_copy(update={"run": then.run.model_copy(update={"dir": config.run.dir})})
     now_copies, then_copied = (getattr(c.termination, "run", None) for c in (config, then))
-    if now_copies and then_copied and Path(now_copies).resolve() == Path(then_copied).resolve():
-        then = then.model_copy(update={"termination": then.termination.model_copy(update={"run": now_copies})})
+    if now_copies and then_copied:
+        is_same = Path(now_copies).resolve() == Path(then_copied).resolve()
+        if is_same or relpath(now_copies, config.run.dir) == relpath(then_copied, then.run.dir):
+            then = then.model_copy(update={"termination": then.termination.model_copy(update={"run": now_copies})})
+    then = then.model_copy(update={"run": then.run.model_copy(update={"dir": config.run.dir})})
     if differing := differences(config, then):
         raise UserError(
             f"{folder} was run with other settings ({'; '.join(differing)}): remove it, or choose another --out"

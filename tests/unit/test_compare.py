@@ -4,13 +4,14 @@ import csv
 import json
 import math
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kat_ray import cli
-from kat_ray.compare import config_of, differences, order_of, parse_arm, plan_runs, run_all
+from kat_ray.compare import check_same, config_of, differences, order_of, parse_arm, plan_runs, run_all
 from kat_ray.compare_results import notes_of, read_finished, read_results, read_runs, tflop_parts
 from kat_ray.compare_table import bootstrap, difference_table, paired, table, write_results
 from kat_ray.config_io import load_config, save_config
@@ -392,3 +393,11 @@ def test_the_stages_of_kat_keep_the_settings_of_kat(tmp_path):
     kat, stages = (a.termination for a in arms)
     assert stages.put_back == "after" and kat.window == stages.window == 16
     assert stages.model_dump(exclude={"rule", "put_back"}) == kat.model_dump(exclude={"rule"})
+
+
+def test_a_comparison_that_was_moved_is_the_same(tmp_path):
+    then = config_of(BASE, replace(parse_arm("length_matched"), of="kat"), 0, tmp_path / "old")
+    save_config(then, tmp_path / "config.yaml")
+    check_same(config_of(BASE, replace(parse_arm("length_matched"), of="kat"), 0, tmp_path / "new"), tmp_path)
+    with pytest.raises(UserError, match=r"termination.run"):
+        check_same(config_of(BASE, replace(parse_arm("length_matched"), of="hot"), 0, tmp_path / "new"), tmp_path)
