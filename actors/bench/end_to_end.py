@@ -16,8 +16,8 @@ from actors.bench.pairs import Pair, make_pair
 from actors.bench.sides import WARM_UP, SideError, Size, Step, install_peer, run_kat_ray, run_peer
 
 GROUP = "end_to_end"
-LONG = Size("tiny 256 x 512", "tiny", rollouts=256, max_tokens=512, steps=3, micro_batch=32)
-SHORT = Size("tiny 48 x 224", "tiny", rollouts=48, max_tokens=224, steps=8, micro_batch=48)
+LONG = Size("tiny 256 x 512", "tiny", rollouts=256, max_tokens=512, steps=2, micro_batch=32, peer_vllm=True)
+SHORT = Size("tiny 48 x 224", "tiny", rollouts=48, max_tokens=224, steps=6, micro_batch=48)
 LARGE = Size("large 16 x 128", "large", rollouts=16, max_tokens=128, steps=2, micro_batch=16, turns=1)
 _PROBE = Size("probe", "tiny", rollouts=8, max_tokens=16, steps=1, micro_batch=8, turns=1, timeout=300)
 
@@ -53,7 +53,7 @@ def measure(
     """All figures of this part, below `folder` (models, logs); the peer's environment is made in `peer_venv`."""
     folder = folder.resolve()
     try:
-        python: Path | None = install_peer(peer_venv.resolve())
+        python: Path | None = install_peer(peer_venv.resolve(), folder)
         missing = ""
     except SideError as error:
         python, missing = None, f"the peer's environment could not be made: {error}"
@@ -112,7 +112,7 @@ def _sides(size: Size, pair: Pair, python: Path | None, repair: bool) -> Mapping
         sides[KAT] = ours("kat")  # the rule's settings fit this student; random weights have no traps
     if python is not None:
         sides[PEER] = peer("transformers", False)
-        if size.max_tokens == LONG.max_tokens:
+        if size.peer_vllm:
             sides[PEER_VLLM] = peer("vllm", repair)
     return sides
 
@@ -129,7 +129,7 @@ def _figures(runs: Runs, as_it_is: str) -> list[Figure]:
     ]  # fmt: skip
     if size.pair != "tiny":
         return figures
-    if size.max_tokens == LONG.max_tokens:
+    if size.peer_vllm:
         figures += [
             _figure(
                 runs, f"tokens per second, kat-ray / TRL with vLLM generation, {size.name}",

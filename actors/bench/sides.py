@@ -36,7 +36,8 @@ class Size:
     rollouts: int
     max_tokens: int
     steps: int
-    micro_batch: int  # rollouts of one pass in the peer: the fastest of those tried, see docs/log.md
+    micro_batch: int  # rollouts of one pass in the peer: the fastest of those tried
+    peer_vllm: bool = False  # also against the peer's vLLM generation
     turns: int = 2
     timeout: float = 600.0
 
@@ -122,10 +123,10 @@ def _complete(steps: list[Step], size: Size, who: str) -> list[Step]:
     return steps
 
 
-def install_peer(venv: Path) -> Path:
-    """Make the peer's environment unless it is there; returns its Python."""
-    log = venv.parent / f"{venv.name}.log"
-    run_child([str(PEER / "install.sh"), str(venv)], dict(os.environ), 1800.0, log)
+def install_peer(venv: Path, folder: Path) -> Path:
+    """Make the peer's environment unless it is there; returns its Python. The log goes to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run_child([str(PEER / "install.sh"), str(venv)], dict(os.environ), 1800.0, folder / "install-peer.log")
     return venv / "bin" / "python"
 
 
