@@ -53,7 +53,7 @@ def measure(
     """All figures of this part, below `folder` (models, logs); the peer's environment is made in `peer_venv`."""
     folder = folder.resolve()
     try:
-        python: Path | None = install_peer(peer_venv.resolve())
+        python: Path | None = install_peer(peer_venv.resolve(), folder)
         missing = ""
     except SideError as error:
         python, missing = None, f"the peer's environment could not be made: {error}"

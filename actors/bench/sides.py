@@ -123,10 +123,10 @@ def _complete(steps: list[Step], size: Size, who: str) -> list[Step]:
     return steps
 
 
-def install_peer(venv: Path) -> Path:
-    """Make the peer's environment unless it is there; returns its Python."""
-    log = venv.parent / f"{venv.name}.log"
-    run_child([str(PEER / "install.sh"), str(venv)], dict(os.environ), 1800.0, log)
+def install_peer(venv: Path, folder: Path) -> Path:
+    """Make the peer's environment unless it is there; returns its Python. The log goes to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run_child([str(PEER / "install.sh"), str(venv)], dict(os.environ), 1800.0, folder / "install-peer.log")
     return venv / "bin" / "python"
 
 
