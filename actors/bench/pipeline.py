@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,31 @@ from actors.bench.end_to_end import LONG
 from actors.bench.figure import Figure
 from actors.bench.pairs import make_pair
 from actors.bench.sides import WARM_UP, SideError, run_child, run_kat_ray
+from kat_ray.config import RolloutConfig
 
 GROUP = "pipeline"
-_RUNS = {"none": ("none", 0), "ahead": ("none", 1), "kat": ("kat", 0)}
+_DEFAULT = RolloutConfig()
+_COARSE = [f"rollout.{f}={getattr(_DEFAULT, f)}" for f in ("chunk_tokens", "max_chunks_ahead")]
+# Rule, staleness, overrides. The embedded configuration sends a chunk every 4 tokens, the default one every 16.
+_RUNS: dict[str, tuple[str, int, list[str]]] = {
+    "none": ("none", 0, []),
+    "ahead": ("none", 1, []),
+    "kat": ("kat", 0, _COARSE),
+}
 
 
 def figures(folder: Path) -> list[Figure]:
     """All figures of this part, below `folder`."""
     pair = make_pair(LONG.pair, folder / "pairs")
     steps: dict[str, list[dict[str, float]]] = {}
-    for name, (rule, staleness) in _RUNS.items():
+    for name, (rule, staleness, overrides) in _RUNS.items():
         where = folder / "pipeline" / name
-        run_kat_ray(LONG, pair, rule, where, overrides=[f"rollout.staleness={staleness}"])
+        # With staleness 1 nothing is sampled while the last step is learnt: that step is not like the others.
+        size = replace(LONG, steps=LONG.steps + staleness)
+        run_kat_ray(size, pair, rule, where, overrides=[f"rollout.staleness={staleness}", *overrides])
         lines = (where / rule / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        steps[name] = [m for m in map(json.loads, lines) if "time/step" in m][WARM_UP:]
+        recorded = [m for m in map(json.loads, lines) if "time/step" in m]
+        steps[name] = recorded[WARM_UP : WARM_UP + LONG.steps]
     return [
         _idle(steps["ahead"], "staleness 1", 0.15, ""),
         _idle(steps["none"], "staleness 0", 0.15, _STRICT),
@@ -41,7 +53,8 @@ def figures(folder: Path) -> list[Figure]:
             GROUP, "publication of the weights, share of step time", _share(steps["none"], "time/publish"),
             goal=0.05, sense="<=", detail={"seconds": [m["time/publish"] for m in steps["none"]]},
         ),
-        decision_path_figure(folder / "pipeline" / "kat" / "kat", WARM_UP),
+        _named(decision_path_figure(folder / "pipeline" / "kat" / "kat", WARM_UP), "a chunk every 16 tokens, rule kat"),
+        _named(decision_path_figure(folder / "pipeline" / "none" / "none", WARM_UP), "every 4 tokens, rule none"),
         bytes_figure(),
         _startup(folder / "pipeline" / "startup"),
     ]  # fmt: skip
@@ -51,6 +64,10 @@ _STRICT = (
     "strictly on-policy: no rollout can be sampled while the weights it needs are learnt, so the busiest stage "
     "idles at least while the learner works; staleness 1 overlaps the two"
 )
+
+
+def _named(figure: Figure, words: str) -> Figure:
+    return replace(figure, group=GROUP, name=f"{figure.name}, {words}")
 
 
 def _idle(steps: list[dict[str, float]], mode: str, goal: float, note: str) -> Figure:
