@@ -179,6 +179,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("-v", "--verbose", action="store_true", help="also log what is being done")
         return sub
 
+    configured = [*_add_runs(add), *_add_records(add)]
+    for sub in configured:
+        sub.add_argument("overrides", metavar="section.field=value", nargs="*", default=[], help="override a field")
+    return parser
+
+
+def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
+    """The commands that start something; returns those that take a configuration's overrides."""
     train = add("train", _train, "distil the teacher into the student")
     train.add_argument("config", metavar="CONFIG", help="YAML file, or `demo`")
     train.add_argument(
@@ -205,6 +213,11 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--out", metavar="DIR", type=Path, help="folder of the comparison (default <run.dir>/compare-<run.name>)"
     )
+    return [train, evaluate, doctor, compare]
+
+
+def _add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
+    """The commands over what runs left, the benchmark and the configuration's own."""
     replay = add("replay", _replay, "apply other settings of the rule to a run's recorded rollouts", OVER_A_RUN)
     replay.add_argument("run", metavar="RUN", type=Path, help="run directory, such as runs/latest")
     replay.add_argument(
@@ -249,9 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     config = add("config", _config, "print the resolved configuration")
     config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     config.add_argument("--docs", action="store_true", help="print the text of docs/configuration.md instead")
-    for sub in (train, evaluate, doctor, compare, config):
-        sub.add_argument("overrides", metavar="section.field=value", nargs="*", default=[], help="override a field")
-    return parser
+    return [config]
 
 
 def _version() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -10,9 +11,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from actors.bench.figure import Figure
+from actors.bench.pairs import Pair, make_pair
 
 _MARK = "FIGURES "  # before the JSON on stdout: libraries print there too
 
@@ -53,6 +56,16 @@ def run_child(
 def print_figures(figures: Sequence[Figure]) -> None:
     """A child's answer to its parent, on stdout."""
     print(_MARK + json.dumps([f.as_dict() for f in figures]), flush=True)
+
+
+def pair_main(measure: Callable[[Pair, int], list[Figure]]) -> None:
+    """`python -m MODULE FOLDER PAIR THREADS`: what `measure` says of one pair, as a child's answer."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("pair")
+    parser.add_argument("threads", type=int)
+    arguments = parser.parse_args()
+    print_figures(measure(make_pair(arguments.pair, arguments.folder), arguments.threads))
 
 
 def _figure(fields: dict[str, Any]) -> Figure:

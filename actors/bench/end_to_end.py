@@ -1,8 +1,8 @@
 """End to end: whole training steps (generate, score, learn) of kat-ray and of the peer, on the same work.
 
 The same student, teacher, prompts in the same order, number and length of rollouts, sampling settings, float32 and
-learning rate. Sides run one at a time and take turns, the second turn in the opposite order, so that a busy minute
-of the machine does not fall on one side only. The first step of every run is warm-up and is not measured.
+learning rate. Sides run one at a time; where a size has several turns, the second is in the opposite order, so that
+a busy minute of the machine does not fall on one side only. The first step of every run is warm-up, not measured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from actors.bench.pairs import Pair, make_pair
 from actors.bench.sides import WARM_UP, SideError, Size, Step, install_peer, run_kat_ray, run_peer
 
 GROUP = "end_to_end"
-LONG = Size("tiny 256 x 512", "tiny", rollouts=256, max_tokens=512, steps=2, micro_batch=32, peer_vllm=True)
+LONG = Size(
+    "tiny 256 x 512", "tiny", rollouts=256, max_tokens=512, steps=3, micro_batch=32, turns=1, peer_vllm=True
+)
 SHORT = Size("tiny 48 x 224", "tiny", rollouts=48, max_tokens=224, steps=6, micro_batch=48)
 LARGE = Size("large 16 x 128", "large", rollouts=16, max_tokens=128, steps=2, micro_batch=16, turns=1)
 _PROBE = Size("probe", "tiny", rollouts=8, max_tokens=16, steps=1, micro_batch=8, turns=1, timeout=300)

@@ -12,7 +12,6 @@ backward pass, on as many tokens as a micro-batch has (the output layer: as a ch
 
 from __future__ import annotations
 
-import argparse
 import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from actors.bench.child import alternate, print_figures, ratio, run_child
+from actors.bench.child import alternate, pair_main, ratio, run_child
 from actors.bench.figure import Figure
 from actors.bench.pairs import Pair, make_pair
 from actors.bench.work import all_kept, chunks_of, random_rollouts, teacher_rows
@@ -190,15 +189,5 @@ def _products(
     return run, flops
 
 
-def main() -> None:
-    """`python -m actors.bench.learner FOLDER PAIR THREADS`: the figure of one pair, as JSON on stdout."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("pair")
-    parser.add_argument("threads", type=int)
-    arguments = parser.parse_args()
-    print_figures(measure(make_pair(arguments.pair, arguments.folder), arguments.threads))
-
-
 if __name__ == "__main__":
-    main()
+    pair_main(measure)

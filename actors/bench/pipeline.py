@@ -53,8 +53,8 @@ def figures(folder: Path) -> list[Figure]:
             GROUP, "publication of the weights, share of step time", _share(steps["none"], "time/publish"),
             goal=0.05, sense="<=", detail={"seconds": [m["time/publish"] for m in steps["none"]]},
         ),
-        _named(decision_path_figure(folder / "pipeline" / "kat" / "kat", WARM_UP), "a chunk every 16 tokens, rule kat"),
-        _named(decision_path_figure(folder / "pipeline" / "none" / "none", WARM_UP), "every 4 tokens, rule none"),
+        _named(decision_path_figure(folder / "pipeline/kat/kat", WARM_UP), "a chunk every 16 tokens, rule kat"),
+        _named(decision_path_figure(folder / "pipeline/none/none", WARM_UP), "every 4 tokens, rule none"),
         bytes_figure(),
         _startup(folder / "pipeline" / "startup"),
     ]  # fmt: skip

@@ -7,12 +7,11 @@ without log-probabilities, seeds and detokenising. Both engines have the same se
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from actors.bench.child import alternate, print_figures, ratio, run_child
+from actors.bench.child import alternate, pair_main, ratio, run_child
 from actors.bench.figure import Figure
 from actors.bench.pairs import MAX_POSITIONS, Pair, make_pair
 
@@ -145,15 +144,5 @@ def _bare(
     return generate
 
 
-def main() -> None:
-    """`python -m actors.bench.sampler FOLDER PAIR THREADS`: the figures of one pair, as JSON on stdout."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("pair")
-    parser.add_argument("threads", type=int)
-    arguments = parser.parse_args()
-    print_figures(measure(make_pair(arguments.pair, arguments.folder), arguments.threads))
-
-
 if __name__ == "__main__":
-    main()
+    pair_main(measure)

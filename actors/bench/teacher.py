@@ -7,13 +7,12 @@ same columns with the same function.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.bench.child import alternate, print_figures, ratio, run_child
+from actors.bench.child import alternate, pair_main, ratio, run_child
 from actors.bench.figure import Figure
 from actors.bench.pairs import Pair, make_pair
 from actors.bench.work import Rollouts, chunks_of, random_rollouts
@@ -154,15 +153,5 @@ def _full_batch(model: Any, teacher: Any, rollouts: Sequence[tuple[Any, Any]], i
     return len(rows)
 
 
-def main() -> None:
-    """`python -m actors.bench.teacher FOLDER PAIR THREADS`: the figure of one pair, as JSON on stdout."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("pair")
-    parser.add_argument("threads", type=int)
-    arguments = parser.parse_args()
-    print_figures(measure(make_pair(arguments.pair, arguments.folder), arguments.threads))
-
-
 if __name__ == "__main__":
-    main()
+    pair_main(measure)
