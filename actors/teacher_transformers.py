@@ -21,7 +21,7 @@ from kat_ray.errors import UserError
 from kat_ray.hf_model import load_causal_lm
 from kat_ray.types import RolloutChunk
 
-_LOGITS_TOKENS = 1024  # tokens whose logits over the vocabulary exist at once
+_LOGITS = 2**25  # logits that exist at once: tokens x vocabulary, 128 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class _State:
     slot: int
     fed: int
     pending: int
+
+
+def logits_tokens(vocabulary: int) -> int:
+    """Tokens whose logits over the vocabulary exist at once."""
+    return max(1, _LOGITS // vocabulary)
 
 
 class TransformersTeacher:
@@ -98,8 +103,9 @@ class TransformersTeacher:
         parts = []
         if rows:
             hidden_NH = torch.cat(rows)
-            for first in range(0, chunk.tokens, _LOGITS_TOKENS):
-                part = slice(first, first + _LOGITS_TOKENS)
+            step = logits_tokens(self._model.config.vocab_size)
+            for first in range(0, chunk.tokens, step):
+                part = slice(first, first + step)
                 ids = torch.from_numpy(chunk.topk_ids(part).astype("int64"))
                 parts.append(self.columns(hidden_NH[part], ids))
         self._advance(chunk)

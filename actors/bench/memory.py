@@ -1,8 +1,9 @@
 """Peak memory of learner and scorer as the vocabulary grows: with the weights, not with tokens x vocabulary.
 
 Each measurement is a process of its own: the highest resident memory less that before the model was loaded. For the
-largest vocabulary it is taken with twice the tokens too; what that adds is compared with the logits of the added
-tokens, tokens x vocabulary x 4 bytes, which a loss over whole batches would hold.
+smallest and the largest vocabulary it is taken with twice the tokens too. Activations grow with tokens at any
+vocabulary; what twice the tokens add at the largest and not at the smallest is what grows with both. It is compared
+with the logits of the added tokens, tokens x vocabulary x 4 bytes, which a loss over whole batches would hold.
 """
 
 from __future__ import annotations
@@ -22,27 +23,33 @@ _GOAL = 0.05  # of tokens x vocabulary x 4 bytes
 
 
 def figures(folder: Path, threads: int = 2) -> list[Figure]:
-    """What twice the tokens add, by the logits of the added tokens, at the largest vocabulary; for both roles."""
+    """What grows with tokens and vocabulary together, by the logits of the added tokens; for both roles."""
     return [_figure(role, folder / "memory", threads) for role in ("learner", "scorer")]
 
 
 def _figure(role: str, folder: Path, threads: int) -> Figure:
-    largest = VOCABULARIES[-1]
-    name = f"{role}: memory that twice the tokens add / their logits, vocabulary {largest:,}"
-    peaks: dict[str, float] = {}
-    for vocabulary, times in [*((v, 1) for v in VOCABULARIES), (largest, 2)]:
+    smallest, largest = VOCABULARIES[0], VOCABULARIES[-1]
+    name = f"{role}: memory that grows with tokens x vocabulary / logits of the tokens, {largest:,} ids"
+    peaks: dict[tuple[int, int], float] = {}
+    weights: dict[int, float] = {}
+    for vocabulary, times in [*((v, 1) for v in VOCABULARIES), (smallest, 2), (largest, 2)]:
         run_child(__name__, ["make", role, vocabulary, folder, 1], threads, [], 300)
         owed = [Figure("memory", "peak", None)]
         (peak,) = run_child(__name__, ["measure", role, vocabulary, folder, times], threads, owed, 300)
         if peak.value is None:
             return Figure("memory", name, None, _GOAL, "<=", note=f"vocabulary {vocabulary:,}: {peak.note}")
-        label = f"vocabulary_{vocabulary}" + ("_twice_the_tokens" if times == 2 else "")
-        peaks[f"{label}_peak_mb"] = round(peak.value / 1e6)
-        peaks[f"{label}_weights_mb"] = round(peak.detail["weight_bytes"] / 1e6)
-    added = peaks[f"vocabulary_{largest}_twice_the_tokens_peak_mb"] - peaks[f"vocabulary_{largest}_peak_mb"]
-    logits = _ROLLOUTS * _LENGTH * largest * 4 / 1e6
-    detail = {"tokens": _ROLLOUTS * _LENGTH, "logits_of_the_tokens_mb": round(logits), **peaks}
-    return Figure("memory", name, max(0.0, added) / logits, _GOAL, "<=", detail)
+        peaks[vocabulary, times] = peak.value / 1e6
+        weights[vocabulary] = peak.detail["weight_bytes"] / 1e6
+    added = {v: peaks[v, 2] - peaks[v, 1] for v in (smallest, largest)}
+    logits = _ROLLOUTS * _LENGTH * (largest - smallest) * 4 / 1e6
+    detail = {
+        "tokens": _ROLLOUTS * _LENGTH,
+        "peak_mb": {v: round(peaks[v, 1]) for v in VOCABULARIES},
+        "peak_mb_twice_the_tokens": {v: round(peaks[v, 2]) for v in added},
+        "weights_mb": {v: round(w) for v, w in weights.items()},
+        "logits_of_the_tokens_mb": round(logits),
+    }
+    return Figure("memory", name, max(0.0, added[largest] - added[smallest]) / logits, _GOAL, "<=", detail)
 
 
 def _measure(role: str, vocabulary: int, folder: Path, times: int) -> Figure:

@@ -133,7 +133,7 @@ def _full_batch(model: Any, teacher: Any, rollouts: Sequence[tuple[Any, Any]], i
     import numpy as np
     import torch
 
-    from actors.teacher_transformers import _LOGITS_TOKENS
+    from actors.teacher_transformers import logits_tokens
 
     lengths = [len(p) + len(t) - 1 for p, t in rollouts]
     inputs = np.zeros((len(rollouts), max(lengths)), dtype=np.int64)
@@ -147,8 +147,9 @@ def _full_batch(model: Any, teacher: Any, rollouts: Sequence[tuple[Any, Any]], i
         rows = torch.cat(
             [hidden[b, len(p) - 1 : n] for b, ((p, _), n) in enumerate(zip(rollouts, lengths, strict=True))]
         )
-        for first in range(0, len(rows), _LOGITS_TOKENS):
-            part = slice(first, min(first + _LOGITS_TOKENS, len(rows)))
+        step = logits_tokens(model.config.vocab_size)
+        for first in range(0, len(rows), step):
+            part = slice(first, min(first + step, len(rows)))
             teacher.columns(rows[part], torch.from_numpy(ids[part]))
     return len(rows)
 
