@@ -19,7 +19,7 @@ GROUP = "end_to_end"
 LONG = Size(
     "tiny 256 x 512", "tiny", rollouts=256, max_tokens=512, steps=3, micro_batch=32, turns=1, peer_vllm=True
 )
-SHORT = Size("tiny 48 x 224", "tiny", rollouts=48, max_tokens=224, steps=6, micro_batch=48)
+SHORT = Size("tiny 48 x 224", "tiny", rollouts=48, max_tokens=224, steps=8, micro_batch=48, turns=1)
 LARGE = Size("large 16 x 128", "large", rollouts=16, max_tokens=128, steps=2, micro_batch=16, turns=1)
 _PROBE = Size("probe", "tiny", rollouts=8, max_tokens=16, steps=1, micro_batch=8, turns=1, timeout=300)
 
