@@ -3,8 +3,9 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+SBOM := $(BIN)/cyclonedx-py requirements --output-reproducible --output-format JSON
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench test test-slow lint format format-check types check clean
+.PHONY: help setup train bench test test-slow audit lint format format-check types check sbom clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,7 +25,10 @@ test: setup ## run the tests
 test-slow: setup ## run the slow tests only
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
-lint: setup ## ruff
+audit: ## known holes in the locked packages; says so where no advisory service answers
+	@python3 .ci/audit.py
+
+lint: setup ## ruff and its security rules
 	@$(BIN)/ruff check .
 
 format: setup ## format all files
@@ -38,5 +42,10 @@ types: setup ## mypy
 
 check: lint format-check types test ## what CI checks, without the slow tests
 
+sbom: setup ## list what the images hold, as CycloneDX: build/sbom-cpu.json, build/sbom-gpu.json
+	@mkdir -p build
+	@docker/install.sh --list | $(SBOM) --output-file build/sbom-cpu.json -
+	@docker/install.sh --list --gpu | $(SBOM) --output-file build/sbom-gpu.json -
+
 clean: ## remove the virtual environment and caches; runs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv-audit build *.egg-info

@@ -1,8 +1,8 @@
 """The learner: one DeepSpeed rank per actor, gloo on a CPU, NCCL on a GPU.
 
 A step is one optimiser step on the kept tokens of the whole batch: the loss is the mean reverse KL over the
-*global* number of kept tokens, so that two ranks do what one does. Left out: resuming from a checkpoint.
-NCCL and several GPUs have not been run by this project.
+*global* number of kept tokens, so that two ranks do what one does. Checkpoints hold all that a later process needs
+to take the next step bit for bit. NCCL and several GPUs have not been run by this project.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
-import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,23 +21,35 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from actors.student_model import load_student, weight_update
-from kat_ray.batch import MicroBatch, TrainRow, collect_rows, micro_batches
+from actors.learner_engine import clips_itself, make_engine, meet
+from actors.learner_snapshot import Snapshots
+from actors.student_model import weight_update
+from kat_ray.batch import MicroBatch, TrainRow, check_ids, collect_rows, micro_batches
+from kat_ray.checkpoint import FileDigest
 from kat_ray.config import Config
 from kat_ray.divergence import widen
+from kat_ray.errors import Forgotten
 from kat_ray.hf_model import DTYPES
-from kat_ray.loss import SUMS, LossSums, TeacherTargets, distillation_loss
+from kat_ray.logs import label_logs
+from kat_ray.loss import SUMS, LossSums, TeacherTargets
+from kat_ray.pulse import Beat, Pulse
 from kat_ray.timeline import Span, Timeline
 from kat_ray.types import KeptRollout, RolloutChunk, TeacherRows, WeightUpdate
+
+log = logging.getLogger("kat_ray.learner")
 
 
 @dataclass(frozen=True)
 class LearnerReport:
-    """One optimiser step, summed over all ranks. `loss` is the (weighted) mean KL over the kept tokens, nats."""
+    """One optimiser step, summed over all ranks. `loss` is the (weighted) mean KL over the kept tokens, nats.
+
+    A step is `skipped` if its loss or gradient is not finite, or none of its tokens has a finite KL: weights and
+    optimiser stay as they were, to the bit, on all ranks. A step without kept tokens is not: nothing was wrong.
+    """
 
     policy_version: int
-    loss: float
-    grad_norm: float  # before clipping; inf where it was not finite: the update was then skipped
+    loss: float  # nan where tokens were kept and none has a finite KL
+    grad_norm: float  # before clipping; inf where the step was skipped
     lr: float
     tokens: int  # tokens in the loss
     dropped_tokens: int  # kept, but without a finite KL
@@ -50,31 +60,7 @@ class LearnerReport:
     stop_mass: float
     micro_batches: int
     seconds: float
-
-
-class StudentWithLoss(nn.Module):
-    """The student and its loss in one module: ZeRO 3 gathers parameters by module, on entering `forward`."""
-
-    def __init__(self, student: Any, stop_ids: Sequence[int], config: Config) -> None:
-        super().__init__()
-        self.student = student
-        self._stop_ids = tuple(stop_ids)
-        self._eos = config.rollout.eos
-        self._chunk = config.learner.logits_chunk_tokens
-
-    def forward(
-        self, input_ids: Tensor, mask: Tensor, positions: Tensor, targets: TeacherTargets, chunks: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The fields of `LossSums` for the tokens at `positions` [T, 2] of a padded batch [B, L].
-
-        A plain tuple: ZeRO 3 looks for tensors in it to hook its backward pass to.
-        """
-        hidden_BLH = self.student.model(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
-        hidden_TH = hidden_BLH[positions[:, 0], positions[:, 1]]
-        result = distillation_loss(
-            hidden_TH, self.student.lm_head, targets, self._stop_ids, self._eos, self._chunk, chunks
-        )
-        return result.loss, result.sums, result.logprob_diff_max
+    skipped: bool
 
 
 class Learner:
@@ -83,60 +69,81 @@ class Learner:
     def __init__(
         self, rank: int, world_size: int, config: Config, student_dir: str, stop_ids: tuple[int, ...]
     ) -> None:
+        label_logs()
         self._rank, self._world_size = rank, world_size
         self._config = config
         self._student_dir = student_dir
         self._stop_ids = stop_ids
         self._engine: Any = None
+        self._snapshots: Any = None
         self._optimizer_steps = 0
         self._clipped_norm = 0.0
+        self._vocabulary = 0
         self._timeline = Timeline()
+        self._door: socket.socket | None = None  # where the ranks meet, until they have met
+        self._pulse = Pulse()
+        self._batches: list[MicroBatch] | None = None
+        self._collect_seconds = 0.0
 
     def spans(self) -> tuple[Span, ...]:
         """What was done since this was last asked."""
         return self._timeline.drain()
 
     def address(self) -> tuple[str, int]:
-        """Host and a free port of this rank's node, for the ranks to meet at."""
+        """Host and port, for the ranks to meet at; this rank listens there from now on.
+
+        On this address only: a store that torch opens itself listens on all interfaces.
+        """
         import ray
 
         host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return host, int(probe.getsockname()[1])
+        self._door = socket.create_server((host, 0))
+        return host, int(self._door.getsockname()[1])
 
     def start(self, host: str, port: int) -> dict[str, Any]:
         """Meet the other ranks, load the student and hand it to DeepSpeed."""
         started = time.monotonic()
         config = self._config
-        on_gpu = torch.cuda.is_available()
         torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.run.seed)
-        os.environ.update(
-            MASTER_ADDR=host,
-            MASTER_PORT=str(port),
-            RANK=str(self._rank),
-            LOCAL_RANK="0",  # Ray shows an actor its own GPUs only
-            WORLD_SIZE=str(self._world_size),
+        door, self._door = self._door, None
+        meet(host, port, door, self._rank, self._world_size)
+        self._engine = make_engine(config, self._student_dir, self._stop_ids)
+        if clips_itself(config):
+            self._engine.basic_optimizer.register_step_pre_hook(self._clip)
+        self._vocabulary = self._engine.module.student.config.get_text_config().vocab_size
+        self._snapshots = Snapshots(
+            self._engine,
+            self._rank,
+            self._world_size,
+            DTYPES[config.learner.dtype],
+            config.student.trust_remote_code,
         )
-        import deepspeed
+        seconds = time.monotonic() - started
+        log.info("rank %d of %d stands, started in %.1f s", self._rank, self._world_size, seconds)
+        return {"rank": self._rank, "seconds": seconds}
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        if not on_gpu:
-            # Its shared-memory collective needs a compiler and a minute at the first start; gloo needs neither.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False)
-        module = StudentWithLoss(load_student(config, self._student_dir), self._stop_ids, config)
-        self._engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=list(module.parameters()), config=deepspeed_config(config)
-        )
-        if config.learner.zero_stage == 0:
-            # In bf16 DeepSpeed has just run AdamW on zero gradients, which puts its bias correction one step ahead
-            # (the first update half as large). In fp32 it clips without keeping the norm: `_clip` does both.
-            self._engine.basic_optimizer.state.clear()
-            if config.learner.dtype == "float32":
-                self._engine.basic_optimizer.register_step_pre_hook(self._clip)
-        return {"rank": self._rank, "seconds": time.monotonic() - started}
+    def health(self) -> Beat:
+        """What it is at."""
+        return self._pulse.read()
+
+    def collect(self, chunks: Sequence[Any], teacher: Sequence[Any], kept: Sequence[KeptRollout]) -> None:
+        """Fetch this rank's share of a batch, for `learn`. Raises Ray's ObjectLostError if records are lost."""
+        self._check_started()
+        started = time.monotonic()
+        with self._timeline.span("collect"), self._pulse.busy("collect"):
+            rows = collect_rows(_fetch(chunks), _fetch(teacher), kept)
+            check_ids(rows, self._vocabulary, f"student.path = {self._config.student.path!r}")
+            self._batches = micro_batches(rows, self._config.learner.micro_batch_tokens)
+        self._collect_seconds = time.monotonic() - started
+
+    def learn(self, global_weight: float, policy_version: int) -> LearnerReport:
+        """One optimiser step on what was collected; see `train_step`. `Forgotten` if nothing was."""
+        if self._batches is None:
+            raise Forgotten(f"learner {self._rank} holds no batch: its process is new")
+        batches, self._batches = self._batches, None
+        with self._pulse.busy("learn"):
+            return self._step(batches, global_weight, policy_version)
 
     def train_step(
         self,
@@ -149,49 +156,72 @@ class Learner:
         """One optimiser step on this rank's share of the batch.
 
         `chunks` and `teacher` are records or references to them; `global_weight` is the sum of the kept tokens'
-        weights over all ranks, their number where the rule does not weigh. If it is 0 nothing is updated.
+        weights over all ranks, their number where the rule does not weigh. If it is 0 nothing is updated; what
+        makes a step skipped is said at `LearnerReport`. UserError names a token id beyond the student's vocabulary.
         """
+        self.collect(chunks, teacher, kept)
+        return self.learn(global_weight, policy_version)
+
+    def _step(self, batches: Sequence[MicroBatch], global_weight: float, policy_version: int) -> LearnerReport:
         started = time.monotonic()
         lr = self._set_lr()
-        span = self._timeline.span
-        with span("collect"):
-            rows = collect_rows(_fetch(chunks), _fetch(teacher), kept)
-            batches = micro_batches(rows, self._config.learner.micro_batch_tokens)
         chunks = self._chunks_of_passes(batches)
+        totals, worst = self._pass_over(batches, chunks, global_weight)
+        grad_norm = 0.0 if global_weight == 0 else self._update(totals, global_weight)
+        self._optimizer_steps += 1  # a skipped step too: the schedule goes by the steps of the run
+        skipped = not math.isfinite(grad_norm)
+        count = max(totals["tokens"], 1.0)
+        return LearnerReport(
+            policy_version=policy_version,
+            loss=math.nan if skipped and not totals["tokens"] else totals["loss"] / max(totals["weight"], 1e-9),
+            grad_norm=grad_norm,
+            lr=lr,
+            tokens=int(totals["tokens"]),
+            dropped_tokens=int(totals["dropped"]),
+            logprob_diff_mean=totals["logprob_diff"] / count,
+            logprob_diff_max=worst,
+            entropy=totals["entropy"] / count,
+            tail_mass=totals["tail_mass"] / count,
+            stop_mass=totals["stop_mass"] / count,
+            micro_batches=len(chunks),
+            seconds=self._collect_seconds + time.monotonic() - started,
+            skipped=skipped,
+        )
+
+    def _pass_over(
+        self, batches: Sequence[MicroBatch], chunks: Sequence[int], global_weight: float
+    ) -> tuple[dict[str, float], float]:
+        """All forward and backward passes; sums over all ranks by name, and the largest log-probability difference.
+
+        A global weight of 0 leaves nothing to learn, and one that is not finite no mean: no pass is made then.
+        """
         totals = np.zeros(len(SUMS) + 1)
-        worst = grad_norm = 0.0
-        if global_weight > 0:
+        worst = 0.0
+        if math.isfinite(global_weight) and global_weight > 0:
             for i, n in enumerate(chunks):
-                with span("forward and backward"):
+                with self._timeline.span("forward and backward"):
                     sums = self._backward(batches[i] if i < len(batches) else None, n, global_weight)
+                self._pulse.beat()
                 if sums is not None:
                     totals += [float(sums.loss), *sums.sums.tolist()]
                     worst = max(worst, float(sums.logprob_diff_max))
-            with span("optimiser"):
-                self._engine.step()
-            norm = self._engine.get_global_grad_norm()
-            grad_norm = self._clipped_norm if norm is None else float(norm)
-        self._optimizer_steps += 1
         totals = self._reduce(totals, torch.distributed.ReduceOp.SUM)
         worst = float(self._reduce([worst], torch.distributed.ReduceOp.MAX)[0])
-        loss, *rest = totals.tolist()
-        named = dict(zip(SUMS, rest, strict=True))
-        count = max(named["tokens"], 1.0)
-        return LearnerReport(
-            policy_version=policy_version,
-            loss=loss / max(named["weight"], 1e-9),
-            grad_norm=grad_norm,
-            lr=lr,
-            tokens=int(named["tokens"]),
-            dropped_tokens=int(named["dropped"]),
-            logprob_diff_mean=named["logprob_diff"] / count,
-            logprob_diff_max=worst,
-            entropy=named["entropy"] / count,
-            tail_mass=named["tail_mass"] / count,
-            stop_mass=named["stop_mass"] / count,
-            micro_batches=len(chunks),
-            seconds=time.monotonic() - started,
-        )
+        return dict(zip(("loss", *SUMS), totals.tolist(), strict=True)), worst
+
+    def _update(self, totals: Mapping[str, float], global_weight: float) -> float:
+        """Take the optimiser step, or skip it on all ranks; returns the gradient norm, inf where it was skipped."""
+        if not math.isfinite(global_weight):
+            return math.inf
+        with self._timeline.span("optimiser"):
+            if not math.isfinite(totals["loss"]) or not totals["tokens"]:
+                # Gradients may be finite all the same, and zeros would still move AdamW. DeepSpeed skips a step,
+                # and forgets its gradients, where their norm is not finite: so make it that. `totals` are those of
+                # all ranks, which makes this pass, a collective operation, one that all make or none.
+                self._backward(None, 1, math.nan)
+            self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return self._clipped_norm if norm is None else float(norm)
 
     def _chunks_of_passes(self, batches: Sequence[MicroBatch]) -> list[int]:
         """For every pass of the busiest rank, the chunks of logits of its largest micro-batch.
@@ -214,8 +244,9 @@ class Learner:
             _targets(inputs, self._config.rollout.top_k_logprobs, device),
             chunks,
         )
-        # DeepSpeed averages over ranks; the mean is over the tokens of all ranks together.
-        weight = 0.0 if batch is None else self._world_size / global_weight
+        # DeepSpeed averages over ranks; the mean is over the tokens of all ranks together. A dummy counts nothing,
+        # unless it is there to spoil the gradient.
+        weight = 0.0 if batch is None and math.isfinite(global_weight) else self._world_size / global_weight
         self._engine.backward(loss * weight)
         return None if batch is None else LossSums(loss.detach(), sums, worst)
 
@@ -242,36 +273,48 @@ class Learner:
         torch.distributed.all_reduce(tensor, op=op)
         return tensor.cpu().numpy()
 
-    def weights(self, policy_version: int) -> WeightUpdate | None:
-        """The whole student as the samplers take it; None on ranks other than 0. All ranks must call it."""
-        with self._timeline.span("weights"), self._gathered():
-            if self._rank != 0:
-                return None
-            return weight_update(self._engine.module.student, policy_version, DTYPES[self._config.student.dtype])
+    def weights(self, policy_version: int) -> tuple[WeightUpdate | None, int]:
+        """The whole student as the samplers take it, and its version; None on ranks other than 0.
 
-    def save_pretrained(self, path: str, tokenizer_dir: str) -> None:
-        """Write the student in Hugging Face format (safetensors, tokenizer). All ranks must call it.
-
-        The directory appears under its name only when it is complete.
+        All ranks must call it.
         """
-        from transformers import AutoTokenizer
-
-        with self._gathered():
+        self._check_started()
+        with self._timeline.span("weights"), self._pulse.busy("weights"), self._gathered():
             if self._rank != 0:
-                return
-            partial = Path(f"{path}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that died here
-            student = self._engine.module.student
-            student.config.use_cache = True
-            dtype = DTYPES[self._config.learner.dtype]
-            state = {k: v.detach().to(dtype) for k, v in student.state_dict().items()}
-            student.save_pretrained(partial, state_dict=state)
-            student.config.use_cache = False
-            tokenizer = AutoTokenizer.from_pretrained(
-                tokenizer_dir, trust_remote_code=self._config.student.trust_remote_code
-            )
-            tokenizer.save_pretrained(partial)
-            partial.rename(path)
+                return None, policy_version
+            student, dtype = self._engine.module.student, DTYPES[self._config.student.dtype]
+            return weight_update(student, policy_version, dtype), policy_version
+
+    def snapshot(self, path: str, tokenizer_dir: str) -> None:
+        """Copy weights and optimiser to host memory; a thread writes them below the directory `path`.
+
+        All ranks must call it, between two steps. Training may go on when it returns.
+        """
+        self._check_started()
+        with self._timeline.span("snapshot"), self._pulse.busy("snapshot"), self._gathered():
+            self._snapshots.take(Path(path), tokenizer_dir, self._optimizer_steps)
+
+    def written(self) -> dict[str, FileDigest]:
+        """Wait until this rank's files of the last snapshot are on disk; their digests by relative path."""
+        self._check_started()
+        with self._timeline.span("written"), self._pulse.busy("write the checkpoint"):
+            digests: dict[str, FileDigest] = self._snapshots.written()
+        return digests
+
+    def restore(self, path: str) -> None:
+        """Go on from the checkpoint `path`, bit for bit. All ranks must call it, after `start` and before a step.
+
+        Another number of ranks or ZeRO stage finds the same weights and moments; `CheckpointError` where they are
+        of another student.
+        """
+        self._check_started()
+        with self._pulse.busy("restore"):
+            self._optimizer_steps = self._snapshots.restore(Path(path))
+        log.info("restored %s, %d optimiser steps", path, self._optimizer_steps)
+
+    def _check_started(self) -> None:
+        if self._engine is None:
+            raise Forgotten(f"learner {self._rank} was not started: its process is new")
 
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[None]:
@@ -292,32 +335,6 @@ def lr_factor(step: int, steps: int, warmup_ratio: float, min_ratio: float) -> f
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return min_ratio + (1.0 - min_ratio) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def deepspeed_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's own configuration of a run."""
-    learner = config.learner
-    plain = learner.zero_stage == 0 and learner.dtype == "float32"  # clipped by `Learner._clip`
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # not used: micro-batches are ours, budgeted by tokens
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # `step` ends the batch, however many backward passes it had
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": learner.lr,
-                "betas": list(learner.betas),
-                "eps": 1e-8,
-                "weight_decay": learner.weight_decay,
-                "torch_adam": True,  # the fused one has to be compiled
-            },
-        },
-        "gradient_clipping": 0.0 if plain else learner.clip,
-        "zero_optimization": {"stage": learner.zero_stage},
-        "bf16": {"enabled": learner.dtype == "bfloat16"},
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
-    }
 
 
 def _fetch(records: Sequence[Any]) -> Sequence[Any]:

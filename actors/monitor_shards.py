@@ -3,50 +3,85 @@
 A sampler and all its rollouts belong to one monitor, so a chunk has one place to go to. Each monitor holds the
 whole calibration: at the end of a step all of them learn from the rollouts of all, in the order of rollout ids, so
 their thresholds are the same to the bit, and those of a single monitor.
+
+A monitor that died is told again what it must know: the calibration at the step's start, and what was scored since.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
 
-from actors.pools import shard_of, wait
+from actors.pools import Pools
+from actors.sampling import Done
+from actors.watch import LOST
 from kat_ray.accounting import finished
-from kat_ray.types import RolloutSpec, StepEnd, StepStart, StopReason
+from kat_ray.types import StepEnd, StepStart, StopReason
 
 
 class MonitorShards:
-    """Handles of the monitors; the position of a rollout among a step's says whose it is."""
+    """The monitors of a run, and the calibration that they share."""
 
-    def __init__(self, shards: Sequence[Any]) -> None:
-        self._shards = tuple(shards)
+    def __init__(self, pools: Pools, initial: Mapping[str, Any]) -> None:
+        self._pools = pools
+        self.state = initial  # of the rule, after the last step that was closed
 
-    def start_step(self, step: int, specs: Sequence[RolloutSpec], samplers: int) -> StepStart:
-        """Register a step's rollouts, of which sampler i of n gets `specs[i::n]`."""
-        owned: list[list[RolloutSpec]] = [[] for _ in self._shards]
-        for position, spec in enumerate(specs):
-            owned[shard_of(position % samplers, len(owned))].append(spec)
-        begun: list[StepStart] = wait(
-            [
-                shard.start_step.remote(step, [s.rollout_id for s in own], [s.probe for s in own])
-                for shard, own in zip(self._shards, owned, strict=True)
-            ],
-            None,
-            "the trap monitor",
-        )
+    def start_step(self, step: int, state: Mapping[str, Any]) -> StepStart:
+        """Open a step in all monitors, with this calibration."""
+        begun = self._on_all(lambda _, m: m.start_step.remote(step, (), (), state), lambda _: None)
         assert all(b == begun[0] for b in begun), f"monitors disagree: {begun}"
         return begun[0]
 
-    def end_step(self) -> StepEnd:
-        """Close the step everywhere; the seconds are those of the busiest monitor."""
-        closed: list[StepEnd]
-        if len(self._shards) == 1:
-            (only,) = closed = wait([self._shards[0].end_step.remote()], None, "the trap monitor")
-            return only
-        closed = wait([shard.close_step.remote() for shard in self._shards], None, "the trap monitors")
+    def end_step(self, step: int, done: Sequence[Done], state: Mapping[str, Any]) -> StepEnd:
+        """Close the step everywhere; the seconds are those of the busiest monitor.
+
+        `state` is the calibration that the step began with.
+        """
+        own = [[d for d in done if d.monitor == i] for i in range(len(self._pools.monitors))]
+        closed: list[StepEnd] = self._on_all(
+            lambda i, m: m.close_step.remote([d.order.attempt for d in own[i]]), lambda i: self._tell(i, own[i])
+        )
         outcomes = sorted((o for end in closed for o in end.outcomes), key=lambda o: o.rollout_id)
         ended = ray.put([finished(o) for o in outcomes if o.stop_reason is not StopReason.FAILED])
-        wait([shard.learn.remote(ended) for shard in self._shards], None, "the trap monitors")
+
+        def begin_again(i: int) -> None:
+            self._pools.wait([self._pools.monitors[i].start_step.remote(step, (), (), state)], "the trap monitor")
+
+        learnt = self._on_all(lambda _, m: m.learn.remote(step, ended), begin_again)
+        self.state = learnt[0]
         return StepEnd(tuple(outcomes), max(end.busy_seconds for end in closed))
+
+    def _tell(self, index: int, done: Sequence[Done]) -> None:
+        """Have a new monitor see all chunks of these attempts, each in its order."""
+        monitor = self._pools.monitors[index]
+        refs = []
+        for d in done:
+            order = d.order
+            ids, probes = [s.rollout_id for s in order.specs], [s.probe for s in order.specs]
+            refs.append(monitor.admit.remote(order.step, order.attempt, ids, probes, order.rule_state))
+            refs += [monitor.observe.remote(c.scored) for c in d.report.chunks]
+        self._pools.wait(refs, "the trap monitor to see all chunks again")
+
+    def _on_all(self, call: Callable[[int, Any], Any], prepare: Callable[[int], None]) -> list[Any]:
+        """`call(i, monitor)` on all at once; where one was lost, `prepare(i)` and again."""
+        refs = [call(i, m) for i, m in enumerate(self._pools.monitors)]
+        return [self._settled(i, ref, call, prepare) for i, ref in enumerate(refs)]
+
+    def _settled(self, i: int, ref: Any, call: Callable[[int, Any], Any], prepare: Callable[[int], None]) -> Any:
+        while True:
+            try:
+                return self._pools.wait([ref], "the trap monitor")[0]
+            except LOST as error:
+                self._recover(i, error, prepare)
+                ref = call(i, self._pools.monitors[i])
+
+    def _recover(self, i: int, error: BaseException, prepare: Callable[[int], None]) -> None:
+        self._pools.note_loss("monitor", i, error)
+        while True:
+            self._pools.revive_monitor(i)
+            try:
+                return prepare(i)
+            except LOST as again:
+                self._pools.note_loss("monitor", i, again)

@@ -20,7 +20,15 @@ def load_student(config: Config, student_dir: str) -> Any:
         student.gradient_checkpointing_enable()
     student.train()
     switch_dropout_off(student)
+    learn_every_embedding(student)
     return student
+
+
+def learn_every_embedding(student: nn.Module) -> None:
+    """Torch gives the padding id's embedding no gradient; here no id is padding, and a prompt may hold that one."""
+    for layer in student.modules():
+        if isinstance(layer, nn.Embedding):
+            layer.padding_idx = None
 
 
 def switch_dropout_off(student: nn.Module) -> None:

@@ -1,33 +1,38 @@
 """The student sampler: generates rollouts, streams chunks out, and aborts what is terminated.
 
 It never waits for a score as long as fewer than `max_chunks_ahead` chunks are unanswered at each scorer: a
-decision is a callback that the loop looks at between two engine steps. Left out: recovery of lost scorers.
+decision is a callback that the loop looks at between two engine steps. What is lost on the way to scorers and
+monitor is `actors.score_traffic`'s to mend; a sampler that dies is replaced by the driver (`actors.sampling`).
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
-import ray
 
+from actors.score_traffic import ScoreTraffic
 from kat_ray.chunking import PendingRollout, build_chunk
 from kat_ray.config import Config, ModelConfig
+from kat_ray.errors import Forgotten
+from kat_ray.logs import label_logs
+from kat_ray.pulse import Beat, Pulse
 from kat_ray.timeline import Span, Timeline
 from kat_ray.types import (
-    ChunkRefs,
     EngineRows,
-    RolloutSpec,
     SampledRollout,
     SamplerReport,
+    SamplingOrder,
     SamplingSettings,
     TerminationDecision,
     WeightUpdate,
 )
+
+log = logging.getLogger("kat_ray.sampler")
 
 
 class Engine(Protocol):
@@ -82,6 +87,7 @@ class StudentSampler:
         max_model_len: int,
         make_engine: EngineMaker = vllm_engine,
     ) -> None:
+        label_logs()
         self._name = name
         self._config = config
         self._stop_ids = stop_ids
@@ -90,14 +96,20 @@ class StudentSampler:
         self._scorers: Sequence[Any] = ()
         self._monitor: Any = None
         self._timeline = Timeline()
+        self._pulse = Pulse()
         self._index, self._samplers = 0, 1
         started = time.monotonic()
         self._engine = make_engine(config, model, model_dir, max_model_len)
         self._load_seconds = time.monotonic() - started
+        log.info("%s stands, loaded in %.1f s", model_dir, self._load_seconds)
 
     def ready(self) -> dict[str, Any]:
         """Answers once the engine stands."""
         return {"name": self._name, "seconds": self._load_seconds}
+
+    def health(self) -> Beat:
+        """What it is at."""
+        return self._pulse.read()
 
     def connect(self, scorers: Sequence[Any], monitor: Any, index: int = 0, samplers: int = 1) -> None:
         """Handles of all scorers and of this sampler's monitor; it is the `index`-th of `samplers`."""
@@ -106,7 +118,7 @@ class StudentSampler:
 
     def load_weights(self, update: WeightUpdate) -> int:
         """Take new weights between two steps; returns the policy version now sampled from."""
-        with self._timeline.span("load weights"):
+        with self._timeline.span("load weights"), self._pulse.busy("load weights"):
             self._engine.load_weights(update)
         self._version = update.policy_version
         return self._version
@@ -115,38 +127,43 @@ class StudentSampler:
         """What was done since this was last asked."""
         return self._timeline.drain()
 
-    def generate(self, specs: Sequence[RolloutSpec]) -> SamplerReport:
-        """Generate rollouts to their end, scored and monitored on the way. Blocks until all have ended."""
-        return _Generation(self, specs).run()
+    def generate(self, order: SamplingOrder) -> SamplerReport:
+        """Generate rollouts to their end, scored and monitored on the way. Blocks until all have ended.
+
+        `Forgotten` if this process is a new one that does not hold the order's weights yet.
+        """
+        if order.version != self._version or not self._scorers:
+            raise Forgotten(f"{self._name} holds version {self._version}, not {order.version}: its process is new")
+        with self._pulse.busy("generate"):
+            return _Generation(self, order).run()
 
     def complete(
-        self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], settings: SamplingSettings
+        self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], settings: SamplingSettings, version: int
     ) -> list[list[int]]:
         """Plain completions (evaluation): the token ids of each prompt's answer, stop id included."""
+        if version != self._version:
+            raise Forgotten(f"{self._name} holds version {self._version}, not {version}: its process is new")
         answers: dict[str, list[int]] = {}
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             answers[f"complete-{i}"] = []
             self._engine.add(f"complete-{i}", prompt, seed, settings)
-        while self._engine.running:
-            for rows in self._engine.step():
-                answers[rows.request_id].extend(rows.token_ids)
+        with self._pulse.busy("complete"):
+            while self._engine.running:
+                for rows in self._engine.step():
+                    answers[rows.request_id].extend(rows.token_ids)
+                self._pulse.beat()
         return list(answers.values())
 
 
 class _Generation:
-    """One `generate` call: the rollouts under way and the chunks without an answer."""
+    """One `generate` call: the rollouts under way."""
 
-    def __init__(self, sampler: StudentSampler, specs: Sequence[RolloutSpec]) -> None:
+    def __init__(self, sampler: StudentSampler, order: SamplingOrder) -> None:
         self._sampler = sampler
         self._engine = sampler._engine
         self._rollout = sampler._config.rollout
-        self._version = sampler._version
-        self._active: dict[str, PendingRollout] = {}
-        self._ended: list[PendingRollout] = []
-        self._chunks: list[ChunkRefs] = []
-        self._wait_seconds = 0.0
+        self._order = order
         self._control_seconds = 0.0
-        self._decision_seconds: list[float] = []
         settings = SamplingSettings(
             max_tokens=self._rollout.max_tokens,
             temperature=self._rollout.temperature,
@@ -154,52 +171,72 @@ class _Generation:
             logprobs=self._rollout.top_k_logprobs,
             stop_ids=sampler._stop_ids,
         )
+        specs = order.specs
+        self._rollouts: dict[int, PendingRollout] = {}
         for i, spec in enumerate(specs):
             own = replace(settings, max_tokens=spec.max_tokens)
             self._engine.add(str(spec.rollout_id), spec.prompt_ids, spec.seed, own)
             scorer = scorer_of(i, len(specs), sampler._index, sampler._samplers, len(sampler._scorers))
-            self._active[str(spec.rollout_id)] = PendingRollout(spec.rollout_id, spec.prompt_ids, scorer)
-        used = sorted({r.scorer for r in self._active.values()})
-        self._released: dict[int, list[int]] = {index: [] for index in used}
-        self._unanswered: dict[int, deque[tuple[Any, float]]] = {index: deque() for index in used}
+            self._rollouts[spec.rollout_id] = PendingRollout(spec.rollout_id, spec.prompt_ids, scorer)
+        self._active = {str(i): r for i, r in self._rollouts.items()}
+        self._traffic = ScoreTraffic(
+            order, sampler._scorers, sampler._monitor, self._rollouts, sampler._config.cluster, sampler._pulse
+        )
 
     def run(self) -> SamplerReport:
         """Step the engine until nothing runs and every chunk has been answered."""
         started = time.monotonic()
+        try:
+            steps = self._generate()
+        except BaseException:
+            self._engine.abort(list(self._active))  # the next order finds an idle engine
+            raise
+        traffic = self._traffic
+        return SamplerReport(
+            sampler=self._sampler._name,
+            attempt=self._order.attempt,
+            policy_version=self._order.version,
+            rollouts=tuple(
+                SampledRollout(r.rollout_id, np.array(r.token_ids, dtype=np.int32), r.sent)
+                for r in self._rollouts.values()
+            ),
+            chunks=tuple(traffic.chunks),
+            engine_steps=steps,
+            seconds=time.monotonic() - started,
+            wait_seconds=traffic.wait_seconds,
+            control_seconds=self._control_seconds,
+            decision_seconds=np.array(traffic.decision_seconds),
+            recovered=traffic.recovered,
+        )
+
+    def _generate(self) -> int:
         steps = 0
-        span = self._sampler._timeline.span
+        span, pulse = self._sampler._timeline.span, self._sampler._pulse
+        fixed = self._sampler._config.run.deterministic
         while self._engine.running:
             with span("generate"):
                 for _ in range(self._rollout.chunk_tokens):
                     if not self._engine.running:
                         break
                     self._collect()
+                    pulse.beat()
                     steps += 1
-                    control = time.thread_time()
-                    self._take_decisions()
-                    self._control_seconds += time.thread_time() - control
+                    if not fixed:
+                        control = time.thread_time()
+                        for decision in self._traffic.arrived():
+                            self._apply(decision)
+                        self._control_seconds += time.thread_time() - control
             control = time.thread_time()
             if self._engine.running:
                 self._flush()
             self._control_seconds += time.thread_time() - control
         control = time.thread_time()
         self._flush()
-        self._drain()
+        with span("wait"):
+            for decision in self._traffic.drain():
+                self._apply(decision)
         self._control_seconds += time.thread_time() - control
-        return SamplerReport(
-            sampler=self._sampler._name,
-            policy_version=self._version,
-            rollouts=tuple(
-                SampledRollout(r.rollout_id, np.array(r.token_ids, dtype=np.int32), r.sent)
-                for r in (*self._ended, *self._active.values())
-            ),
-            chunks=tuple(self._chunks),
-            engine_steps=steps,
-            seconds=time.monotonic() - started,
-            wait_seconds=self._wait_seconds,
-            control_seconds=self._control_seconds,
-            decision_seconds=np.array(self._decision_seconds),
-        )
+        return steps
 
     def _collect(self) -> None:
         for rows in self._engine.step():
@@ -217,70 +254,44 @@ class _Generation:
                 by_scorer.setdefault(rollout.scorer, []).append(rollout)
         for index, news in by_scorer.items():
             self._wait_for_room(index)
-            # Waiting may have brought decisions: what they aborted is not sent any more.
-            news = [r for r in news if str(r.rollout_id) in self._active]
-            if news:
-                self._send(index, news)
+            # Waiting may have brought decisions, and moved rollouts to another scorer: what was cut is not sent.
+            live = [r for r in news if not r.cut]
+            for scorer in sorted({r.scorer for r in live}):
+                with self._sampler._timeline.span("send"):
+                    self._send(scorer, [r for r in live if r.scorer == scorer])
 
-    def _send(self, index: int, news: Sequence[PendingRollout]) -> None:
-        with self._sampler._timeline.span("send"):
-            self._hand_over(index, news)
-
-    def _hand_over(self, index: int, news: Sequence[PendingRollout]) -> None:
-        sent_at = time.monotonic()
+    def _send(self, scorer: int, news: Sequence[PendingRollout]) -> None:
         chunk = build_chunk(
             news,
-            self._released[index],
+            self._traffic.released.pop(scorer, ()),
             sampler=self._sampler._name,
-            policy_version=self._version,
+            attempt=self._order.attempt,
+            policy_version=self._order.version,
             top_k=self._rollout.top_k_logprobs,
             vocabulary=self._sampler._vocabulary,
         )
-        self._released[index] = []
-        chunk_ref = ray.put(chunk)
-        scored, teacher = self._sampler._scorers[index].score.options(num_returns=2).remote(chunk_ref)
-        decision = self._sampler._monitor.observe.remote(scored)
-        self._unanswered[index].append((decision.future(), sent_at))
-        self._chunks.append(ChunkRefs(tuple(chunk.rollout_ids.tolist()), chunk_ref, scored, teacher))
+        self._traffic.send(scorer, chunk)
 
-    def _wait_for_room(self, index: int) -> None:
-        while len(self._unanswered[index]) >= self._rollout.max_chunks_ahead:
-            self._wait(*self._unanswered[index].popleft())
-
-    def _take_decisions(self) -> None:
-        for unanswered in self._unanswered.values():
-            while unanswered and unanswered[0][0].done():
-                future, sent_at = unanswered.popleft()
-                self._apply(future.result(), sent_at)
-
-    def _drain(self) -> None:
-        """Wait for the last decisions, and let the scorers forget what was cut since the last chunk."""
-        for unanswered in self._unanswered.values():
-            while unanswered:
-                self._wait(*unanswered.popleft())
-        for index, released in self._released.items():
-            if released:
-                self._sampler._scorers[index].release.remote(released)
-
-    def _wait(self, future: Any, sent_at: float) -> None:
-        started = time.monotonic()
+    def _wait_for_room(self, scorer: int) -> None:
+        """With `run.deterministic` a decision takes hold here and nowhere else: at the same token in every run."""
         with self._sampler._timeline.span("wait"):
-            decision: TerminationDecision = future.result()
-        self._wait_seconds += time.monotonic() - started
-        self._apply(decision, sent_at)
+            while self._traffic.unanswered(scorer) >= self._rollout.max_chunks_ahead:
+                self._apply(self._traffic.next(scorer))
 
-    def _apply(self, decision: TerminationDecision, sent_at: float) -> None:
-        """Abort what a decision names. A rollout that the engine ended meanwhile has nothing to abort."""
-        self._decision_seconds.append(time.monotonic() - sent_at)
-        ids = [str(i) for i in decision.rollout_ids.tolist()]
-        self._engine.abort(ids)
-        for request_id in ids:
-            rollout = self._active.pop(request_id)
+    def _apply(self, decision: TerminationDecision) -> None:
+        """Abort what a decision names. A rollout that the engine ended meanwhile has nothing to abort.
+
+        A monitor that was told everything again names a rollout again; it was cut then.
+        """
+        ids = [i for i in decision.rollout_ids.tolist() if not self._rollouts[i].cut]
+        self._engine.abort([str(i) for i in ids])
+        for rollout_id in ids:
+            rollout = self._active.pop(str(rollout_id))
+            rollout.cut = True
             rollout.topk_ids.clear()
             rollout.logprobs.clear()
             if not rollout.end_sent:  # a scorer that was told of the end has dropped its state already
-                self._released[rollout.scorer].append(rollout.rollout_id)
-            self._ended.append(rollout)
+                self._traffic.released.setdefault(rollout.scorer, []).append(rollout_id)
 
 
 def scorer_of(position: int, rollouts: int, sampler: int, samplers: int, scorers: int) -> int:

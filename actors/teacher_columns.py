@@ -41,6 +41,10 @@ class Teacher(Protocol):
     run_tokens: int
 
     @property
+    def vocabulary(self) -> int:
+        """Ids that the model has a token for."""
+
+    @property
     def held(self) -> int:
         """Rollouts with a state."""
 

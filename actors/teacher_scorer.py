@@ -8,6 +8,7 @@ store for the learner.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,9 +17,12 @@ import numpy as np
 import torch
 
 from actors.teacher_columns import Teacher, TeacherColumns
+from kat_ray.chunking import check_ids
 from kat_ray.config import Config
 from kat_ray.divergence import EosMode, entropy, event_logprobs, is_stop, narrow, reverse_kl, widen
-from kat_ray.errors import UserError
+from kat_ray.errors import Forgotten, UserError
+from kat_ray.logs import label_logs
+from kat_ray.pulse import Beat, Pulse
 from kat_ray.timeline import Span, Timeline
 from kat_ray.types import EngineEnd, RolloutChunk, ScoredChunk, TeacherRows
 
@@ -40,6 +44,8 @@ def make_teacher(config: Config, teacher_dir: str, stop_ids: tuple[int, ...], ma
     return TransformersTeacher(config, teacher_dir, stop_ids)
 
 
+log = logging.getLogger("kat_ray.scorer")
+
 TeacherMaker = Callable[[Config, str, tuple[int, ...], int], Teacher]
 
 
@@ -57,29 +63,47 @@ class TeacherScorer:
     ) -> None:
         started = time.monotonic()
         torch.set_num_threads(config.scorer.threads)
+        label_logs()
         self._name = name
         self._stop_ids = stop_ids
+        self._teacher_name = f"teacher.path = {config.teacher.path!r}"
         self._eos: EosMode = config.rollout.eos
         self._teacher = make(config, teacher_dir, stop_ids, max_model_len)
         self._timeline = Timeline()
+        self._pulse = Pulse()
+        self._abandoned: set[int] = set()
         self._scored_tokens = 0
         self._busy_seconds = 0.0
         self._load_seconds = time.monotonic() - started
+        log.info("%s stands, loaded in %.1f s", teacher_dir, self._load_seconds)
 
     def ready(self) -> dict[str, Any]:
         """Answers once the model stands."""
         return {"name": self._name, "seconds": self._load_seconds, "backend": type(self._teacher).__name__}
 
+    def health(self) -> Beat:
+        """What it is at."""
+        return self._pulse.read()
+
     def score(self, chunk: RolloutChunk) -> tuple[ScoredChunk, TeacherRows]:
         """Score all rows of a chunk; rollouts that ended are forgotten.
 
-        ValueError names rollouts whose past this scorer does not hold: send them again with their context.
+        `Forgotten` names rollouts whose past this scorer does not hold: send them again with their context.
+        UserError names a token id that the teacher has no token for.
         """
-        with self._timeline.span("score"):
+        if chunk.attempt in self._abandoned:
+            raise Forgotten(f"attempt {chunk.attempt} was given up: its sampler is lost")
+        with self._timeline.span("score"), self._pulse.busy("score"):
             return self._score(chunk)
+
+    def abandon(self, attempt: int, rollout_ids: Sequence[int]) -> None:
+        """Forget the rollouts of an attempt whose sampler was lost, and what may still be on its way of it."""
+        self._abandoned.add(attempt)
+        self.release(rollout_ids)
 
     def _score(self, chunk: RolloutChunk) -> tuple[ScoredChunk, TeacherRows]:
         started = time.monotonic()
+        check_ids(chunk, self._teacher.vocabulary, self._teacher_name)
         self.release(chunk.released.tolist())
         columns = self._teacher.score(chunk)
         self.release(chunk.rollout_ids[chunk.ended != EngineEnd.RUNNING].tolist())
@@ -119,6 +143,7 @@ class TeacherScorer:
         small, stop = narrow(teacher.topk, teacher.stop, stops)
         scored = ScoredChunk(
             scorer=self._name,
+            attempt=chunk.attempt,
             policy_version=chunk.policy_version,
             rollout_ids=chunk.rollout_ids,
             start=chunk.start,

@@ -17,7 +17,7 @@ from torch import Tensor
 from actors.slot_cache import ATTENTION, SlotCache, Span
 from actors.teacher_columns import TeacherColumns, columns_of
 from kat_ray.config import Config
-from kat_ray.errors import UserError
+from kat_ray.errors import Forgotten, UserError
 from kat_ray.hf_model import load_causal_lm
 from kat_ray.types import RolloutChunk
 
@@ -76,6 +76,11 @@ class TransformersTeacher:
         self.run_tokens = 0
 
     @property
+    def vocabulary(self) -> int:
+        """Ids that the model has a token for."""
+        return int(self._model.config.vocab_size)
+
+    @property
     def held(self) -> int:
         """Rollouts with a state."""
         return len(self._states)
@@ -95,7 +100,7 @@ class TransformersTeacher:
     def score(self, chunk: RolloutChunk) -> TeacherColumns:
         """The teacher's columns for all rows of a chunk.
 
-        ValueError names rollouts whose past is not held: send them again with their context.
+        `Forgotten` names rollouts whose past is not held: send them again with their context.
         """
         feeds = self._feeds(chunk)
         rows = self._run(feeds)
@@ -127,7 +132,7 @@ class TransformersTeacher:
             if not chunk.context(i).size and rollout_id not in self._states
         ]
         if unknown:
-            raise ValueError(f"the past of rollouts {unknown} is not held: send their context")
+            raise Forgotten(f"the past of rollouts {unknown} is not held: send their context")
         feeds = []
         for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
             context, new = chunk.context(i).tolist(), chunk.new_tokens(i).tolist()

@@ -19,7 +19,7 @@ from vllm.inputs.engine import tokens_input
 from actors.teacher_columns import TeacherColumns
 from kat_ray.config import Config
 from kat_ray.divergence import LOG_FLOOR, tail_from_topk
-from kat_ray.errors import UserError
+from kat_ray.errors import Forgotten, UserError
 from kat_ray.types import RolloutChunk
 
 
@@ -56,6 +56,11 @@ class VllmTeacher:
         self.run_tokens = 0
 
     @property
+    def vocabulary(self) -> int:
+        """Ids that the model has a token for."""
+        return int(self._engine.model_config.get_vocab_size())
+
+    @property
     def held(self) -> int:
         """Rollouts whose tokens are held."""
         return len(self._tokens)
@@ -72,7 +77,7 @@ class VllmTeacher:
             if chunk.context(i).size:
                 self._tokens[rollout_id] = chunk.context(i).tolist()
             elif rollout_id not in self._tokens:
-                raise ValueError(f"the past of rollouts [{rollout_id}] is not held: send their context")
+                raise Forgotten(f"the past of rollouts [{rollout_id}] is not held: send their context")
             new = chunk.new_tokens(i)
             self._tokens[rollout_id].extend(new.tolist())
             self.run_tokens += len(new) + chunk.context(i).size

@@ -6,25 +6,25 @@ learner's; with staleness 1 sampling starts while the learner works, and they ar
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import ray
-
 from actors.monitor_shards import MonitorShards
-from actors.pools import Pools, wait
-from kat_ray.accounting import RolloutBooks, join_outcomes
+from actors.pools import Pools
+from actors.sampling import Sampling
+from actors.watch import LOST
+from kat_ray.accounting import RolloutBooks, join_outcomes, kept_rollouts
 from kat_ray.batch import assign_ranks
 from kat_ray.config import Config
 from kat_ray.data import PromptOrder, rollout_specs
+from kat_ray.dump import StepBatch
+from kat_ray.termination import RunFacts, make_rule
 from kat_ray.timeline import Span
 from kat_ray.types import (
     ChunkRefs,
-    FloatArray,
-    KeptRollout,
     RolloutOutcome,
     RolloutSpec,
     SampledRollout,
@@ -37,19 +37,10 @@ log = logging.getLogger("kat_ray.trainer")
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """A step's rollouts while they are generated."""
-
-    specs: Sequence[RolloutSpec]
-    begun: StepStart
-    version: int  # of the weights they are sampled from
-    reports: list[Any]  # references to the samplers' reports
-
-
-@dataclass(frozen=True)
 class SampledStep:
     """One step's rollouts, ended and booked."""
 
+    step: int
     version: int  # of the weights they were sampled from
     specs: Sequence[RolloutSpec]
     begun: StepStart
@@ -58,6 +49,7 @@ class SampledStep:
     scored: list[ScoredChunk]
     reports: list[SamplerReport]
     monitor_seconds: float  # that the monitor was busy
+    ended_with: Mapping[str, Any]  # the rule's calibration
 
 
 class Trainer:
@@ -67,96 +59,95 @@ class Trainer:
         self._config = config
         self._pools = pools
         self._order = order
-        self.policy_version = 0
+        self._attempts = itertools.count(1)
+        facts = RunFacts(config.run.seed, config.rollout.max_tokens)
+        self._initial = make_rule(config.termination, facts).state()
+        self._monitors = MonitorShards(pools, self._initial)
+
+    @property
+    def rule_state(self) -> Mapping[str, Any]:
+        """The calibration after the last step whose rollouts have ended."""
+        return self._monitors.state
+
+    def reset_rule(self, state: Mapping[str, Any] | None) -> None:
+        """Go on with this calibration; None: with an empty one."""
+        self._monitors.state = self._initial if state is None else state
 
     def sample(self, step: int) -> SampledStep:
         """Generate, score and monitor the rollouts of one step, each to its end."""
-        return self.finish_sampling(self.start_sampling(step))
+        return self.finish_sampling(self.start_sampling(step, self.rule_state))
 
-    def start_sampling(self, step: int) -> Sampling:
-        """Set the samplers going on the rollouts of one step."""
+    def start_sampling(self, step: int, rule_state: Mapping[str, Any]) -> Sampling:
+        """Set the samplers going on the rollouts of one step, which begins with this calibration."""
         specs = rollout_specs(self._order, self._config, step)
-        monitor, samplers = MonitorShards(self._pools.monitors), self._pools.samplers
-        begun = monitor.start_step(step, specs, len(samplers))
+        begun = self._monitors.start_step(step, rule_state)
         specs = [s if s.probe else replace(s, max_tokens=_within(begun.budget, s.max_tokens)) for s in specs]
-        n = len(samplers)
-        reports = [s.generate.remote(specs[i::n]) for i, s in enumerate(samplers)]
-        return Sampling(specs, begun, self.policy_version, reports)
+        return Sampling(self._pools, step, specs, begun, rule_state, self._attempts)
 
     def finish_sampling(self, sampling: Sampling) -> SampledStep:
         """Wait until every rollout of a step has ended and is scored; close its books."""
-        reports: list[SamplerReport] = wait(sampling.reports, None, "rollouts")
-        odd = [r.sampler for r in reports if r.policy_version != sampling.version]
-        assert not odd, f"{odd} sampled from other weights than version {sampling.version}"
-        closed = MonitorShards(self._pools.monitors).end_step()
+        done = sampling.finish()
+        reports = [d.report for d in done]
+        closed = self._monitors.end_step(sampling.step, done, sampling.rule_state)
         chunks = [c for report in reports for c in report.chunks]
-        scored: list[ScoredChunk] = ray.get([c.scored for c in chunks])
-        joined = join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes)
-        busy = closed.busy_seconds
-        return SampledStep(sampling.version, sampling.specs, sampling.begun, joined, chunks, scored, reports, busy)
+        scored: list[ScoredChunk] = self._pools.wait([c.scored for c in chunks], "scores")
+        return SampledStep(
+            step=sampling.step,
+            version=sampling.version,
+            specs=sampling.specs,
+            begun=sampling.begun,
+            joined=join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes),
+            chunks=chunks,
+            scored=scored,
+            reports=reports,
+            monitor_seconds=closed.busy_seconds,
+            ended_with=self.rule_state,
+        )
 
-    def learn(self, sampled: SampledStep) -> list[Any]:
-        """Start one optimiser step on the kept tokens; returns the ranks' pending reports."""
-        prompt_lengths = {s.rollout_id: len(s.prompt_ids) for s in sampled.specs}
-        kept = [
-            KeptRollout(b.rollout_id, prompt_lengths[b.rollout_id], b.kept, _first(o.weights, b.kept))
-            for o, _, b in sampled.joined
-            if b.kept
-        ]
-        weight = sum(k.weight for k in kept)
+    def hand_over(self, sampled: SampledStep) -> float:
+        """Bring the step's kept tokens to the learner's ranks; returns their weight in all.
+
+        Nothing is learnt yet: `ObjectLostError` says that records were lost with a node, and the step's rollouts
+        must be sampled again.
+        """
+        kept = kept_rollouts(sampled.joined, sampled.specs)
         learners = self._pools.learners
         pending = []
         for learner, share in zip(learners, assign_ranks(kept, len(learners)), strict=True):
             ids = {k.rollout_id for k in share}
             needed = [c for c in sampled.chunks if not ids.isdisjoint(c.rollout_ids)]
-            pending.append(
-                learner.train_step.remote(
-                    [c.chunk for c in needed],
-                    [c.teacher for c in needed],
-                    share,
-                    weight,
-                    self.policy_version,
-                )
-            )
-        return pending
+            pending.append(learner.collect.remote([c.chunk for c in needed], [c.teacher for c in needed], share))
+        self._pools.wait_learners(pending, "the batch to reach the learner")
+        return sum(k.weight for k in kept)
 
-    def publish(self) -> int:
-        """Give every sampler the learner's weights under the next policy version."""
-        version = self.policy_version + 1
-        updates = [learner.weights.remote(version) for learner in self._pools.learners]
-        loaded = wait(
-            [s.load_weights.remote(updates[0]) for s in self._pools.samplers] + updates[1:],
-            None,
-            "weights to be published",
-        )[: len(self._pools.samplers)]
-        assert all(v == version for v in loaded), f"samplers hold versions {loaded}, published was {version}"
-        self.policy_version = version
-        return version
+    def learn(self, weight: float) -> list[Any]:
+        """Start one optimiser step on what was handed over; returns the ranks' pending reports."""
+        return [rank.learn.remote(weight, self._pools.version) for rank in self._pools.learners]
+
+    def batch_of(self, sampled: SampledStep) -> Callable[[], StepBatch]:
+        """Fetches all that the learner was given of a step."""
+        return lambda: StepBatch(
+            chunks=self._pools.wait([c.chunk for c in sampled.chunks], "the batch"),
+            teacher=self._pools.wait([c.teacher for c in sampled.chunks], "the batch"),
+            scored=sampled.scored,
+            kept=kept_rollouts(sampled.joined, sampled.specs),
+            prompt_ids={s.rollout_id: s.prompt_id for s in sampled.specs},
+        )
 
     def spans(self) -> dict[str, tuple[Span, ...]]:
-        """What every actor did since this was last asked, by its name. No actor may be at work."""
-        pools = self._pools
-        actors = {
-            **{f"sampler:{i}": a for i, a in enumerate(pools.samplers)},
-            **{f"scorer:{i}": a for i, a in enumerate(pools.scorers)},
-            **{f"monitor:{i}": a for i, a in enumerate(pools.monitors)},
-            **{f"learner:{i}": a for i, a in enumerate(pools.learners)},
-        }
-        drained = wait([a.spans.remote() for a in actors.values()], None, "the timeline")
-        return dict(zip(actors, drained, strict=True))
+        """What every actor did since this was last asked, by its name; of one that is lost, nothing.
 
-    def save(self, path: Path, tokenizer_dir: str) -> None:
-        """Write the student in Hugging Face format; under ZeRO 3 every rank takes part."""
-        wait(
-            [rank.save_pretrained.remote(str(path), tokenizer_dir) for rank in self._pools.learners],
-            None,
-            f"the checkpoint {path}",
-        )
+        No actor may be at work.
+        """
+        refs = {name: actor.spans.remote() for name, actor in self._pools.named().items()}
+        drained: dict[str, tuple[Span, ...]] = {}
+        for name, ref in refs.items():
+            try:
+                (drained[name],) = self._pools.wait([ref], "the timeline")
+            except LOST:
+                continue
+        return drained
 
 
 def _within(budget: int | None, max_tokens: int) -> int:
     return max_tokens if budget is None else max(1, min(budget, max_tokens))
-
-
-def _first(weights: FloatArray | None, count: int) -> FloatArray | None:
-    return None if weights is None else weights[:count]

@@ -17,7 +17,8 @@ from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
-from kat_ray.config import ModelConfig, SamplerConfig
+from kat_ray.config import ModelConfig
+from kat_ray.config_cluster import SamplerConfig
 from kat_ray.types import EngineEnd, EngineRows, SamplingSettings, WeightUpdate
 
 _ENDS = {FinishReason.STOP: EngineEnd.EOS, FinishReason.LENGTH: EngineEnd.MAX_TOKENS}

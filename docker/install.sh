@@ -1,6 +1,11 @@
 #!/usr/bin/env bash
-# Set up a virtual environment with the whole stack for a CPU: docker/install.sh [VENV], default .venv.
+# Set up a virtual environment with the whole stack: docker/install.sh [--gpu] [--runtime] [VENV], default .venv.
 # A second call that finds nothing changed installs nothing.
+#
+#   --gpu      vLLM's and torch's CUDA builds instead of those for a CPU
+#   --runtime  only the locked runtime, without tests, tools and this package: for images, which add it in a layer
+#              of its own
+#   --list     print the packages of the runtime, torch among them, and install nothing: for the SBOM
 #
 # In this order, and why:
 #  1. torch, with its own dependencies, in whatever build the package index serves: the CPU build, or the default
@@ -9,19 +14,49 @@
 #     and torchcodec, which an index serves for CUDA only; beside a CPU torch they fail to load ("operator
 #     torchvision::nms does not exist") and take `import vllm` with them. Without them vLLM works: they are for
 #     images, sound and video.
-#  3. this package, editable.
+#     For a GPU they come with torch, in the same build.
+#  3. tests and tools, from their own lock.
+#  4. this package, editable.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${1:-$root/.venv}
 python=${PYTHON:-python3}
-lock=$root/docker/requirements-cpu.lock
-torch=torch==2.13.0
 
 fail() {
     echo "docker/install.sh: $*" >&2
     exit 1
 }
+
+lock=$root/docker/requirements-cpu.lock
+torch=(torch==2.13.0)
+tools=("$root/docker/requirements-dev.lock")
+package=(-e "$root")
+modules="ray, deepspeed, transformers, vllm, kat_ray, actors"
+list=
+while [ $# -gt 0 ]; do
+    case $1 in
+    --gpu)
+        lock=$root/docker/requirements-gpu.lock
+        torch=(torch==2.13.0 torchvision==0.28.0 torchaudio==2.11.0 torchcodec==0.17.0)
+        ;;
+    --runtime)
+        tools=()
+        package=()
+        modules="ray, deepspeed, transformers, vllm"
+        ;;
+    --list) list=1 ;;
+    -*) fail "unknown option '$1': only --gpu, --runtime and --list are known" ;;
+    *) break ;;
+    esac
+    shift
+done
+[ $# -le 1 ] || fail "'$*': only one environment at a time"
+venv=${1:-$root/.venv}
+if [ "$list" ]; then
+    printf '%s\n' "${torch[@]}"
+    grep -v '^#' "$lock"
+    exit 0
+fi
 
 command -v "$python" >/dev/null || fail "no '$python' found: install Python 3.11 or newer, or set PYTHON"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -30,7 +65,7 @@ command -v "$python" >/dev/null || fail "no '$python' found: install Python 3.11
     fail "$("$python" --version) has no venv module: install it (Debian: apt install python3-venv)"
 
 stamp=$venv/.kat-ray-stamp
-wanted=$(cat "$lock" "${BASH_SOURCE[0]}" "$root/pyproject.toml" | sha256sum | cut -d' ' -f1)
+wanted=$(cat "$lock" ${tools[@]+"${tools[@]}"} "${BASH_SOURCE[0]}" "$root/pyproject.toml" | sha256sum | cut -d' ' -f1)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     exit 0
 fi
@@ -53,13 +88,22 @@ step() { # step TEXT COMMAND...: run quietly, and show the output if it fails
 echo "setting up $venv (once; about 3 minutes and 4 GB)"
 [ -x "$venv/bin/python" ] || step "virtual environment" "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input)
-step "torch" "${pip[@]}" "$torch"
+step "torch" "${pip[@]}" "${torch[@]}"
 step "locked packages" "${pip[@]}" --no-deps -r "$lock"
-step "kat-ray" "${pip[@]}" --no-deps --no-build-isolation -e "$root"
-for extra in torchvision torchaudio torchcodec; do
-    if "$venv/bin/python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$extra') is None)"; then
-        echo "note: $extra is in $venv; if 'import vllm' fails, remove it: $venv/bin/pip uninstall $extra"
-    fi
+for more in ${tools[@]+"${tools[@]}"}; do
+    step "tests and tools" "${pip[@]}" --no-deps -r "$more"
 done
-step "check" "$venv/bin/python" -c "import ray, deepspeed, transformers, vllm, kat_ray, actors"
+# An environment of before may have it: docker/requirements-dev.lock says why it is not to be there.
+"$venv/bin/python" -m pip uninstall --disable-pip-version-check -q -y rfc3987-syntax 2>/dev/null || true
+if [ ${#package[@]} -gt 0 ]; then
+    step "kat-ray" "${pip[@]}" --no-deps --no-build-isolation "${package[@]}"
+fi
+if [ ${#torch[@]} -eq 1 ]; then
+    for extra in torchvision torchaudio torchcodec; do
+        if "$venv/bin/python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$extra') is None)"; then
+            echo "note: $extra is in $venv; if 'import vllm' fails, remove it: $venv/bin/pip uninstall $extra"
+        fi
+    done
+fi
+step "check" "$venv/bin/python" -c "import $modules"
 echo "$wanted" >"$stamp"

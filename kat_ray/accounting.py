@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from kat_ray.termination.base import Finished
-from kat_ray.types import FloatArray, IntArray, RolloutOutcome, SampledRollout, ScoredChunk, StopReason
+from kat_ray.types import (
+    FloatArray,
+    IntArray,
+    KeptRollout,
+    RolloutOutcome,
+    RolloutSpec,
+    SampledRollout,
+    ScoredChunk,
+    StopReason,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,18 @@ def join_outcomes(
         rollout = by_id[outcome.rollout_id]
         joined.append((outcome, rollout, keep_books(outcome, len(rollout.token_ids))))
     return joined
+
+
+def kept_rollouts(
+    joined: Sequence[tuple[RolloutOutcome, SampledRollout, RolloutBooks]], specs: Iterable[RolloutSpec]
+) -> list[KeptRollout]:
+    """The learner's work list of a step: every rollout of which a token is kept, in the order of ids."""
+    prompts = {s.rollout_id: len(s.prompt_ids) for s in specs}
+    return [
+        KeptRollout(b.rollout_id, prompts[b.rollout_id], b.kept, None if o.weights is None else o.weights[: b.kept])
+        for o, _, b in joined
+        if b.kept
+    ]
 
 
 def finished(outcome: RolloutOutcome) -> Finished:

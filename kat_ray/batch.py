@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kat_ray.errors import UserError
+from kat_ray.packing import foreign_id, foreign_words
 from kat_ray.types import FloatArray, IntArray, KeptRollout, RolloutChunk, TeacherRows
 
 
@@ -109,6 +111,17 @@ def _join(
         sampled_logprobs=np.concatenate([chunks[c].sampled_logprobs[s] for c, s in spans]),
         weights=np.ones(kept.kept, dtype=np.float32) if kept.weights is None else kept.weights,
     )
+
+
+def check_ids(rows: Sequence[TrainRow], vocabulary: int, model: str) -> None:
+    """UserError where a row holds an id that `model`, a field and its value, has no token for.
+
+    The model would end in an index error, on a GPU in one that names neither tensor nor row.
+    """
+    for row in rows:
+        for name, ids in (("prompt", row.prompt_ids), ("answer", row.token_ids), ("top k", row.topk_ids)):
+            if (foreign := foreign_id(ids, vocabulary)) is not None:
+                raise UserError(foreign_words(row.rollout_id, name, foreign, vocabulary, model))
 
 
 def micro_batches(rows: Sequence[TrainRow], budget: int) -> list[MicroBatch]:

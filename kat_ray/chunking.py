@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from kat_ray.packing import pack_ids
+from kat_ray.errors import UserError
+from kat_ray.packing import foreign_id, foreign_words, pack_ids
 from kat_ray.types import EngineEnd, FloatArray, IntArray, RolloutChunk
 
 # Below fp32's resolution of `1 - sum(p)` a tail mass is rounding noise; the same floor as in
@@ -33,6 +34,8 @@ class PendingRollout:
     sent: int = 0
     end: EngineEnd = EngineEnd.RUNNING
     end_sent: bool = False
+    known: bool = False  # whether its scorer holds what was sent
+    cut: bool = False  # ended by a decision
     topk_ids: list[IntArray] = field(default_factory=list)
     logprobs: list[FloatArray] = field(default_factory=list)
 
@@ -41,6 +44,13 @@ class PendingRollout:
         self.token_ids.extend(token_ids)
         self.topk_ids.append(topk_ids)
         self.logprobs.append(logprobs)
+
+    @property
+    def context(self) -> Sequence[int]:
+        """What the scorer must run before the next chunk's first row: everything sent so far, where it has none of
+        it.
+        """
+        return () if self.known else (*self.prompt_ids, *self.token_ids[: self.sent])
 
     @property
     def unsent(self) -> int:
@@ -58,6 +68,7 @@ def build_chunk(
     released: Sequence[int],
     *,
     sampler: str,
+    attempt: int,
     policy_version: int,
     top_k: int,
     vocabulary: int,
@@ -67,7 +78,7 @@ def build_chunk(
     All rollouts belong to one scorer. `released` names rollouts whose state that scorer can drop.
     """
     counts = [r.unsent for r in rollouts]
-    contexts = [r.prompt_ids if r.sent == 0 else () for r in rollouts]
+    contexts = [r.context for r in rollouts]
     rows = sum(counts)
     ids = np.zeros((rows, top_k + 1), dtype=np.int32)
     logprobs = np.zeros((rows, top_k + 1), dtype=np.float32)
@@ -77,6 +88,7 @@ def build_chunk(
     low, high = pack_ids(ids[:, 1:], vocabulary)
     chunk = RolloutChunk(
         sampler=sampler,
+        attempt=attempt,
         policy_version=policy_version,
         rollout_ids=np.array([r.rollout_id for r in rollouts], dtype=np.int64),
         start=np.array([r.sent for r in rollouts], dtype=np.int32),
@@ -93,11 +105,42 @@ def build_chunk(
         released=np.asarray(released, dtype=np.int64),
     )
     for rollout in rollouts:
+        rollout.known = True
         rollout.sent = len(rollout.token_ids)
         rollout.end_sent = rollout.end is not EngineEnd.RUNNING
         rollout.topk_ids.clear()
         rollout.logprobs.clear()
     return chunk
+
+
+def check_ids(chunk: RolloutChunk, vocabulary: int, model: str) -> None:
+    """UserError where a chunk holds an id that `model`, a field and its value, has no token for."""
+    topk = chunk.topk_ids()
+    if all(foreign_id(ids, vocabulary) is None for ids in (chunk.context_ids, chunk.token_ids, topk)):
+        return
+    for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
+        rows = slice(chunk.offsets[i], chunk.offsets[i + 1])
+        parts = {"context": chunk.context(i), "answer": chunk.new_tokens(i), "top k": topk[rows]}
+        for part, ids in parts.items():
+            if (foreign := foreign_id(ids, vocabulary)) is not None:
+                raise UserError(foreign_words(rollout_id, part, foreign, vocabulary, model))
+
+
+def with_context(chunk: RolloutChunk, rollouts: Mapping[int, PendingRollout]) -> RolloutChunk:
+    """A chunk as a scorer can take it that has seen nothing of those rollouts that are not `known`; they now
+    are.
+    """
+    contexts: list[Sequence[int]] = []
+    for i, start in zip(chunk.rollout_ids.tolist(), chunk.start.tolist(), strict=True):
+        rollout = rollouts[i]
+        contexts.append(() if rollout.known else (*rollout.prompt_ids, *rollout.token_ids[:start]))
+        rollout.known = True
+    return replace(
+        chunk,
+        context_offsets=_offsets([len(c) for c in contexts]),
+        context_ids=np.array([t for c in contexts for t in c], dtype=np.int32),
+        released=np.zeros(0, dtype=np.int64),
+    )
 
 
 def _offsets(counts: Sequence[int]) -> IntArray:

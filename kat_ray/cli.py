@@ -1,4 +1,5 @@
-"""The command line: `kat-ray train | eval | compare | replay | report | doctor | bench | config`.
+"""The command line: `kat-ray train | eval | compare | submit | replay | report | doctor | bench | config` and
+others.
 
 Commands import what they need when they run, so that `--help` and mistakes in a configuration answer at once.
 """
@@ -18,106 +19,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kat_ray.errors import UserError
+from kat_ray import cli_jobs
+from kat_ray.cli_help import ABOUT_BENCH, ABOUT_REPORT, DESCRIPTION, EXAMPLES, EXIT_CODES, OVER_A_RUN, OVERRIDES
+from kat_ray.errors import Stopped, UserError
+from kat_ray.logs import log_to_terminal
+from kat_ray.redact import redact
 
 if TYPE_CHECKING:
     from kat_ray.config import Config
-
-DESCRIPTION = """\
-On-policy distillation of language models on Ray. Rollouts that have fallen into a KL agreement trap are
-ended while they are generated (KAT, arXiv 2606.09471)."""
-
-EXIT_CODES = """\
-exit codes:
-  0    done
-  1    doctor found what would stop a run; or an error that is not yours, with its traceback
-  2    a mistake in the arguments, the configuration, a model or the data: one message says which
-  130  interrupted (Ctrl-C)"""
-
-OVERRIDES = """\
-CONFIG is a YAML file, or `demo` for the embedded task with its tiny models. Every field can be overridden:
-section.field=value, with the value in YAML. docs/configuration.md lists the fields."""
-
-OVER_A_RUN = """\
-RUN is a run directory with traces. Each FIELD is one of termination's for the rule, such as window, consecutive,
-eta, stride and exempt for kat; a list of values is swept. docs/termination.md defines them."""
-
-ABOUT_REPORT = """\
-RUN is a run directory. The page needs no network: learning curves, how rollouts ended, threshold, KL of single
-tokens, the stages before, during and after agreement, and a browser of rollouts. The pictures lie beside it as PNG.
-Each FIELD is one of the KAT rule's: it divides rollouts into stages. The default is the run's own rule."""
-
-ABOUT_BENCH = """\
-Each row is a ratio, both sides measured in one run. Groups: end_to_end (it installs the peer into .venv-peer once),
-pipeline, sampler, teacher, learner, memory, publication, offline. Leave the machine alone while it runs."""
-
-EXAMPLES = {
-    "": """\
-examples:
-  kat-ray doctor demo                         what would stop a run on this machine
-  kat-ray train demo                          the embedded task, minutes on a laptop
-  kat-ray train demo termination.rule=none    the same without termination
-  kat-ray config demo > my.yaml               a file to start your own from""",
-    "train": """\
-examples:
-  kat-ray train demo run.steps=20
-  kat-ray train my.yaml learner.lr=1e-5 'learner.betas=[0.9, 0.95]' evaluation.data=null
-  kat-ray train my.yaml termination.rule=none run.name=without
-
-Models and data are checked before anything is started. Records go to <run.dir>/<run.name>.""",
-    "eval": """\
-examples:
-  kat-ray eval runs/latest                           the newest checkpoint of a run, with the run's configuration
-  kat-ray eval demo:student --config demo            a model, on a configuration's held-out problems
-  kat-ray eval out/model --config my.yaml evaluation.k=8 --json""",
-    "doctor": """\
-examples:
-  kat-ray doctor                  machine and packages only
-  kat-ray doctor my.yaml          and models, tokenizers, data, resources
-  kat-ray doctor my.yaml sampler.replicas=4
-
-Nothing is started and no weights are loaded. Each line is ok, warn or FAIL.""",
-    "compare": """\
-examples:
-  kat-ray compare demo --rules none kat length_matched --seeds 0 1 2
-  kat-ray compare my.yaml --rules none kat kat:eta=0.5 fixed_prefix:n=512 --out runs/which-eta run.steps=200
-  kat-ray compare --runs runs/a runs/b --out /tmp/a-b          finished runs; says what else they differ in
-
-Each rule runs from the same start on the same prompts, once for each seed, in DIR/RULE/seed-N. A run that is
-finished is not run again: called again, a comparison goes on where it was. length_matched cuts at the lengths of
-kat's run of the same seed, regardless of KL; of several, length_matched:of=kat-eta=0.5 names one by its folder.""",
-    "replay": """\
-examples:
-  kat-ray replay runs/latest                                  a sweep around the run's own settings
-  kat-ray replay runs/latest eta=[0.1,0.3,0.5] window=32      these settings, the others as in the run
-  kat-ray replay runs/none --keep-kl 0.95 --out /tmp/replay
-  kat-ray replay runs/latest --rule fixed_prefix n=[32,64,128]
-
-No model is loaded. What a cut removes is only known of rollouts that were seen to their end: a run's probes, or
-all rollouts of a run with termination.rule=none.""",
-    "report": """\
-examples:
-  kat-ray report runs/latest                                 RUN/report/report.html
-  kat-ray report runs/none window=16 exempt=8 min_samples=64 min_steps=2
-  kat-ray report runs/latest --gradients                     and which stage pulls where training went""",
-    "bench": """\
-examples:
-  kat-ray bench                               everything; writes docs/benchmarks.md and docs/benchmarks.json
-  kat-ray bench --only sampler teacher        these groups; the others' results stay""",
-    "config": """\
-examples:
-  kat-ray config demo                    the embedded configuration, every field spelled out
-  kat-ray config my.yaml run.steps=20    what a run would use
-  kat-ray config --docs > docs/configuration.md""",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     args = _parse(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    for handler in logging.getLogger().handlers:  # on the handler: a run's own log takes everything
-        handler.setLevel(logging.INFO if args.verbose else logging.WARNING)
+    log_to_terminal(logging.INFO if args.verbose else logging.WARNING)
     command: Callable[[argparse.Namespace], int] = args.command
     try:
         code = command(args)
@@ -125,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         return _complain(str(error))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -140,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str) -> int:
-    for line in message.splitlines():
+    for line in redact(message).splitlines():
         print(f"error: {line}", file=sys.stderr)
     return 2
 
@@ -179,16 +97,28 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("-v", "--verbose", action="store_true", help="also log what is being done")
         return sub
 
-    configured = [*_add_runs(add), *_add_records(add)]
+    configured = [*_add_runs(add), *cli_jobs.add_jobs(add), *_add_records(add)]
     for sub in configured:
         sub.add_argument("overrides", metavar="section.field=value", nargs="*", default=[], help="override a field")
     return parser
 
 
+def _path(text: str) -> Path:
+    from kat_ray.config_io import usable_path
+
+    try:
+        return usable_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
     """The commands that start something; returns those that take a configuration's overrides."""
     train = add("train", _train, "distil the teacher into the student")
-    train.add_argument("config", metavar="CONFIG", help="YAML file, or `demo`")
+    train.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
+    train.add_argument(
+        "--resume", metavar="RUN", type=Path, help="go on with this run from its newest good checkpoint"
+    )
     train.add_argument(
         "--profile",
         action="store_true",
@@ -200,10 +130,14 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
     evaluate.add_argument("--json", action="store_true", help="print the result as one JSON object")
     doctor = add("doctor", _doctor, "check machine, packages, models and data; start nothing")
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
+    doctor.add_argument(
+        "--cluster", action="store_true", help="also ask a cluster where each role would go (--address)"
+    )
+    cli_jobs.add_address(doctor)
     compare = add("compare", _compare, "train with several rules and compare them")
     compare.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     compare.add_argument(
-        "--runs", metavar="RUN", type=Path, nargs="+", help="compare these finished runs; nothing is trained"
+        "--runs", metavar="RUN", type=_path, nargs="+", help="compare these finished runs; nothing is trained"
     )
     compare.add_argument(
         "--rules", metavar="RULE[:FIELD=VALUE,...]", nargs="+",
@@ -211,7 +145,7 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
     )  # fmt: skip
     compare.add_argument("--seeds", metavar="N", nargs="+", help="default: 0 1 2")
     compare.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder of the comparison (default <run.dir>/compare-<run.name>)"
+        "--out", metavar="DIR", type=_path, help="folder of the comparison (default <run.dir>/compare-<run.name>)"
     )
     return [train, evaluate, doctor, compare]
 
@@ -219,7 +153,7 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
 def _add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
     """The commands over what runs left, the benchmark and the configuration's own."""
     replay = add("replay", _replay, "apply other settings of the rule to a run's recorded rollouts", OVER_A_RUN)
-    replay.add_argument("run", metavar="RUN", type=Path, help="run directory, such as runs/latest")
+    replay.add_argument("run", metavar="RUN", type=_path, help="run directory, such as runs/latest")
     replay.add_argument(
         "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a field of the rule; a list sweeps it"
     )
@@ -231,10 +165,10 @@ def _add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.A
         help="recommend the cheapest setting that keeps this share of the summed KL (default 0.9)",
     )  # fmt: skip
     replay.add_argument(
-        "--out", metavar="DIR", type=Path, help="where replay.csv and replay.png go (default RUN/replay)"
+        "--out", metavar="DIR", type=_path, help="where replay.csv and replay.png go (default RUN/replay)"
     )
     report = add("report", _report, "write a run's report: one page with pictures and its rollouts", ABOUT_REPORT)
-    report.add_argument("run", metavar="RUN", type=Path, help="run directory, such as runs/latest")
+    report.add_argument("run", metavar="RUN", type=_path, help="run directory, such as runs/latest")
     report.add_argument(
         "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a field of the rule that divides rollouts"
     )
@@ -242,22 +176,22 @@ def _add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.A
         "--rollouts", metavar="N", type=_count, default=300, help="rollouts to look at in the page (default 300)"
     )
     report.add_argument(
-        "--gradients", metavar="CHECKPOINT", type=Path, nargs="*",
+        "--gradients", metavar="CHECKPOINT", type=_path, nargs="*",
         help="also compare the stages' gradients with the update from the student as it was to the newest "
         "checkpoint, or between the two named",
     )  # fmt: skip
-    report.add_argument("--out", metavar="DIR", type=Path, help="where report.html goes (default RUN/report)")
+    report.add_argument("--out", metavar="DIR", type=_path, help="where report.html goes (default RUN/report)")
     bench = add("bench", _bench, "measure the pipeline against its peer and the machine", ABOUT_BENCH)
     bench.add_argument("--only", metavar="GROUP", nargs="+", default=[], help="only these groups")
     bench.add_argument(
         "--out",
         metavar="DIR",
-        type=Path,
+        type=_path,
         default=Path("docs"),
         help="where benchmarks.md and .json go (default docs)",
     )
     bench.add_argument(
-        "--work", metavar="DIR", type=Path, default=Path("runs/bench"), help="models and logs (default runs/bench)"
+        "--work", metavar="DIR", type=_path, default=Path("runs/bench"), help="models and logs (default runs/bench)"
     )
     config = add("config", _config, "print the resolved configuration")
     config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
@@ -274,17 +208,33 @@ def _version() -> str:
 
 def _train(args: argparse.Namespace) -> int:
     from kat_ray.config_io import load_config
+    from kat_ray.resume import is_finished, resumed_config
 
-    config = load_config(args.config, [*args.overrides, *(["run.profile=true"] if args.profile else [])])
+    overrides = [*args.overrides, *(["run.profile=true"] if args.profile else [])]
+    if args.resume is None:
+        if args.config is None:
+            raise UserError("name a configuration file, or `demo`; or a run to go on with: --resume RUN")
+        config = load_config(args.config, overrides)
+    else:
+        if args.config is not None and "=" not in args.config:
+            raise UserError(f"{args.config}: --resume takes the run's own configuration; leave this one out")
+        config = resumed_config(args.resume, [*([args.config] if args.config else []), *overrides])
+        if is_finished(args.resume, config.run.steps):
+            print(f"{args.resume}: all {config.run.steps} steps are done; run.steps=N takes it further")
+            return 0
+    from kat_ray.versions import skew
+
     _keep_others_out(config)
+    for note in skew(os.environ):
+        logging.getLogger("kat_ray.cli").warning(note)
     from actors.run import train
 
-    train(config)
+    train(config, args.resume.resolve() if args.resume else None)
     return 0
 
 
 def _keep_others_out(config: Config) -> None:
-    """Give a local Ray a token of its own: its ports are open on all interfaces, and its callers can run code.
+    """Give a local Ray a token of its own: every user of the machine reaches its ports, and can run code there.
 
     Ray reads the mode when it is imported. A mode that the user has set stays.
     """
@@ -341,7 +291,12 @@ def _doctor(args: argparse.Namespace) -> int:
     from kat_ray.config_io import load_config
 
     config = load_config(args.config, args.overrides) if args.config else None
-    return doctor.run(config, lambda line: print(line, flush=True))
+    nodes = None
+    if args.cluster:
+        if config is None:
+            raise UserError("--cluster: name a configuration file, or `demo`: its roles are what is placed")
+        nodes = cli_jobs.cluster_nodes(args.address)
+    return doctor.run(config, lambda line: print(line, flush=True), nodes)
 
 
 def _compare(args: argparse.Namespace) -> int:

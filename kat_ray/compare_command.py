@@ -11,7 +11,7 @@ from kat_ray.compare_results import Result, notes_of, read_results, read_runs
 from kat_ray.compare_table import difference_table, paired, table, write_results
 from kat_ray.config import Config
 from kat_ray.config_io import load_config
-from kat_ray.errors import UserError
+from kat_ray.errors import UserError, writing
 
 RULES_BY_DEFAULT = ("none", "kat", "length_matched")
 SEEDS_BY_DEFAULT = ("0", "1", "2")
@@ -88,7 +88,9 @@ def show(results: Sequence[Result], notes: Sequence[str], out: Path, say: Callab
     if pairs := paired(results):
         say("")
         _print(*difference_table(pairs), say)
-    for file in (*write_results(results, notes, out), *write_comparison(results, notes, out)):
+    with writing(out):
+        files = [*write_results(results, notes, out), *write_comparison(results, notes, out)]
+    for file in files:
         say(str(file))
 
 

@@ -15,7 +15,7 @@ from kat_ray.compare import Arm, differences
 from kat_ray.config import Config
 from kat_ray.config_io import load_config, resolve_path
 from kat_ray.errors import UserError
-from kat_ray.json_records import read_json, read_json_lines
+from kat_ray.json_records import EVALUATION, METRICS, SUMMARY, read_json, read_json_lines
 from kat_ray.types import FloatArray
 
 # Of the table, in its order.
@@ -165,12 +165,12 @@ def read_finished(folder: Path) -> FinishedRun:
     file = folder / "summary.json"
     if not file.is_file():
         raise UserError(f"{folder}: no summary.json in it: not a run directory, or its run has not ended")
-    summary = read_json(file)
+    summary = read_json(file, SUMMARY)
     if missing := [name for name in _BOOKS if name not in summary]:
         raise UserError(f"{file}: {', '.join(missing)} are not in it: it is of another version of kat-ray")
-    if summary["eval_after"] is None:
-        raise UserError(f"{folder}: it was not evaluated; a comparison needs held-out problems")
     config = load_config(folder / "config.yaml")
+    if summary["eval_after"] is None or config.evaluation.data is None:
+        raise UserError(f"{folder}: it was not evaluated; a comparison needs held-out problems")
     seconds, notes = _training_seconds(folder, config.run.steps)
     measures = _measures(summary, file) | {"training_seconds": seconds}
     return FinishedRun(folder, config, summary, measures, _right(folder, summary), notes)
@@ -208,7 +208,7 @@ def tflop_parts(summary: Mapping[str, Any], file: Path) -> dict[str, float]:
 
 
 def _training_seconds(folder: Path, steps: int) -> tuple[float, tuple[str, ...]]:
-    lines, notes = read_json_lines(folder / "metrics.jsonl")
+    lines, notes = read_json_lines(folder / "metrics.jsonl", METRICS)
     seconds = [line["time/step"] for line in lines if line.get("time/step") is not None]
     if len(seconds) == steps:
         return sum(seconds), tuple(notes)
@@ -218,11 +218,11 @@ def _training_seconds(folder: Path, steps: int) -> tuple[float, tuple[str, ...]]
 
 def _right(folder: Path, summary: Mapping[str, Any]) -> FloatArray:
     file = folder / "evaluations.jsonl"
-    lines, damage = read_json_lines(file)
+    lines, damage = read_json_lines(file, EVALUATION)
     if damage or not lines:
         raise UserError(damage[0] if damage else f"{file}: is missing or empty: no verdicts to compare")
-    right = np.array(lines[-1]["right"], dtype=float) / lines[-1]["k"]
-    if not math.isclose(right.mean(), summary["eval_after"]["avg_at_k"], abs_tol=1e-9):
+    right = np.array(lines[-1].get("right", ()), dtype=float) / lines[-1]["k"]
+    if not len(right) or not math.isclose(right.mean(), summary["eval_after"]["avg_at_k"], abs_tol=1e-9):
         raise UserError(f"{file}: its last line is not the evaluation after training (summary.json): it is cut off")
     return right
 

@@ -7,20 +7,23 @@ value and what is allowed.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from kat_ray.config_cluster import (
+    ClusterConfig,
+    LearnerConfig,
+    MonitorConfig,
+    PoolsConfig,
+    SamplerConfig,
+    ScorerConfig,
+    Section,
+)
 from kat_ray.termination import TerminationConfig
 from kat_ray.termination.settings import KatSettings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown fields refused, field docstrings become descriptions."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -41,10 +44,24 @@ class RunConfig(Section):
     trace_features: bool = True
     """Record, beside the KL of every scored token, the teacher's top token and the health features: about
     14 bytes a token before compression. The report's pictures of phases need them."""
+    deterministic: bool = False
+    """Decisions of the rule take hold at fixed tokens instead of as soon as they arrive: on the same machine,
+    without a GPU, the same command then gives the same bits. Costs waiting and overshoot; needs rollout.staleness =
+    0."""
     profile: bool = False
     """Write timeline.json, a Chrome trace of what every actor did in each step."""
-    checkpoint_every: int = Field(0, ge=0)
-    """Steps between checkpoints in Hugging Face format; 0 writes only the last one."""
+    grace_seconds: float = Field(60.0, gt=0)
+    """Seconds in which a run that is told to end (SIGTERM, Ctrl-C) finishes what cannot be interrupted and writes a
+    checkpoint."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: inside a Ray job, an unfinished run of the same name and configuration is gone on with, as after a
+    retry of the job; elsewhere, and with `never`, a run is always a new one unless `--resume` names it."""
+    checkpoint_every: int = Field(10, ge=0)
+    """Steps between checkpoints, each with all that a resume needs; 0 writes only the last one."""
+    keep_checkpoints: int = Field(3, ge=1)
+    """Checkpoints that are kept, the newest ones; older ones are removed when the next is complete."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the highest eval/avg_at_k."""
 
     @model_validator(mode="after")
     def _not_latest(self) -> RunConfig:
@@ -130,93 +147,28 @@ class RolloutConfig(Section):
         return self.prompts_per_step * self.rollouts_per_prompt
 
 
-class PlacementConfig(Section):
-    """What one replica of a role asks of the cluster."""
+class GuardsConfig(Section):
+    """Collapse guards: limits of metrics; each is said in one line when it is passed, and can end the run."""
 
-    num_cpus: float = Field(1.0, ge=0)
-    """CPUs a replica reserves in Ray."""
-    num_gpus: float = Field(0.0, ge=0)
-    """GPUs a replica reserves in Ray."""
-    threads: int = Field(1, ge=1)
-    """Threads of a replica's CPU arithmetic."""
-
-
-class SamplerConfig(PlacementConfig):
-    """Student samplers: vLLM engines."""
-
-    replicas: int = Field(1, ge=1)
-    """Number of samplers; the rollouts of a step are dealt out evenly."""
-    max_num_seqs: int = Field(256, ge=1)
-    """Rollouts an engine generates at the same time."""
-    max_num_batched_tokens: int = Field(8192, ge=64)
-    """Tokens an engine runs in one step, prompts included."""
-    tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs of one engine. Not run on a GPU by this project's tests."""
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory that vLLM takes; not used on a CPU."""
-    kv_cache_gib: float = Field(1.0, gt=0)
-    """KV cache of an engine on a CPU, GiB; not used on a GPU."""
-    enforce_eager: bool = True
-    """Run without graph capture or compilation; on a GPU, false is faster after a longer start."""
-
-    @model_validator(mode="after")
-    def _batch_holds_seqs(self) -> SamplerConfig:
-        if self.max_num_batched_tokens < self.max_num_seqs:  # vLLM refuses to start
-            raise ValueError(
-                f"max_num_batched_tokens = {self.max_num_batched_tokens}: must be >= "
-                f"max_num_seqs = {self.max_num_seqs}, one token of each running rollout"
-            )
-        return self
-
-
-class ScorerConfig(PlacementConfig):
-    """Teacher scorers."""
-
-    replicas: int = Field(1, ge=1)
-    """Number of scorers; a rollout stays with one of them."""
-    backend: Literal["auto", "transformers", "vllm"] = "auto"
-    """`auto` takes vLLM where its V2 runner is available (a GPU), transformers elsewhere."""
-    max_batch_tokens: int = Field(4096, ge=16)
-    """Tokens, padding included, that one teacher forward takes."""
-    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
-    """Share of a GPU's memory that vLLM takes (backend vllm)."""
-
-
-class MonitorConfig(Section):
-    """Trap monitors."""
-
-    shards: int = Field(1, ge=1)
-    """Monitors that share the samplers' rollouts under one calibration; results do not depend on it.
-    One suffices up to some hundred GPUs (docs/scaling.md)."""
-
-
-class LearnerConfig(PlacementConfig):
-    """The student's trainer: DeepSpeed, one actor per rank."""
-
-    world_size: int = Field(1, ge=1)
-    """Number of ranks."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """DeepSpeed ZeRO stage."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Data type of the forward and backward pass; the optimiser keeps fp32 master weights."""
-    lr: float = Field(1e-6, gt=0)
-    """Peak learning rate."""
-    warmup_ratio: float = Field(0.03, ge=0, le=1)
-    """Share of the steps with linear warm-up."""
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)
-    """Learning rate at the end of the cosine, as a share of the peak."""
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW weight decay."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """AdamW betas."""
-    clip: float = Field(1.0, gt=0)
-    """Gradient norm above which gradients are scaled down."""
-    micro_batch_tokens: int = Field(16384, ge=16)
-    """Tokens of one micro-batch, prompt and padding included."""
-    logits_chunk_tokens: int = Field(1024, ge=1)
-    """Tokens whose vocabulary log-softmax exists at once."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    action: Literal["warn", "stop"] = "warn"
+    """What a guard does when it fires: `warn` says so, `stop` ends the run after a checkpoint."""
+    patience: int = Field(5, ge=1)
+    """Steps in a row beyond a limit before a guard fires; a first line comes after half of them."""
+    reference_steps: int = Field(10, ge=1)
+    """First steps of the run whose mean the relative limits are taken from; until then these do not act."""
+    stop_mass_fall: float | None = Field(0.1, gt=0, lt=1)
+    """Lower limit of learner/stop_mass, as a share of its first mean; null switches it off."""
+    stop_mass_rise: float | None = Field(0.5, gt=0, lt=1)
+    """Upper limit of learner/stop_mass, as a share of the way from its first mean to 1; null switches it off."""
+    entropy_fall: float | None = Field(0.1, gt=0, lt=1)
+    """Lower limit of learner/entropy, as a share of its first mean; null switches it off."""
+    max_tokens_share: float | None = Field(0.9, ge=0, lt=1)
+    """Upper limit of rollout/max_tokens_share, from the first step on; not looked at where the rule sets a budget.
+    null switches it off."""
+    kl_rise: float | None = Field(3.0, gt=1)
+    """Upper limit of kl/mean, as a multiple of its first mean; null switches it off."""
+    kl_fall: float | None = Field(0.02, gt=0, lt=1)
+    """Lower limit of kl/mean, as a share of its first mean; null switches it off."""
 
 
 class EvaluationConfig(Section):
@@ -246,25 +198,6 @@ class EvaluationConfig(Section):
         return self
 
 
-class ClusterConfig(Section):
-    """How Ray is reached."""
-
-    address: str | None = None
-    """Ray address (`auto` joins the cluster of this machine or job); null starts a local one, unless
-    the environment names one in RAY_ADDRESS."""
-    num_cpus: int | None = Field(None, ge=1)
-    """Logical CPUs of a local Ray; null takes what the roles ask for, at least the machine's cores."""
-    object_store_gib: float | None = Field(None, gt=0)
-    """Object store of a local Ray, GiB; null lets Ray choose."""
-    placement_timeout: float = Field(120.0, gt=0)
-    """Seconds to wait until all actors are placed and their models loaded past which the missing
-    resource is named."""
-    start_timeout: float = Field(900.0, gt=0)
-    """Seconds that loading models and starting DeepSpeed may take."""
-    dashboard: bool = False
-    """Start Ray's dashboard with a local Ray (on loopback)."""
-
-
 class Config(Section):
     """The whole configuration of a training run."""
 
@@ -277,7 +210,9 @@ class Config(Section):
     sampler: SamplerConfig = SamplerConfig()
     scorer: ScorerConfig = ScorerConfig()
     monitor: MonitorConfig = MonitorConfig()
+    pools: PoolsConfig = PoolsConfig()
     learner: LearnerConfig = LearnerConfig()
+    guards: GuardsConfig = GuardsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -291,10 +226,25 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _work_for_every_monitor(self) -> Config:
-        if self.monitor.shards > self.sampler.replicas:
+    def _deterministic_is_on_policy(self) -> Config:
+        if self.run.deterministic and self.rollout.staleness:
             raise ValueError(
-                f"monitor.shards = {self.monitor.shards}: must be <= sampler.replicas = {self.sampler.replicas}; "
+                "run.deterministic = true: needs rollout.staleness = 0; sampling ahead races with the learner"
+            )
+        elastic = [name for name in ("sampler", "scorer") if len({*getattr(self, name).bounds}) > 1]
+        if self.run.deterministic and elastic:
+            raise ValueError(
+                f"run.deterministic = true: needs a fixed number of {' and '.join(elastic)}s; leave min_replicas "
+                "and max_replicas out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _work_for_every_monitor(self) -> Config:
+        samplers = self.sampler.bounds[0]
+        if self.monitor.shards > samplers:
+            raise ValueError(
+                f"monitor.shards = {self.monitor.shards}: must be <= {samplers}, the fewest samplers; "
                 "a sampler's rollouts belong to one monitor"
             )
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kat_ray import schema
+from kat_ray import plain_yaml, schema
 from kat_ray.config import Config
 from kat_ray.errors import ConfigError
+from kat_ray.redact import redact
 
 DEMO_DIR = Path(__file__).parent / "demo"
 DEMO_FILES = {
@@ -31,35 +32,9 @@ DEMO_FILES = {
     "demo:heldout": DEMO_DIR / "data" / "heldout.jsonl",
 }
 
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes; Linux
+
 Path_ = tuple[str | int, ...]
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's plain values.
-
-    YAML 1.1 reads 1e-4 as text, `no` as false, 1:30 as 90, 010 as 8 and 2026-01-02 as a date.
-    """
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own way
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that either YAML 1.1 or `_Loader` would read as something else, such as a path `1e5`."""
-
-
-for _tag, _pattern, _first in (
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^[-+]?(?:0|[1-9][0-9]*)$", list("-+0123456789")),
-    (
-        "float",
-        r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$",
-        list("-+.0123456789"),
-    ),
-    ("merge", r"^<<$", ["<"]),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
 
 
 @dataclass
@@ -83,11 +58,22 @@ class _Source:
 def resolve_path(name: str) -> Path:
     """The path that a config value names; `demo:...` names a file of the package. The path need not exist."""
     if not name.startswith("demo:"):
-        return Path(name).expanduser()
+        return usable_path(name)
     if name not in DEMO_FILES:
         known = ", ".join(k for k in DEMO_FILES if ":" in k)
         raise ConfigError(f"{name!r} names nothing embedded; there are {known}")
     return DEMO_FILES[name]
+
+
+def usable_path(text: str) -> Path:
+    """The path, `~` resolved; `ConfigError` where no file system takes it, which each access would raise again."""
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise ConfigError(f"{_shown(text)}: there is no such user's home directory") from error
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts) or len(os.fsencode(path)) > _LONGEST_PATH:
+        raise ConfigError(f"{_shown(text)}: is too long for a path")
+    return path
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -95,7 +81,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     `demo` names the embedded configuration. `ConfigError` lists every mistake.
     """
-    file = DEMO_FILES["demo"] if str(path) == "demo" else Path(path)
+    file = DEMO_FILES["demo"] if str(path) == "demo" else usable_path(str(path))
     source = _Source(str(path))
     tree = _drop_empty(_read_file(file, source))
     for override in overrides:
@@ -116,7 +102,7 @@ def save_config(config: Config, path: Path) -> None:
 def config_yaml(config: Config) -> str:
     """The resolved configuration as YAML, every field spelled out."""
     tree = config.model_dump(mode="json")
-    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    return str(yaml.dump(tree, Dumper=plain_yaml.Dumper, sort_keys=False, allow_unicode=True))
 
 
 def _read_file(file: Path, source: _Source) -> dict[str, Any]:
@@ -128,11 +114,11 @@ def _read_file(file: Path, source: _Source) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         raise ConfigError(f"{source.name}: cannot be read: {reason}") from error
     try:
-        node = yaml.compose(text, _Loader)
+        node = plain_yaml.compose(text)
         if node is None:
             raise ConfigError(f"{source.name}: the file is empty; a configuration names at least {_required()}")
-        _note_lines(node, (), source, set())
-        tree = yaml.load(text, _Loader)
+        _note_lines(node, (), source)
+        tree = plain_yaml.construct(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -148,12 +134,10 @@ def _required() -> str:
     return ", ".join(schema.root_schema()["required"])
 
 
-def _note_lines(node: yaml.Node, path: Path_, source: _Source, above: set[int]) -> None:
-    """Record the line of every field; refuse a field given twice and a mapping that contains itself."""
+def _note_lines(node: yaml.Node, path: Path_, source: _Source) -> None:
+    """Record the line of every field; refuse a field given twice."""
     if not isinstance(node, yaml.MappingNode):
         return
-    if id(node) in above:
-        raise ConfigError(f"{source.name}:{node.start_mark.line + 1}: an alias contains itself")
     for key, value in node.value:
         line = key.start_mark.line + 1
         here = (*path, str(key.value))
@@ -161,7 +145,7 @@ def _note_lines(node: yaml.Node, path: Path_, source: _Source, above: set[int]) 
             name = ".".join(map(str, here))
             raise ConfigError(f"{source.name}:{line}: {name} is given twice, first in line {source.lines[here]}")
         source.lines[here] = line
-        _note_lines(value, here, source, above | {id(node)})
+        _note_lines(value, here, source)
 
 
 def _drop_empty(tree: dict[str, Any]) -> dict[str, Any]:
@@ -192,10 +176,11 @@ def _check_override(override: str, source: _Source) -> None:
 def yaml_value(text: str, where: str) -> Any:
     """The value that stands after `FIELD=`; `where` names it in messages."""
     try:
-        node = yaml.compose(text, _Loader)
-        if node is not None:
-            _note_lines(node, (), _Source(where), set())
-        return yaml.load(text, _Loader)
+        node = plain_yaml.compose(text)
+        if node is None:
+            return None
+        _note_lines(node, (), _Source(where))
+        return plain_yaml.construct(node)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
         raise ConfigError(f"{where}: the value is not valid YAML: {problem}") from error
@@ -218,6 +203,7 @@ def _apply(tree: dict[str, Any], override: str, source: _Source) -> None:
 
 
 def _validate(tree: Mapping[str, Any], source: _Source) -> Config:
+    _check_texts(tree, (), source)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -226,6 +212,36 @@ def _validate(tree: Mapping[str, Any], source: _Source) -> Config:
     if flags := list(_flags_as_numbers(tree, config, ())):
         raise ConfigError("\n".join(_wrong(path, value, source) for path, value in flags))
     return config
+
+
+def _check_texts(value: Any, path: Path_, source: _Source) -> None:
+    """Refuse text that no file, tokenizer or terminal takes, and secrets: a run stores its configuration."""
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            _check_texts(key, path, source)
+            _check_texts(below, (*path, key if isinstance(key, int) else str(key)), source)
+    elif isinstance(value, list):
+        for index, below in enumerate(value):
+            _check_texts(below, (*path, index), source)
+    elif isinstance(value, str):
+        if "\0" in value or not _is_unicode(value):
+            raise ConfigError(
+                f"{source.of(path)}{_dotted(path)} = {_shown(value)}: holds a NUL or half a character (a surrogate)"
+            )
+        if redact(value) != value:  # the value is not shown
+            raise ConfigError(
+                f"{source.of(path)}{_dotted(path)} holds a secret (a token of the environment, or a password in an "
+                "address), and a run stores its configuration: give it through the environment (HF_TOKEN, "
+                "RAY_AUTH_TOKEN), or a file of the library that asks for it"
+            )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _flags_as_numbers(raw: Any, parsed: Any, path: Path_) -> list[tuple[Path_, Any]]:
@@ -267,7 +283,7 @@ def _message(error: Any, source: _Source) -> str:
 def _wrong(path: Path_, value: Any, source: _Source) -> str:
     allowed = schema.allowed_at(path)
     text = f"{source.of(path)}{_dotted(path)} = {_shown(value)}: must be {allowed or 'something else'}"
-    if isinstance(value, int | float) and "text" in allowed:
+    if isinstance(value, int | float) and allowed.startswith("text"):
         text += "; put it in quotes"
     if isinstance(value, str) and allowed.startswith("one of "):
         text += _close(value, allowed.removeprefix("one of ").split(", "))
@@ -312,7 +328,7 @@ def _dotted(path: Path_) -> str:
 def _shown(value: Any) -> str:
     """The value as YAML-like text, shortened."""
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=isinstance(value, str) and not _is_unicode(value))
     except (TypeError, ValueError):
         text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -160,7 +160,7 @@ def _chat(row: _Row, data: DataConfig, tokenizer: Any, value: str | list[Any]) -
 def _no_column(row: _Row, field: str, column: str) -> str:
     if column in row.columns:
         return f"{column} is null"
-    there = ", ".join(map(str, row.columns)) or "none"
+    there = ", ".join(name if len(name) <= 40 else f"{name[:37]}..." for name in islice(row.columns, 20)) or "none"
     return f"there is no column {column!r}; there are {there} (data.{field} chooses)"
 
 
@@ -202,11 +202,23 @@ def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
         raise DataError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from error
+    except ValueError as error:
+        raise DataError(f"{where}: not a row: a number of more digits than Python converts") from error
     except RecursionError as error:
         raise DataError(f"{where}: not a row: nested too deeply") from error
+    if b"\\ud" in line.lower():
+        _refuse_half_characters(value, where)
     if not isinstance(value, dict):
         raise DataError(f"{where}: a row is a JSON object with columns, this is {_kind(value)}")
     return value
+
+
+def _refuse_half_characters(value: Any, where: str) -> None:
+    r"""JSON can spell half of a surrogate pair (`\ud800`), which is no text: no tokenizer takes it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: holds half a character (a lone surrogate such as \\ud800)") from error
 
 
 def _parquet(path: Path, name: str) -> Iterator[_Row]:
@@ -217,13 +229,22 @@ def _parquet(path: Path, name: str) -> Iterator[_Row]:
         with pq.ParquetFile(path) as file:
             number = 0
             for batch in file.iter_batches(batch_size=_BATCH):
-                for columns in batch.to_pylist():
+                batch.validate(full=True)
+                for columns in _python_rows(batch, f"{name}, rows {number + 1} to {number + len(batch)}"):
                     number += 1
                     yield _Row(f"{name}, row {number}", number, columns)
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
     except pa.ArrowException as error:
         raise DataError(f"{name}: not a Parquet file: {error}") from error
+
+
+def _python_rows(batch: Any, where: str) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+    except (ValueError, OverflowError) as error:  # a date beyond the year 9999, for example
+        raise DataError(f"{where}: a value has no like in Python: {error}") from error
+    return rows
 
 
 def _hugging_face(data: DataConfig, path: Path) -> Iterator[_Row]:

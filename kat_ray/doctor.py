@@ -10,15 +10,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
-from typing import Literal
 
-from kat_ray.config import Config, DataConfig, PlacementConfig
+from kat_ray.checks import Check, fail, ok, placements, resources, warn
+from kat_ray.config import Config, DataConfig
 from kat_ray.errors import UserError
 from kat_ray.models import ModelFacts, ModelInfo
+from kat_ray.roles import Node
 from kat_ray.termination_warnings import RunScale, warnings_of
 
 GIB = 2**30
@@ -41,33 +42,6 @@ _LEARNER_BYTES = 18
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line of the doctor's report."""
-
-    level: Literal["ok", "warn", "FAIL"]
-    name: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.level:<5} {self.name}: {self.text}"
-
-
-def ok(name: str, text: str) -> Check:
-    """All is well."""
-    return Check("ok", name, text)
-
-
-def warn(name: str, text: str) -> Check:
-    """It runs, but the user should know."""
-    return Check("warn", name, text)
-
-
-def fail(name: str, text: str) -> Check:
-    """It will not run."""
-    return Check("FAIL", name, text)
-
-
 def examine(config: Config | None) -> Iterator[Check]:
     """All checks, each as soon as it is known; without a configuration only machine and packages."""
     vllm = _start_vllm_import()
@@ -82,7 +56,7 @@ def examine(config: Config | None) -> Iterator[Check]:
         elif config is not None:
             yield from _disk(config)
             yield from _settings(config)
-            yield from _resources(config, os.cpu_count() or 1, _gpus())
+            yield from resources(config, os.cpu_count() or 1, _gpus())
             yield from _models_and_data(config)
         yield _finish_vllm_import(vllm)
     finally:
@@ -102,7 +76,7 @@ def _machine() -> Iterator[Check]:
         if sys.version_info >= (3, 11)
         else fail("python", f"{version}; 3.11 or later is needed")
     )
-    shm = Path("/dev/shm")
+    shm = Path("/dev/shm")  # noqa: S108 - looked at, not written to
     if shm.is_dir():
         free = shutil.disk_usage(shm).free
         text = f"{free / GIB:.1f} GiB free in /dev/shm, where Ray's object store lies"
@@ -207,9 +181,9 @@ def vllm_verdict(code: int, errors: str) -> Check:
 
 
 def _local_token(mode: str | None) -> Check:
-    """A local Ray's ports are open on all interfaces; only a token keeps others out."""
+    """A local Ray listens on loopback, which every user of the machine reaches; a token keeps them out too."""
     if mode == "disabled":
-        return warn("ray token", "off (RAY_AUTH_MODE = disabled): whoever reaches this machine can run code here")
+        return warn("ray token", "off (RAY_AUTH_MODE = disabled): whoever is on this machine can run code as you")
     return ok("ray token", "a local Ray takes calls with this run's own token only")
 
 
@@ -259,7 +233,9 @@ def disk_verdict(folder: Path, free: int) -> Check:
         return fail("disk", f"{text}: the disk is full; free some, or choose another run.dir")
     if free < _LITTLE_DISK:
         return warn(
-            "disk", f"{text}: little; checkpoints are as large as the student, run.checkpoint_every sets how many"
+            "disk",
+            f"{text}: little; a checkpoint takes 14 to 16 bytes for each parameter of the student, "
+            "run.keep_checkpoints sets how many are kept",
         )
     return ok("disk", text)
 
@@ -276,39 +252,6 @@ def _settings(config: Config) -> Iterator[Check]:
         )
     if config.evaluation.data is not None and config.evaluation.temperature == 0 and config.evaluation.k > 1:
         yield warn("evaluation", f"temperature = 0 gives the same answer {config.evaluation.k} times; use k = 1")
-
-
-def _resources(config: Config, cores: int, gpus: int) -> Iterator[Check]:
-    """What the roles reserve against what there is; a cluster that is joined is asked when the run starts."""
-    asks: dict[str, tuple[int, PlacementConfig]] = {
-        "learner": (config.learner.world_size, config.learner),
-        "sampler": (config.sampler.replicas, config.sampler),
-        "scorer": (config.scorer.replicas, config.scorer),
-    }
-    if config.cluster.address or os.environ.get("RAY_ADDRESS"):
-        yield ok("resources", f"asked of the cluster at the start: {_asked(asks, 'num_cpus')} CPU")
-        return
-    cpus_wanted = sum(n * role.num_cpus for n, role in asks.values())
-    gpus_wanted = sum(n * role.num_gpus for n, role in asks.values())
-    if gpus_wanted > gpus:
-        yield fail(
-            "GPUs", f"the roles ask for {gpus_wanted:g} ({_asked(asks, 'num_gpus')}), the machine has {gpus}"
-        )
-    elif gpus:
-        yield ok("GPUs", f"the roles ask for {gpus_wanted:g} of {gpus}")
-    limit = config.cluster.num_cpus
-    if limit is not None and cpus_wanted > limit:
-        yield fail(
-            "CPUs", f"the roles ask for {cpus_wanted:g} ({_asked(asks, 'num_cpus')}), cluster.num_cpus = {limit}"
-        )
-    elif cpus_wanted > cores:
-        yield warn("CPUs", f"the roles ask for {cpus_wanted:g} on {cores} cores: they share them, which is slower")
-    else:
-        yield ok("CPUs", f"the roles ask for {cpus_wanted:g} of {cores}")
-
-
-def _asked(asks: Mapping[str, tuple[int, PlacementConfig]], field: str) -> str:
-    return " + ".join(f"{n} x {role} {getattr(p, field):g}" for role, (n, p) in asks.items() if getattr(p, field))
 
 
 def _models_and_data(config: Config) -> Iterator[Check]:
@@ -374,10 +317,13 @@ def _prompts(name: str, data: DataConfig, facts: ModelFacts, max_tokens: int, ve
     return ok(name, text)
 
 
-def run(config: Config | None, write: Callable[[str], object]) -> int:
-    """Write the report line by line; 0 where nothing failed, otherwise 1."""
+def run(config: Config | None, write: Callable[[str], object], nodes: Sequence[Node] | None = None) -> int:
+    """Write the report line by line; 0 where nothing failed, else 1. `nodes` are a cluster's, for the roles."""
     failed = warned = 0
-    for check in examine(config):
+    checks = (
+        examine(config) if config is None or nodes is None else chain(examine(config), placements(config, nodes))
+    )
+    for check in checks:
         write(str(check))
         failed += check.level == "FAIL"
         warned += check.level == "warn"

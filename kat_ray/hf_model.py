@@ -32,6 +32,11 @@ def check_output_layer(model: Any, name: str) -> None:
     """Refuse a model that changes its logits after the output layer: loss and scores take them from there."""
     parts = [hasattr(model, part) for part in ("model", "lm_head")]
     ids = torch.arange(4)[None] % model.config.get_text_config().vocab_size
+    if torch.isnan(model(input_ids=ids).logits).any():
+        raise UserError(
+            f"{name}: its logits are NaN for the first four token ids: the weights are broken, or overflow in "
+            f"{str(model.dtype).removeprefix('torch.')}; try another dtype"
+        )
     if not all(parts) or not torch.allclose(
         model.lm_head(model.model(input_ids=ids)[0]), model(input_ids=ids).logits, rtol=1e-3, atol=1e-3
     ):

@@ -227,7 +227,7 @@ def _events_loss(
     # A teacher's NaN must not meet the student's graph: 0 * NaN is NaN in the backward pass.
     usable = torch.isfinite(reverse_kl(student.detach(), teacher))
     kl = reverse_kl(student, torch.where(usable[:, None], teacher, student.detach()))
-    counts = weights > 0
+    counts = ~(weights <= 0)  # a weight that is NaN counts: the loss shows it, and the step is skipped
     dropped, usable = ~usable & counts, usable & counts
     loss = torch.where(usable, weights * kl, torch.zeros_like(kl)).sum()
     with torch.no_grad():

@@ -48,3 +48,21 @@ def unpack_ids(low: NDArray[Any], high: NDArray[Any]) -> NDArray[np.int32]:
     if high.shape[1] != k:  # for k = 1 both ways are the same
         high = ((high[:, :, None] >> _SHIFTS) & 3).reshape(rows, high.shape[1] * _IDS_PER_BYTE)[:, :k]
     return ids | high.astype(np.int32) << 16
+
+
+def foreign_id(ids: NDArray[Any], vocabulary: int) -> int | None:
+    """An id outside 0..vocabulary - 1 if the array, of any shape, holds one."""
+    if not ids.size:
+        return None
+    lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0:
+        return lowest
+    return highest if highest >= vocabulary else None
+
+
+def foreign_words(rollout_id: int, part: str, foreign: int, vocabulary: int, model: str) -> str:
+    """What to tell a user of an id that `model`, a configuration field and its value, has no token for."""
+    return (
+        f"rollout {rollout_id}: its {part} holds the token id {foreign}, but {model} has a vocabulary of "
+        f"{vocabulary} ids; use models and a tokenizer that belong together (kat-ray doctor compares them)"
+    )

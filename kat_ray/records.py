@@ -6,6 +6,8 @@ place. A full disk is an error that names the path, and what was recorded until 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import math
@@ -20,11 +22,16 @@ from typing import Any
 
 from kat_ray.config import RunConfig
 from kat_ray.errors import UserError
+from kat_ray.logs import line_format, name_driver
 from kat_ray.metrics import check_names
+from kat_ray.redact import RedactingFormatter
 from kat_ray.traces import TraceRow, write_traces
 
 # A run that starts with less would end in the middle of its first checkpoint.
 MIN_FREE_BYTES = 64 * 2**20
+
+
+_GROWING = ("metrics.jsonl", "evaluations.jsonl")  # appended to, line by line
 
 
 class RecordError(UserError):
@@ -34,19 +41,23 @@ class RecordError(UserError):
 class RunDirectory:
     """One run's records, open for writing."""
 
-    def __init__(self, path: Path, tensorboard: bool) -> None:
+    def __init__(self, path: Path, tensorboard: bool, first_step: int = 0) -> None:
         self.path = path
+        self._lock = _locked(path)
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self._log = logging.FileHandler(path / "run.log", encoding="utf-8")
-        self._log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self._log.setFormatter(RedactingFormatter(line_format(path.name, "driver")))
         root = logging.getLogger("kat_ray")
         root.addHandler(self._log)
         root.setLevel(logging.INFO)
+        name_driver(path.name)
         self._events: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(path / "tensorboard"))
+            self._events = SummaryWriter(
+                str(path / "tensorboard"), purge_step=first_step + 1 if first_step else None
+            )
 
     @classmethod
     def create(cls, run: RunConfig, config_yaml: str) -> RunDirectory:
@@ -66,6 +77,35 @@ class RunDirectory:
             link.replace(root / "latest")
             return cls(path, run.tensorboard)
 
+    @classmethod
+    def reopen(cls, path: Path, run: RunConfig, config_yaml: str, first_step: int) -> RunDirectory:
+        """Go on with the records of a run from `first_step` on; call `rewind` before anything is written."""
+        with _named(path):
+            (path / "traces").mkdir(exist_ok=True)
+            records = cls(path, run.tensorboard, first_step)
+            _replace(path / "config.yaml", config_yaml)
+        return records
+
+    def positions(self) -> dict[str, int]:
+        """Bytes of the files that grow: what `rewind` takes."""
+        files = {name: self.path / name for name in _GROWING}
+        return {name: file.stat().st_size if file.is_file() else 0 for name, file in files.items()}
+
+    def rewind(self, step: int, positions: Mapping[str, int]) -> None:
+        """Forget what was recorded after `step` steps were done, when the growing files had these sizes.
+
+        A file that is shorter than that lost its end, and stays as it is.
+        """
+        with _named(self.path):
+            for name in _GROWING:
+                file = self.path / name
+                if file.is_file() and file.stat().st_size > positions.get(name, 0):
+                    os.truncate(file, positions.get(name, 0))
+            for trace in (self.path / "traces").glob("**/step-*"):
+                if int(trace.stem.removeprefix("step-")) >= step:
+                    trace.unlink()
+            (self.path / "summary.json").unlink(missing_ok=True)
+
     def __enter__(self) -> RunDirectory:
         return self
 
@@ -77,8 +117,10 @@ class RunDirectory:
             trouble = (type(error), error, trace)
             self._log.handle(log.makeRecord(log.name, logging.ERROR, "", 0, "the run ended early", (), trouble))
         log.removeHandler(self._log)
+        name_driver()
         self._log.close()
         self._metrics.close()
+        os.close(self._lock)
         if self._events is not None:
             self._events.close()
 
@@ -112,9 +154,7 @@ class RunDirectory:
         """Write summary.json in one piece."""
         path = self.path / "summary.json"
         with _named(path):
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-            partial.replace(path)
+            _replace(path, json.dumps(summary, indent=2) + "\n")
 
     def paths(self, checkpoint: Path) -> dict[str, Path]:
         """What a user looks for after a run."""
@@ -139,6 +179,25 @@ def _new_directory(root: Path, run: RunConfig) -> Path:
         except FileExistsError:
             number += 1
             path = root / f"{run.name}-{number}"
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _locked(path: Path) -> int:
+    """A lock on a run directory, held until the file is closed: two writers would mix their records."""
+    lock = os.open(path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        raise RecordError(f"{path}: another process is writing this run; end it first, or wait for it") from error
+    return lock
 
 
 @contextmanager

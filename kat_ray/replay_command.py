@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from kat_ray.config import Config
-from kat_ray.config_io import load_config
-from kat_ray.errors import UserError
+from kat_ray.config_io import load_config, yaml_value
+from kat_ray.errors import UserError, writing
 from kat_ray.replay import Replayed, Traces, Tradeoff, checked, load_traces, recommend, uncensored
 from kat_ray.replay_rules import COLUMNS, reproduce, sweep
 from kat_ray.termination import RULES, RunFacts
@@ -59,10 +58,11 @@ def replay(
     _print(console, sorted(results, key=lambda r: r.generated_tokens), best, shown)
     console.print(f"recommended: {best.rule.rule} {_words(best.rule, shown)}\n  {reason}", markup=False)
     folder = out or run_dir / "replay"
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "replay.csv", folder / "replay.png"]
-    _write_csv(files[0], results, shown)
-    plot(files[1], results, best, keep_kl, shown)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_csv(files[0], results, shown)
+        plot(files[1], results, best, keep_kl, shown)
     for file in files:
         console.print(str(file), markup=False)
     return files
@@ -120,10 +120,7 @@ def _grid(base: RuleSettings, settings: Sequence[str], max_tokens: int) -> dict[
         if name not in known or name == "rule" or not text:
             fields = ", ".join(n for n in known if n != "rule")
             raise UserError(f"{setting!r}: must be FIELD=VALUE or FIELD=[VALUE, ...] with one of {fields}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"{setting!r}: the value is not YAML") from error
+        value = yaml_value(text, repr(setting))
         grid[name] = value if isinstance(value, list) else [value]
     return grid or _default_grid(base, max_tokens)
 

@@ -76,6 +76,8 @@ def _at(path: Sequence[str | int]) -> list[Schema]:
                 deeper += variants(items[part]) if part < len(items) else []
             elif part in schema.get("properties", {}):
                 deeper += variants(schema["properties"][part])
+            elif isinstance(values := schema.get("additionalProperties"), dict):
+                deeper += variants(values)
         found = deeper
     return found
 
@@ -92,7 +94,8 @@ def _allowed(schema: Schema) -> str:
     if kind == "null":
         return "null"
     if kind == "object":
-        return "a section with fields"
+        values = schema.get("additionalProperties")
+        return f"{{NAME: {_allowed(values)}, ...}}" if isinstance(values, dict) else "a section with fields"
     words = _TYPES.get(str(kind), "")
     if bounds := " and ".join(f"{sign} {schema[key]}" for key, sign in _BOUNDS if key in schema):
         return f"{words} {bounds}"

@@ -73,6 +73,7 @@ def busy_metrics(
     """
     scorers = {c.scorer for c in scored}
     figures = {
+        "time/sampling": max(r.seconds for r in reports),
         "time/sampler_busy": sum(r.seconds - r.wait_seconds for r in reports) / len(reports),
         "time/scorer_busy": sum(c.seconds for c in scored) / max(1, len(scorers)),
         "time/monitor": monitor,

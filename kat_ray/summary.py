@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -65,6 +65,20 @@ class Totals:
     def add_trained(self, tokens: int) -> None:
         """Add the tokens of one optimiser step's loss."""
         self.tokens.update(trained=tokens)
+
+    def state(self) -> dict[str, Any]:
+        """All counts, as JSON."""
+        ended = {reason.value: count for reason, count in self.ended.items()}
+        return {"steps": self.steps, "started": self.started, "ended": ended, "tokens": dict(self.tokens)}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Totals:
+        """The counts that `state` gave."""
+        totals = cls()
+        totals.steps, totals.started = state["steps"], state["started"]
+        totals.ended.update({StopReason(reason): count for reason, count in state["ended"].items()})
+        totals.tokens.update(state["tokens"])
+        return totals
 
     def as_dict(self) -> dict[str, Any]:
         """The fields of summary.json."""

@@ -57,7 +57,8 @@ class ChromeTrace:
         self._path = path
         self._rows: dict[str, int] = {}
         self._first: float | None = None
-        path.write_text("[\n", encoding="utf-8")
+        if not path.exists():  # a run that was resumed goes on with its file
+            path.write_text("[\n", encoding="utf-8")
 
     def add(self, spans: Mapping[str, Sequence[Span]], step: int) -> None:
         """Append the spans of a step by actor; microseconds since the first one."""

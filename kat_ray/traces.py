@@ -10,9 +10,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kat_ray.types import FloatArray, IntArray, StopReason
@@ -123,7 +125,40 @@ def read_rows(file: Path) -> tuple[pa.Table, str | None]:
     missing = [name for name in SCHEMA.names if name not in table.column_names]
     for name in missing:
         table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
-    return table.select(SCHEMA.names).cast(SCHEMA), note
+    table = table.select(SCHEMA.names).cast(SCHEMA)
+    table.validate(full=True)
+    if contradiction := _contradiction(table):
+        raise pa.ArrowInvalid(f"these are no traces: {contradiction}")
+    return table, note
+
+
+def _contradiction(table: pa.Table) -> str | None:
+    """What no run can have written; whoever reads traces relies on it."""
+    for name in ("rollout_id", "step", "policy_version", "token_ids", "d", "stop_reason", "probe"):
+        if table.column(name).null_count:
+            return f"{name} is missing"
+    for field in SCHEMA:
+        if pa.types.is_list(field.type) and pc.list_flatten(table.column(field.name)).null_count:
+            return f"{field.name} has gaps"
+    for name in ("rollout_id", "step"):
+        if (pc.min(table.column(name)).as_py() or 0) < 0:
+            return f"{name} is negative"
+    if (pc.min(pc.list_flatten(table.column("token_ids"))).as_py() or 0) < 0:
+        return "token_ids are negative"
+    if unknown := {*pc.unique(table.column("stop_reason")).to_pylist()} - {r.value for r in StopReason}:
+        return f"stop_reason {min(unknown)!r} is unknown"
+    tokens = pc.list_value_length(table.column("token_ids"))
+    if _any(pc.greater(pc.list_value_length(table.column("d")), tokens)):
+        return "more tokens were scored than generated"
+    for name in ("cut", "would_cut", "confirmed"):
+        place = table.column(name)
+        if _any(pc.less(place, 0)) or _any(pc.greater(place, tokens)):
+            return f"{name} lies outside of the rollout"
+    return None
+
+
+def _any(flags: Any) -> bool:
+    return bool(pc.any(flags).as_py())
 
 
 def _before_the_damage(file: Path, error: Exception) -> tuple[pa.Table, int]:

@@ -15,6 +15,7 @@ belongs to generated token i and is KL(student || teacher) on the prefix *before
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -75,6 +76,21 @@ class RolloutSpec:
 
 
 @dataclass(frozen=True)
+class SamplingOrder:
+    """Rollouts given to one sampler, once: an attempt. Rollouts that it loses are ordered again under another
+    number.
+
+    `rule_state` is the calibration that the step began with: a monitor that was started anew meanwhile needs it.
+    """
+
+    attempt: int  # unique in a run
+    step: int
+    version: int  # of the weights that the sampler must hold
+    specs: tuple[RolloutSpec, ...]
+    rule_state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class RolloutChunk:
     """New tokens of all active rollouts of one sampler that stay with one scorer.
 
@@ -82,6 +98,7 @@ class RolloutChunk:
     """
 
     sampler: str
+    attempt: int  # the order that these rollouts belong to
     policy_version: int
     rollout_ids: IntArray  # [R] int64
     start: IntArray  # [R] int32, index of the first new token among the rollout's generated tokens
@@ -123,6 +140,7 @@ class ScoredChunk:
     """What the monitor sees of a chunk: numbers per token only. Rows as in the RolloutChunk it answers."""
 
     scorer: str
+    attempt: int
     policy_version: int
     rollout_ids: IntArray  # [R] int64
     start: IntArray  # [R] int32
@@ -257,6 +275,7 @@ class SamplerReport:
     """A sampler's account of one `generate` call."""
 
     sampler: str
+    attempt: int
     policy_version: int
     rollouts: tuple[SampledRollout, ...]
     chunks: tuple[ChunkRefs, ...]
@@ -265,6 +284,7 @@ class SamplerReport:
     wait_seconds: float  # part of it spent waiting for decisions (back-pressure and the last chunks)
     control_seconds: float  # CPU time of the loop's thread in sending chunks and applying decisions
     decision_seconds: FloatArray  # [chunks] from building a chunk to applying the decision on it
+    recovered: int = 0  # times that a scorer or the monitor was lost meanwhile, and its work done again
 
 
 @dataclass(frozen=True)

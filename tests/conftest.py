@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from kat_ray.packing import pack_ids
@@ -21,6 +22,12 @@ from kat_ray.types import EngineEnd, RolloutChunk
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """No Ray of this process: the agent of a machine's first Ray holds the port on which jobs are taken."""
+    ray.shutdown()
 
 
 def make_model(path, kind="qwen3", seed=0, vocabulary=200, tied=True, **changes):
@@ -87,6 +94,7 @@ def chunk_of(
     flat = lambda parts, dtype: np.array([x for p in parts for x in p], dtype=dtype)  # noqa: E731
     return RolloutChunk(
         sampler="sampler:0",
+        attempt=0,
         policy_version=0,
         rollout_ids=np.array(list(rollouts), dtype=np.int64),
         start=np.array([start.get(i, 0) for i in rollouts], dtype=np.int32),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.bench.figure import Figure
+from actors.bench.limits import limit_of
 from kat_ray.errors import UserError
 from kat_ray.summary import git_commit, package_versions
 
@@ -160,8 +161,10 @@ def markdown(document: dict[str, dict[str, Any]]) -> str:
         notes: list[str] = []
         for fields in group["figures"]:
             figure = Figure(**{k: v for k, v in fields.items() if k != "met"})
-            mark = "" if figure.note == "" else f" [{len(notes) + 1}]"
-            notes += [figure.note] if figure.note else []
+            limit = limit_of(figure.name) if figure.met is False else ""
+            own = "; ".join(words for words in (figure.note, limit) if words)
+            mark = f" [{len(notes) + 1}]" if own else ""
+            notes += [own] if own else []
             met = {True: "yes", False: "**no**", None: ""}[figure.met]
             lines.append(f"| {figure.name}{mark} | {_value(figure.value)} | {_goal(figure)} | {met} |")
         lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1)), *([""] if notes else [])]

@@ -11,7 +11,6 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,10 @@ import ray
 
 from actors.bench.stub_teacher import StubScorer, stub_teacher
 from actors.bench.stubs import PlainMonitor, StubSampler, stub_engine
-from actors.pools import connect
+from actors.pools import Pools, connect
+from actors.sampler_pool import SamplerPool
 from actors.trainer import SampledStep, Trainer
+from actors.watch import StopRequest, remote_class
 from kat_ray.config import Config
 from kat_ray.data import PromptOrder
 from kat_ray.termination import RunFacts
@@ -126,6 +127,18 @@ def local_ray(store_gib: float = 3.0) -> Iterator[None]:
         ray.shutdown()
 
 
+class FleetPools(Pools):
+    """Pools of actors that stand already, without learners."""
+
+    def __init__(
+        self, config: Config, samplers: Sequence[Any], scorers: Sequence[Any], monitors: Sequence[Any]
+    ) -> None:
+        nowhere: Any = None
+        SamplerPool.__init__(self, config, nowhere, nowhere, StopRequest(config.run.grace_seconds))
+        self.samplers, self.scorers, self.monitors = list(samplers), list(scorers), list(monitors)
+        self.learners = []
+
+
 class Fleet:
     """Actors that settings share: each takes the first so many of a role. Ray must be running."""
 
@@ -135,7 +148,7 @@ class Fleet:
         env = {"env_vars": {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}}
 
         def make(cls: type, *args: Any, **kwargs: Any) -> Any:
-            return ray.remote(cls).options(num_cpus=1, runtime_env=env).remote(*args, **kwargs)
+            return remote_class(cls).options(num_cpus=1, runtime_env=env).remote(*args, **kwargs)
 
         # Monitors that share a calibration have learnt from the same steps: each number of shards has its own.
         self.monitors = {n: [make(PlainMonitor, config.termination, facts) for _ in range(n)] for n in {1, *shards}}
@@ -160,10 +173,10 @@ class Fleet:
             "scorer": self.scorers[: setting.scorers],
             "monitor": self.monitors[setting.shards],
         }
-        connect(used["sampler"], used["scorer"], used["monitor"], None)
+        connect(used["sampler"], used["scorer"], used["monitor"], 60.0)
         rate = None if setting.rate is None else setting.rate / setting.samplers
         ray.get([s.set_rate.remote(rate) for s in used["sampler"]])
-        pools: Any = SimpleNamespace(samplers=used["sampler"], monitors=used["monitor"])
+        pools = FleetPools(bench_config(64), used["sampler"], used["scorer"], used["monitor"])
         order = PromptOrder(self._prompts, seed=0, shuffle=False)
         self._one_step(Trainer(bench_config(max(64, setting.samplers)), pools, order))
         trainer = Trainer(bench_config(setting.rollouts, max_tokens=setting.max_tokens), pools, order)

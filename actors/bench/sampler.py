@@ -33,7 +33,8 @@ def figures(folder: Path, threads: int = 1) -> list[Figure]:
 
 def measure(pair: Pair, threads: int) -> list[Figure]:
     """The figure of one pair, in this process."""
-    from kat_ray.config import RolloutConfig, SamplerConfig
+    from kat_ray.config import RolloutConfig
+    from kat_ray.config_cluster import SamplerConfig
 
     rollout, sampler = RolloutConfig(), SamplerConfig(max_num_seqs=REQUESTS)
     prompts = _prompts(pair)
@@ -103,7 +104,7 @@ def _ours(pair: Pair, sampler: Any, rollout: Any, prompts: list[list[int]], toke
             steps += 1
             if steps % rollout.chunk_tokens == 0 or not engine.running:
                 build_chunk(
-                    [r for r in pending.values() if r.has_news], (), sampler="bench", policy_version=0,
+                    [r for r in pending.values() if r.has_news], (), sampler="bench", attempt=0, policy_version=0,
                     top_k=rollout.top_k_logprobs, vocabulary=2**15,
                 )  # fmt: skip
         return [len(r.token_ids) for r in pending.values()]

@@ -15,6 +15,7 @@ import torch
 from actors.teacher_columns import OVERLAP_TOP, TeacherColumns
 from actors.teacher_scorer import TeacherScorer
 from kat_ray.config import Config
+from kat_ray.errors import Forgotten
 from kat_ray.types import RolloutChunk
 
 
@@ -32,6 +33,11 @@ class StubTeacher:
         self.cpu_seconds = 0.0
 
     @property
+    def vocabulary(self) -> int:
+        """Any id that can be packed."""
+        return 2**24
+
+    @property
     def held(self) -> int:
         """Rollouts with a state."""
         return len(self._held)
@@ -44,6 +50,10 @@ class StubTeacher:
     def score(self, chunk: RolloutChunk) -> TeacherColumns:
         """The student's own rows, lower by the KL that is wanted: sum p (log p - (log p - c)) = c."""
         started = time.thread_time()
+        known = np.diff(chunk.context_offsets) > 0
+        unknown = [i for i in chunk.rollout_ids[~known].tolist() if i not in self._held]
+        if unknown:
+            raise Forgotten(f"the past of rollouts {unknown} is not held: send their context")
         self._held.update(chunk.rollout_ids.tolist())
         self.run_tokens += chunk.tokens
         counts = np.diff(chunk.offsets)

@@ -17,6 +17,7 @@ from kat_ray.config import Config, ModelConfig
 from kat_ray.types import EngineEnd, EngineRows, SamplingSettings, WeightUpdate
 
 _ROWS = 256  # different rows of log-probabilities
+STUB_RATE = 300.0  # tokens a second of one small stub
 
 
 class StubEngine:
@@ -86,6 +87,16 @@ class StubEngine:
 def stub_engine(config: Config, model: ModelConfig, model_dir: str, max_model_len: int) -> StubEngine:
     """A `make_engine` of StudentSampler; `model_dir` is the size of the vocabulary."""
     return StubEngine(config.rollout.top_k_logprobs, int(model_dir))
+
+
+def small_stub_engine(config: Config, model: ModelConfig, model_dir: str, max_model_len: int) -> StubEngine:
+    """A `make_engine` whose tokens a model of some hundred tokens can learn from; slow enough to be disturbed."""
+    return StubEngine(config.rollout.top_k_logprobs, vocabulary=16, rate=STUB_RATE)
+
+
+def fast_stub_engine(config: Config, model: ModelConfig, model_dir: str, max_model_len: int) -> StubEngine:
+    """A `make_engine` of the same tokens, as fast as it can."""
+    return StubEngine(config.rollout.top_k_logprobs, vocabulary=16)
 
 
 class StubSampler(StudentSampler):

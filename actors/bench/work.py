@@ -54,6 +54,7 @@ def _chunk(
     low, high = pack_ids(topk_ids, vocabulary)
     return RolloutChunk(
         sampler="bench",
+        attempt=0,
         policy_version=0,
         rollout_ids=np.array(ids, dtype=np.int64),
         start=np.full(len(ids), start, dtype=np.int32),

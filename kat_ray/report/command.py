@@ -41,29 +41,23 @@ def report(
     tokenizer = load_tokenizer(records.config.student)
     phases, trouble = _phases(records, settings, own)
     lens = lens_of(records, settings, own, phases)
-    notes = [*records.notes, *([trouble] if trouble else [])]
     sections = [*_step_sections(records, phases, lens), *_rollout_sections(records, lens)]
     if phases is not None and not trouble:
-        sections += _phase_sections(records, phases, tokenizer)
-    if gradients is not None:
-        if phases is None or trouble:
-            raise UserError(f"--gradients: {trouble}")
-        sections.append(_gradient_section(records, phases, gradients, say))
+        sections += _phase_sections(records, phases, tokenizer, gradients, say)
+    elif gradients is not None:
+        raise UserError(f"--gradients: {trouble}")
     prompts, missing = prompts_of(records.config, tokenizer)
-    notes += [missing] if missing else []
     chosen = choose(records, rollouts)
     data = rollouts_for(records, chosen, lens, tokenizer, prompts)
-    count = len(records.traces.step)
-    how = "All rollouts." if len(chosen) == count else f"{len(chosen):,} of {count:,} rollouts, every kind in turn."
     html = render(
         "report.html.j2",
         {
             "title": f"kat-ray: {records.config.run.name}",
             "subtitle": _subtitle(records, settings, own),
-            "notes": notes,
+            "notes": [*records.notes, *filter(None, [trouble, missing])],
             "cards": _cards(records),
             "sections": sections,
-            "browser_words": f"{how} {_browser_words(records, lens)}",
+            "browser_words": _browser_words(records, lens, len(chosen)),
             "marks": _marks(records, lens),
             "stops": sorted(set(records.words("stop_reason"))),
             "data": data,
@@ -98,9 +92,12 @@ def _phases(records: RunRecords, rule: KatParameters, own: bool) -> tuple[Phases
     return phases, None
 
 
-def _browser_words(records: RunRecords, lens: Lens) -> str:
+def _browser_words(records: RunRecords, lens: Lens, shown: int) -> str:
     window, own = lens.rule.window, records.config.termination.rule
+    count = len(records.traces.step)
+    how = "All rollouts." if shown == count else f"{shown:,} of {count:,} rollouts, every kind in turn."
     words = (
+        f"{how} "
         "A token is coloured by its reverse KL; point at one, click it or use the arrow keys to see its figures. "
         f"Underlined tokens are not trained on. The curve is the mean KL of the last {window} tokens. "
     )
@@ -139,7 +136,7 @@ def _subtitle(records: RunRecords, rule: KatParameters, own: bool) -> str:
 
 def _cards(records: RunRecords) -> list[Card]:
     traces, cards = records.traces, []
-    evaluations = records.evaluations
+    evaluations = [e for e in records.evaluations if {"avg_at_k", "pass_at_k"} <= e.keys()]
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         cards.append(
@@ -159,7 +156,7 @@ def _cards(records: RunRecords) -> list[Card]:
         if graded.any():
             right = (traces.correct[graded] == 1).mean()
             cards.append(Card(f"{right:.0%}", "of probes it would cut answered right"))
-    if records.summary:
+    if records.summary is not None and "wall_seconds" in records.summary:
         cards.append(Card(f"{records.summary['wall_seconds']:,.0f} s", "wall time"))
     return cards
 
@@ -225,7 +222,13 @@ def _rollout_sections(records: RunRecords, lens: Lens) -> list[Section]:
     ]  # fmt: skip
 
 
-def _phase_sections(records: RunRecords, phases: Phases, tokenizer: Any) -> list[Section]:
+def _phase_sections(
+    records: RunRecords,
+    phases: Phases,
+    tokenizer: Any,
+    gradients: Sequence[Path] | None,
+    say: Callable[[str], None],
+) -> list[Section]:
     sections = [
         _section(
             "onset", "Where agreement begins",
@@ -250,6 +253,8 @@ def _phase_sections(records: RunRecords, phases: Phases, tokenizer: Any) -> list
         )
         fig = rollout_figures.teacher_top(found, lambda i: str(tokenizer.decode([i])))
         sections.append(_section("teacher-tokens", "The teacher's top tokens by stage", text, fig))
+    if gradients is not None:
+        sections.append(_gradient_section(records, phases, gradients, say))
     return sections
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from kat_ray.compare_results import Result
 from kat_ray.compare_table import INTERVALS, Paired, caption, difference_table, paired, table
-from kat_ray.json_records import read_json_lines
+from kat_ray.json_records import METRICS, read_json_lines
 from kat_ray.report.page import Section, png_of, render, write_page
 from kat_ray.report.style import figure, percent, smooth
 
@@ -92,7 +92,7 @@ def _curves(results: Sequence[Result]) -> tuple[Any, list[str]]:
     for number, result in enumerate(results):
         runs = []
         for folder in result.folders:
-            lines, damage = read_json_lines(folder / "metrics.jsonl")
+            lines, damage = read_json_lines(folder / "metrics.jsonl", METRICS)
             runs.append(lines)
             notes += damage
         for axes, metric in ((kl, "learner/loss"), (kept, "rollout/kept_tokens")):

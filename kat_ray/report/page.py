@@ -13,6 +13,8 @@ from typing import Any
 
 import jinja2
 
+from kat_ray.errors import writing
+
 
 @dataclass(frozen=True)
 class Section:
@@ -69,11 +71,12 @@ def script(name: str) -> str:
 
 def write_page(html: str, sections: Sequence[Section], page: Path) -> list[Path]:
     """Write the page, and every picture beside it as a PNG of the section's name. Returns the files."""
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(html, encoding="utf-8")
     files = [page]
-    for section in sections:
-        if section.png is not None:
-            files.append(page.parent / f"{section.name}.png")
-            files[-1].write_bytes(section.png)
+    with writing(page.parent):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(html, encoding="utf-8")
+        for section in sections:
+            if section.png is not None:
+                files.append(page.parent / f"{section.name}.png")
+                files[-1].write_bytes(section.png)
     return files

@@ -13,7 +13,7 @@ import pyarrow as pa
 from kat_ray.config import Config
 from kat_ray.config_io import load_config
 from kat_ray.errors import UserError
-from kat_ray.json_records import read_json, read_json_lines
+from kat_ray.json_records import EVALUATION, METRICS, SUMMARY, read_json, read_json_lines
 from kat_ray.replay import Traces, load_table, traces_from
 from kat_ray.types import FloatArray
 
@@ -56,15 +56,15 @@ def read_run(path: Path) -> RunRecords:
         raise UserError(f"{path}: no config.yaml in it; name a run directory, such as runs/latest")
     config = load_config(path / "config.yaml")
     table, notes = load_table(path)
-    lines, more = read_json_lines(path / "metrics.jsonl")
-    evaluations, still_more = read_json_lines(path / "evaluations.jsonl")
+    lines, more = read_json_lines(path / "metrics.jsonl", METRICS)
+    evaluations, still_more = read_json_lines(path / "evaluations.jsonl", EVALUATION)
     summary = path / "summary.json"
     return RunRecords(
         path=path,
         config=config,
         steps=lines,
         evaluations=evaluations,
-        summary=read_json(summary) if summary.is_file() else None,
+        summary=read_json(summary, SUMMARY) if summary.is_file() else None,
         table=table,
         traces=traces_from(table),
         notes=(*notes, *more, *still_more),

@@ -9,7 +9,7 @@ they arrive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -122,6 +122,15 @@ class TerminationRule(Protocol):
 
     def end_step(self, finished: Sequence[Finished]) -> None:
         """Take the rollouts that ended in the step, in a fixed order."""
+
+    def state(self) -> dict[str, Any]:
+        """All that a rule of the same settings needs to go on between two steps as this one would.
+
+        What JSON gives back as it was: dictionaries with string keys, lists, strings, numbers, None.
+        """
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave; `UserError` where it is none of this rule's."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,14 @@ class MinimaBuffer:
         """Add one minimum; the oldest leaves when the buffer is full."""
         self._values.append(minimum)
 
+    def values(self) -> list[float]:
+        """The minima, oldest first, nats."""
+        return list(self._values)
+
+    def replace(self, minima: Sequence[float]) -> None:
+        """Hold these, oldest first, nats; the newest of them where they are more than the capacity."""
+        self._values = deque(minima, maxlen=self._values.maxlen)
+
     def threshold(self, eta: float) -> float:
         """The threshold Q_{1 - eta}(B), nats; ValueError while the buffer is empty."""
         return quantile(tuple(self._values), 1.0 - eta)

@@ -15,11 +15,13 @@ done. Why B is fed by probes once the rule is active: docs/termination.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart, RolloutTracker
 from kat_ray.termination.calibration import MinimaBuffer
 from kat_ray.termination.settings import KatParameters
+from kat_ray.termination.state import CalibrationState, checked
 from kat_ray.termination.window import WindowMean
 
 
@@ -107,6 +109,16 @@ class KatRule:
         for rollout in finished:
             if rollout.minimum is not None and self._admits(rollout):
                 self._buffer.push(rollout.minimum)
+
+    def state(self) -> dict[str, Any]:
+        """The buffer in order, and the threshold."""
+        return CalibrationState(buffer=self._buffer.values(), threshold=self.threshold).model_dump()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from it; a smaller buffer than the one saved keeps the newest minima."""
+        saved = checked(CalibrationState, state)
+        self._buffer.replace(saved.buffer)
+        self.threshold = saved.threshold
 
     def _admits(self, rollout: Finished) -> bool:
         if self.threshold is None:

@@ -13,13 +13,14 @@ taken to be `growth`, and how far, where `shortest` = 64 is our assumption.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from pydantic import Field
 
 from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart, RunFacts
 from kat_ray.termination.settings import CuttingSettings
+from kat_ray.termination.state import BudgetState, checked
 
 
 class PruneSettings(CuttingSettings):
@@ -107,6 +108,15 @@ class PruneRule:
             if self._misses == rule.patience:
                 self._misses = 0
                 self.budget = max(min(rule.shortest, self._max_tokens), self.budget - rule.growth)
+
+    def state(self) -> dict[str, Any]:
+        """The budget, and the steps in a row that did not fill it."""
+        return BudgetState(budget=self.budget, misses=self._misses).model_dump()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from it."""
+        saved = checked(BudgetState, state)
+        self.budget, self._misses = saved.budget, saved.misses
 
 
 def make(settings: PruneSettings, facts: RunFacts) -> PruneRule:

@@ -29,6 +29,7 @@ from kat_ray.termination.base import RuleType, RunFacts, TerminationRule
 from kat_ray.termination.settings import KatSettings, NoneSettings, RuleSettings
 
 GROUP = "kat_ray.termination_rules"
+_METHODS = ("start_step", "begin", "end_step", "state", "load_state")
 
 
 def _found() -> dict[str, RuleType]:
@@ -85,4 +86,11 @@ else:
 
 def make_rule(settings: RuleSettings, facts: RunFacts) -> TerminationRule:
     """The rule that the settings describe, with an empty calibration."""
-    return RULES[settings.rule].make(settings, facts)
+    rule = RULES[settings.rule].make(settings, facts)
+    missing = [f"{name}()" for name in _METHODS if not callable(getattr(rule, name, None))]
+    if missing:
+        raise UserError(
+            f"termination.rule = {settings.rule!r}: {type(rule).__module__}.{type(rule).__qualname__} has no "
+            f"{' and no '.join(missing)}, which a rule needs (docs/termination.md, a rule of your own)"
+        )
+    return rule

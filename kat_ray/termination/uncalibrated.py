@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart
+from kat_ray.termination.state import RuleState, checked
 
 
 class LengthTracker:
@@ -44,6 +46,14 @@ class UncalibratedRule:
 
     def end_step(self, finished: Sequence[Finished]) -> None:
         """Nothing to learn from."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing to remember: what depends on the step is fixed when it starts."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Nothing to go on from."""
+        checked(RuleState, state)
 
 
 class LengthRule(UncalibratedRule):

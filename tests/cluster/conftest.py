@@ -4,12 +4,11 @@ import pytest
 import ray
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_local():
-    """A Ray of 8 logical CPUs, shared by the tests of a session."""
-    ray.init(
-        address="local", num_cpus=8, include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False,
-        logging_level="warning", namespace="kat-ray",
-    )  # fmt: skip
-    yield
-    ray.shutdown()
+    """A Ray of 8 logical CPUs, shared by all tests that need one; `alone` ends it."""
+    if not ray.is_initialized():
+        ray.init(
+            address="local", num_cpus=8, include_dashboard=False, object_store_memory=300 * 2**20,
+            log_to_driver=False, logging_level="warning", namespace="kat-ray",
+        )  # fmt: skip

@@ -5,76 +5,26 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import ray
 import torch
 
-from actors.learner import Learner, lr_factor
+from actors.learner import lr_factor
 from actors.student_model import switch_dropout_off, weight_update
-from kat_ray.batch import assign_ranks, collect_rows
+from kat_ray.batch import collect_rows
 from kat_ray.divergence import event_logprobs, is_stop, reverse_kl, stop_mass, tail_from_logprobs
 from kat_ray.hf_model import check_output_layer
-from kat_ray.types import KeptRollout, TeacherRows
-from tests.conftest import chunk_of, make_config, make_model, random_rollouts
+from tests.cluster.ranks import Group, step_of
+from tests.conftest import make_model, random_rollouts
 
 
-@torch.no_grad()
-def step_of(models, rollouts):
-    """Chunk, teacher rows and work list of one step, from the real models."""
-    chunk = chunk_of(models["student"][1], rollouts)
-    logits = [
-        models["teacher"][1](torch.tensor([[*p, *t]])).logits[0, len(p) - 1 : -1] for p, t in rollouts.values()
-    ]
-    q = torch.log_softmax(torch.cat(logits), -1)
-    ids = torch.from_numpy(chunk.topk_ids().astype(np.int64))
-    tail = torch.logsumexp(q.scatter(-1, ids, -torch.inf), -1)
-    teacher = TeacherRows(q.gather(-1, ids).numpy(), tail.numpy(), q[:, 1].numpy())
-    kept = [KeptRollout(i, len(p), max(1, len(t) - i % 3)) for i, (p, t) in rollouts.items()]
-    return chunk, teacher, kept
-
-
-class Group:
-    """All ranks of a learner as Ray actors."""
-
-    def __init__(self, models, world_size, tmp_path, **learner):
-        settings = {"world_size": world_size, "lr": 1e-3, "micro_batch_tokens": 64, "logits_chunk_tokens": 16}
-        self.config = make_config(
-            models["student"][0], models["teacher"][0], learner=settings | learner, run={"steps": 10}
-        )
-        cls = ray.remote(num_cpus=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})(Learner)
-        self.ranks = [
-            cls.remote(rank, world_size, self.config, models["student"][0], (1,)) for rank in range(world_size)
-        ]
-        host, port = ray.get(self.ranks[0].address.remote())
-        ray.get([r.start.remote(host, port) for r in self.ranks])
-
-    def step(self, chunk, teacher, kept):
-        tokens = sum(k.weight for k in kept)
-        shares = assign_ranks(kept, len(self.ranks))
-        return ray.get(
-            [r.train_step.remote([chunk], [teacher], s, tokens, 0) for r, s in zip(self.ranks, shares, strict=True)]
-        )[0]
-
-    def weights(self):
-        update = ray.get([r.weights.remote(1) for r in self.ranks])[0]
-        return dict(zip(update.names, update.arrays, strict=True))
-
-    def close(self):
-        for rank in self.ranks:
-            ray.kill(rank)
-
-
-def train(models, world_size, tmp_path, steps=3, **learner):
-    group = Group(models, world_size, tmp_path, **learner)
-    try:
+def train(models, world_size, steps=3, **learner):
+    with Group(models, world_size, **learner) as group:
         reports = [group.step(*step_of(models, random_rollouts(7, seed=s))) for s in range(steps)]
         return reports, group.weights()
-    finally:
-        group.close()
 
 
 @pytest.fixture(scope="module")
-def one_rank(ray_local, models, tmp_path_factory):
-    return train(models, 1, tmp_path_factory.mktemp("one"), zero_stage=1)
+def one_rank(models):
+    return train(models, 1, zero_stage=1)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +34,9 @@ def one_rank(ray_local, models, tmp_path_factory):
         *(pytest.param(w, s, marks=pytest.mark.slow) for w, s in ((1, 0), (1, 3), (2, 0), (2, 2), (2, 3), (3, 1))),
     ],
 )
-def test_ranks_and_stages_do_what_one_rank_does(one_rank, models, tmp_path, world_size, stage):
+def test_ranks_and_stages_do_what_one_rank_does(one_rank, models, world_size, stage):
     expected_reports, expected = one_rank
-    reports, weights = train(models, world_size, tmp_path, zero_stage=stage)
+    reports, weights = train(models, world_size, zero_stage=stage)
     moved = max(np.abs(expected[n] - models["student"][1].state_dict()[n].numpy()).max() for n in expected)
     assert moved > 1e-3, "the steps must have moved the weights for this to mean anything"
     for report, other in zip(expected_reports, reports, strict=True):
@@ -97,18 +47,15 @@ def test_ranks_and_stages_do_what_one_rank_does(one_rank, models, tmp_path, worl
         np.testing.assert_allclose(weights[name], value, atol=2e-4 * moved / 1e-3, err_msg=name)
 
 
-def test_tokens_of_weight_zero_are_as_good_as_cut(ray_local, models, tmp_path):
+def test_tokens_of_weight_zero_are_as_good_as_cut(models):
     chunk, teacher, kept = step_of(models, random_rollouts(7, seed=5))
     shorter = [replace(k, kept=max(1, k.kept - 3)) for k in kept]
     weights = [np.arange(k.kept) < s.kept for k, s in zip(kept, shorter, strict=True)]
     weighed = [replace(k, weights=w.astype(np.float32)) for k, w in zip(kept, weights, strict=True)]
     results = []
     for world_size, rows in ((1, shorter), (2, weighed)):
-        group = Group(models, world_size, tmp_path, zero_stage=1)
-        try:
+        with Group(models, world_size, zero_stage=1) as group:
             results.append((group.step(chunk, teacher, rows), group.weights()))
-        finally:
-            group.close()
     (expected, parameters), (report, others) = results
     assert report.loss == pytest.approx(expected.loss, rel=1e-5) and report.tokens == expected.tokens
     assert report.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
@@ -144,55 +91,53 @@ def test_one_rank_does_what_plain_torch_does(one_rank, models, tmp_path):
 
 
 @pytest.mark.slow
-def test_bfloat16_without_zero_does_what_it_does_with_it(ray_local, models, tmp_path):
+def test_bfloat16_without_zero_does_what_it_does_with_it(models):
     # DeepSpeed primes AdamW there; unless that is undone, the first update is half as large.
-    (plain, _), (zero, _) = (train(models, 1, tmp_path, zero_stage=s, dtype="bfloat16") for s in (0, 1))
+    (plain, _), (zero, _) = (train(models, 1, zero_stage=s, dtype="bfloat16") for s in (0, 1))
     assert [r.loss for r in plain] == pytest.approx([r.loss for r in zero], rel=1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_gradient_that_is_not_finite_changes_nothing(ray_local, models, tmp_path, stage):
+def test_a_gradient_that_is_not_finite_changes_nothing(models, tmp_path, stage):
     broken = make_model(tmp_path / "broken", seed=1)
     with torch.no_grad():
         broken.model.norm.weight.fill_(1e38)
     broken.save_pretrained(tmp_path / "broken")
-    group = Group(models | {"student": (str(tmp_path / "broken"), broken)}, 1, tmp_path, zero_stage=stage)
-    before = group.weights()
-    assert group.step(*step_of(models, random_rollouts(3))).grad_norm == np.inf
-    after = group.weights()
+    with Group(models | {"student": (str(tmp_path / "broken"), broken)}, 1, zero_stage=stage) as group:
+        before = group.weights()
+        assert group.step(*step_of(models, random_rollouts(3))).grad_norm == np.inf
+        after = group.weights()
     assert all((after[n] == before[n]).all() for n in before)
-    group.close()
 
 
-def test_steps_learn_and_the_checkpoint_is_the_student(ray_local, models, tmp_path):
+def test_steps_learn_and_the_checkpoint_is_the_student(models, tmp_path):
     from tokenizers import Tokenizer
     from tokenizers import models as token_models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(token_models.WordLevel({"a": 0}, "a")))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    group = Group(models, 1, tmp_path, lr=3e-3)
     step = step_of(models, random_rollouts(8))
-    losses = [group.step(*step) for _ in range(8)]
+    with Group(models, 1, lr=3e-3) as group:
+        losses = [group.step(*step) for _ in range(8)]
+        group.save(tmp_path / "out", str(tmp_path / "tokenizer"))
+        weights = group.weights()
     assert losses[0].logprob_diff_max < 1e-4, "before any step the learner is the sampler's student"
     assert losses[-1].loss < 0.7 * losses[0].loss
     assert losses[0].tokens == sum(k.kept for k in step[2])
-    ray.get(group.ranks[0].save_pretrained.remote(str(tmp_path / "out"), str(tmp_path / "tokenizer")))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    for name, value in group.weights().items():
+    for name, value in weights.items():
         np.testing.assert_array_equal(saved[name].numpy(), value)
-    group.close()
 
 
-def test_a_step_without_kept_tokens_changes_nothing(ray_local, models, tmp_path):
-    group = Group(models, 1, tmp_path)
-    before = group.weights()
-    report = ray.get(group.ranks[0].train_step.remote([], [], [], 0, 0))
+def test_a_step_without_kept_tokens_changes_nothing(models):
+    with Group(models, 1) as group:
+        before = group.weights()
+        (report,) = group.all("train_step", [], [], [], 0, 0)
+        after = group.weights()
     assert (report.tokens, report.loss, report.grad_norm) == (0, 0.0, 0.0)
-    after = group.weights()
     assert all((after[n] == before[n]).all() for n in before)
-    group.close()
 
 
 def test_weights_hold_the_output_layer_of_tied_models(models):
@@ -236,3 +181,11 @@ def test_learning_rate_by_hand():
     factors = [lr_factor(s, 100, 0.1, 0.0) for s in (0, 9, 10, 55, 99)]
     assert factors[:4] == pytest.approx([0.1, 1.0, 1.0, 0.5]) and factors[4] < 0.01
     assert lr_factor(99, 100, 0.0, 0.2) == pytest.approx(0.2, abs=1e-3)
+
+
+def test_a_model_whose_logits_are_nan_is_refused_for_that(models, tmp_path):
+    broken = make_model(tmp_path, seed=1)
+    with torch.no_grad():
+        broken.model.norm.weight[3] = torch.nan
+    with pytest.raises(ValueError, match=r"teacher.path = 'x': its logits are NaN .* overflow in float32"):
+        check_output_layer(broken, "teacher.path = 'x'")

@@ -1,11 +1,9 @@
 """The real actors around stub engines: outcomes do not depend on the number of samplers, scorers and monitors."""
 
-from types import SimpleNamespace
-
 import pytest
 import ray
 
-from actors.bench.fleet import Fleet, Setting, bench_config
+from actors.bench.fleet import Fleet, FleetPools, Setting, bench_config
 from actors.bench.scaling import costs_of, flood, report
 from actors.pools import connect
 from actors.trainer import Trainer
@@ -23,8 +21,8 @@ def fleet(ray_local):
 def outcomes_of(fleet, samplers, scorers, shards, steps=3):
     """What every rollout of a few steps came to."""
     monitors = fleet.monitors[shards]
-    connect(fleet.samplers[:samplers], fleet.scorers[:scorers], monitors, None)
-    pools = SimpleNamespace(samplers=fleet.samplers[:samplers], monitors=monitors)
+    connect(fleet.samplers[:samplers], fleet.scorers[:scorers], monitors, 60.0)
+    pools = FleetPools(bench_config(40), fleet.samplers[:samplers], fleet.scorers[:scorers], monitors)
     trainer = Trainer(bench_config(40), pools, PromptOrder(fleet._prompts, 0, shuffle=False))
     sampled = [trainer.sample(step) for step in range(steps)]
     for s in sampled:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from actors.teacher_transformers import TransformersTeacher
+from kat_ray.errors import Forgotten
 from tests.conftest import chunk_of, make_config, random_rollouts
 
 pytestmark = pytest.mark.slow  # vLLM takes seconds to import
@@ -85,5 +86,5 @@ def test_both_engines_give_the_same_columns(models, block):
     assert engine.refused > 0 if block else engine.refused == 0
     ours.release(list(rollouts))
     assert ours.held == 0
-    with pytest.raises(ValueError, match="is not held"):
+    with pytest.raises(Forgotten, match="is not held"):
         ours.score(chunk)

@@ -11,7 +11,7 @@ import pytest
 
 from kat_ray import cli
 from kat_ray.config_io import load_config
-from kat_ray.errors import UserError
+from kat_ray.errors import Stopped, UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,7 +59,7 @@ def test_version(capsys):
     assert capsys.readouterr().out.startswith("kat-ray ")
 
 
-@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["train", "x", "--nothing"]])
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["eval"], ["train", "x", "--nothing"]])
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(arguments)
@@ -128,9 +128,34 @@ def fake_actors(monkeypatch, **functions):
 
 def test_train_hands_over_the_configuration(config, monkeypatch):
     seen = []
-    fake_actors(monkeypatch, train=seen.append)
+    fake_actors(monkeypatch, train=lambda *args: seen.append(args))
     assert cli.main(["train", str(config), "run.steps=7", "-v", "run.seed=3"]) == 0
-    assert seen == [load_config(config, ["run.steps=7", "run.seed=3"])]
+    assert seen == [(load_config(config, ["run.steps=7", "run.seed=3"]), None)]
+
+
+def test_resume_takes_the_configuration_of_the_run(config, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(config.read_text())
+    seen = []
+    fake_actors(monkeypatch, train=lambda *args: seen.append(args))
+    assert cli.main(["train", "--resume", str(run), "run.steps=7", "run.profile=true"]) == 0
+    assert seen == [(load_config(config, ["run.steps=7", "run.profile=true"]), run)]
+    assert cli.main(["train", str(config), "--resume", str(run)]) == 2
+    assert cli.main(["train", "--resume", str(run), "run.seed=9"]) == 2
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 2
+    assert cli.main(["train"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    words = (
+        "the run's own configuration",
+        "cannot change run.seed",
+        "not a run directory",
+        "or a run to go on with",
+    )
+    assert all(w in e for w, e in zip(words, errors, strict=True))
+    (run / "summary.json").write_text('{"steps": 7}')
+    assert cli.main(["train", "--resume", str(run), "run.steps=7"]) == 0
+    assert "all 7 steps are done" in capsys.readouterr().out and len(seen) == 1
 
 
 @pytest.mark.parametrize(
@@ -142,6 +167,7 @@ def test_train_hands_over_the_configuration(config, monkeypatch):
             "error: the cluster has 2 CPU,\nerror: lower",
         ),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (Stopped("stopped; go on with: kat-ray train --resume runs/x", 143), 143, "stopped; go on with"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/runs/x"),
             2,
@@ -150,7 +176,7 @@ def test_train_hands_over_the_configuration(config, monkeypatch):
     ],
 )
 def test_what_ends_a_run(config, monkeypatch, capsys, error, code, words):
-    def train(_):
+    def train(*_):
         raise error
 
     fake_actors(monkeypatch, train=train)
@@ -160,7 +186,7 @@ def test_what_ends_a_run(config, monkeypatch, capsys, error, code, words):
 
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), ValueError("a bug")])
 def test_other_errors_keep_their_traceback(config, monkeypatch, error):
-    def train(_):
+    def train(*_):
         raise error
 
     fake_actors(monkeypatch, train=train)

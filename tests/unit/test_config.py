@@ -177,6 +177,12 @@ def test_missing_sections_are_named(write):
     ]
 
 
+# Forty lines that stand for 2^40 values.
+DOUBLED = b"a0: &a0 {x: 1}\n" + b"".join(
+    b"a%d: &a%d {x: *a%d, y: *a%d}\n" % (i, i, i - 1, i - 1) for i in range(1, 40)
+)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -187,8 +193,19 @@ def test_missing_sections_are_named(write):
         (b"run:\n\tsteps: 1\n", "F:2:1: not valid YAML"),
         (b"a: \x00", "F: not valid YAML"),
         (b"a: \xff", "F: cannot be read: is not UTF-8 text"),
-        (b"a: &x {b: *x}", "F:1: an alias contains itself"),
-        (b"a: !!python/name:os.system x", "F:1:4: not valid YAML: could not determine a constructor"),
+        (b"a: &x {b: *x}", "F:1:4: not valid YAML: an alias contains itself"),
+        (b"a: !!python/name:os.system x", "F:1:4: not valid YAML: the tag tag:yaml.org,2002:python/name:os.system"),
+        (b"a: !!int x", "F:1:4: not valid YAML: the tag tag:yaml.org,2002:int does not fit 'x'"),
+        (b"a: !!binary AAAA", "F:1:4: not valid YAML: the tag tag:yaml.org,2002:binary does not fit 'AAAA'"),
+        (b"a: " + b"9" * 5000, "F:1:4: not valid YAML: a number of 5000 digits"),
+        (b"a: " + b"[" * 100_000, "F: not valid YAML: nested too deeply"),
+        (
+            DOUBLED,
+            "F:16:6: not valid YAML: its aliases stand for more than 100,000 values",
+        ),
+        (b'student: {path: "a\\0b"}', 'F:1: student.path = "a\\u0000b": holds a NUL'),
+        (b'student: {path: "\\ud800"}', 'F:1: student.path = "\\ud800": holds a NUL or half a character'),
+        (b"cluster: {address: 'ray://me:word@host'}", "F:1: cluster.address holds a secret"),
     ],
 )
 def test_files_that_cannot_be_read(write, content, message):
@@ -226,10 +243,13 @@ def test_saved_configuration_loads_back_equal(write, tmp_path):
 @settings(deadline=None, max_examples=40)
 @example(lr=1e-6, name="1e5", path="1e100")
 @example(lr=1.0, name="0x1F", path="null")
+@example(lr=1.0, name="0", path="a\x85b\u2028")
 @given(
     lr=st.floats(min_value=1e-300, max_value=1e300),
     name=st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,12}\Z").filter(lambda n: n != "latest"),
-    path=st.text(min_size=1, max_size=12, alphabet=st.characters(exclude_categories=["Cs"])),
+    path=st.text(
+        min_size=1, max_size=12, alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+    ),
 )
 def test_any_value_survives_saving(tmp_path_factory, lr, name, path):
     config = Config.model_validate(

@@ -153,6 +153,9 @@ def test_too_long_prompts_are_skipped_and_counted_or_refused(jsonl):
             "F:2: the id '7' is also that of F:1; ids must be unique",
         ),
         ([b"[" * 100_000 + b"\n"], "F:1: not a row: nested too deeply"),
+        ([b'{"prompt": ' + b"9" * 5000 + b"}\n"], "F:1: not a row: a number of more digits than Python converts"),
+        ([b'{"prompt": "a", "more": ["\\ud800"]}\n'], "F:1: holds half a character"),
+        ([{"x" * 5000: 1}], f"F:1: there is no column 'prompt'; there are {'x' * 37}... ("),
     ],
 )
 def test_malformed_rows_are_named(jsonl, rows, message):
@@ -255,3 +258,16 @@ def test_probes_are_drawn_with_their_share_and_nested():
     assert abs(len(tenth) - 200) < 68 and abs(len(third) - 600) < 103
     assert tenth < third
     assert len(probes(1.0)) == 2000 and not probes(0.0)
+
+
+def test_parquet_that_python_or_unicode_cannot_hold(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    far = pa.array([2**62], pa.int64()).view(pa.timestamp("us"))
+    pq.write_table(pa.table({"prompt": ["a"], "when": far}), tmp_path / "far.parquet")
+    assert "rows 1 to 1: a value has no like in Python" in refusal(str(tmp_path / "far.parquet"))
+    offsets = pa.array([0, 1], pa.int32()).buffers()[1]
+    torn = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff")])
+    pq.write_table(pa.table({"prompt": torn}), tmp_path / "torn.parquet")
+    assert "not a Parquet file: " in refusal(str(tmp_path / "torn.parquet"))

@@ -8,6 +8,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from kat_ray import doctor
+from kat_ray.checks import resources
 from kat_ray.doctor import GIB, Check, disk_verdict, vllm_verdict
 from tests.conftest import make_config, make_model
 from tests.unit.tiny_tokenizer import make_tokenizer
@@ -121,7 +122,7 @@ def test_run_directory(files, tmp_path):
 )
 def test_cpus_asked_for(files, monkeypatch, sections, level, words):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    (check,) = doctor._resources(config(files, **sections), cores=2, gpus=0)
+    (check,) = resources(config(files, **sections), cores=2, gpus=0)
     assert (check.level, check.name) == (level, "CPUs")
     assert words in check.text
 
@@ -129,10 +130,10 @@ def test_cpus_asked_for(files, monkeypatch, sections, level, words):
 def test_gpus_that_are_not_there(files, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     asking = config(files, sampler={"num_gpus": 1, "replicas": 2})
-    checks = list(doctor._resources(asking, cores=8, gpus=1))
+    checks = list(resources(asking, cores=8, gpus=1))
     assert levels(checks)["GPUs"] == "FAIL"
     assert text(checks, "GPUs") == "the roles ask for 2 (2 x sampler 1), the machine has 1"
-    assert levels(doctor._resources(asking, cores=8, gpus=2))["GPUs"] == "ok"
+    assert levels(resources(asking, cores=8, gpus=2))["GPUs"] == "ok"
 
 
 def test_settings_that_do_not_do_what_they_seem_to(files):

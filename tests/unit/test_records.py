@@ -284,7 +284,7 @@ def test_what_a_run_ran_on():
 
 def test_the_busiest_stage_tells_what_a_step_failed_to_overlap():
     reports = [
-        SamplerReport(f"sampler:{i}", 0, (), (), 1, 5.0, wait, 0.0, np.zeros(0))
+        SamplerReport(f"sampler:{i}", i, 0, (), (), 1, 5.0, wait, 0.0, np.zeros(0))
         for i, wait in enumerate((1.0, 2.0))
     ]
     chunks = [

@@ -177,7 +177,8 @@ def test_the_command_prints_a_table_and_leaves_a_plot(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eta=2"], "eta = 2"), (["width=3"], "FIELD=VALUE"), (["eta"], "FIELD=VALUE"), (["eta=["], "not YAML"),
+        (["eta=2"], "eta = 2"), (["width=3"], "FIELD=VALUE"), (["eta"], "FIELD=VALUE"),
+        (["eta=["], "not valid YAML"),
         (["min_samples=[1, 999]"], "min_samples"),
     ],
 )  # fmt: skip

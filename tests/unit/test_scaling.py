@@ -139,9 +139,9 @@ def test_monitors_that_share_a_calibration_do_what_one_does(source):
             for s, shard in enumerate(shards):
                 shard.observe(part_of(chunk, np.arange(s, 30, 3)))
         expected = one.end_step().outcomes
-        outcomes = sorted((o for s in shards for o in s.close_step().outcomes), key=lambda o: o.rollout_id)
+        outcomes = sorted((o for s in shards for o in s.close_step([0]).outcomes), key=lambda o: o.rollout_id)
         assert tuple(outcomes) == expected
         for shard in shards:
-            shard.learn([finished(o) for o in outcomes])
+            shard.learn(step, [finished(o) for o in outcomes])
         cut += sum(o.cut is not None for o in expected)
     assert cut > 10 and begun.threshold is not None

@@ -153,9 +153,9 @@ def chunk(ids, start, rows, ended=None, overlap=None):
     extra = dict.fromkeys(("overlap", "teacher_max", "teacher_entropy", "student_entropy", "student_tail"), d)
     extra["overlap"] = d if overlap is None else np.concatenate([np.asarray(r, np.float32) for r in overlap])
     return ScoredChunk(
-        scorer="s", policy_version=0, rollout_ids=np.asarray(ids, np.int64), start=np.asarray(start, np.int32),
-        offsets=offsets, d=d, token_ids=np.zeros(len(d), np.int32), teacher_top=np.zeros(len(d), np.int32),
-        ended=np.asarray(ended or [0] * len(ids), np.int8), seconds=0.0, **extra,
+        scorer="s", attempt=0, policy_version=0, rollout_ids=np.asarray(ids, np.int64), start=np.asarray(start,
+        np.int32), offsets=offsets, d=d, token_ids=np.zeros(len(d), np.int32), teacher_top=np.zeros(len(d),
+        np.int32), ended=np.asarray(ended or [0] * len(ids), np.int8), seconds=0.0, **extra,
     )  # fmt: skip
 
 

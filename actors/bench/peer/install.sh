@@ -39,7 +39,7 @@ echo "setting up the peer in $venv (once; about 3 minutes and 3 GB)"
 [ -x "$venv/bin/python" ] || step "virtual environment" "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input)
 shared=$venv/requirements-shared.txt
-grep -vE '^(ray|deepspeed|hypothesis|mypy|pytest|ruff|selenium)==' "$lock" >"$shared"
+grep -vE '^(ray|deepspeed)==' "$lock" >"$shared"
 step "torch" "${pip[@]}" torch==2.13.0
 step "shared packages" "${pip[@]}" --no-deps -r "$shared"
 step "the peer" "${pip[@]}" --no-deps "${own[@]}"

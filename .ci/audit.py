@@ -1,0 +1,117 @@
+"""Known holes in the packages of the lock: `make audit`.
+
+Exit code 1 where a locked version has an advisory that `.ci/audit-accepted` does not name, 0 where none has, and 0
+with the words "not reachable" where no advisory service answers. An index that stands in for PyPI may know packages
+and no advisories, which pip-audit reports as a clean bill: a service is believed only if it condemns a version that
+is known to be bad.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+VENV = ROOT / ".venv-audit"
+PIP_AUDIT = "pip-audit==2.10.1"
+SERVICES = ("pypi", "osv")
+KNOWN_BAD = "jinja2==2.4.1"
+SECONDS = 600
+
+Ask = Callable[[str, str], "dict[str, Any] | None"]
+
+
+def ask(service: str, requirements: str) -> dict[str, Any] | None:
+    """pip-audit's report on pinned requirements; None where the service does not answer."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write(requirements)
+        file.flush()
+        command = [
+            str(VENV / "bin" / "pip-audit"),
+            "--disable-pip",
+            "--no-deps",
+            "--progress-spinner=off",
+            "-f",
+            "json",
+        ]
+        try:
+            done = subprocess.run(
+                [*command, "-s", service, "-r", file.name],
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+                check=False,
+            )
+            report: dict[str, Any] = json.loads(done.stdout)
+        except (subprocess.TimeoutExpired, json.JSONDecodeError):
+            return None
+    return report
+
+
+def holes(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(package and version, advisory, versions that mend it) of each finding."""
+    return [
+        (f"{package['name']} {package['version']}", hole["id"], ", ".join(hole["fix_versions"]) or "none")
+        for package in report["dependencies"]
+        for hole in package.get("vulns", ())
+    ]
+
+
+def audit(requirements: str, accepted: dict[str, str], ask: Ask, say: Callable[[str], object]) -> int:
+    """Ask the first service that can be believed; returns the exit code."""
+    for service in SERVICES:
+        known_bad = ask(service, KNOWN_BAD + "\n")
+        if known_bad is None or not holes(known_bad):
+            say(f"dependency audit: {service} is not reachable, or knows no advisories")
+            continue
+        report = ask(service, requirements)
+        if report is None:
+            say(f"dependency audit: {service} stopped answering")
+            continue
+        unknown = [p["name"] for p in report["dependencies"] if "skip_reason" in p]
+        open_ = [hole for hole in holes(report) if hole[1] not in accepted]
+        for package, advisory, mended in open_:
+            say(f"dependency audit: {package}: {advisory}, mended in: {mended}")
+        say(
+            f"dependency audit: {service} has {len(open_)} open advisories on {len(report['dependencies'])} "
+            "packages" + (f"; it does not know {', '.join(unknown)}" if unknown else "")
+        )
+        return 1 if open_ else 0
+    say("dependency audit: not reachable: no advisory service answers from this machine; nothing was audited")
+    return 0
+
+
+def accepted_in(text: str) -> dict[str, str]:
+    """Advisory -> reason, of lines `ADVISORY reason`."""
+    lines = (line.split("#")[0].strip() for line in text.splitlines())
+    pairs = (line.partition(" ") for line in lines if line)
+    return {advisory: reason.strip() for advisory, _, reason in pairs}
+
+
+def pinned(text: str) -> str:
+    """The lock's requirements without comments and local version labels, which no advisory names."""
+    lines = (line.split("#")[0].strip() for line in text.splitlines())
+    return "".join(f"{line.split('+')[0]}\n" for line in lines if "==" in line)
+
+
+def main() -> int:
+    """Install the auditor beside the project's environment, and audit the lock."""
+    try:
+        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True, timeout=SECONDS)
+        pip = [str(VENV / "bin" / "pip"), "install", "-q", "--disable-pip-version-check", PIP_AUDIT]
+        subprocess.run(pip, check=True, timeout=SECONDS, capture_output=True)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        print(f"dependency audit: not reachable: {PIP_AUDIT} cannot be installed ({error}); nothing was audited")
+        return 0
+    lock = (ROOT / "docker" / "requirements-cpu.lock").read_text(encoding="utf-8")
+    accepted = accepted_in((ROOT / ".ci" / "audit-accepted").read_text(encoding="utf-8"))
+    return audit(pinned(lock) + "torch==2.13.0\n", accepted, ask, lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

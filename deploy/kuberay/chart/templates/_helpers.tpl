@@ -1,0 +1,55 @@
+{{- define "kat-ray.name" -}}
+{{- /* The operator refuses longer names: those that it derives from them are limited to 63. */ -}}
+{{- $limit := ternary 47 53 (eq .Values.kind "job") -}}
+{{- if gt (len .Release.Name) $limit -}}
+{{- fail (printf "release name %q has %d characters: a %s takes at most %d" .Release.Name (len .Release.Name) (ternary "RayJob" "RayCluster" (eq .Values.kind "job")) $limit) -}}
+{{- end -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" .Release.Name) -}}
+{{- fail (printf "release name %q: it must begin with a letter and hold only a-z, 0-9 and -" .Release.Name) -}}
+{{- end -}}
+{{- .Release.Name -}}
+{{- end -}}
+
+{{- define "kat-ray.labels" -}}
+app.kubernetes.io/name: kat-ray
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end -}}
+
+{{- define "kat-ray.image" -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
+{{- end -}}
+
+{{- define "kat-ray.grace" -}}
+{{- /* run.grace_seconds: what a run that is told to end may take for its checkpoint. */ -}}
+{{- dig "run" "grace_seconds" 60 .Values.run.config -}}
+{{- end -}}
+
+{{- define "kat-ray.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: {{ .Values.security.userId }}
+runAsGroup: {{ .Values.security.userId }}
+fsGroup: {{ .Values.security.userId }}
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "kat-ray.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+runAsUser: {{ .Values.security.userId }}
+capabilities: {drop: [ALL]}
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "kat-ray.entrypoint" -}}
+{{- $config := ternary "demo" "/etc/kat-ray/config.yaml" .Values.run.demo -}}
+{{- $ours := list "run.dir=/runs" "cluster.address=auto" "cluster.by_role=true" -}}
+{{- if .Values.run.demo -}}
+{{- $ours = prepend $ours (printf "run.name=%s" .Release.Name) -}}
+{{- end -}}
+kat-ray train {{ $config }} {{ concat $ours .Values.run.overrides | join " " }}
+{{- end -}}

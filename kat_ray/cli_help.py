@@ -1,0 +1,122 @@
+"""What `--help` says."""
+
+from __future__ import annotations
+
+DESCRIPTION = """\
+On-policy distillation of language models on Ray. Rollouts that have fallen into a KL agreement trap are
+ended while they are generated (KAT, arXiv 2606.09471)."""
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    doctor found what would stop a run; or an error that is not yours, with its traceback
+  2    a mistake in the arguments, the configuration, a model, the data or the cluster: one message says which
+  130  interrupted (Ctrl-C); 143: told to end (SIGTERM). A run has saved a checkpoint: go on with --resume"""
+
+OVERRIDES = """\
+CONFIG is a YAML file, or `demo` for the embedded task with its tiny models. Every field can be overridden:
+section.field=value, with the value in YAML. docs/configuration.md lists the fields."""
+
+OVER_A_RUN = """\
+RUN is a run directory with traces. Each FIELD is one of termination's for the rule, such as window, consecutive,
+eta, stride and exempt for kat; a list of values is swept. docs/termination.md defines them."""
+
+ABOUT_REPORT = """\
+RUN is a run directory. The page needs no network: learning curves, how rollouts ended, threshold, KL of single
+tokens, the stages before, during and after agreement, and a browser of rollouts. The pictures lie beside it as PNG.
+Each FIELD is one of the KAT rule's: it divides rollouts into stages. The default is the run's own rule."""
+
+ABOUT_JOB = """\
+NAME is a job's id, or a run's name for its newest job. The cluster is reached through its dashboard."""
+
+ABOUT_BENCH = """\
+Each row is a ratio, both sides measured in one run. Groups: end_to_end (it installs the peer into .venv-peer once),
+pipeline, sampler, teacher, learner, memory, publication, offline. Leave the machine alone while it runs."""
+
+EXAMPLES = {
+    "": """\
+examples:
+  kat-ray doctor demo                         what would stop a run on this machine
+  kat-ray train demo                          the embedded task, minutes on a laptop
+  kat-ray train demo termination.rule=none    the same without termination
+  kat-ray config demo > my.yaml               a file to start your own from""",
+    "train": """\
+examples:
+  kat-ray train demo run.steps=20
+  kat-ray train my.yaml learner.lr=1e-5 'learner.betas=[0.9, 0.95]' evaluation.data=null
+  kat-ray train my.yaml termination.rule=none run.name=without
+  kat-ray train --resume runs/latest                 go on with a run that was ended, killed or that failed
+  kat-ray train --resume runs/latest run.steps=300   take it further
+
+Models and data are checked before anything is started. Records go to <run.dir>/<run.name>.""",
+    "eval": """\
+examples:
+  kat-ray eval runs/latest                           the newest checkpoint of a run, with the run's configuration
+  kat-ray eval demo:student --config demo            a model, on a configuration's held-out problems
+  kat-ray eval out/model --config my.yaml evaluation.k=8 --json""",
+    "doctor": """\
+examples:
+  kat-ray doctor                  machine and packages only
+  kat-ray doctor my.yaml          and models, tokenizers, data, resources
+  kat-ray doctor my.yaml sampler.replicas=4
+  kat-ray doctor my.yaml --cluster --address http://HEAD:8265     and which node there each role would get
+
+Nothing is started and no weights are loaded. Each line is ok, warn or FAIL.""",
+    "compare": """\
+examples:
+  kat-ray compare demo --rules none kat length_matched --seeds 0 1 2
+  kat-ray compare my.yaml --rules none kat kat:eta=0.5 fixed_prefix:n=512 --out runs/which-eta run.steps=200
+  kat-ray compare --runs runs/a runs/b --out /tmp/a-b          finished runs; says what else they differ in
+
+Each rule runs from the same start on the same prompts, once for each seed, in DIR/RULE/seed-N. A run that is
+finished is not run again: called again, a comparison goes on where it was. length_matched cuts at the lengths of
+kat's run of the same seed, regardless of KL; of several, length_matched:of=kat-eta=0.5 names one by its folder.""",
+    "replay": """\
+examples:
+  kat-ray replay runs/latest                                  a sweep around the run's own settings
+  kat-ray replay runs/latest eta=[0.1,0.3,0.5] window=32      these settings, the others as in the run
+  kat-ray replay runs/none --keep-kl 0.95 --out /tmp/replay
+  kat-ray replay runs/latest --rule fixed_prefix n=[32,64,128]
+
+No model is loaded. What a cut removes is only known of rollouts that were seen to their end: a run's probes, or
+all rollouts of a run with termination.rule=none.""",
+    "report": """\
+examples:
+  kat-ray report runs/latest                                 RUN/report/report.html
+  kat-ray report runs/none window=16 exempt=8 min_samples=64 min_steps=2
+  kat-ray report runs/latest --gradients                     and which stage pulls where training went""",
+    "bench": """\
+examples:
+  kat-ray bench                               everything; writes docs/benchmarks.md and docs/benchmarks.json
+  kat-ray bench --only sampler teacher        these groups; the others' results stay""",
+    "submit": """\
+examples:
+  kat-ray submit demo run.dir=/runs                      to the dashboard of this machine, 127.0.0.1:8265
+  kat-ray submit my.yaml --address http://HEAD:8265      a YAML file inside the working tree
+  kat-ray submit my.yaml --no-wait                       return as soon as it is submitted
+
+The configuration is checked first, then the working tree is uploaded (without .git, runs and what .gitignore
+names), and `kat-ray train` runs in it on the head. A run that was stopped or that failed goes on when it is
+submitted again under the same name and configuration. A cluster in token mode: RAY_AUTH_TOKEN, or
+RAY_AUTH_TOKEN_PATH.
+
+The exit code is the job's own; Ctrl-C stops following, not the job.""",
+    "status": """\
+examples:
+  kat-ray status my-run                  the newest job of this run
+  kat-ray status my-run-2                this job""",
+    "logs": """\
+examples:
+  kat-ray logs my-run --follow""",
+    "stop": """\
+examples:
+  kat-ray stop my-run                    its run writes a checkpoint and can be submitted again""",
+    "list": """\
+examples:
+  kat-ray list --address http://HEAD:8265""",
+    "config": """\
+examples:
+  kat-ray config demo                    the embedded configuration, every field spelled out
+  kat-ray config my.yaml run.steps=20    what a run would use
+  kat-ray config --docs > docs/configuration.md""",
+}

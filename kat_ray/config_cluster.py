@@ -1,0 +1,204 @@
+"""What the roles ask of the cluster, and how it is reached: sections of the configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown fields refused, field docstrings become descriptions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class PlacementConfig(Section):
+    """What one replica of a role asks of the cluster."""
+
+    num_cpus: float = Field(1.0, ge=0)
+    """CPUs a replica reserves in Ray."""
+    num_gpus: float = Field(0.0, ge=0)
+    """GPUs a replica reserves in Ray."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Further resources that a replica reserves, by the names that the cluster's nodes give them."""
+    labels: dict[str, str] = {}
+    """Node labels that a replica needs, such as {ray.io/accelerator-type: H100}."""
+    threads: int = Field(1, ge=1)
+    """Threads of a replica's CPU arithmetic."""
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> PlacementConfig:
+        if not (self.num_cpus or self.num_gpus or self.resources):
+            raise ValueError("num_cpus = 0: needs num_gpus or resources; Ray places nothing that asks for nothing")
+        return self
+
+
+class PoolConfig(PlacementConfig):
+    """A role whose number of replicas can change while a run goes on."""
+
+    replicas: int = Field(1, ge=1)
+    """Number at the start; the run begins when all of them stand."""
+    min_replicas: int | None = Field(None, ge=1)
+    """Fewest replicas to shrink to; null keeps `replicas`."""
+    max_replicas: int | None = Field(None, ge=1)
+    """Most replicas to grow to; null keeps `replicas`."""
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Fewest and most replicas."""
+        return self.min_replicas or self.replicas, self.max_replicas or self.replicas
+
+    @model_validator(mode="after")
+    def _replicas_within_bounds(self) -> PoolConfig:
+        low, high = self.bounds
+        if not low <= self.replicas <= high:
+            raise ValueError(
+                f"replicas = {self.replicas}: must be within min_replicas and max_replicas, {low} to {high}"
+            )
+        return self
+
+
+class SamplerConfig(PoolConfig):
+    """Student samplers: vLLM engines. The rollouts of a step are dealt out evenly."""
+
+    max_num_seqs: int = Field(256, ge=1)
+    """Rollouts an engine generates at the same time."""
+    max_num_batched_tokens: int = Field(8192, ge=64)
+    """Tokens an engine runs in one step, prompts included."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs of one engine. Not run on a GPU by this project's tests."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes; not used on a CPU."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """KV cache of an engine on a CPU, GiB; not used on a GPU."""
+    enforce_eager: bool = True
+    """Run without graph capture or compilation; on a GPU, false is faster after a longer start."""
+
+    @model_validator(mode="after")
+    def _gpus_of_one_engine(self) -> SamplerConfig:
+        if self.tensor_parallel_size > 1 and self.num_gpus != self.tensor_parallel_size:
+            raise ValueError(
+                f"tensor_parallel_size = {self.tensor_parallel_size}: needs num_gpus = "
+                f"{self.tensor_parallel_size}, not {self.num_gpus:g}; an engine's GPUs are one replica's"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_holds_seqs(self) -> SamplerConfig:
+        if self.max_num_batched_tokens < self.max_num_seqs:  # vLLM refuses to start
+            raise ValueError(
+                f"max_num_batched_tokens = {self.max_num_batched_tokens}: must be >= "
+                f"max_num_seqs = {self.max_num_seqs}, one token of each running rollout"
+            )
+        return self
+
+
+class ScorerConfig(PoolConfig):
+    """Teacher scorers. A rollout stays with one of them."""
+
+    backend: Literal["auto", "transformers", "vllm"] = "auto"
+    """`auto` takes vLLM where its V2 runner is available (a GPU), transformers elsewhere."""
+    max_batch_tokens: int = Field(4096, ge=16)
+    """Tokens, padding included, that one teacher forward takes."""
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes (backend vllm)."""
+
+
+class MonitorConfig(PlacementConfig):
+    """Trap monitors."""
+
+    num_cpus: float = Field(0.1, ge=0)
+    """CPUs a monitor reserves in Ray: it must not take a core from an engine."""
+
+    shards: int = Field(1, ge=1)
+    """Monitors that share the samplers' rollouts under one calibration; results do not depend on it.
+    One suffices up to some hundred GPUs (docs/scaling.md)."""
+
+
+class LearnerConfig(PlacementConfig):
+    """The student's trainer: DeepSpeed, one actor per rank."""
+
+    world_size: int = Field(1, ge=1)
+    """Number of ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Data type of the forward and backward pass; the optimiser keeps fp32 master weights."""
+    lr: float = Field(1e-6, gt=0)
+    """Peak learning rate."""
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    """Share of the steps with linear warm-up."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW betas."""
+    clip: float = Field(1.0, gt=0)
+    """Gradient norm above which gradients are scaled down."""
+    micro_batch_tokens: int = Field(16384, ge=16)
+    """Tokens of one micro-batch, prompt and padding included."""
+    logits_chunk_tokens: int = Field(1024, ge=1)
+    """Tokens whose vocabulary log-softmax exists at once."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    max_skipped_steps: int = Field(5, ge=1)
+    """Steps in a row whose loss or gradient is not finite, each of them skipped, after which the run stops and
+    writes the last one's batch to `dumps/`."""
+
+
+class PoolsConfig(Section):
+    """When pools of samplers and scorers grow and shrink; only where `max_replicas` or `min_replicas` lets them."""
+
+    waiting_share: float = Field(0.3, gt=0, lt=1)
+    """Share of the step that the learner must wait for rollouts before samplers or scorers are added."""
+    busy_share: float = Field(0.8, gt=0, le=1)
+    """Share of the sampling time that a pool must be at work before it grows, as the busier of the two."""
+    idle_share: float = Field(0.5, gt=0, lt=1)
+    """A pool shrinks where what is left of it would be at work for less than this share of the sampling time, or
+    where the learner would still wait less than half of `waiting_share`."""
+    grow_after: int = Field(2, ge=1)
+    """Steps in a row with the same evidence before a pool grows by one."""
+    shrink_after: int = Field(5, ge=1)
+    """Steps in a row with the same evidence before a pool shrinks by one."""
+
+
+class ClusterConfig(Section):
+    """How Ray is reached."""
+
+    address: str | None = None
+    """Ray address (`auto` joins the cluster of this machine or job); null starts a local one, unless
+    the environment names one in RAY_ADDRESS."""
+    by_role: bool = False
+    """Place each role on the nodes made for it: labelled `kat.ray/role: ROLE`, with one unit of a resource of that
+    name for each replica; the monitor on the head, labelled `head`, where it takes no CPU but a hundredth of the
+    resource `head`. Clusters of this project's chart are made so."""
+    num_cpus: int | None = Field(None, ge=1)
+    """Logical CPUs of a local Ray; null takes what the roles ask for, at least the machine's cores."""
+    object_store_gib: float | None = Field(None, gt=0)
+    """Object store of a local Ray, GiB; null lets Ray choose."""
+    placement_timeout: float = Field(120.0, gt=0)
+    """Seconds that a start waits until all roles are placed; past it, it ends and names what is missing."""
+    replacement_timeout: float = Field(120.0, gt=0)
+    """Seconds that a pool which may be smaller (`min_replicas`) waits for a place for a replica that was lost; past
+    it, the run does without it. A pool of a fixed size waits on, as it needs the replica."""
+    start_timeout: float = Field(900.0, gt=0)
+    """Seconds that loading models and starting DeepSpeed may take, at the start and after an actor's death."""
+    store_share: float = Field(0.7, gt=0, le=1)
+    """Share of the object store above which no step is sampled ahead (rollout.staleness = 1) while another one's
+    records are held, and a warning is given."""
+    step_timeout: float = Field(7200.0, gt=0)
+    """Seconds that any one stage of a step may take: sampling, learning, publishing, an evaluation, a
+    checkpoint.
+    """
+    hang_timeout: float = Field(300.0, gt=0)
+    """Seconds without progress (an engine step, a scored chunk, a micro-batch) after which an actor is killed and
+    replaced. Must exceed the longest of those."""
+    max_restarts: int = Field(5, ge=0)
+    """How often any one actor may be lost within one step; past it the run stops."""
+    dashboard: bool = False
+    """Start Ray's dashboard with a local Ray (on loopback)."""
+    bind: Literal["loopback", "all"] = "loopback"
+    """Interfaces on which a local Ray listens. `all` opens its ports to the network, and is refused unless
+    RAY_AUTH_MODE is `token`, which the command line sets."""

@@ -1,0 +1,202 @@
+"""Collapse guards: metrics that run away in a way from which training does not come back.
+
+Four are known in public: the student unlearns to stop, or stops at once; its entropy goes; its rollouts all run to
+the cap; the KL leaves its scale. Each is held against a limit, most against the mean of the run's own first steps.
+Pure: the driver feeds each step's metrics and does what the verdict says. Left out: anything that needs more than
+one number a step.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kat_ray.config import GuardsConfig
+
+
+@dataclass(frozen=True)
+class _Guard:
+    """One limit: `field` of `GuardsConfig` sets it, `limit(setting, reference)` is it, in the metric's unit."""
+
+    field: str
+    metric: str
+    above: bool  # the limit is an upper one
+    limit: Callable[[float, float], float]
+    advice: str
+    least: float | None = None  # smallest reference that a limit can be taken from; None: needs no reference
+
+
+def _share(setting: float, reference: float) -> float:
+    return setting * reference
+
+
+_GUARDS = (
+    _Guard(
+        "stop_mass_fall",
+        "learner/stop_mass",
+        False,
+        _share,
+        "the student unlearns to end its answers: use rollout.eos = merged, compare the two models' stop ids "
+        "(kat-ray doctor), lower learner.lr",
+        least=1e-6,
+    ),
+    _Guard(
+        "stop_mass_rise",
+        "learner/stop_mass",
+        True,
+        lambda setting, reference: reference + setting * (1.0 - reference),
+        "the student ends its answers at once: check data.chat_template and what the teacher says to an empty "
+        "answer, lower learner.lr",
+        least=0.0,
+    ),
+    _Guard(
+        "entropy_fall",
+        "learner/entropy",
+        False,
+        _share,
+        "the student has become sure of everything: lower learner.lr, raise rollout.top_p or rollout.temperature, "
+        "take more prompts a step",
+        least=1e-3,
+    ),
+    _Guard(
+        "max_tokens_share",
+        "rollout/max_tokens_share",
+        True,
+        lambda setting, _: setting,
+        "nearly all rollouts run to the cap: look for loops (kat-ray report), raise rollout.max_tokens if answers "
+        "are cut off, use termination.rule = kat or repetition, rollout.eos = merged",
+    ),
+    _Guard(
+        "kl_rise",
+        "kl/mean",
+        True,
+        _share,
+        "the student moves away from the teacher: lower learner.lr, look at learner/logprob_diff_max and "
+        "learner/grad_norm",
+        least=1e-3,
+    ),
+    _Guard(
+        "kl_fall",
+        "kl/mean",
+        False,
+        _share,
+        "the teacher agrees with everything: look for loops that it follows (kat-ray report); if answers are good, "
+        "the student has learnt what it can, and fewer run.steps do",
+        least=1e-3,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do after a step: show `notes`, record `fired`, and end the run with `stop` if it is not None."""
+
+    notes: tuple[str, ...]
+    fired: int  # guards whose metric has been beyond its limit for `guards.patience` steps or more
+    stop: str | None
+
+
+class CollapseGuards:
+    """Call `observe` once a step, in order. A guard says at most two lines each time its metric leaves its limit.
+
+    The first when it has been beyond it for half of `patience`, the second when it fires. It can speak again once
+    the metric has been within its limit for `patience` steps in a row.
+    """
+
+    def __init__(self, config: GuardsConfig) -> None:
+        self._config = config
+        self._first: dict[str, list[float]] = {}  # values of the first steps, by metric
+        self._beyond = {g.field: 0 for g in _GUARDS}  # steps in a row beyond the limit
+        self._within = {g.field: 0 for g in _GUARDS}  # and within it
+        self._said = {g.field: 0 for g in _GUARDS}  # lines since the metric was last within it for long
+
+    def observe(self, step: int, metrics: Mapping[str, float]) -> Verdict:
+        """Take a step's metrics; `step` as in metrics.jsonl.
+
+        A metric that is missing or not finite, and the learner's where no token was in its loss, neither fires nor
+        calms a guard. Where a rule sets `rollout/budget` rollouts are meant to reach it: no length is looked at.
+        """
+        seen = {n: v for n in {g.metric for g in _GUARDS} if (v := _value(n, metrics)) is not None}
+        notes: list[str] = []
+        fired: list[str] = []
+        for guard in _GUARDS:
+            if guard.metric not in seen or (limit := self._limit(guard)) is None:
+                continue
+            value = seen[guard.metric]
+            lines = self._count(guard, value > limit if guard.above else value < limit)
+            text = self._words(guard, step, value, limit)
+            notes += [text] * lines
+            if self._beyond[guard.field] >= self._config.patience:
+                fired.append(text)
+        for name, value in seen.items():
+            if len(first := self._first.setdefault(name, [])) < self._config.reference_steps:
+                first.append(value)
+        if fired and self._config.action == "stop":
+            return Verdict(tuple(n for n in notes if n not in fired), len(fired), "; ".join(fired))
+        return Verdict(tuple(notes), len(fired), None)
+
+    def state(self) -> dict[str, Any]:
+        """What has been seen so far, as JSON."""
+        names = ("first", "beyond", "within", "said")
+        # A copy all through: it is written to a checkpoint when later steps have been observed.
+        return {name: copy.deepcopy(dict(getattr(self, f"_{name}"))) for name in names}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._first = {name: list(values) for name, values in state["first"].items()}
+        for name in ("beyond", "within", "said"):
+            getattr(self, f"_{name}").update(state[name])
+
+    def _limit(self, guard: _Guard) -> float | None:
+        """The guard's limit; None while it has none."""
+        setting: float | None = getattr(self._config, guard.field)
+        if setting is None or guard.least is None:
+            return setting
+        first = self._first.get(guard.metric, [])
+        if len(first) < self._config.reference_steps or self._reference(guard) < guard.least:
+            return None
+        return guard.limit(setting, self._reference(guard))
+
+    def _reference(self, guard: _Guard) -> float:
+        values = self._first[guard.metric]
+        return sum(values) / len(values)
+
+    def _count(self, guard: _Guard, beyond: bool) -> int:
+        """Note whether the metric is beyond its limit; returns how many lines (0 or 1) are due."""
+        name, patience = guard.field, self._config.patience
+        self._beyond[name] = self._beyond[name] + 1 if beyond else 0
+        self._within[name] = 0 if beyond else self._within[name] + 1
+        if self._within[name] >= patience:
+            self._said[name] = 0
+        due = (self._beyond[name] >= (patience + 1) // 2) + (self._beyond[name] >= patience)
+        if due <= self._said[name]:
+            return 0
+        self._said[name] = due
+        return 1
+
+    def _words(self, guard: _Guard, step: int, value: float, limit: float) -> str:
+        setting = getattr(self._config, guard.field)
+        count, origin = self._beyond[guard.field], ""
+        if guard.least is not None:
+            first = f"the first {self._config.reference_steps} steps"
+            origin = f", set by a mean of {self._reference(guard):.4g} over {first}"
+        return (
+            f"guards.{guard.field} = {setting:g}: {guard.metric} is {value:.4g} at step {step}, "
+            f"{'above' if guard.above else 'below'} {limit:.4g}{origin}, for {count} step{'s' * (count > 1)} in a "
+            f"row; {guard.advice}"
+        )
+
+
+def _value(name: str, metrics: Mapping[str, float]) -> float | None:
+    """A metric as far as it says something in this step."""
+    value = metrics.get(name)
+    if value is None or not math.isfinite(value):
+        return None
+    if name.startswith("learner/") and not metrics.get("learner/tokens", 1.0):
+        return None
+    if name == "rollout/max_tokens_share" and "rollout/budget" in metrics:
+        return None
+    return value

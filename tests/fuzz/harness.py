@@ -1,0 +1,175 @@
+"""How a fuzzed command is run and what it may do: succeed, or say one message and return 2."""
+
+import io
+import os
+import signal
+import sys
+import traceback
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from kat_ray import cli
+
+# A case takes a tenth of a second; past this it hangs.
+SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did: exit code and both streams."""
+
+    code: int
+    out: str
+    err: str
+
+
+def sizes(fast, slow):
+    """Run a test with few cases in the fast tier and with many in the slow one."""
+    return pytest.mark.parametrize("cases", [fast, pytest.param(slow, marks=pytest.mark.slow)])
+
+
+def fuzz(check, cases, *strategies):
+    """Call `check` with `cases` drawn examples: the same ones each time unless KAT_RAY_FUZZ_RANDOM is set."""
+    profile = settings(
+        max_examples=cases,
+        derandomize="KAT_RAY_FUZZ_RANDOM" not in os.environ,
+        database=None,
+        phases=[Phase.generate],  # a case is small as it is, and to shrink one takes minutes
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    profile(given(*strategies)(check))()
+
+
+@contextmanager
+def streams():
+    """Standard streams as a terminal's: strict UTF-8 out, errors that can show anything."""
+    kept = sys.stdout, sys.stderr
+    sys.stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    sys.stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace", write_through=True)
+    try:
+        yield sys.stdout.buffer, sys.stderr.buffer
+    finally:
+        sys.stdout, sys.stderr = kept
+
+
+@contextmanager
+def deadline():
+    """Interrupt what hangs."""
+
+    def late(number, frame):
+        where = "".join(traceback.format_stack(frame)[-4:])
+        raise AssertionError(f"hangs for {SECONDS} s:\n{where}")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def run(*argv):
+    """Run the command line in this process; whatever escapes it fails the test."""
+    with streams() as (out, err), deadline():
+        try:
+            code = cli.main([str(a) for a in argv])
+        except SystemExit as end:
+            code = end.code
+        return Outcome(code, out.getvalue().decode(), err.getvalue().decode())
+
+
+def check(outcome, codes=(0, 2)):
+    """The promise of issue 5: success, or a message and 2; no traceback either way."""
+    assert outcome.code in codes, outcome
+    assert "Traceback" not in outcome.err and "Traceback" not in outcome.out, outcome
+    if outcome.code == 2:
+        lines = outcome.err.splitlines()
+        assert lines, "an error without a message"
+        assert lines[0].startswith("usage:") or all(line.startswith("error: ") for line in lines), outcome
+        assert len(outcome.err) < 20_000, "a message that nobody reads"
+
+
+def inside(path):
+    """Whether a path of a fuzzed configuration stays in the working directory, so that a test may write there."""
+    try:
+        return Path(path).resolve().is_relative_to(Path.cwd())
+    except (OSError, ValueError):
+        return False
+
+
+# --- bytes ---------------------------------------------------------------------------------------------------
+
+_NASTY = (
+    b"\x00", b"\t", b"\xff\xfe", b"\xef\xbb\xbf", b"\x1b[31m", b"\xed\xa0\x80", b"\\ud800", b"\\u0000",
+    b"[" * 3000, b"{" * 3000, b'{"a":' * 2000, b"- " * 2000, b"9" * 5000, b"-1", b"0", b"1e999", b"NaN", b".nan",
+    b"-Infinity", b".inf", b"null", b"true", b"''", b"[]", b"{}", b"~", b"&a ", b"*a", b"<<: *a\n", b"&a [*a]",
+    b"? ", b"---\n", b"!!python/object/apply:os.system [x]", b"!!binary AAAA", b"!!int x", b"!!float '1'",
+    b"!!timestamp 1",
+    b"%YAML 9\n", b"\n", b"\r", b"\xc2\x85", b"'", b'"', b"#", b": ", b",", b"18446744073709551616",
+    b"\xe2\x80\xa8",
+)  # fmt: skip
+
+_edit = st.one_of(
+    st.tuples(st.just("insert"), st.floats(0, 1), st.one_of(st.sampled_from(_NASTY), st.binary(max_size=12))),
+    st.tuples(st.just("replace"), st.floats(0, 1), st.one_of(st.sampled_from(_NASTY), st.binary(max_size=12))),
+    st.tuples(st.just("delete"), st.floats(0, 1), st.integers(1, 200)),
+    st.tuples(st.just("repeat"), st.floats(0, 1), st.integers(1, 200)),
+    st.tuples(st.just("cut"), st.floats(0, 1), st.none()),
+)
+
+
+def mutated(content, most=3):
+    """A strategy of `content` (bytes) with one to `most` edits."""
+    return st.lists(_edit, min_size=1, max_size=most).map(lambda edits: _edited(content, edits))
+
+
+def _edited(content, edits):
+    for kind, where, what in edits:
+        at = int(where * len(content))
+        if kind == "insert":
+            content = content[:at] + what + content[at:]
+        elif kind == "replace":
+            content = content[:at] + what + content[at + len(what) :]
+        elif kind == "delete":
+            content = content[:at] + content[at + what :]
+        elif kind == "repeat":
+            content = content[: at + what] + content[at : at + what] + content[at + what :]
+        else:
+            content = content[:at]
+    return content
+
+
+# --- values --------------------------------------------------------------------------------------------------
+
+PATHS = (
+    "",
+    " ",
+    "demo:student",
+    "demo:train",
+    "demo:nothing",
+    ".",
+    "x" * 5000,
+    "a\0b",
+    "\ud800",
+    "../..",
+    "~nobody",
+)
+texts = st.one_of(st.text(max_size=12), st.sampled_from(PATHS))
+numbers = st.one_of(
+    st.integers(),
+    st.floats(),
+    st.sampled_from([0, -1, 1, 2**31, 2**63, 2**64, 10**400, 1e308, -0.0, 0.5, 1e-320]),
+)
+scalars = st.one_of(st.none(), st.booleans(), numbers, texts)
+trees = st.recursive(
+    scalars,
+    lambda below: st.one_of(st.lists(below, max_size=4), st.dictionaries(texts, below, max_size=4)),
+    max_leaves=12,
+)

@@ -1,0 +1,69 @@
+"""Names of the metrics in Prometheus, and what the driver sets."""
+
+import math
+from typing import ClassVar
+
+import pytest
+
+from actors import ray_metrics
+from kat_ray.metrics import METRICS
+from kat_ray.prometheus import RUN_METRICS, exported_name, exported_names, gauge_name
+
+
+def test_names():
+    assert gauge_name("kl/mean") == "kat_kl_mean"
+    assert exported_name("kl/mean") == "ray_kat_kl_mean"
+    assert exported_name("policy_version") == "ray_kat_policy_version"
+
+
+def test_no_two_metrics_share_a_name():
+    names = [*METRICS, *RUN_METRICS]
+    assert len({gauge_name(n) for n in names}) == len(names)
+    assert all(n.isidentifier() and n.islower() for n in map(gauge_name, names))
+    assert exported_name("eval/avg_at_k") in exported_names() and "ray_actors" in exported_names()
+
+
+class FakeGauge:
+    made: ClassVar[dict] = {}
+
+    def __init__(self, name, description="", tag_keys=()):
+        assert name not in self.made, "one gauge a metric: a second one would hide the first"
+        self.made[name] = self
+        self.description, self.tag_keys, self.values = description, tag_keys, []
+
+    def set(self, value, tags):
+        assert tuple(tags) == self.tag_keys
+        self.values.append((value, tags))
+
+
+@pytest.fixture
+def gauges(monkeypatch):
+    monkeypatch.setattr(FakeGauge, "made", {})
+    monkeypatch.setattr(ray_metrics, "Gauge", FakeGauge)
+    return lambda name: [v for v, _ in FakeGauge.made[gauge_name(name)].values]
+
+
+def test_a_step_is_set(gauges, monkeypatch):
+    monkeypatch.setattr(ray_metrics.time, "time", lambda: 100.0)
+    metrics = ray_metrics.RayMetrics("demo", steps=20)
+    assert gauges("run/steps") == [20] and gauges("run/step") == [0]
+    assert gauges("run/step_time") == gauges("run/checkpoint_time") == [100.0]
+    monkeypatch.setattr(ray_metrics.time, "time", lambda: 160.0)
+    metrics.step(1, {"kl/mean": 0.25, "learner/grad_norm": None, "pool/restarts": 2})
+    metrics.step(2, {"kl/mean": 0.125, "pool/restarts": 1})
+    metrics.step(3, {"kl/mean": math.nan})
+    assert gauges("kl/mean")[:2] == [0.25, 0.125] and math.isnan(gauges("kl/mean")[2])
+    assert gauges("run/restarts") == [0, 2, 3, 3]
+    assert gauges("run/step") == [0, 1, 2, 3] and gauges("run/step_time")[-1] == 160.0
+    assert gauge_name("learner/grad_norm") not in FakeGauge.made
+    assert gauges("run/checkpoint_time") == [100.0]
+    metrics.checkpoint()
+    assert gauges("run/checkpoint_time") == [100.0, 160.0]
+    gauge = FakeGauge.made["kat_kl_mean"]
+    assert gauge.values[0][1] == {"run": "demo", "role": "driver"}
+    assert METRICS["kl/mean"].help in gauge.description and "[nats]" in gauge.description
+
+
+def test_a_metric_of_no_description_is_refused(gauges):
+    with pytest.raises(AssertionError, match="kl/meen"):
+        ray_metrics.RayMetrics("demo", 1).step(1, {"kl/meen": 1.0})

@@ -1,0 +1,96 @@
+"""Which run is gone on with, under which configuration, and what of its records is kept."""
+
+import json
+
+import pytest
+
+from kat_ray.config_io import config_yaml, load_config
+from kat_ray.errors import UserError
+from kat_ray.records import RecordError, RunDirectory
+from kat_ray.resume import CHANGEABLE, changes, is_finished, resumed_config, unfinished_run
+
+
+def config_in(tmp_path, *overrides):
+    return load_config("demo", [f"run.dir={tmp_path}", "run.tensorboard=false", *overrides])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """An unfinished run's directory."""
+    config = config_in(tmp_path)
+    with RunDirectory.create(config.run, config_yaml(config)) as records:
+        return records.path
+
+
+def test_every_field_that_may_change_exists():
+    config = load_config("demo", []).model_dump()
+    for name in CHANGEABLE:
+        section, _, field = name.partition(".")
+        assert section in config and (not field or field in config[section]), name
+
+
+def test_how_and_how_far_may_change_but_not_what(run):
+    assert resumed_config(run, ["run.steps=300", "learner.zero_stage=2", "cluster.num_cpus=3"]).run.steps == 300
+    with pytest.raises(UserError, match=r"cannot change learner.lr, run.seed: the steps so far"):
+        resumed_config(run, ["run.seed=1", "learner.lr=1e-9", "run.steps=300"])
+    with pytest.raises(UserError, match="not a run directory"):
+        resumed_config(run.parent / "nothing", [])
+
+
+def test_another_cluster_may_place_and_size_otherwise(run):
+    there = ["learner.labels={zone: b}", "learner.resources={fast: 1}", "pools.grow_after=4"]
+    config = resumed_config(run, there)
+    assert config.learner.labels == {"zone": "b"} and config.pools.grow_after == 4
+
+
+def test_another_rule_is_another_run(tmp_path):
+    before, after = config_in(tmp_path), config_in(tmp_path, "termination.rule=none")
+    assert "termination.rule" in changes(before, after) and "termination.eta" in changes(before, after)
+    assert changes(before, before) == []
+
+
+def test_only_a_ray_job_goes_on_by_itself(run, tmp_path, monkeypatch):
+    config = config_in(tmp_path)
+    assert unfinished_run(config) is None
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "a"}}))
+    assert unfinished_run(config) == run
+    assert unfinished_run(config_in(tmp_path, "run.resume=never")) is None
+    assert unfinished_run(config_in(tmp_path, "run.seed=3")) is None
+    assert unfinished_run(config_in(tmp_path, "run.name=other")) is None
+    (run / "summary.json").write_text(json.dumps({"steps": config.run.steps}))
+    assert is_finished(run, config.run.steps) and unfinished_run(config) is None
+    further = config_in(tmp_path, f"run.steps={config.run.steps + 1}")
+    assert unfinished_run(further) == run
+
+
+def test_records_are_taken_back_to_a_step(tmp_path):
+    config = config_in(tmp_path)
+    with RunDirectory.create(config.run, "a: 1\n") as records:
+        for step in range(3):
+            records.write_traces(step, [])
+            records.log_metrics(step + 1, {"kl/mean": step / 3})
+            if step == 1:
+                kept = records.positions()
+        records.write_summary({"steps": 3})
+    with RunDirectory.reopen(records.path, config.run, "a: 2\n", 2) as again:
+        again.rewind(2, kept)
+        again.log_metrics(3, {"kl/mean": 0.5})
+    lines = [json.loads(line) for line in (records.path / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["step"], m["kl/mean"]) for m in lines] == [(1, 0.0), (2, 1 / 3), (3, 0.5)]
+    assert (
+        sorted(p.name for p in records.path.glob("traces/**/*.parquet"))
+        == ["step-000000.parquet"] * 2 + ["step-000001.parquet"] * 2
+    )
+    assert not (records.path / "summary.json").exists()
+    assert (records.path / "config.yaml").read_text() == "a: 2\n"
+
+
+def test_two_processes_do_not_write_one_run(tmp_path):
+    config = config_in(tmp_path)
+    with (
+        RunDirectory.create(config.run, "") as records,
+        pytest.raises(RecordError, match="another process is writing this run"),
+    ):
+        RunDirectory.reopen(records.path, config.run, "", 0)
+    with RunDirectory.reopen(records.path, config.run, "", 0):
+        pass
