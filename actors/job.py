@@ -99,6 +99,8 @@ class Job:
         self._seconds_before = 0.0  # of earlier processes of this run
         self._stood_still = 0.0  # seconds of the step that a checkpoint took
         self._done = 0  # steps
+        self._furthest = 0  # step that this driver completed
+        self._counted_restarts = 0  # in the metrics of a step
         self._rule_state = self._trainer.rule_state  # after those steps
         self._totals = Totals()
         self._step_watch = StepWatch(config, run.path, progress.note)
@@ -165,8 +167,9 @@ class Job:
         self._evaluated = done
         figures = asdict(result)
         self._run.log_evaluation(done, figures)
-        names = ("avg_at_k", "pass_at_k", "mean_length")
-        self._run.log_metrics(done, {f"eval/{name}": figures[name] for name in names})
+        values = {f"eval/{name}": figures[name] for name in ("avg_at_k", "pass_at_k", "mean_length")}
+        self._run.log_metrics(done, values)
+        self._gauges.evaluation(values)
         self._progress.note(
             f"evaluation {when}: avg@{result.k} {result.avg_at_k:.1%}, pass@{result.k} {result.pass_at_k:.1%}, "
             f"mean length {result.mean_length:.0f}"
@@ -187,7 +190,6 @@ class Job:
     def _step(self, step: int) -> None:
         started = time.monotonic()
         self._progress.training()
-        restarts = sum(self._pools.restarts.values())
         with self._timeline.span("sample"):
             sampled, weight = self._sample(step)
         sampled_at = time.monotonic()
@@ -219,9 +221,7 @@ class Job:
             "time/publish": ended - ready_at,
             "time/checkpoint": self._stood_still,
             **store,
-            "pool/restarts": float(
-                sum(self._pools.restarts.values()) - restarts + sum(r.recovered for r in sampled.reports)
-            ),
+            "pool/restarts": float(self._uncounted_restarts() + sum(r.recovered for r in sampled.reports)),
         }
         metrics |= busy_metrics(sampled.reports, sampled.scored, sampled.monitor_seconds, metrics)
         metrics |= self._step_watch.look(step + 1, metrics)
@@ -231,6 +231,12 @@ class Job:
         self._step_watch.end_if_due(self._trainer.batch_of(sampled), self._save)
         if stopping:
             raise Preempted
+
+    def _uncounted_restarts(self) -> int:
+        """Actors lost since the last call; also between steps and in a step that is taken again."""
+        total = sum(self._pools.restarts.values())
+        new, self._counted_restarts = total - self._counted_restarts, total
+        return new
 
     def _sample(self, step: int) -> tuple[SampledStep, float]:
         """The step's rollouts, handed over to the learner; sampled again if their records were lost."""
@@ -270,7 +276,9 @@ class Job:
             self._trace.add({"driver": self._timeline.drain(), **self._trainer.spans()}, step + 1)
         self._done, self._rule_state = step + 1, sampled.ended_with
         self._stood_still = 0.0
-        self._pools.step_done()
+        if step >= self._furthest:
+            self._furthest = step + 1
+            self._pools.step_done()
         self._progress.step(
             StepLine(
                 step=step + 1,

@@ -44,6 +44,12 @@ class RayMetrics:
         self._set("run/step", done)
         self._set("run/step_time", time.time())
 
+    def evaluation(self, values: Mapping[str, float]) -> None:
+        """After an evaluation, with its metrics."""
+        check_names(values)
+        for name, value in values.items():
+            self._set(name, value)
+
     def checkpoint(self) -> None:
         """A checkpoint is complete."""
         self._set("run/checkpoint_time", time.time())

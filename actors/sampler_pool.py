@@ -148,7 +148,7 @@ class SamplerPool:
             ) from error
 
     def step_done(self) -> None:
-        """A step was completed: deaths before it do not count against the next."""
+        """A step was completed for the first time: deaths before it do not count against the next."""
         self._lately.clear()
 
     def spare_lost(self, role: str) -> list[int]:

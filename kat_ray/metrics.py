@@ -88,7 +88,7 @@ METRICS = {
         Metric("time/learn", "s", "optimiser step; the books are kept meanwhile"),
         Metric("time/publish", "s", "weights to all samplers"),
         Metric("time/checkpoint", "s", "that the run stood still for checkpoints since the step before"),
-        Metric("pool/restarts", "deaths", "actors that died in the step, as those noticed who needed them"),
+        Metric("pool/restarts", "deaths", "actors that died since the last step, as those noticed who needed them"),
         Metric("pools/sampler_replicas", "samplers", "that the next step has"),
         Metric("pools/scorer_replicas", "scorers", "that the next step has"),
         Metric("pools/waiting_share", "share", "of the step, that the learner waited for rollouts; elastic pools"),

@@ -1,4 +1,6 @@
-"""Write dashboard.json; `python deploy/monitoring/make_dashboard.py` after a change here, since a test compares.
+"""Write dashboard.json, and copy it and the alerts into the chart, whose files Helm reads from there only.
+
+`python deploy/monitoring/make_dashboard.py` after a change here or in alerts.yaml: a test compares.
 
 The dashboard answers four questions, a row each: is it learning, is it healthy, where does the time go, what does
 KAT save.
@@ -7,6 +9,7 @@ KAT save.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 from kat_ray.prometheus import exported_name
 
 OUT = Path(__file__).with_name("dashboard.json")
+CHART = OUT.parents[1] / "kuberay" / "chart" / "files"
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WIDTH, COLUMNS, HEIGHT = 24, 3, 7
 
@@ -235,4 +239,6 @@ def dashboard() -> dict[str, Any]:
 
 if __name__ == "__main__":
     OUT.write_text(json.dumps(dashboard(), indent=1) + "\n")
+    for shipped in (OUT, OUT.with_name("alerts.yaml")):
+        shutil.copy(shipped, CHART)
     print(OUT)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from actors import job as job_module
 from actors import run as job
 from actors.bench.stub_teacher import stub_teacher
 from actors.bench.stubs import fast_stub_engine, small_stub_engine
@@ -15,7 +16,7 @@ from kat_ray.data import PromptOrder, load_prompts
 from kat_ray.errors import UserError
 from kat_ray.models import load_tokenizer
 from kat_ray.traces import read_traces
-from tests.cluster.disturb import Disturber
+from tests.cluster.disturb import Disturber, processes_of
 from tests.cluster.test_run import config_of, files  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.slow
@@ -124,3 +125,39 @@ def test_an_actor_that_keeps_dying_stops_the_run(ray_local, files, tmp_path):  #
         pytest.raises(UserError, match=r"sampler:0 was lost 1 times in one step \(cluster.max_restarts = 0\)"),
     ):
         job.train(config, engines=STUBS)
+
+
+def test_a_step_that_always_kills_the_learner_stops_the_run(ray_local, files, tmp_path, monkeypatch):  # noqa: F811
+    """Its step before, taken again each time, is no progress that would forgive the deaths."""
+    config = stub_config(
+        files, tmp_path, steps=6, run={"steps": 6, "checkpoint_every": 2}, cluster={"max_restarts": 1}
+    )
+    record, taken = job_module.StepRecorder.record, []
+
+    def killing(recorder, step, *rest):
+        taken.append(step)
+        if step == 3:
+            (learner,) = processes_of("learner")
+            learner.kill()
+        return record(recorder, step, *rest)
+
+    monkeypatch.setattr(job_module.StepRecorder, "record", killing)
+    with pytest.raises(UserError, match=r"learner:0 was lost 2 times in one step \(cluster.max_restarts = 1\)"):
+        job.train(config, engines=STUBS)
+    assert taken == [0, 1, 2, 3, 2, 3]
+
+
+def test_a_learners_death_is_counted(ray_local, files, tmp_path, monkeypatch):  # noqa: F811
+    config = stub_config(files, tmp_path, steps=2, run={"steps": 2})
+    record, taken = job_module.StepRecorder.record, []
+
+    def killing(recorder, step, *rest):
+        taken.append(step)
+        if taken == [0]:
+            (learner,) = processes_of("learner")
+            learner.kill()
+        return record(recorder, step, *rest)
+
+    monkeypatch.setattr(job_module.StepRecorder, "record", killing)
+    _, _, metrics = records_of(job.train(config, engines=STUBS))
+    assert [m["pool/restarts"] for m in metrics] == [1, 0]

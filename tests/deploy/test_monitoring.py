@@ -48,6 +48,8 @@ def test_the_dashboard_is_what_its_script_writes():
     sys.modules[spec.name] = script  # dataclasses look their module up
     spec.loader.exec_module(script)
     assert script.dashboard() == dashboard(), "run: python deploy/monitoring/make_dashboard.py"
+    for name in ("alerts.yaml", "dashboard.json"):
+        assert (script.CHART / name).read_text() == (FOLDER / name).read_text(), "run make_dashboard.py"
 
 
 def test_grafana_can_read_it():

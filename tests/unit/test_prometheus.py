@@ -56,6 +56,8 @@ def test_a_step_is_set(gauges, monkeypatch):
     assert gauges("run/restarts") == [0, 2, 3, 3]
     assert gauges("run/step") == [0, 1, 2, 3] and gauges("run/step_time")[-1] == 160.0
     assert gauge_name("learner/grad_norm") not in FakeGauge.made
+    metrics.evaluation({"eval/avg_at_k": 0.5})
+    assert gauges("eval/avg_at_k") == [0.5]
     assert gauges("run/checkpoint_time") == [100.0]
     metrics.checkpoint()
     assert gauges("run/checkpoint_time") == [100.0, 160.0]
