@@ -15,7 +15,7 @@ from tests.deploy.ray_process import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
 
-STEPS = 12
+STEPS = 24  # engines keep their pace on a slow machine, starting and ending a node does not: room for it
 HEAD_CPUS, HEAD_GPUS = 12, 1
 LOST, SPARE = "lost", "spare"
 

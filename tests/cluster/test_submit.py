@@ -134,10 +134,11 @@ def test_a_run_is_submitted_watched_stopped_and_gone_on_with(run, cluster, brows
     assert steps_of(run) == list(range(1, done + 3)), "each step once"
     listed = run("list").stdout
     assert re.search(r"night-1 +night +STOPPED", listed) and re.search(r"night-2 +night +SUCCEEDED", listed)
+    check_log_lines(run, cluster)
 
 
-def test_log_lines_say_whose_they_are(run, cluster):
-    """After the run above: the driver's log, and what actors wrote into Ray's."""
+def check_log_lines(run, cluster):
+    """Each says whose it is: the driver's log, and what actors wrote into Ray's."""
     lines = (run.folder / "night" / "run.log").read_text().splitlines()
     assert all("[night driver]" in line for line in lines if re.match(r"\d{4}-\d\d-\d\d ", line))
     session = cluster.folder / "session_latest" / "logs"

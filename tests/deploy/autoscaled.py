@@ -20,7 +20,7 @@ from tests.deploy.ray_nodes import workers
 from tests.deploy.ray_process import until
 
 NAME = "distill"
-PATIENCE = 150  # seconds that any change may take before a test fails; none takes half of it on two cores
+PATIENCE = 300  # seconds that any change may take before a test fails; none takes half of it on two cores
 REPLICAS = {"learner": 1, "sampler": 2, "scorer": 1}  # of `run_config`
 SMALL = (  # what two cores can bear, and a test wait for
     *("workers.learner.maxReplicas=1", "workers.sampler.maxReplicas=2", "workers.scorer.maxReplicas=1"),

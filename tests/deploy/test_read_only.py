@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 # A new root of read-only mounts: the system, Python and the project; beside them the pod's volumes.
 SCRIPT = r"""
 set -eu
+umask 022
 new={new}
 mount -t tmpfs none "$new"
 for path in /bin /etc /lib /lib64 /sbin /usr {bound}; do
