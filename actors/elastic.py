@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
 from actors.pools import Pools
+from actors.watch import get
 from kat_ray.config import Config
 from kat_ray.elastic import Change, PoolPlanner, pool_metrics, size_metrics, stage_times
+from kat_ray.errors import UserError
 
 ROLES = ("sampler", "scorer")
 
@@ -87,18 +89,20 @@ class ElasticPools:
         if not ray.wait([coming.ready], timeout=0)[0]:
             return
         try:
-            ray.get(coming.ready)
+            get([coming.ready], f"a new {role} to start")
             if coming.actor is None:
                 coming.actor = self._pools.make_spare(role, coming.group)
                 coming.ready = coming.actor.ready.remote()
                 return
-            self._pools.join_pool(role, coming.actor, coming.group)
-        except (RayActorError, GetTimeoutError) as error:  # of no use: what speaks for it will speak again
+            pid = self._pools.brief(role, coming.actor)
+        except (RayError, UserError) as error:  # of no use: what speaks for it will speak again
+            del self._coming[role]
             self._note(f"pools: a new {role} could not start ({str(error).splitlines()[-1]})")
             self._pools.placement.forget(coming.group)
-        else:
-            self._note(f"pools: {len(self._pools.replicas(role))} {role}s, the last after {_seconds(coming)}")
+            return
         del self._coming[role]
+        self._pools.join_pool(role, coming.actor, coming.group, pid)
+        self._note(f"pools: {len(self._pools.replicas(role))} {role}s, the last after {_seconds(coming)}")
 
     def _drop_lost(self) -> None:
         for role in ROLES:

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +116,9 @@ class Job:
     def run_all(self, started: float, loaded: Loaded | None) -> None:
         """Load, evaluate, train, evaluate, save, summarise; from a checkpoint where there is one."""
         self._started = started
-        self._progress.phase("loading models")
-        self._pools.start()
-        self._load_state(loaded.state if loaded else None)
-        self._evaluate_teacher()
-        self._pools.use_samplers(self._config.student, self._prepared.paths.student_dir, "sampler")
-        self._pools.join()
         with self._stop.listening():
             try:
+                self._load(loaded)
                 self._steps(loaded)
             except Preempted:
                 self._save_and_leave()
@@ -134,11 +130,23 @@ class Job:
         self._run.write_summary(summary)
         self._progress.finish(summary, self._run.paths(self._newest))
 
+    def _load(self, loaded: Loaded | None) -> None:
+        self._progress.phase("loading models")
+        self._pools.start()
+        self._load_state(loaded.state if loaded else None)
+        self._evaluate_teacher()
+        self._pools.use_samplers(self._config.student, self._prepared.paths.student_dir, "sampler")
+        self._pools.join()
+
     def _steps(self, loaded: Loaded | None) -> None:
-        if loaded is not None:
-            self._restore(loaded)
+        lost: LearnersLost | None = None
         while True:
             try:
+                if lost is not None:
+                    self._roll_back(lost)
+                elif loaded is not None:
+                    self._restore(loaded)
+                lost = loaded = None
                 self._evaluate_if_due()
                 self._checkpoint_if_due()
                 if self._done == self._config.run.steps:
@@ -146,8 +154,8 @@ class Job:
                     return
                 self._stop.check()
                 self._step(self._done)
-            except LearnersLost as error:
-                self._roll_back(error)
+            except LearnersLost as error:  # while it goes back, too
+                lost = error
 
     def _seconds(self) -> float:
         return self._seconds_before + time.monotonic() - self._started
@@ -228,7 +236,7 @@ class Job:
         if not stopping:
             metrics |= self._elastic.between_steps(metrics)
         self._finish_step(step, metrics, sampled)
-        self._step_watch.end_if_due(self._trainer.batch_of(sampled), self._save)
+        self._step_watch.end_if_due(partial(self._trainer.batch_of, sampled), self._save)
         if stopping:
             raise Preempted
 
@@ -393,7 +401,8 @@ class Job:
 
     def _save_and_leave(self) -> None:
         """Told to end: what was learnt since the newest checkpoint goes into another one."""
-        self._progress.note(f"told to end: saving step {self._done}")
+        due = self._done and self._saved != self._done
+        self._progress.note(f"told to end: saving step {self._done}" if due else "told to end")
         try:
             self._save()
         except LearnersLost as error:

@@ -292,13 +292,13 @@ class Learner:
         """
         self._check_started()
         with self._timeline.span("snapshot"), self._pulse.busy("snapshot"), self._gathered():
-            self._snapshots.take(Path(path), tokenizer_dir, self._optimizer_steps)
+            self._snapshots.take(Path(path), tokenizer_dir, self._optimizer_steps, self._pulse.beat)
 
     def written(self) -> dict[str, FileDigest]:
         """Wait until this rank's files of the last snapshot are on disk; their digests by relative path."""
         self._check_started()
         with self._timeline.span("written"), self._pulse.busy("write the checkpoint"):
-            digests: dict[str, FileDigest] = self._snapshots.written()
+            digests: dict[str, FileDigest] = self._snapshots.written(self._pulse.beat)
         return digests
 
     def restore(self, path: str) -> None:
@@ -309,7 +309,7 @@ class Learner:
         """
         self._check_started()
         with self._pulse.busy("restore"):
-            self._optimizer_steps = self._snapshots.restore(Path(path))
+            self._optimizer_steps = self._snapshots.restore(Path(path), self._pulse.beat)
         log.info("restored %s, %d optimiser steps", path, self._optimizer_steps)
 
     def _check_started(self) -> None:

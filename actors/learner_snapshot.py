@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,12 @@ class Snapshots:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[dict[str, FileDigest]] | None = None
 
-    def take(self, path: Path, tokenizer_dir: str, optimizer_steps: int) -> None:
+    def take(
+        self, path: Path, tokenizer_dir: str, optimizer_steps: int, beat: Callable[[], object] = lambda: None
+    ) -> None:
         """Copy what is to be saved, and start to write it below `path`. Rank 0 must see the whole student."""
         if self._writing is not None:
-            self.written()  # its buffers are about to be overwritten
+            self.written(beat)  # its buffers are about to be overwritten
         pieces = held_pieces(self._engine, self._student, self._rank, self._world_size)
         tensors, metadata = copy_optimizer(
             self._engine, pieces, self._copy, self._rank, self._world_size, optimizer_steps
@@ -62,16 +64,24 @@ class Snapshots:
 
         self._writing = self._thread.submit(write)
 
-    def written(self) -> dict[str, FileDigest]:
-        """Wait for the files of the last snapshot; its errors are raised here."""
+    def written(self, beat: Callable[[], object] = lambda: None) -> dict[str, FileDigest]:
+        """Wait for the files of the last snapshot; its errors are raised here.
+
+        `beat` is called every second: who writes a large file to a slow disk is not stuck.
+        """
         assert self._writing is not None, "no snapshot is being written"
         writing, self._writing = self._writing, None
+        while not wait([writing], timeout=1.0).done:
+            beat()
         return writing.result()
 
-    def restore(self, path: Path) -> int:
-        """Put a checkpoint's state back; returns the optimiser steps it was saved after. All ranks must call it."""
+    def restore(self, path: Path, beat: Callable[[], object] = lambda: None) -> int:
+        """Put a checkpoint's state back; returns the optimiser steps it was saved after. All ranks must call it.
+
+        `beat` is called after each tensor.
+        """
         with open_saved(path) as saved:
-            restore_optimizer(self._engine, self._student, saved, self._rank, self._world_size)
+            restore_optimizer(self._engine, self._student, saved, self._rank, self._world_size, beat)
             saved.restore_rng(self._rank, self._world_size)
             return saved.optimizer_steps
 

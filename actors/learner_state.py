@@ -11,7 +11,7 @@ low-precision weights are always its master weights rounded, so they are not sav
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,8 +266,18 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
 
 
 @torch.no_grad()
-def restore_optimizer(engine: Any, student: torch.nn.Module, saved: SavedOptimizer, rank: int, world: int) -> None:
-    """Put master weights, moments and steps back, and the weights that are made from them. All ranks call it."""
+def restore_optimizer(
+    engine: Any,
+    student: torch.nn.Module,
+    saved: SavedOptimizer,
+    rank: int,
+    world: int,
+    beat: Callable[[], object] = lambda: None,
+) -> None:
+    """Put master weights, moments and steps back, and the weights that are made from them. All ranks call it.
+
+    `beat` is called after each parameter.
+    """
     stage = engine.zero_optimization_stage()
     saved.check({n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in student.named_parameters()})
     # With stage 0 a rank saves a share, and needs all.
@@ -279,6 +289,7 @@ def restore_optimizer(engine: Any, student: torch.nn.Module, saved: SavedOptimiz
         for kind in MOMENTS:
             if kind in adam:
                 saved.fill(piece.of(adam[kind]), kind, piece)
+        beat()
     if stage == 0:
         for parameter, flat in zip(student.parameters(), _flats(engine), strict=True):
             parameter.copy_(flat)  # in fp32 they are the same tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,6 @@ class Pools(SamplerPool):
         engines: Engines | None = None,
     ) -> None:
         super().__init__(config, paths, placement, stop, engines)
-        self._timeout = config.cluster.start_timeout
         self._connected = False
         facts = RunFacts(config.run.seed, config.rollout.max_tokens)
         self.monitors = [
@@ -54,24 +53,26 @@ class Pools(SamplerPool):
 
     def start(self) -> None:
         """Begin to load the models of scorers and learners; `join` waits for them."""
+        self.remember({f"learner:{rank}": learner for rank, learner in enumerate(self.learners)})
         self._starting = self._start_learners()
         for scorer in self.scorers:
             scorer.ready.remote()
 
     def join(self) -> None:
         """Wait until every model is loaded, and connect samplers, scorers and monitor."""
-        started([s.ready.remote for s in self.scorers], self._timeout, "scorers to load (cluster.start_timeout)")
+        self.started([s.ready.remote for s in self.scorers], "scorers to load", interruptible=True)
         try:
-            self.wait_learners(self._starting, "the learner to start")
+            self.wait_learners(self._starting, "the learner to start", interruptible=True, limit="start_timeout")
         except LearnersLost as error:
             self.restart_learners(error)
         self.connect()
-        self.remember()
+        self.remember(self.named())
 
     def connect(self) -> None:
         """Tell every sampler of its scorers and its monitor."""
         self._connected = True
-        connect(self.samplers, self.scorers, self.monitors, self._timeout)
+        check = partial(self._stop.check, interruptible=False)
+        connect(self.samplers, self.scorers, self.monitors, self.limits.start_timeout, check)
 
     def introduce(self, index: int) -> list[Any]:
         """Tell a new sampler of its scorers and its monitor."""
@@ -90,20 +91,22 @@ class Pools(SamplerPool):
         }
         return {f"{role}:{i}": actor for role, actors in roles.items() for i, actor in enumerate(actors)}
 
-    def wait_learners(self, refs: Sequence[Any], what: str) -> list[Any]:
-        """Results of learner ranks; `LearnersLost` if one of them died.
+    def wait_learners(
+        self, refs: Sequence[Any], what: str, interruptible: bool = False, limit: str = "step_timeout"
+    ) -> list[Any]:
+        """Results of learner ranks, within `cluster.<limit>`; `LearnersLost` if one of them died.
 
         A lost record is no lost learner, and passes through.
         """
         left = list(refs)
         try:
-            for seconds in slices(self.limits.step_timeout, what):
+            for seconds in slices(getattr(self.limits, limit), what, limit):
                 # One that died says so at once; the others may wait for it in a collective for ever.
                 done, left = ray.wait(left, num_returns=1, timeout=seconds)
                 get(done, what)
                 if not left:
                     return get(refs, what)
-                self.tick(interruptible=False)
+                self.tick(interruptible)
         except ObjectLostError:
             raise
         except LOST as error:
@@ -134,18 +137,21 @@ class Pools(SamplerPool):
         self._watch.until_new(f"monitor:{index}", self.monitors[index])
 
     def restart_learners(self, error: LearnersLost) -> None:
-        """End all ranks, and have a new group meet; it holds the student as it was given."""
+        """End all ranks, and have a new group meet; it holds the student as it was given.
+
+        The weights last published may be gone with the old one: who comes back is given none until the next are.
+        """
         self.note_loss("learner", 0, error)
+        self.version, self._update = 0, None
         for rank, learner in enumerate(self.learners):
             self._watch.until_new(f"learner:{rank}", learner)
         try:
-            self.wait_learners(self._start_learners(), "the learner to start again")
+            self.wait_learners(self._start_learners(), "the learner to start again", limit="start_timeout")
         except LearnersLost as again:
             self.restart_learners(again)
 
     def _start_learners(self) -> list[Any]:
-        what = "learner 0 to start (cluster.start_timeout)"
-        ((host, port),) = started([self.learners[0].address.remote], self._timeout, what)
+        ((host, port),) = self.started([self.learners[0].address.remote], "learner 0 to start")
         return [learner.start.remote(host, port) for learner in self.learners]
 
     def abandon_sampling(self) -> None:
@@ -153,7 +159,7 @@ class Pools(SamplerPool):
         for sampler in tuple(self.samplers):
             ray.kill(sampler, no_restart=False)
         for sampler in tuple(self.samplers):
-            self.revive_sampler(self.samplers.index(sampler), may_drop=True)
+            self.revive_or_drop(sampler)
 
     # --- pools that change -------------------------------------------------------------------------------------
 
@@ -171,15 +177,20 @@ class Pools(SamplerPool):
             self._engines.sampler, options,
         )  # fmt: skip
 
-    def join_pool(self, role: str, actor: Any, group: PlacementGroup) -> None:
-        """Use a replica that stands. No sampler may be at work."""
+    def brief(self, role: str, actor: Any) -> int:
+        """Give a replica that stands what it must know; returns its process id. Waits `cluster.hang_timeout`."""
+        pending = [actor.health.remote()]
         if role == "sampler" and self._update is not None:
-            ray.get(actor.load_weights.remote(self._update), timeout=self.limits.start_timeout)
-        beat = ray.get(actor.health.remote(), timeout=self.limits.start_timeout)
+            pending.append(actor.load_weights.remote(self._update))
+        beat, *_ = self.wait(pending, f"a new {role} to take its weights", limit="hang_timeout")
+        return int(beat.pid)
+
+    def join_pool(self, role: str, actor: Any, group: PlacementGroup, pid: int) -> None:
+        """Use a replica that was briefed. No sampler may be at work."""
         replicas = self.replicas(role)
         self.placement.take(role, group)
         replicas.append(actor)
-        self._watch.pids[f"{role}:{len(replicas) - 1}"] = beat.pid
+        self._watch.pids[f"{role}:{len(replicas) - 1}"] = pid
         self.connect()
 
     def retire(self, role: str) -> None:
@@ -237,11 +248,17 @@ class Pools(SamplerPool):
         return remote_class(cls).options(**self.placement.options(role, index)).remote(*args)
 
 
-def connect(samplers: Sequence[Any], scorers: Sequence[Any], monitors: Sequence[Any], timeout: float) -> None:
+def connect(
+    samplers: Sequence[Any],
+    scorers: Sequence[Any],
+    monitors: Sequence[Any],
+    timeout: float,
+    check: Callable[[], object] = lambda: None,
+) -> None:
     """Give every sampler the scorers and the monitor that its chunks go to."""
     n = len(samplers)
     calls = [
         partial(s.connect.remote, scorers, monitors[shard_of(i, len(monitors))], i, n)
         for i, s in enumerate(samplers)
     ]
-    started(calls, timeout, "samplers to be connected")
+    started(calls, timeout, "samplers to be connected (cluster.start_timeout)", check)

@@ -6,10 +6,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, ObjectLostError
+from ray.exceptions import ObjectLostError
 
 from actors.cluster import Placement
 from actors.student_sampler import EngineMaker, StudentSampler, vllm_engine
@@ -61,7 +62,7 @@ class SamplerPool:
         self._config, self._paths, self.placement = config, paths, placement
         self._stop, self._engines = stop, engines or Engines()
         self.limits = config.cluster
-        self._watch = Watch(config.cluster)
+        self._watch = Watch(config.cluster, stop)
         self.samplers: list[Any] = []
         self.version = 0
         self._update: Any = None  # reference to the weights of this version; None: as the student was given
@@ -84,16 +85,19 @@ class SamplerPool:
             self._config, self._paths, self.placement, model, model_dir, label, self._engines.sampler
         )
         self.version, self._update = 0, None
-        timeout = self.limits.start_timeout
-        started([s.ready.remote for s in self.samplers], timeout, "samplers to load (cluster.start_timeout)")
-        self.remember()
+        self.started([s.ready.remote for s in self.samplers], "samplers to load", interruptible=True)
+        self.remember(self.named())
 
-    def remember(self) -> None:
-        """Note the processes of all actors that stand: another one under the same name has to be told
-        everything.
+    def started(self, calls: Sequence[Callable[[], Any]], what: str, interruptible: bool = False) -> list[Any]:
+        """Results of calls on actors that are being started, within `cluster.start_timeout`."""
+        timeout, check = self.limits.start_timeout, partial(self._stop.check, interruptible)
+        return started(calls, timeout, f"{what} (cluster.start_timeout)", check)
+
+    def remember(self, actors: Mapping[str, Any]) -> None:
+        """Note the processes of actors, before the run's first step: another one under the same name has to be
+        told everything.
         """
-        actors = self.named()
-        beats = started([a.health.remote for a in actors.values()], self.limits.start_timeout, "actors to answer")
+        beats = self.started([a.health.remote for a in actors.values()], "actors to answer", interruptible=True)
         self._watch.pids |= {name: beat.pid for name, beat in zip(actors, beats, strict=True)}
 
     def tick(self, interruptible: bool) -> None:
@@ -102,10 +106,12 @@ class SamplerPool:
         if self._watch.pids:
             self._watch.check({name: actor for name, actor in self.named().items() if name in self._watch.pids})
 
-    def wait(self, refs: Sequence[Any], what: str, interruptible: bool = False) -> list[Any]:
-        """Results, within `cluster.step_timeout`. What tells of lost actors or records passes through."""
+    def wait(
+        self, refs: Sequence[Any], what: str, interruptible: bool = False, limit: str = "step_timeout"
+    ) -> list[Any]:
+        """Results, within `cluster.<limit>`. What tells of lost actors or records passes through."""
         left = list(refs)
-        for seconds in slices(self.limits.step_timeout, what):
+        for seconds in slices(getattr(self.limits, limit), what, limit):
             _, left = ray.wait(left, num_returns=len(left), timeout=seconds) if left else ([], left)
             if not left:
                 return get(refs, what)
@@ -127,7 +133,7 @@ class SamplerPool:
                     failed.append(i)
             for i in failed:
                 if holders[i] in self.samplers:
-                    self.revive_sampler(self.samplers.index(holders[i]), may_drop=True)
+                    self.revive_or_drop(holders[i], interruptible)
                 if holders[i] not in self.samplers:
                     holders[i] = self.samplers[0]
             refs = {i: call(i, holders[i]) for i in failed}
@@ -159,40 +165,47 @@ class SamplerPool:
         """Do without replicas that are lost. No sampler may be at work."""
         raise AssertionError("a pool of a fixed size")
 
-    def revive_sampler(self, index: int, may_drop: bool = False) -> None:
-        """Wait until a lost sampler is back, and give it what it must know.
-
-        With `may_drop` - no sampler may be at work then - it is done without where the pool allows that, if it
+    def revive_or_drop(self, sampler: Any, interruptible: bool = False) -> None:
+        """`revive_sampler` while no sampler is at work: it is done without where the pool allows that and it
         finds no place for `cluster.replacement_timeout` seconds.
         """
-        sampler = self.samplers[index]
+        index = self.samplers.index(sampler)
 
         def needless() -> bool:
-            return may_drop and index in self.spare_lost("sampler")
+            return index in self.spare_lost("sampler")
 
-        while True:
-            if not self._watch.until_new(f"sampler:{index}", sampler, needless):
-                if sampler in self.samplers:
-                    self.drop("sampler", [index])
-                return
+        if not self.revive_sampler(index, needless, interruptible) and sampler in self.samplers:
+            self.drop("sampler", [index])
+
+    def revive_sampler(
+        self, index: int, unless: Callable[[], bool] = lambda: False, interruptible: bool = False
+    ) -> bool:
+        """Wait until a lost sampler is back, and give it what it must know; False if `unless` says to stop."""
+        sampler, name = self.samplers[index], f"sampler:{index}"
+        while self._watch.until_new(name, sampler, unless, interruptible):
             told = self.introduce(index)
             if self._update is not None:
                 told.append(sampler.load_weights.remote(self._update))
             try:
-                self._settle(told)
-                return
+                return self._settle(name, told, unless, interruptible)
             except LOST as error:
                 self.note_loss("sampler", index, error)
+        return False
 
-    def _settle(self, refs: Sequence[Any]) -> None:
+    def _settle(self, name: str, told: list[Any], unless: Callable[[], bool], interruptible: bool) -> bool:
+        """Wait until a sampler that came back has taken all that it was told."""
         try:
-            ray.get(list(refs), timeout=self.limits.start_timeout)
+            for seconds in slices(self.limits.start_timeout, f"{name} to take its weights", "start_timeout"):
+                if unless():
+                    return False
+                done, _ = ray.wait(told, num_returns=len(told), timeout=seconds) if told else (told, [])
+                if len(done) == len(told):
+                    get(told, "its weights")
+                    return True
+                self._stop.check(interruptible)
         except ObjectLostError as error:
             raise LearnersLost("the weights were lost with the node that held them") from error
-        except GetTimeoutError as error:
-            raise UserError(
-                f"a sampler did not take its weights within {self.limits.start_timeout:g} s (cluster.start_timeout)"
-            ) from error
+        raise AssertionError  # slices end by raising
 
 
 def make_samplers(

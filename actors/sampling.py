@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Event
 from typing import Any
 
 import ray
@@ -54,8 +55,9 @@ class Sampling:
         self._running: dict[Any, tuple[int, SamplingOrder]] = {}
         self._pending: list[RolloutSpec] = []
         self._idle: set[int] = set()
-        self._reviving: dict[Future[None], int] = {}
+        self._reviving: dict[Future[bool], int] = {}
         self._done: list[Done] = []
+        self._over = Event()  # nobody waits for lost samplers any more
         self._lost_records: Counter[int] = Counter()  # orders whose records were lost, by sampler
         n = len(pools.samplers)
         for i in range(n):
@@ -77,7 +79,8 @@ class Sampling:
                 self._welcome()
                 self._pools.tick(interruptible=True)
         finally:
-            threads.shutdown(wait=False)
+            self._over.set()
+            threads.shutdown()  # who recovers from what ended this must be the only one to revive anything
         return self._done
 
     def _give(self, sampler: int, specs: Sequence[RolloutSpec]) -> None:
@@ -101,7 +104,7 @@ class Sampling:
             self._pools.note_loss("sampler", sampler, error)
             self.lost += 1
             self._again(order)
-            self._reviving[threads.submit(self._pools.revive_sampler, sampler)] = sampler
+            self._reviving[threads.submit(self._pools.revive_sampler, sampler, self._over.is_set)] = sampler
         except ObjectLostError as error:  # scores that a new monitor would have to see: the sampler is as it was
             self._note_lost_records(sampler, error)
             self._again(order)

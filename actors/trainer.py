@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from ray.exceptions import ObjectLostError
 
 from actors.monitor_shards import MonitorShards
 from actors.pools import Pools
@@ -124,15 +126,18 @@ class Trainer:
         """Start one optimiser step on what was handed over; returns the ranks' pending reports."""
         return [rank.learn.remote(weight, self._pools.version) for rank in self._pools.learners]
 
-    def batch_of(self, sampled: SampledStep) -> Callable[[], StepBatch]:
-        """Fetches all that the learner was given of a step."""
-        return lambda: StepBatch(
-            chunks=self._pools.wait([c.chunk for c in sampled.chunks], "the batch"),
-            teacher=self._pools.wait([c.teacher for c in sampled.chunks], "the batch"),
-            scored=sampled.scored,
-            kept=kept_rollouts(sampled.joined, sampled.specs),
-            prompt_ids={s.rollout_id: s.prompt_id for s in sampled.specs},
-        )
+    def batch_of(self, sampled: SampledStep) -> StepBatch | None:
+        """Fetch all that the learner was given of a step; None if records were lost since."""
+        try:
+            return StepBatch(
+                chunks=self._pools.wait([c.chunk for c in sampled.chunks], "the batch"),
+                teacher=self._pools.wait([c.teacher for c in sampled.chunks], "the batch"),
+                scored=sampled.scored,
+                kept=kept_rollouts(sampled.joined, sampled.specs),
+                prompt_ids={s.rollout_id: s.prompt_id for s in sampled.specs},
+            )
+        except ObjectLostError:
+            return None
 
     def spans(self) -> dict[str, tuple[Span, ...]]:
         """What every actor did since this was last asked, by its name; of one that is lost, nothing.

@@ -72,8 +72,8 @@ class StopRequest:
 class Watch:
     """Asks all actors how they are, a few at a time, and kills those that hang."""
 
-    def __init__(self, limits: ClusterConfig) -> None:
-        self._limits = limits
+    def __init__(self, limits: ClusterConfig, stop: StopRequest) -> None:
+        self._limits, self._stop = limits, stop
         self._pings: dict[str, tuple[Any, float]] = {}
         self._down: dict[str, float] = {}  # actors that are being started, and since when
         self._due = 0.0
@@ -123,16 +123,25 @@ class Watch:
         for book in (self.pids, self._pings, self._down):
             _move_up(book, role, index)
 
-    def until_new(self, name: str, actor: Any, unless: Callable[[], bool] = lambda: False) -> bool:
+    def until_new(
+        self,
+        name: str,
+        actor: Any,
+        unless: Callable[[], bool] = lambda: False,
+        interruptible: bool = False,
+    ) -> bool:
         """Wait until another process than the one last seen answers; one that still lives is killed.
 
-        False if it is not waited for any more: it was given up, or `unless` says so.
+        False if it is not waited for any more: it was given up, or `unless` says so. `UserError` if it did not come
+        back in time, or never will.
         """
         deadline = time.monotonic() + self._limits.start_timeout
         self._down[name] = time.monotonic()
         killed = False
+        gone = 0  # answers in a row that it is dead for good
         ping, since = _ping(actor), time.monotonic()
         while actor._actor_id not in self._given_up and not unless():
+            self._stop.check(interruptible)
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{name} did not come back within {self._limits.start_timeout:g} s (cluster.start_timeout)"
@@ -143,24 +152,31 @@ class Watch:
                 ray.kill(actor, no_restart=False)
             else:
                 beat = _answer(ping)
-                if beat is not None and beat.pid != self.pids.get(name):
-                    self.pids[name] = beat.pid
-                    self._pings.pop(name, None)
-                    self._down.pop(name, None)
+                if isinstance(beat, Beat) and beat.pid != self.pids.get(name):
+                    self._stands(name, beat.pid)
                     return True
-                if beat is not None and not killed:
+                if isinstance(beat, Beat) and not killed:
                     ray.kill(actor, no_restart=False)
                     killed = True
+                # A call that was under way when the process died may say so of one that comes back.
+                gone = gone + 1 if isinstance(beat, ActorDiedError) else 0
+                if isinstance(beat, ActorDiedError) and gone > 1:
+                    raise UserError(lost_words(beat, f"{name} to come back"))
                 time.sleep(0.2)
             ping, since = _ping(actor), time.monotonic()
         return False
 
+    def _stands(self, name: str, pid: int) -> None:
+        self.pids[name] = pid
+        self._pings.pop(name, None)
+        self._down.pop(name, None)
 
-def _answer(ping: Any) -> Beat | None:
+
+def _answer(ping: Any) -> Beat | RayActorError:
     try:
         beat: Beat = ray.get(ping)
-    except RayActorError:
-        return None
+    except RayActorError as error:
+        return error
     return beat
 
 
@@ -202,15 +218,23 @@ def get(refs: Sequence[Any], what: str) -> list[Any]:
     return results
 
 
-def started(calls: Sequence[Callable[[], Any]], timeout: float, what: str) -> list[Any]:
-    """Results of calls on actors that are being started; one that dies meanwhile is called again."""
+def started(
+    calls: Sequence[Callable[[], Any]], timeout: float, what: str, check: Callable[[], object] = lambda: None
+) -> list[Any]:
+    """Results of calls on actors that are being started; one that dies meanwhile is called again.
+
+    `check` is called every second, and may raise.
+    """
     deadline = time.monotonic() + timeout
     refs = [call() for call in calls]
     results: list[Any] = []
     for i, call in enumerate(calls):
         while True:
-            if not ray.wait([refs[i]], timeout=max(0.0, deadline - time.monotonic()))[0]:
-                raise UserError(f"waited {timeout:g} s for {what}")
+            if not ray.wait([refs[i]], timeout=max(0.0, min(_SLICE, deadline - time.monotonic())))[0]:
+                check()
+                if time.monotonic() > deadline:
+                    raise UserError(f"waited {timeout:g} s for {what}")
+                continue
             try:
                 results += get([refs[i]], what)
                 break
@@ -237,10 +261,10 @@ def lost_words(error: BaseException, what: str) -> str:
     )
 
 
-def slices(timeout: float, what: str) -> Iterator[float]:
-    """Seconds to wait, again and again; `UserError` once all of them add up to the deadline."""
+def slices(timeout: float, what: str, limit: str = "step_timeout") -> Iterator[float]:
+    """Seconds to wait, again and again; `UserError` once all of them add up to the deadline `cluster.<limit>`."""
     deadline = time.monotonic() + timeout
     while True:
         yield _SLICE
         if time.monotonic() > deadline:
-            raise UserError(f"waited {timeout:g} s for {what} (cluster.step_timeout)")
+            raise UserError(f"waited {timeout:g} s for {what} (cluster.{limit})")

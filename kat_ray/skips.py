@@ -29,13 +29,15 @@ class SkipGuard:
             self.in_a_row = 0
         return self.in_a_row >= self._limit
 
-    def error(self, step: int, dump: Path) -> UserError:
-        """Why the run ends at `step` (as in metrics.jsonl); `dump` is the file with its batch."""
+    def error(self, step: int, dump: Path | None) -> UserError:
+        """Why the run ends at `step` (as in metrics.jsonl); `dump` is its batch's file, None if that is lost."""
+        where = "was lost with the node that held it"
+        if dump is not None:
+            where = f"is in {dump} (docs/numbers.md tells how to read it)"
         return UserError(
             f"learner.max_skipped_steps = {self._limit}: step {step} is the last of {self.in_a_row} in a row whose "
-            f"loss or gradient was not finite; each was skipped. Its batch is in {dump} (docs/numbers.md tells how "
-            "to read it). Look there for teacher rows that are not finite; try another learner.dtype, a lower "
-            "learner.lr, or the checkpoint before the first of them"
+            f"loss or gradient was not finite; each was skipped. Its batch {where}. Look for teacher rows that are "
+            "not finite; try another learner.dtype, a lower learner.lr, or the checkpoint before the first of them"
         )
 
     def state(self) -> dict[str, Any]:

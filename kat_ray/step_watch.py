@@ -45,17 +45,19 @@ class StepWatch:
         self._stop = verdict.stop
         return {"guards/fired": float(verdict.fired)}
 
-    def end_if_due(self, batch: Callable[[], StepBatch], save: Callable[[], object]) -> None:
+    def end_if_due(self, batch: Callable[[], StepBatch | None], save: Callable[[], object]) -> None:
         """UserError if the run has to end after this step.
 
         Before it, `save` is called for a checkpoint of the weights, which no skipped step has touched, and `batch`
-        for the batch to be dumped.
+        for the batch to be dumped, if there still is one.
         """
         if not self._skips_due and self._stop is None:
             return
         save()
         if self._skips_due:
-            raise self._skips.error(self._step, dump_batch(self._dumps, self._step, batch(), self._report))
+            content = batch()
+            dump = None if content is None else dump_batch(self._dumps, self._step, content, self._report)
+            raise self._skips.error(self._step, dump)
         raise UserError(f"{self._stop}. The run was ended for guards.action = stop, after a checkpoint")
 
     def state(self) -> dict[str, Any]:

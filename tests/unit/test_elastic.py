@@ -129,17 +129,21 @@ def test_a_sampler_that_is_done_without_leaves_its_part_to_another():
             raise RayActorError
         return refs
 
-    def revive_sampler(index, may_drop):
-        revived.append((index, may_drop))
-        del pool.samplers[index]
+    def revive_sampler(index, unless, interruptible):
+        revived.append((index, interruptible))
+        return False
+
+    def drop(role, indices):
+        for index in indices:
+            del pool.samplers[index]
 
     def call(part, sampler):
         called.append((part, sampler))
         return part, sampler
 
-    pool.wait, pool.revive_sampler = wait, revive_sampler
+    pool.wait, pool.revive_sampler, pool.drop = wait, revive_sampler, drop
     assert pool.on_samplers(call, "it") == [(0, "a"), (1, "a"), (2, "c")]
-    assert revived == [(1, True)] and called[-1] == (1, "a")
+    assert revived == [(1, False)] and called[-1] == (1, "a")
 
 
 def test_how_long_a_lost_replica_is_waited_for_is_no_matter_of_the_start():

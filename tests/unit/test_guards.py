@@ -243,6 +243,14 @@ def test_the_watch_says_the_first_skip_and_ends_the_run_with_a_dump(tmp_path):
     assert resumed.skipped_steps == 3
 
 
+def test_a_batch_that_is_lost_does_not_hide_why_the_run_ends(tmp_path):
+    watched = StepWatch(make_config("s", "t", learner={"max_skipped_steps": 1}), tmp_path, print)
+    watched.look(1, HEALTHY | {"learner/skipped": 1.0, "learner/loss": math.nan})
+    with pytest.raises(UserError, match=r"max_skipped_steps = 1: step 1 .*Its batch was lost with the node"):
+        watched.end_if_due(lambda: None, lambda: None)
+    assert not (tmp_path / "dumps").exists()
+
+
 def test_the_watch_ends_the_run_for_a_guard_after_a_checkpoint(tmp_path):
     saved, lines = [], []
     guards = {"action": "stop", "patience": 2, "max_tokens_share": 0.5}

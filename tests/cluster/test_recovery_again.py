@@ -1,0 +1,153 @@
+"""What dies while a run starts, or while it recovers from what died before."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from actors import job as job_module
+from actors import run as job
+from actors.bench.stub_teacher import stub_teacher
+from actors.bench.stubs import StubEngine
+from actors.pools import Pools
+from actors.sampler_pool import Engines
+from actors.watch import StopRequest, Watch, remote_class
+from kat_ray.config_cluster import ClusterConfig
+from kat_ray.errors import Stopped, UserError
+from kat_ray.pulse import Pulse
+from tests.cluster.disturb import processes_of
+from tests.cluster.test_recovery import QUICK, check_books, records_of, stub_config
+from tests.cluster.test_run import files  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.slow
+
+
+def kill_a(role):
+    """Kill the newest actor of a role."""
+    max(processes_of(role), key=lambda p: p.create_time()).kill()
+
+
+def before(monkeypatch, owner, name, act):
+    """Have `act(n)` called before the n-th call of a method, from 0."""
+    method, calls = getattr(owner, name), []
+
+    def first(*args, **kwargs):
+        calls.append(1)
+        act(len(calls) - 1)
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, first)
+    return calls
+
+
+def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path, monkeypatch):  # noqa: F811
+    """Once in a step, then before it takes the checkpoint, then before it publishes; sampling goes on ahead."""
+    config = stub_config(
+        files, tmp_path, steps=6, rollout={"top_k_logprobs": 16, "staleness": 1},
+        run={"steps": 6, "checkpoint_every": 2},
+    )  # fmt: skip
+    killed = []
+
+    def kill(what):
+        killed.append(what)
+        kill_a("learner")
+
+    before(monkeypatch, job_module.StepRecorder, "record", lambda n: kill("step") if n == 3 else None)
+    before(monkeypatch, job_module.Job, "_restore", lambda n: kill("restore") if n == 0 else None)
+    before(monkeypatch, Pools, "publish", lambda n: kill("publish") if killed == ["step", "restore"] else None)
+    path = job.train(config, engines=QUICK)
+    assert killed == ["step", "restore", "publish"]
+    check_books(config, path)
+    _, _, metrics = records_of(path)
+    assert sum(m["pool/restarts"] for m in metrics) >= 3
+    assert (path / "run.log").read_text().count("going on from step 2") == 1
+
+
+def test_a_rank_that_dies_before_the_ranks_have_met(ray_local, files, tmp_path, monkeypatch):  # noqa: F811
+    config = stub_config(files, tmp_path, steps=2, learner={"world_size": 2, "num_cpus": 0.5})
+    before(monkeypatch, Pools, "join", lambda n: kill_a("learner"))
+    path = job.train(config, engines=QUICK)
+    check_books(config, path)
+    assert "learner:0 was lost" in (path / "run.log").read_text()
+
+
+class Fragile:
+    """Cannot be made once the file is there."""
+
+    def __init__(self, file):
+        self._pulse = Pulse()
+        if Path(file).exists():
+            raise OSError("no room on the device")
+
+    def health(self):
+        return self._pulse.read()
+
+
+def test_an_actor_that_cannot_be_made_again_says_why_at_once(ray_local, tmp_path):
+    watch = Watch(ClusterConfig(start_timeout=1e6, hang_timeout=1e6), StopRequest(60))
+    actor = remote_class(Fragile).options(max_restarts=-1, num_cpus=0).remote(str(tmp_path / "file"))
+    watch.pids["sampler:0"] = ray.get(actor.health.remote()).pid
+    assert watch.until_new("sampler:0", actor), "one that can be made comes back"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"sampler:0 to come back: .*no room on the device"):
+        watch.until_new("sampler:0", actor)
+
+
+def test_who_waits_for_an_actor_hears_that_the_run_is_to_end(ray_local):
+    stop = StopRequest(0.0)
+    watch = Watch(ClusterConfig(start_timeout=1e6, hang_timeout=1e6), stop)
+    actor = remote_class(Fragile).options(resources={"nowhere": 1}).remote("/nothing")
+    stop._take(signal.SIGTERM, None)
+    with pytest.raises(UserError, match=r"told to end, and 0 s later \(run.grace_seconds\)"):
+        watch.until_new("sampler:0", actor)
+    ray.kill(actor)
+
+
+def waiting_engine(config, model, model_dir, max_model_len):
+    """Takes very long to load, and says when it has begun to."""
+    (Path(config.run.dir) / "loading").touch()
+    time.sleep(1e6)
+
+
+def test_told_to_end_while_models_are_loaded(ray_local, files, tmp_path):  # noqa: F811
+    config = stub_config(files, tmp_path, steps=2)
+
+    def tell():
+        while not (tmp_path / "loading").exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    with pytest.raises(Stopped, match=r"go on with: kat-ray train --resume .*run") as stopped:
+        job.train(config, engines=Engines(waiting_engine, stub_teacher))
+    teller.join()
+    assert stopped.value.code == 128 + signal.SIGTERM
+    path = job.train(config, resume=tmp_path / "run", engines=QUICK)
+    check_books(config, path)
+
+
+def one_good_engine(config, model, model_dir, max_model_len):
+    """Loads once; whoever comes later finds no room."""
+    try:
+        (Path(config.run.dir) / "taken").touch(exist_ok=False)
+    except FileExistsError:
+        raise MemoryError("no room for a second engine") from None
+    return StubEngine(config.rollout.top_k_logprobs, vocabulary=16, rate=600.0)  # all wait for it
+
+
+def test_a_replica_that_cannot_load_ends_no_run(ray_local, files, tmp_path):  # noqa: F811
+    config = stub_config(
+        files, tmp_path, steps=16, run={"steps": 16, "checkpoint_every": 0, "tensorboard": False},
+        sampler={"replicas": 1, "max_replicas": 2, "num_cpus": 0.5}, pools={"grow_after": 1},
+    )  # fmt: skip
+    path = job.train(config, engines=Engines(one_good_engine, stub_teacher))
+    check_books(config, path)
+    _, _, metrics = records_of(path)
+    assert {m["pools/sampler_replicas"] for m in metrics} == {1}
+    said = (path / "run.log").read_text()
+    assert "pools: a new sampler could not start (" in said and "no room for a second engine" in said
