@@ -54,6 +54,11 @@ class Prepared:
     heldout: PromptSet | None
     paths: ModelPaths
 
+    def prompt_sets(self) -> dict[str, PromptSet]:
+        """What the run reads prompts from, by the section of the configuration that names it."""
+        sets = {"data": self.train, "evaluation.data": self.heldout}
+        return {section: prompts for section, prompts in sets.items() if prompts is not None}
+
 
 def checkpoints_of(run: Path, config: RunConfig) -> Checkpoints:
     """The checkpoints in a run's directory."""
@@ -312,6 +317,7 @@ class Job:
             "positions": self._run.positions(),
             "watch": self._step_watch.state(),
             "seconds": self._seconds(),
+            "prompts": {section: prompts.digest for section, prompts in self._prepared.prompt_sets().items()},
         }
 
     def _load_state(self, state: Mapping[str, Any] | None) -> None:

@@ -21,7 +21,7 @@ from kat_ray.logs import name_driver
 from kat_ray.models import check_models, resolve_model
 from kat_ray.progress import Progress
 from kat_ray.records import RunDirectory
-from kat_ray.resume import unfinished_run
+from kat_ray.resume import check_prompts, unfinished_run
 from kat_ray.termination import RunFacts, make_rule
 from kat_ray.termination_warnings import RunScale, warnings_of
 from kat_ray.verify import EvalResult, check_golds
@@ -74,7 +74,9 @@ def train(config: Config, resume: Path | None = None, engines: Engines | None = 
         notes.append(
             f"resuming {resume} after step {first}" if first else f"{resume}: no checkpoint yet, starting anew"
         )
-        run = RunDirectory.reopen(resume, config.run, config_yaml(config), first)
+        if loaded is not None:
+            check_prompts(resume, loaded.state.get("prompts", {}), prepared.prompt_sets())
+        run = RunDirectory.reopen(resume, config.run, config_yaml(config))
     stop = StopRequest(config.run.grace_seconds)
     with run, Progress(config.run.steps) as progress:
         for note in (*notes, *_notes(config, prepared)):

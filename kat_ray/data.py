@@ -7,6 +7,7 @@ and the choice of probes are functions of (run seed, step, rollout id) alone: to
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,14 @@ class PromptSet:
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max(len(p.token_ids) for p in self.prompts)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of every prompt's id, token ids and answer, in order: what a resumed run must find again."""
+        sums = hashlib.sha256()
+        for p in self.prompts:
+            sums.update(json.dumps([p.prompt_id, p.token_ids, p.answer]).encode())
+        return sums.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,11 @@ METRICS = {
         Metric("store/used_share", "share", "of all object stores, when a step's records are all there"),
         Metric("store/spilled_bytes", "bytes", "that object stores spilled to disk since the run began"),
         Metric("throughput/tokens_per_second", "tokens/s", "generated tokens by the time of the whole step"),
+        Metric("throughput/sampler", "tokens/s", "generated tokens by the busy seconds of all samplers: of one"),
+        Metric("throughput/scorer", "tokens/s", "scored tokens by the busy seconds of all scorers: of one"),
+        Metric(
+            "throughput/learner", "tokens/s", "trained tokens by the seconds of the optimiser step: of the group"
+        ),
         Metric("eval/avg_at_k", "share", "mean accuracy over k answers to each held-out problem"),
         Metric("eval/pass_at_k", "share", "held-out problems with a right answer among k"),
         Metric("eval/mean_length", "tokens", "mean length of an answer"),

@@ -41,7 +41,7 @@ class RecordError(UserError):
 class RunDirectory:
     """One run's records, open for writing."""
 
-    def __init__(self, path: Path, tensorboard: bool, first_step: int = 0) -> None:
+    def __init__(self, path: Path, tensorboard: bool) -> None:
         self.path = path
         self._lock = _locked(path)
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
@@ -51,13 +51,9 @@ class RunDirectory:
         root.addHandler(self._log)
         root.setLevel(logging.INFO)
         name_driver(path.name)
-        self._events: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(
-                str(path / "tensorboard"), purge_step=first_step + 1 if first_step else None
-            )
+        self._tensorboard = tensorboard
+        self._events: Any = None  # opened with the first metrics
+        self._purge_step: int | None = None  # from which on TensorBoard is to forget what was written before
 
     @classmethod
     def create(cls, run: RunConfig, config_yaml: str) -> RunDirectory:
@@ -78,11 +74,11 @@ class RunDirectory:
             return cls(path, run.tensorboard)
 
     @classmethod
-    def reopen(cls, path: Path, run: RunConfig, config_yaml: str, first_step: int) -> RunDirectory:
-        """Go on with the records of a run from `first_step` on; call `rewind` before anything is written."""
+    def reopen(cls, path: Path, run: RunConfig, config_yaml: str) -> RunDirectory:
+        """Go on with the records of a run; call `rewind` before anything is written."""
         with _named(path):
             (path / "traces").mkdir(exist_ok=True)
-            records = cls(path, run.tensorboard, first_step)
+            records = cls(path, run.tensorboard)
             _replace(path / "config.yaml", config_yaml)
         return records
 
@@ -105,6 +101,8 @@ class RunDirectory:
                 if int(trace.stem.removeprefix("step-")) >= step:
                     trace.unlink()
             (self.path / "summary.json").unlink(missing_ok=True)
+        self._close_events()
+        self._purge_step = step + 1 if step else 0
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -121,8 +119,7 @@ class RunDirectory:
         self._log.close()
         self._metrics.close()
         os.close(self._lock)
-        if self._events is not None:
-            self._events.close()
+        self._close_events()
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line: step, time and values. What is not finite becomes null and is named."""
@@ -135,9 +132,21 @@ class RunDirectory:
         with _named(self.path / "metrics.jsonl"):
             self._metrics.write(json.dumps(line) + "\n")
             self._metrics.flush()
-        if self._events is not None:
+        if self._tensorboard:
+            self._open_events()
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+
+    def _open_events(self) -> None:
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purge_step)
+
+    def _close_events(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._events = None
 
     def log_evaluation(self, step: int, record: Mapping[str, Any]) -> None:
         """Append one evaluation to evaluations.jsonl."""

@@ -6,12 +6,13 @@ What a run has done so far was done under its own configuration; only what leave
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kat_ray.config import Config
 from kat_ray.config_io import load_config
+from kat_ray.data import PromptSet
 from kat_ray.errors import UserError
 from kat_ray.json_records import SUMMARY, read_json
 
@@ -65,6 +66,20 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
             f"new run instead, from this one's newest checkpoint (student.path={run}/checkpoints/step-N)"
         )
     return after
+
+
+def check_prompts(run: Path, before: Mapping[str, str], now: Mapping[str, PromptSet]) -> None:
+    """`UserError` if a file of prompts holds others than those that the run was made with so far.
+
+    `before` holds digests by section; a checkpoint of an earlier version has none.
+    """
+    for section, prompts in now.items():
+        if before.get(section, prompts.digest) != prompts.digest:
+            raise UserError(
+                f"{run}: {section}.path = {prompts.source}: these are not the prompts (or not the tokens) that the "
+                "run has had so far. Put back the file and tokenizer of then, or start a new run from this one's "
+                f"newest checkpoint (student.path={run}/checkpoints/step-N)"
+            )
 
 
 def changes(before: Config, after: Config) -> list[str]:

@@ -67,7 +67,8 @@ def score_metrics(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> dic
 def busy_metrics(
     reports: Sequence[SamplerReport], scored: Sequence[ScoredChunk], monitor: float, step: Mapping[str, float]
 ) -> dict[str, float]:
-    """How busy each stage was in a step, seconds, and what share of the step the busiest one idled.
+    """How busy each stage was in a step, seconds, what it handled in them, and what share of the step the busiest
+    one idled.
 
     Samplers and scorers are means over their replicas; `step` holds the step's other figures.
     """
@@ -80,6 +81,13 @@ def busy_metrics(
         "time/score_wait": max(r.wait_seconds for r in reports),
         "throughput/tokens_per_second": step["rollout/generated_tokens"] / step["time/step"],
     }
+    handled = {
+        "sampler": (step["rollout/generated_tokens"], sum(r.seconds - r.wait_seconds for r in reports)),
+        "scorer": (sum(len(c.d) for c in scored), sum(c.seconds for c in scored)),
+        "learner": (step["learner/tokens"], step["learner/seconds"]),
+    }
+    for stage, (tokens, seconds) in handled.items():
+        figures[f"throughput/{stage}"] = tokens / max(seconds, 1e-9)
     busiest = max(figures["time/sampler_busy"], figures["time/scorer_busy"], step["learner/seconds"])
     return figures | {"time/idle_share": max(0.0, 1.0 - busiest / step["time/step"])}
 

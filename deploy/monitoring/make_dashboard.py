@@ -120,6 +120,10 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "time/sample", "time/learn", "time/publish", "time/checkpoint", stacked=True,
             ),
             lines("Throughput", "none", "Tokens generated a second, whole steps.", "throughput/tokens_per_second"),
+            lines(
+                "Throughput by stage", "none", "Tokens a second of a busy sampler, a busy scorer, the learner.",
+                "throughput/sampler", "throughput/scorer", "throughput/learner",
+            ),
             lines("Stages", "s", "How long each was busy.", "time/sampler_busy", "time/scorer_busy", "time/learn"),
             lines("Idle", "percentunit", "Of the busiest stage: what is not overlapped.", "time/idle_share"),
             lines(

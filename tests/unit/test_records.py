@@ -291,9 +291,11 @@ def test_the_busiest_stage_tells_what_a_step_failed_to_overlap():
         replace(chunk([0], [0], [[1.0]]), scorer=name, seconds=s)
         for name, s in (("a", 1.0), ("a", 1.5), ("b", 0.5))
     ]
-    step = {"time/step": 10.0, "learner/seconds": 4.0, "rollout/generated_tokens": 50.0}
+    step = {"time/step": 10.0, "learner/seconds": 4.0, "rollout/generated_tokens": 50.0, "learner/tokens": 30.0}
     figures = busy_metrics(reports, chunks, 0.25, step)
     assert figures["time/sampler_busy"] == 3.5 and figures["time/scorer_busy"] == 1.5
     assert figures["time/score_wait"] == 2.0 and figures["throughput/tokens_per_second"] == 5.0
+    assert figures["throughput/sampler"] == pytest.approx(50 / 7), "3 and 4 of their 5 seconds they were busy"
+    assert figures["throughput/scorer"] == 1.0 and figures["throughput/learner"] == 7.5
     assert figures["time/idle_share"] == pytest.approx(0.6), "the learner was busy for 4 of 10 seconds"
     assert set(figures) <= set(METRICS)

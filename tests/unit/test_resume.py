@@ -5,9 +5,11 @@ import json
 import pytest
 
 from kat_ray.config_io import config_yaml, load_config
+from kat_ray.data import PromptSet
 from kat_ray.errors import UserError
 from kat_ray.records import RecordError, RunDirectory
-from kat_ray.resume import CHANGEABLE, changes, is_finished, resumed_config, unfinished_run
+from kat_ray.resume import CHANGEABLE, changes, check_prompts, is_finished, resumed_config, unfinished_run
+from kat_ray.types import Prompt
 
 
 def config_in(tmp_path, *overrides):
@@ -72,7 +74,7 @@ def test_records_are_taken_back_to_a_step(tmp_path):
             if step == 1:
                 kept = records.positions()
         records.write_summary({"steps": 3})
-    with RunDirectory.reopen(records.path, config.run, "a: 2\n", 2) as again:
+    with RunDirectory.reopen(records.path, config.run, "a: 2\n") as again:
         again.rewind(2, kept)
         again.log_metrics(3, {"kl/mean": 0.5})
     lines = [json.loads(line) for line in (records.path / "metrics.jsonl").read_text().splitlines()]
@@ -85,12 +87,45 @@ def test_records_are_taken_back_to_a_step(tmp_path):
     assert (records.path / "config.yaml").read_text() == "a: 2\n"
 
 
+@pytest.mark.parametrize("back_to, steps", [(2, [1, 2, 3]), (0, [1])])
+def test_tensorboard_forgets_what_was_taken_back(tmp_path, back_to, steps):
+    """Read as TensorBoard reads it: each step once, with the value of the second time."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = load_config("demo", [f"run.dir={tmp_path}"])
+    with RunDirectory.create(config.run, "") as records:
+        for step in range(1, 5):
+            records.log_metrics(step, {"kl/mean": step / 3})
+        records.rewind(back_to, {})
+        records.log_metrics(back_to + 1, {"kl/mean": 9.0})
+    seen = EventAccumulator(str(records.path / "tensorboard"))
+    seen.Reload()
+    events = seen.Scalars("kl/mean")
+    assert [e.step for e in events] == steps and events[-1].value == 9.0
+
+
+def prompts_of(*answers):
+    prompts = tuple(Prompt(str(i), (1, 2 + i), answer) for i, answer in enumerate(answers))
+    return PromptSet(prompts, 0, "prompts.jsonl")
+
+
+def test_other_prompts_are_another_run(run):
+    before = {"data": prompts_of("1", None).digest}
+    check_prompts(run, before, {"data": prompts_of("1", None), "evaluation.data": prompts_of("3")})
+    check_prompts(run, {}, {"data": prompts_of("3")})  # a checkpoint from before this was kept
+    for other in (prompts_of("1", "2"), prompts_of("1"), prompts_of(None, "1")):
+        with pytest.raises(
+            UserError, match=r"demo: data.path = prompts.jsonl: these are not the prompts.*Put back"
+        ):
+            check_prompts(run, before, {"data": other})
+
+
 def test_two_processes_do_not_write_one_run(tmp_path):
     config = config_in(tmp_path)
     with (
         RunDirectory.create(config.run, "") as records,
         pytest.raises(RecordError, match="another process is writing this run"),
     ):
-        RunDirectory.reopen(records.path, config.run, "", 0)
-    with RunDirectory.reopen(records.path, config.run, "", 0):
+        RunDirectory.reopen(records.path, config.run, "")
+    with RunDirectory.reopen(records.path, config.run, ""):
         pass
