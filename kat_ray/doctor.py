@@ -43,7 +43,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def examine(config: Config | None) -> Iterator[Check]:
-    """All checks, each as soon as it is known; without a configuration only machine and packages."""
+    """All checks of this machine, each as soon as it is known; without a configuration no models and data."""
     vllm = _start_vllm_import()
     try:
         yield from _machine()
@@ -65,17 +65,22 @@ def examine(config: Config | None) -> Iterator[Check]:
             vllm.communicate()
 
 
+def examine_sender(config: Config) -> Iterator[Check]:
+    """What a run on a cluster needs of the machine that submits it: its memory, disk and GPUs are not asked."""
+    yield from _settings(config)
+    looks: list[Iterator[Check]] = [iter((_python(),)), _packages()]
+    if _version("torch") and _version("transformers"):
+        looks.append(_models_and_data(config, here=False))
+    for check in chain(*looks):  # the cluster has packages of its own, and a path may be one of its paths
+        yield warn(check.name, f"on this machine: {check.text}") if check.level == "FAIL" else check
+
+
 # --- machine and packages ----------------------------------------------------------------------------------
 
 
 def _machine() -> Iterator[Check]:
     yield ok("machine", f"{os.cpu_count()} cores, {_memory() / GIB:.1f} GiB of memory free")
-    version = sys.version.split()[0]
-    yield (
-        ok("python", version)
-        if sys.version_info >= (3, 11)
-        else fail("python", f"{version}; 3.11 or later is needed")
-    )
+    yield _python()
     shm = Path("/dev/shm")  # noqa: S108 - looked at, not written to
     if shm.is_dir():
         free = shutil.disk_usage(shm).free
@@ -84,6 +89,15 @@ def _machine() -> Iterator[Check]:
             yield warn("shared memory", f"{text}; make it larger, or lower cluster.object_store_gib")
         else:
             yield ok("shared memory", text)
+
+
+def _python() -> Check:
+    version = sys.version.split()[0]
+    return (
+        ok("python", version)
+        if sys.version_info >= (3, 11)
+        else fail("python", f"{version}; 3.11 or later is needed")
+    )
 
 
 def _memory() -> int:
@@ -254,7 +268,8 @@ def _settings(config: Config) -> Iterator[Check]:
         yield warn("evaluation", f"temperature = 0 gives the same answer {config.evaluation.k} times; use k = 1")
 
 
-def _models_and_data(config: Config) -> Iterator[Check]:
+def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
+    """`here`: they are to be loaded on this machine."""
     from kat_ray.models import check_models
 
     try:
@@ -270,7 +285,8 @@ def _models_and_data(config: Config) -> Iterator[Check]:
         yield warn("stop ids", text)
     if not facts.warnings:
         yield ok("stop ids", ", ".join(map(str, facts.stop_ids)))
-    yield from _memory_needed(config, facts, _memory(), _gpus())
+    if here:
+        yield from _memory_needed(config, facts, _memory(), _gpus())
     yield _prompts("data", config.data, facts, config.rollout.max_tokens, None)
     if config.evaluation.data is not None:
         verifier = config.evaluation.verifier
@@ -318,11 +334,15 @@ def _prompts(name: str, data: DataConfig, facts: ModelFacts, max_tokens: int, ve
 
 
 def run(config: Config | None, write: Callable[[str], object], nodes: Sequence[Node] | None = None) -> int:
-    """Write the report line by line; 0 where nothing failed, else 1. `nodes` are a cluster's, for the roles."""
+    """Write the report line by line; 0 where nothing failed, else 1.
+
+    `nodes` are those of a cluster that is to run it, instead of this machine.
+    """
     failed = warned = 0
-    checks = (
-        examine(config) if config is None or nodes is None else chain(examine(config), placements(config, nodes))
-    )
+    if config is None or nodes is None:
+        checks = examine(config)
+    else:
+        checks = chain(examine_sender(config), placements(config, nodes))
     for check in checks:
         write(str(check))
         failed += check.level == "FAIL"

@@ -26,4 +26,7 @@ def skew(environment: Mapping[str, str]) -> Iterator[str]:
     ours = dict(word.split("=", 1) for word in versions().split()) if theirs else {}
     for name, version in theirs.items():
         if ours.get(name, version) != version:
-            yield f"submitted from {name} {version}, this cluster has {ours[name]}: its own version runs"
+            yield (
+                f"submitted from {name} {version}, this cluster has {ours[name]}, which is what runs. If it fails, "
+                f"install {name} {ours[name]} where you submit, or use an image with {name} {version}"
+            )

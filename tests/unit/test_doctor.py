@@ -10,6 +10,7 @@ from packaging.specifiers import SpecifierSet
 from kat_ray import doctor
 from kat_ray.checks import resources
 from kat_ray.doctor import GIB, Check, disk_verdict, vllm_verdict
+from kat_ray.roles import Node
 from tests.conftest import make_config, make_model
 from tests.unit.tiny_tokenizer import make_tokenizer
 
@@ -195,6 +196,24 @@ def test_report_and_exit_code(monkeypatch, level, code):
     lines = []
     assert doctor.run(None, lines.append) == code
     assert lines[0] == f"{level:<5} disk: words"
+
+
+def test_a_cluster_is_not_judged_by_the_machine_that_submits(files, monkeypatch):
+    """It has no GPU and little memory, and a path of the cluster's is not there."""
+    monkeypatch.setattr(doctor, "_memory", lambda: 1)
+    monkeypatch.setattr(doctor, "_version", {"ray": "2.60.0", "torch": "2.13.0", "transformers": "5.19.0"}.get)
+    there = config(files, sampler={"num_gpus": 1}, run={"dir": "/proc/nowhere"})
+    node = Node("head", {"CPU": 8.0, "GPU": 1.0}, {})
+    lines = []
+    assert doctor.run(there, lines.append, [node]) == 0, lines
+    assert not [line for line in lines if " memory: " in line or " disk: " in line or " GPUs: " in line]
+    assert "warn  package: on this machine: vllm is missing" in "\n".join(lines)
+    assert any(line.startswith("ok    sampler: ") for line in lines)
+    elsewhere = there.model_copy(update={"student": there.student.model_copy(update={"path": "/cluster/model"})})
+    lines.clear()
+    assert doctor.run(elsewhere, lines.append, [node]) == 0
+    assert any(line.startswith("warn  models: on this machine: ") for line in lines), lines
+    assert doctor.run(there, lines.append, []) == 1, "no node has room"
 
 
 def test_machine_is_described():
