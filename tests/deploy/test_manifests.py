@@ -147,6 +147,9 @@ def test_the_values_schema_refuses(changes, said):
         ("smoke", {"run": {"demo": False}}, "r", "run.config is empty"),
         ("queue", {"workers": {"sampler": {"maxReplicas": 3}}}, "r", "workers.sampler: without autoscaling"),
         ("run", {"workers": {"sampler": {"minReplicas": 9}}}, "r", "minReplicas 9 is larger"),
+        ("smoke", {"run": {"overrides": ["run.grace_seconds=1e3"]}}, "r", "run.grace_seconds = 1e3"),
+        ("run", {"run": {"overrides": ["run.grace_seconds=0"]}}, "r", "a number above 0"),
+        ("run", {"run": {"config": {"run": {"grace_seconds": "long"}}}}, "r", "config.run.grace_seconds = long"),
         ("interactive", {"gcsFaultTolerance": {"redisAddress": ""}}, "r", "redisAddress is empty"),
     ],
 )

@@ -155,11 +155,23 @@ def test_every_cluster_asks_for_a_token(profile):
     assert ray_cluster(render(profile))["authOptions"]["mode"] == "token"
 
 
-@pytest.mark.parametrize("grace", [None, 200.5])
-def test_a_run_has_the_time_it_asks_for(grace):
-    changes = {} if grace is None else {"run": {"config": {"run": {"grace_seconds": grace}}}}
-    needed = grace or 60
-    for name, pod in ray_pods(render("run", changes)).items():
+@pytest.mark.parametrize(
+    ("profile", "config", "overrides", "needed"),
+    [
+        ("run", {}, [], 60),
+        ("run", {"grace_seconds": 200.5}, [], 200.5),
+        ("run", {"grace_seconds": 200}, ["run.steps=5", "run.grace_seconds=300"], 300),
+        ("run", {}, ["run.grace_seconds=900", "run.grace_seconds=30.5"], 30.5),
+        ("smoke", {}, ["run.grace_seconds=120"], 120),  # the demo has no other place for it
+        ("interactive", {"grace_seconds": 500}, [], 500),
+    ],
+)
+def test_a_run_has_the_time_it_asks_for(profile, config, overrides, needed, tmp_path):
+    changes = {"run": {"overrides": overrides} | ({"config": {"run": config}} if config else {})}
+    docs = render(profile, changes)
+    if profile != "interactive":
+        assert job_config(docs, tmp_path).run.grace_seconds == needed, "the run itself asks for as much"
+    for name, pod in ray_pods(docs).items():
         if name == "submitter":
             continue
         (container,) = pod["spec"]["containers"]

@@ -23,8 +23,20 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end -}}
 
 {{- define "kat-ray.grace" -}}
-{{- /* run.grace_seconds: what a run that is told to end may take for its checkpoint. */ -}}
-{{- dig "run" "grace_seconds" 60 .Values.run.config -}}
+{{- /* run.grace_seconds: what a run that is told to end may take for its checkpoint. As kat-ray reads it: of the
+overrides the last one counts, before the configuration. */ -}}
+{{- $where := "run.config.run.grace_seconds" -}}
+{{- $grace := dig "run" "grace_seconds" 60 .Values.run.config -}}
+{{- range .Values.run.overrides -}}
+{{- if hasPrefix "run.grace_seconds=" . -}}
+{{- $where = "run.overrides: run.grace_seconds" -}}
+{{- $grace = trimPrefix "run.grace_seconds=" . -}}
+{{- end -}}
+{{- end -}}
+{{- if not (and (regexMatch "^[0-9]+([.][0-9]+)?$" (toString $grace)) (gt (float64 $grace) 0.0)) -}}
+{{- fail (printf "%s = %v: seconds for a last checkpoint, a number above 0, written as 300 or 300.5" $where $grace) -}}
+{{- end -}}
+{{- $grace -}}
 {{- end -}}
 
 {{- define "kat-ray.podSecurity" -}}
