@@ -1,4 +1,4 @@
-"""Known holes in the packages of the lock: `make audit`.
+"""Known holes in the packages of the locks, of both images and of the tools: `make audit`.
 
 Exit code 1 where a locked version has an advisory that `.ci/audit-accepted` does not name, 0 where none has, and 0
 with the words "not reachable" where no advisory service answers. An index that stands in for PyPI may know packages
@@ -62,28 +62,42 @@ def holes(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def audit(requirements: str, accepted: dict[str, str], ask: Ask, say: Callable[[str], object]) -> int:
-    """Ask the first service that can be believed; returns the exit code."""
+def audit(locks: dict[str, str], accepted: dict[str, str], ask: Ask, say: Callable[[str], object]) -> int:
+    """Ask the first service that can be believed about each lock, name -> pins; returns the exit code."""
+    code, waiting = 0, dict(locks)
     for service in SERVICES:
+        if not waiting:
+            break
         known_bad = ask(service, KNOWN_BAD + "\n")
         if known_bad is None or not holes(known_bad):
             say(f"dependency audit: {service} is not reachable, or knows no advisories")
             continue
-        report = ask(service, requirements)
-        if report is None:
-            say(f"dependency audit: {service} stopped answering")
-            continue
-        unknown = [p["name"] for p in report["dependencies"] if "skip_reason" in p]
-        open_ = [hole for hole in holes(report) if hole[1] not in accepted]
-        for package, advisory, mended in open_:
-            say(f"dependency audit: {package}: {advisory}, mended in: {mended}")
+        for lock, requirements in list(waiting.items()):
+            report = ask(service, requirements)
+            if report is None:
+                say(f"dependency audit: {lock}: {service} stopped answering")
+                break
+            code = max(code, verdict(f"{lock}: {service}", report, accepted, say))
+            del waiting[lock]
+    if waiting:
         say(
-            f"dependency audit: {service} has {len(open_)} open advisories on {len(report['dependencies'])} "
-            "packages" + (f"; it does not know {', '.join(unknown)}" if unknown else "")
+            "dependency audit: not reachable: no advisory service answers from this machine; "
+            f"not audited: {', '.join(waiting)}"
         )
-        return 1 if open_ else 0
-    say("dependency audit: not reachable: no advisory service answers from this machine; nothing was audited")
-    return 0
+    return code
+
+
+def verdict(who: str, report: dict[str, Any], accepted: dict[str, str], say: Callable[[str], object]) -> int:
+    """Say what a service found in a lock; 1 where that is open."""
+    unknown = [p["name"] for p in report["dependencies"] if "skip_reason" in p]
+    open_ = [hole for hole in holes(report) if hole[1] not in accepted]
+    for package, advisory, mended in open_:
+        say(f"dependency audit: {who}: {package}: {advisory}, mended in: {mended}")
+    say(
+        f"dependency audit: {who} has {len(open_)} open advisories on {len(report['dependencies'])} "
+        "packages" + (f"; it does not know {', '.join(unknown)}" if unknown else "")
+    )
+    return 1 if open_ else 0
 
 
 def accepted_in(text: str) -> dict[str, str]:
@@ -99,8 +113,19 @@ def pinned(text: str) -> str:
     return "".join(f"{line.split('+')[0]}\n" for line in lines if "==" in line)
 
 
+def locks() -> dict[str, str]:
+    """Name -> pins of what the images install, torch included, and of the tools beside them."""
+
+    def runtime(*build: str) -> str:
+        command = [str(ROOT / "docker" / "install.sh"), "--list", *build]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS).stdout
+
+    tools = (ROOT / "docker" / "requirements-dev.lock").read_text(encoding="utf-8")
+    return {"cpu": pinned(runtime()), "gpu": pinned(runtime("--gpu")), "dev": pinned(tools)}
+
+
 def main() -> int:
-    """Install the auditor beside the project's environment, and audit the lock."""
+    """Install the auditor beside the project's environment, and audit the locks."""
     try:
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True, timeout=SECONDS)
         pip = [str(VENV / "bin" / "pip"), "install", "-q", "--disable-pip-version-check", PIP_AUDIT]
@@ -108,9 +133,8 @@ def main() -> int:
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         print(f"dependency audit: not reachable: {PIP_AUDIT} cannot be installed ({error}); nothing was audited")
         return 0
-    lock = (ROOT / "docker" / "requirements-cpu.lock").read_text(encoding="utf-8")
     accepted = accepted_in((ROOT / ".ci" / "audit-accepted").read_text(encoding="utf-8"))
-    return audit(pinned(lock) + "torch==2.13.0\n", accepted, ask, lambda line: print(line, flush=True))
+    return audit(locks(), accepted, ask, lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":
