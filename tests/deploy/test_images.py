@@ -1,6 +1,7 @@
 """The Dockerfiles linted, the rest of their promises read off them; the health check run."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -90,6 +91,33 @@ def test_an_image_installs_what_the_project_installs(path):
         f"docker/install.sh {'--gpu ' if gpu else ''}--runtime /opt/kat-ray"
     )
     assert f"docker/requirements-{'gpu' if gpu else 'cpu'}.lock" in (ROOT / path).read_text()
+
+
+@pytest.mark.parametrize("index", [None, "", "https://mirror.example/cpu"])
+def test_torch_alone_comes_from_the_index_that_is_named(index, tmp_path):
+    """install.sh with a Python that writes down what it is told."""
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\ncase "$2" in pip) echo "$*" >>{tmp_path}/told ;; *) exit 1 ;; esac\n')
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k != "KAT_RAY_TORCH_INDEX"}
+    environment |= {} if index is None else {"KAT_RAY_TORCH_INDEX": index}
+    install = [str(ROOT / "docker/install.sh"), "--runtime", str(tmp_path / "venv")]
+    subprocess.run(
+        install, env=environment, capture_output=True, timeout=60, check=False
+    )  # its check fails: no ray
+    told = (tmp_path / "told").read_text().splitlines()
+    torch, locked_, *_ = [line for line in told if " install " in line]
+    assert torch.endswith(f"--index-url {index} torch==2.13.0" if index else "--no-input torch==2.13.0")
+    assert "-r " in locked_ and "--index-url" not in locked_
+
+
+def test_the_cpu_image_takes_the_cpu_build():
+    """A build argument is in the environment of the RUN after it."""
+    steps = instructions("docker/Dockerfile.cpu")
+    at = steps.index(("ARG", "KAT_RAY_TORCH_INDEX=https://download.pytorch.org/whl/cpu"))
+    assert steps[at + 1][0] == "RUN" and steps[at + 1][1].startswith("docker/install.sh")
+    assert "KAT_RAY_TORCH_INDEX" not in (ROOT / "docker/Dockerfile").read_text(), "CUDA's is the default index's"
 
 
 def ignored(name):
