@@ -20,6 +20,24 @@ OUT = Path(__file__).with_name("dashboard.json")
 CHART = OUT.parents[1] / "kuberay" / "chart" / "files"
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 WIDTH, COLUMNS, HEIGHT = 24, 3, 7
+# Grafana's own defaults, stated: its schema requires them of whoever writes a dashboard.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "timeseries": {
+        "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True, "calcs": []},
+        "tooltip": {"mode": "single", "sort": "none"},
+    },
+    "stat": {
+        "graphMode": "area",
+        "colorMode": "value",
+        "justifyMode": "auto",
+        "textMode": "auto",
+        "wideLayout": True,
+        "showPercentChange": False,
+        "percentChangeColorMode": "standard",
+        "orientation": "auto",
+        "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+    },
+}
 
 
 def of(metric: str) -> str:
@@ -175,7 +193,10 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
 
 
 def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
-    custom = {"stacking": {"mode": "normal"}, "fillOpacity": 30} if panel.stacked else {"fillOpacity": 0}
+    defaults: dict[str, Any] = {"unit": panel.unit}
+    if panel.kind == "timeseries":
+        stacked = {"stacking": {"mode": "normal"}, "fillOpacity": 30}
+        defaults["custom"] = stacked if panel.stacked else {"fillOpacity": 0}
     return {
         "id": number,
         "type": panel.kind,
@@ -183,11 +204,8 @@ def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
         "description": panel.help,
         "datasource": SOURCE,
         "gridPos": {"h": HEIGHT, "w": WIDTH // COLUMNS, "x": x, "y": y},
-        "fieldConfig": {
-            "defaults": {"unit": panel.unit, "custom": custom if panel.kind == "timeseries" else {}},
-            "overrides": [],
-        },
-        "options": {},
+        "fieldConfig": {"defaults": defaults, "overrides": []},
+        "options": OPTIONS[panel.kind],
         "targets": [
             {
                 "refId": chr(ord("A") + i),

@@ -1,4 +1,8 @@
-"""Documents checked against KubeRay's CRDs as an API server does: unknown fields refused, defaults filled in."""
+"""Documents checked against CRDs as an API server does: unknown fields refused, defaults filled in.
+
+KubeRay's, and those of Prometheus' operator where they lie in the same folder. Of what has no CRD file here, or
+none at all (Grafana's dashboard), schemas/ holds the fields that we use.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,11 @@ import yaml
 from jsonschema import Draft7Validator
 
 ENVIRONMENT = "KAT_RAY_CRDS"
+WRITTEN = Path(__file__).with_name("schemas")
 
 
 def crd_folder() -> Path | None:
-    """Folder with crd-*.yaml of KubeRay 1.7, named by the environment; None where it is not."""
+    """Folder with crd-*.yaml, named by the environment; None where it is not."""
     folder = os.environ.get(ENVIRONMENT)
     return Path(folder) if folder else None
 
@@ -52,13 +57,33 @@ def _validators(folder: Path) -> dict[tuple[str, str], Draft7Validator]:
         for version in crd["spec"]["versions"]:
             schema = json_schema(version["schema"]["openAPIV3Schema"])
             schema["properties"]["metadata"] = {"type": "object"}  # the API server's own, not the CRD's
-            key = (crd["spec"]["names"]["kind"], f"ray.io/{version['name']}")
+            key = (crd["spec"]["names"]["kind"], f"{crd['spec']['group']}/{version['name']}")
             found[key] = Draft7Validator(schema)
     assert found, f"{ENVIRONMENT} = {str(folder)!r}: no crd-*.yaml there"
     return found
 
 
+def has_crd(kind: str, folder: Path) -> bool:
+    """Whether the folder holds the CRD of a kind."""
+    return any(kind == known for known, _ in _validators(folder))
+
+
 def crd_errors(doc: dict[str, Any], folder: Path) -> list[str]:
-    """`path: message` of each mistake in a document of group ray.io."""
-    validator = _validators(folder)[doc["kind"], doc["apiVersion"]]
+    """`path: message` of each mistake in a custom resource."""
+    return _errors(_validators(folder)[doc["kind"], doc["apiVersion"]], doc)
+
+
+@cache
+def _written(name: str) -> Draft7Validator:
+    schema = yaml.safe_load((WRITTEN / f"{name}.yaml").read_text())
+    Draft7Validator.check_schema(schema)
+    return Draft7Validator(schema)
+
+
+def written_errors(doc: dict[str, Any], name: str) -> list[str]:
+    """The same for schemas/NAME.yaml."""
+    return _errors(_written(name), doc)
+
+
+def _errors(validator: Draft7Validator, doc: dict[str, Any]) -> list[str]:
     return [f"{'.'.join(map(str, e.absolute_path))}: {e.message}" for e in validator.iter_errors(doc)]
