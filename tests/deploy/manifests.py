@@ -33,14 +33,24 @@ def profile_values(profile: str, changes: Manifest | None = None) -> Manifest:
     return merged(yaml.safe_load(PROFILES[profile].read_text()), changes or {})
 
 
-def render(profile: str, changes: Manifest | None = None, name: str = "distill") -> list[Manifest]:
-    """Every document of a profile; helm_python's errors for values that the chart refuses."""
-    values = profile_values(profile, changes)
+def rendered(values: Manifest, name: str) -> dict[str, str]:
+    """Template -> text, notes among them; helm_python's errors for values that the chart refuses."""
     with helm.Chart.load(CHART) as chart:
         chart.validate_schema(values)
-        files = chart.render(values, name=name, namespace=NAMESPACE)
+        return chart.render(values, name=name, namespace=NAMESPACE)
+
+
+def render(profile: str, changes: Manifest | None = None, name: str = "distill") -> list[Manifest]:
+    """Every document of a profile."""
+    files = rendered(profile_values(profile, changes), name)
     texts = (text for path, text in sorted(files.items()) if path.endswith(".yaml"))
     return [doc for text in texts for doc in yaml.safe_load_all(text) if doc]
+
+
+def notes(profile: str, name: str, changes: Manifest | None = None) -> str:
+    """What `helm install` prints at its end."""
+    files = rendered(profile_values(profile, changes), name)
+    return next(text for path, text in files.items() if path.endswith("NOTES.txt"))
 
 
 def one(docs: list[Manifest], kind: str, suffix: str = "") -> Manifest:

@@ -1,5 +1,8 @@
 """What KubeRay's operator refuses although its CRDs accept it: the rules that this chart could break.
 
+And one thing that it takes and that does not work: a head whose labels its own Service for a RayJob does not select
+(common/job.go: BuildHeadServiceForRayJob).
+
 From ray-operator/controllers/ray/utils/validation.go of KubeRay 1.7, Apache-2.0. Left out: RayService, RocksDB,
 mTLS and the CRD's own network policies, which are alpha and which the chart does not use.
 """
@@ -13,6 +16,7 @@ from typing import Any
 Spec = dict[str, Any]
 
 MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
+APPLICATION = "app.kubernetes.io/name"
 MAX_NAME = {"RayCluster": 53, "RayJob": 47}
 _DNS_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LABEL_KEY = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
@@ -56,6 +60,9 @@ def _job_errors(doc: Spec) -> Iterator[str]:
     if not isinstance(spec.get("rayClusterSpec"), dict):
         yield "rayClusterSpec: missing, and no clusterSelector"
         return
+    labels = spec["rayClusterSpec"]["headGroupSpec"]["template"].get("metadata", {}).get("labels", {})
+    if labels.get(APPLICATION, "kuberay") != "kuberay":
+        yield f"head: label {APPLICATION}={labels[APPLICATION]}: the RayJob's Service selects the head by kuberay"
     if spec["rayClusterSpec"].get("authOptions", {}).get("enableK8sTokenAuth"):
         yield "authOptions.enableK8sTokenAuth: not for a RayJob"
     yield from _cluster_errors(spec["rayClusterSpec"])

@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from tests.deploy.crd import crd_errors
-from tests.deploy.manifests import CHART, PROFILES, ROOT, helm, one, profile_values, ray_cluster, render
-from tests.deploy.operator_rules import operator_errors
+from tests.deploy.manifests import CHART, PROFILES, ROOT, helm, one, profile_values, ray_cluster, ray_pods, render
+from tests.deploy.operator_rules import APPLICATION, operator_errors
 
 KUBERNETES = ("1.28", "1.34")  # the oldest that the chart takes, and one of today
 PROMETHEUS_KINDS = {"PodMonitor", "PrometheusRule"}
@@ -42,6 +42,13 @@ def test_the_namespace_is_valid():
         kubernetes_validate.validate(doc, KUBERNETES[0], strict=True)
     claim = docs[1]["metadata"]["name"]
     assert claim == yaml.safe_load((CHART / "values.yaml").read_text())["storage"]["claim"]
+
+
+def test_the_pod_for_files_is_valid():
+    pod = yaml.safe_load((ROOT / "deploy/kuberay/files.yaml").read_text())
+    for version in KUBERNETES:
+        kubernetes_validate.validate(pod, version, strict=True)
+    assert pod["spec"]["securityContext"] == ray_pods(render("run"))["head"]["spec"]["securityContext"]
 
 
 @every_profile
@@ -104,6 +111,7 @@ GROUP = f"{CLUSTER}.workerGroupSpecs.0"
         (f"{CLUSTER}.authOptions.enableK8sTokenAuth", True, "not for a RayJob"),
         (f"{CLUSTER}.rayVersion", "2.51.0", "2.52.0 or later"),
         (f"{CLUSTER}.networkPolicy", {"mode": "DenyAll"}, "feature gates"),
+        (f"{CLUSTER}.headGroupSpec.template.metadata.labels", {APPLICATION: "x"}, "selects the head by kuberay"),
         (f"{CLUSTER}.headGroupSpec.rayStartParams", {"num-cpus": "0"}, "together with rayStartParams"),
         (f"{CLUSTER}.headGroupSpec.template.spec.restartPolicy", "Always", "takes only Never"),
         (f"{GROUP}.rayStartParams", {"labels": "a=b"}, "use labels"),

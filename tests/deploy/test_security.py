@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from tests.deploy.manifests import CHART, PROFILES, job_config, one, ray_cluster, ray_pods, render
+from tests.deploy.manifests import CHART, PROFILES, ROOT, job_config, one, ray_cluster, ray_pods, render
 
 every_profile = pytest.mark.parametrize("profile", PROFILES)
 
@@ -40,6 +40,11 @@ def restricted_errors(pod):
 def test_pods_are_restricted(profile):
     for name, pod in ray_pods(render(profile)).items():
         assert list(restricted_errors(pod)) == [], name
+
+
+def test_the_pod_for_files_is_restricted():
+    pod = yaml.safe_load((ROOT / "deploy/kuberay/files.yaml").read_text())
+    assert list(restricted_errors(pod)) == []
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,12 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end -}}
 
+{{- define "kat-ray.nodeLabels" -}}
+{{- /* Of Ray's pods. Without app.kubernetes.io/name, which the operator sets to kuberay: by that value the Service that
+it makes for a RayJob, NAME-head-svc, selects its head. */ -}}
+{{- omit (include "kat-ray.labels" . | fromYaml) "app.kubernetes.io/name" | toYaml -}}
+{{- end -}}
+
 {{- define "kat-ray.image" -}}
 {{ .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion }}
 {{- end -}}

@@ -10,7 +10,7 @@ The root file system is read-only. What is written goes to volumes: /tmp (Ray's 
 {{- $grace := include "kat-ray.grace" $root | float64 | ceil | int -}}
 metadata:
   labels:
-    {{- include "kat-ray.labels" $root | nindent 4 }}
+    {{- include "kat-ray.nodeLabels" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .role }}
 spec:
   {{- if not (and $head $values.autoscaling.enabled) }}
