@@ -3,30 +3,41 @@
 A mount namespace instead of a container: needs root and util-linux. What it cannot show are the image's own files.
 """
 
-import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.deploy.conftest import lacking
 from tests.deploy.manifests import ROOT, ray_pods, render
 
 pytestmark = pytest.mark.slow
 
-# A new root of read-only mounts: the system, Python and the project; beside them the pod's volumes.
+# Where the virtual environment and the project stand inside, wherever they are outside: no volume hides them.
+PYTHON, SOURCE = "/opt/kat-ray", "/opt/source"
+
+# A new root of read-only mounts: the system, Python and the project; beside them the pod's volumes. The environment
+# is mounted entry by entry and the sources are copied: their own folder may be one that only its owner may enter.
 SCRIPT = r"""
 set -eu
 umask 022
 new={new}
 mount -t tmpfs none "$new"
-for path in /bin /etc /lib /lib64 /sbin /usr {bound}; do
-    if [ -L "$path" ]; then cp -P "$path" "$new/"; continue; fi
-    [ -d "$path" ] || continue
-    mkdir -p "$new$path"
-    mount --bind "$path" "$new$path"
-    mount -o remount,ro,bind "$new$path"
+bind() {{
+    if [ -L "$1" ]; then cp -P "$1" "$new$2"; return; fi
+    if [ -d "$1" ]; then mkdir -p "$new$2"; else touch "$new$2"; fi
+    mount --bind "$1" "$new$2"
+    mount -o remount,ro,bind "$new$2"
+}}
+for path in /bin /etc /lib /lib64 /sbin /usr {base}; do
+    if [ -e "$path" ]; then bind "$path" "$path"; fi
 done
+mkdir -p "$new{python}" "$new{source}"
+for path in {prefix}/*; do bind "$path" "{python}/${{path##*/}}"; done
+for name in actors kat_ray; do cp -R {root}/$name "$new{source}/"; done
+chmod -R a+rX "$new{source}"
 for name in proc sys dev; do mkdir "$new/$name"; mount --rbind "/$name" "$new/$name"; done
 for path in {volumes}; do mkdir -p "$new$path"; mount -t tmpfs -o mode=1777 none "$new$path"; done
 mount -o remount,ro "$new"
@@ -40,12 +51,16 @@ def confined(folder, command, volumes):
     pod = ray_pods(render("smoke"))["head"]["spec"]
     (container,) = pod["containers"]
     environment = {e["name"]: e["value"] for e in container["env"] if "value" in e}
-    environment |= {"PATH": f"{os.path.dirname(sys.executable)}:/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    environment |= {"PATH": f"{PYTHON}/bin:/usr/bin:/bin", "PYTHONPATH": SOURCE}
     environment |= {"LOGNAME": "kat", "PYTHONDONTWRITEBYTECODE": "1"}  # a name for uid 1000; both as in the image
     env = ["env", "-i", *(f"{k}={v}" for k, v in environment.items())]
     script = SCRIPT.format(
         new=shlex.quote(str(folder)),
-        bound=shlex.join(sorted({str(ROOT), sys.prefix, sys.base_prefix})),
+        base=shlex.quote(sys.base_prefix),
+        prefix=shlex.quote(sys.prefix),
+        root=shlex.quote(str(ROOT)),
+        python=PYTHON,
+        source=SOURCE,
         volumes=" ".join(volumes),
         uid=pod["securityContext"]["runAsUser"],
         command=shlex.join([*env, *command]),
@@ -60,11 +75,12 @@ def volumes():
     """Where the head's writable volumes are mounted."""
     probe = 'd=$(mktemp -d) && mount -t tmpfs none "$d" && setpriv --no-new-privs true'
     if subprocess.run(["unshare", "--mount", "sh", "-c", probe], capture_output=True, check=False).returncode:
-        pytest.skip("mounting is refused here: needs root, and a container that may mount")
-    if str(ROOT).startswith("/tmp/") or sys.prefix.startswith("/tmp/"):
-        pytest.skip("the project lies in /tmp, which the pod's own /tmp hides")
+        lacking("mounting is refused here: needs root, and a container that may mount")
     (container,) = ray_pods(render("smoke"))["head"]["spec"]["containers"]
-    return [m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")]
+    places = [m["mountPath"] for m in container["volumeMounts"] if not m.get("readOnly")]
+    if hidden := [p for p in places if Path(sys.base_prefix).is_relative_to(p)]:
+        lacking(f"Python itself ({sys.base_prefix}) lies in {hidden[0]}, which the pod's own {hidden[0]} hides")
+    return places
 
 
 def test_nothing_else_can_be_written(tmp_path, volumes):
@@ -74,7 +90,7 @@ def test_nothing_else_can_be_written(tmp_path, volumes):
         " if os.access(d, os.W_OK)])\n"
         "print([l for l in open('/proc/self/status') if l.startswith('CapBnd')][0].split()[1])"
     )
-    done = confined(tmp_path, [sys.executable, "-c", code], volumes)
+    done = confined(tmp_path, [f"{PYTHON}/bin/python", "-c", code], volumes)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "1000 ['/tmp', '/dev/shm', '/cache', '/runs']\n0000000000000000\n"
 
@@ -85,7 +101,7 @@ def test_the_demo_trains(tmp_path, volumes):
         "import sys, pathlib; from kat_ray.cli import main; code = main(); "
         "print('left:', sorted(p.name for p in pathlib.Path('/runs/demo').iterdir())); sys.exit(code)"
     )
-    done = confined(tmp_path, [sys.executable, "-c", code, "train", "demo", *arguments], volumes)
+    done = confined(tmp_path, [f"{PYTHON}/bin/python", "-c", code, "train", "demo", *arguments], volumes)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "'checkpoints'" in done.stdout and "'summary.json'" in done.stdout
     assert "Read-only file system" not in done.stdout + done.stderr
