@@ -1,0 +1,85 @@
+"""An actor that hangs answers when asked how it is, and its task makes no progress: it is found and replaced."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from actors import run as job
+from actors.bench.stub_teacher import StubTeacher, stub_teacher
+from actors.bench.stubs import StubEngine, fast_stub_engine
+from actors.sampler_pool import Engines
+from tests.cluster.test_recovery import check_books, stub_config
+from tests.cluster.test_run import files  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.slow
+
+STEPS, HANG = 4, 8
+MARK = "hung-once"  # in run.dir: whoever makes it sleeps for ever, whoever finds it does not
+
+
+def hang_once(folder):
+    try:
+        (Path(folder) / MARK).touch(exist_ok=False)
+    except FileExistsError:
+        return
+    time.sleep(1e6)
+
+
+class HangingEngine(StubEngine):
+    """Sleeps in `step` once, in the middle of the second step's rollouts."""
+
+    def __init__(self, config):
+        super().__init__(config.rollout.top_k_logprobs, vocabulary=16)
+        self._dir, self._first = config.run.dir, config.rollout.rollouts_per_step
+        self._half = config.rollout.max_tokens // 2
+
+    def step(self):
+        if any(int(request) >= self._first and left < self._half for request, left in self._left.items()):
+            hang_once(self._dir)
+        return super().step()
+
+
+class HangingTeacher(StubTeacher):
+    """Sleeps in `score` once, in the middle of the second step's rollouts."""
+
+    def __init__(self, config):
+        super().__init__(config.rollout.max_tokens)
+        self._dir, self._first = config.run.dir, config.rollout.rollouts_per_step
+
+    def score(self, chunk):
+        if chunk.rollout_ids.max() >= self._first and chunk.start.max() > 0:
+            hang_once(self._dir)
+        return super().score(chunk)
+
+
+def hanging_engine(config, model, model_dir, max_model_len):
+    return HangingEngine(config)
+
+
+def hanging_teacher(config, teacher_dir, stop_ids, max_model_len=0):
+    return HangingTeacher(config)
+
+
+@pytest.mark.parametrize(
+    ("role", "task", "engines"),
+    [
+        ("sampler", "generate", Engines(hanging_engine, stub_teacher)),
+        ("scorer", "score", Engines(fast_stub_engine, hanging_teacher)),
+    ],
+    ids=["sampler", "scorer"],
+)
+def test_an_actor_that_answers_and_makes_no_progress_is_replaced(ray_local, files, tmp_path, role, task, engines):  # noqa: F811
+    # Who is not found would be waited for until step_timeout, and fail the run.
+    config = stub_config(files, tmp_path, STEPS, cluster={"hang_timeout": HANG, "step_timeout": 120})
+    path = job.train(config, engines=engines)
+    assert (tmp_path / MARK).exists(), "nobody hung"
+    _, _, metrics = check_books(config, path)
+    said = re.findall(
+        r"(\w+):\d hangs \(no progress for (\d+) s in '(\w+)'; cluster.hang_timeout\): it is killed and replaced",
+        (path / "run.log").read_text(),
+    )
+    assert [(who, what) for who, _, what in said] == [(role, task)], "it and nobody else, who waits for it included"
+    assert int(said[0][1]) >= HANG
+    assert sum(m["pool/restarts"] for m in metrics) >= 1
