@@ -15,43 +15,90 @@ from kat_ray.errors import UserError
 from tests.cluster.disturb import steps_done
 from tests.cluster.test_recovery import check_books, stub_config
 from tests.cluster.test_run import files  # noqa: F401 (a fixture)
+from tests.deploy.conftest import lacking
 
 pytestmark = pytest.mark.slow
 STUBS = Engines(fast_stub_engine, stub_teacher)
-MIB = 2**20
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 90 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", place]).returncode:
-        pytest.skip("needs to mount a file system of its own")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+def mounted():
+    """Puts a file system of so many MiB at a place."""
+    places = []
+
+    def mount(place, mib):
+        place.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", place]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lacking(f"no file system can be mounted (needs root, and a container that may): {done.stderr.strip()}")
+        places.append(place)
+        return place
+
+    if os.geteuid():
+        lacking("mounting a file system needs root")
+    yield mount
+    for place in places:
+        subprocess.run(["umount", "-l", place], check=True)
 
 
-def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(ray_local, files, small_disk, monkeypatch):  # noqa: F811
-    config = stub_config(
-        files, small_disk, steps=12, run={"steps": 12, "checkpoint_every": 2, "tensorboard": False}
-    )
-    run, filler = small_disk / "run", small_disk / "filler"
+def fill(disk):
+    """All but a page of it; returns the file that does."""
+    filler = disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - 4096))
+    return filler
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(ray_local, files, tmp_path, mounted, monkeypatch):  # noqa: F811
+    disk = mounted(tmp_path / "disk", 90)
+    config = stub_config(files, disk, steps=12, run={"steps": 12, "checkpoint_every": 2, "tensorboard": False})
+    run = disk / "run"
     write_traces = job.RunDirectory.write_traces
 
-    def fill(records, step, rows):
-        if step == 5 and not filler.exists():
-            filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 4096))
+    def full(records, step, rows):
+        if step == 5:
+            fill(disk)
         write_traces(records, step, rows)
 
-    monkeypatch.setattr(job.RunDirectory, "write_traces", fill)
+    monkeypatch.setattr(job.RunDirectory, "write_traces", full)
     with pytest.raises(UserError, match=r"(cannot be written|No space left on device)") as error:
         job.train(config, engines=STUBS)
     assert "intact" in str(error.value)
     assert steps_done(run / "metrics.jsonl") == 5
     loaded, notes = Checkpoints(run / "checkpoints", 3, True).newest()
     assert loaded is not None and loaded.step == 4 and not notes
-    filler.unlink()
+    (disk / "filler").unlink()
+    monkeypatch.undo()
+    assert job.train(config, resume=run, engines=STUBS) == run
+    check_books(config, run)
+
+
+def test_a_disk_that_is_full_while_the_learner_writes(ray_local, files, tmp_path, mounted, monkeypatch):  # noqa: F811
+    """Checkpoints have a disk of their own, so that it is the learner's process whose writing fails."""
+    config = stub_config(files, tmp_path, steps=6, run={"steps": 6, "checkpoint_every": 2, "tensorboard": False})
+    run = tmp_path / "run"
+    disk = run / "checkpoints"
+    begin = Checkpoints.begin
+
+    def full(checkpoints, step):
+        if not disk.exists():
+            mounted(disk, 64)
+        partial = begin(checkpoints, step)
+        if step == 4:
+            fill(disk)
+        return partial
+
+    monkeypatch.setattr(Checkpoints, "begin", full)
+    with pytest.raises(
+        UserError, match=r"the checkpoint of step 4 to be written: .*No space left on device.*intact"
+    ):
+        job.train(config, engines=STUBS)
+    # The files are written while the next step goes on: that one was learnt before the error was heard of.
+    assert steps_done(run / "metrics.jsonl") == 4 and list(run.glob("traces/**/step-*4.*"))
+    assert not (disk / "step-4").exists()
+    loaded, notes = Checkpoints(disk, 3, True).newest()
+    assert loaded is not None and loaded.step == 2 and not notes
+    (disk / "filler").unlink()
     monkeypatch.undo()
     assert job.train(config, resume=run, engines=STUBS) == run
     check_books(config, run)
