@@ -71,9 +71,16 @@ def _pipeline(folder: Path) -> list[Figure]:
     return figures(folder)
 
 
+def _checkpoint(folder: Path) -> list[Figure]:
+    from actors.bench.checkpoint import figures
+
+    return figures(folder)
+
+
 GROUPS: dict[str, tuple[Callable[[Path], list[Figure]], str]] = {
     "end_to_end": (_end_to_end, "the whole pipeline, against its peer and with KAT against without"),
     "pipeline": (_pipeline, "overlap, publication, decisions, bytes and start-up of whole runs"),
+    "checkpoint": (_checkpoint, "what a checkpoint costs the step that goes on while it is written"),
     "sampler": (_sampler, "sampling with log-probabilities and chunks, against bare generation"),
     "teacher": (_teacher, "scoring chunk by chunk, against one forward over finished rollouts"),
     "learner": (_learner, "the learner's arithmetic, against a plain matrix product"),
