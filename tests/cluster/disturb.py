@@ -1,4 +1,4 @@
-"""Kills the actors of a run while it goes on, from a thread beside it."""
+"""Kills the actors of a run while it goes on, from a thread beside it, and looks at how far the run has come."""
 
 import json
 import os
@@ -32,16 +32,25 @@ def processes_of(role):
     return [p for p in psutil.Process().children(recursive=True) if role_of(p) == role]
 
 
-class Disturber:
-    """Ends or freezes one random actor after another once a run has done its first step."""
+def newest_of(role):
+    """The one that was started last: one that is about to end may still be there."""
+    return max(processes_of(role), key=lambda p: p.create_time())
 
-    def __init__(self, metrics, roles, kills, pauses=(0.3, 2.0), frozen=0.0, seed=0):
-        self._metrics, self._roles, self._kills = metrics, roles, kills
-        self._pauses, self._frozen = pauses, frozen
-        self._random = random.Random(seed)
+
+def is_frozen(process):
+    """Whether it has been stopped by a signal; also true of one that has ended."""
+    try:
+        return process.status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return True
+
+
+class Beside:
+    """A thread that works beside a run, from the beginning of a `with` to its end."""
+
+    def __init__(self):
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
-        self.killed = []  # (role, signal)
 
     def __enter__(self):
         self._thread.start()
@@ -52,30 +61,61 @@ class Disturber:
         self._thread.join()
 
     def _work(self):
+        raise NotImplementedError
+
+
+class Disturber(Beside):
+    """Ends or freezes one actor after another once a run has done its first step, and then calls `then`.
+
+    The first victims are one of each role, the others random. Of `freeze_every` victims the first is frozen, and
+    left to whoever notices that.
+    """
+
+    def __init__(self, metrics, roles, kills, pauses=(0.3, 2.0), freeze_every=None, seed=0, then=lambda: None):
+        super().__init__()
+        self._metrics, self._roles, self._kills = metrics, roles, kills
+        self._pauses, self._freeze_every, self._then = pauses, freeze_every, then
+        self._random = random.Random(seed)
+        self.killed = []  # (role, signal)
+
+    def _work(self):
         while not steps_done(self._metrics) and not self._over.wait(0.1):
             pass
+        first = list(dict.fromkeys(self._roles))
         while len(self.killed) < self._kills and not self._over.wait(self._random.uniform(*self._pauses)):
-            role = self._random.choice(self._roles)
-            number = signal.SIGSTOP if self._random.random() < self._frozen else signal.SIGKILL
-            if processes := processes_of(role):
-                victim = self._random.choice(processes)
-                try:
-                    os.kill(victim.pid, number)
-                except ProcessLookupError:
-                    continue
-                self.killed.append((role, number))
+            number = len(self.killed)
+            role = first[number] if number < len(first) else self._random.choice(self._roles)
+            freeze = self._freeze_every is not None and number % self._freeze_every == 0
+            self._hit(role, signal.SIGSTOP if freeze else signal.SIGKILL)
+        if len(self.killed) == self._kills:
+            self._then()
+
+    def _hit(self, role, number):
+        """One process of a role; none if all of them are frozen or being started."""
+        victims = [p for p in processes_of(role) if not is_frozen(p)]
+        if not victims:
+            return
+        try:
+            os.kill(self._random.choice(victims).pid, number)
+        except ProcessLookupError:
+            return
+        self.killed.append((role, number))
+
+
+def lines_of(metrics):
+    """What a run's metrics.jsonl holds, without a last line that is half written; nothing while there is none."""
+    if not metrics.is_file():
+        return []
+    *whole, _ = metrics.read_text().split("\n")
+    return [json.loads(line) for line in whole]
 
 
 def steps_done(metrics):
     """Steps that a run's metrics.jsonl has; 0 while there is none."""
-    if not metrics.is_file():
-        return 0
-    lines = metrics.read_text().splitlines()
-    steps = [json.loads(line) for line in lines if line.endswith("}")]
-    return max((m["step"] for m in steps if "learner/loss" in m), default=0)
+    return max((m["step"] for m in lines_of(metrics) if "learner/loss" in m), default=0)
 
 
-def wait_for_step(metrics, step, process, timeout=240):
+def wait_for_step(metrics, step, process, timeout=300):
     """Until a run in another process has done so many steps."""
     deadline = time.monotonic() + timeout
     while steps_done(metrics) < step:

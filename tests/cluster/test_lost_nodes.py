@@ -6,16 +6,20 @@ from dataclasses import dataclass
 import pytest
 
 from actors import run as job
+from actors.bench.stub_teacher import stub_teacher
 from actors.object_store import store_usage
-from tests.cluster.disturb import role_of, steps_done
+from actors.sampler_pool import Engines
+from tests.cluster.disturb import role_of
 from tests.cluster.local_cluster import local_cluster
-from tests.cluster.test_recovery import QUICK, STUBS, check_alike, stub_config
-from tests.cluster.test_run import files  # noqa: F401 (a fixture)
+from tests.cluster.test_recovery import check_alike, stub_config
+from tests.cluster.test_run import QUICK, files  # noqa: F401 (a fixture)
+from tests.deploy.held_steps import Gate, held_engine
 from tests.deploy.ray_process import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
 
-STEPS = 24  # engines keep their pace on a slow machine, starting and ending a node does not: room for it
+STEPS = 8
+LOST_IN = 5  # the step, the first of which is 1; there is a checkpoint of the one before
 HEAD_CPUS, HEAD_GPUS = 12, 1
 LOST, SPARE = "lost", "spare"
 
@@ -79,35 +83,34 @@ def roles_on(cluster, node):
     return {role_of(p) for p in cluster.processes(node)} - {None}
 
 
-def lose_a_node(cluster, scene, metrics):
-    """Beside a run: add a node, take away the other one while rollouts are sampled; returns the steps done then."""
-    until(lambda: steps_done(metrics) >= 2, 240, "two steps are done")
-    cluster.start_node(SPARE, scene.cpus, gpus=scene.gpus)
-    assert roles_on(cluster, LOST) == set(scene.roles), "it is not placed as the scene says"
-    before = steps_done(metrics)
-    until(lambda: steps_done(metrics) > before, 60, "a step begins, and with it sampling")
-    done = steps_done(metrics)
-    cluster.kill(LOST)
+def lose_a_node(cluster, scene, gate):
+    """Beside a run: add a node, and take away the other one while both samplers are in the middle of a step."""
+    try:
+        until(lambda: len(gate.stopped(LOST_IN - 1)) == 2, 300, f"the middle of step {LOST_IN}")
+        cluster.start_node(SPARE, scene.cpus, gpus=scene.gpus)
+        assert roles_on(cluster, LOST) == set(scene.roles), "it is not placed as the scene says"
+        cluster.kill(LOST)
+    finally:
+        gate.open(STEPS)
     assert store_usage().used_share < 1, "the driver can ask how full the stores are while a node is missing"
-    until(lambda: roles_on(cluster, SPARE) == set(scene.roles), 240, f"{scene.roles} come up on the other node")
-    return done
+    until(lambda: roles_on(cluster, SPARE) == set(scene.roles), 300, f"{scene.roles} come up on the other node")
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
 def test_a_run_survives_the_loss_of_a_node(cluster, quiet, files, tmp_path, caplog, scene):  # noqa: F811
-    config = config_for(files, cluster, tmp_path, scene.sections)
+    config, gate = config_for(files, cluster, tmp_path, scene.sections), Gate(tmp_path)
+    gate.open(LOST_IN - 1)
     cluster.start_node(LOST, scene.cpus, gpus=scene.gpus)
     try:
         with ThreadPoolExecutor(1) as beside:
-            losing = beside.submit(lose_a_node, cluster, scene, tmp_path / "run" / "metrics.jsonl")
-            path = job.train(config, engines=STUBS)
-            done = losing.result()
+            losing = beside.submit(lose_a_node, cluster, scene, gate)
+            path = job.train(config, engines=Engines(held_engine, stub_teacher))
+            losing.result()
     finally:
         cluster.kill(LOST)
         cluster.kill(SPARE)
-    assert 2 <= done < STEPS
     restarts = [m["step"] for m in check_alike(config, path, quiet) if m["pool/restarts"]]
     # A learner's loss takes the run back to a checkpoint: the figures are those of the second time.
-    assert "learner" in scene.roles or min(restarts, default=0) == done + 1, (restarts, done)
+    assert "learner" in scene.roles or min(restarts, default=0) == LOST_IN, restarts
     for role, index in (("sampler", 1), ("learner", 0)):  # of scorers and monitors samplers hear, not the driver
         assert (f"{role}:{index} was lost" in caplog.text) == (role in scene.roles)

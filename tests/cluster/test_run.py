@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from actors import run as job
+from actors.bench.stub_teacher import stub_teacher
+from actors.bench.stubs import fast_stub_engine
+from actors.sampler_pool import Engines
 from actors.watch import started
 from kat_ray.config import Config
 from kat_ray.demo.tokenizer import build_tokenizer
@@ -24,6 +27,8 @@ SINGLE = {
     "learner": {"world_size": 1},
     "evaluation": {"data": None},
 }
+SAME = {"run": {"deterministic": True}}
+QUICK = Engines(fast_stub_engine, stub_teacher)  # their tokens depend on the rollout alone
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,7 @@ def config_of(root, tmp_path, **sections):
 @pytest.fixture(scope="module")
 def finished(ray_local, files, tmp_path_factory):
     """One finished run: its configuration, directory, summary, traces and metrics."""
-    config = config_of(files, tmp_path_factory.mktemp("runs"))
+    config = config_of(files, tmp_path_factory.mktemp("runs"), **SAME)
     path = job.train(config)
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return config, path, json.loads((path / "summary.json").read_text()), read_traces(path).to_pylist(), metrics
@@ -240,11 +245,15 @@ def test_a_replay_of_the_run_gives_its_cuts_again(finished):
     ids=lambda rule: rule["rule"],
 )  # fmt: skip
 def test_every_rule_acts_while_rollouts_are_generated(finished, files, tmp_path, rule):
-    """One pair of engines each: what a rule ended was not generated to its end, and a replay says the same."""
+    """One pair of engines each: what a rule ended was not generated to its end, and a replay says the same.
+
+    Stubs, where a rule does not need the text of a model: vLLM is told no more of one than of another.
+    """
     if rule["rule"] == "length_matched":
         rule = {**rule, "run": str(finished[1])}
-    config = config_of(files, tmp_path, termination={"probe_share": 0.25, **rule}, run={"steps": 3}, **SINGLE)
-    path = job.train(config)
+    termination, few = {"probe_share": 0.25, **rule}, {"top_k_logprobs": 16}
+    config = config_of(files, tmp_path, termination=termination, run={"steps": 3}, rollout=few, **SINGLE)
+    path = job.train(config, engines=None if rule["rule"] == "repetition" else QUICK)
     traces, _ = load_traces(path, COLUMNS)
     cut, probe = traces.cut >= 0, traces.probe == 1
     generated = np.array([len(t["token_ids"]) for t in read_traces(path).to_pylist()])
@@ -286,12 +295,11 @@ def test_staleness_samples_a_step_while_the_one_before_is_learnt(ray_local, file
 
 @pytest.mark.slow
 def test_the_same_command_gives_the_same_run(finished, files, tmp_path):
+    """To the bit, with two of everything."""
     *_, metrics = finished
-    again = job.train(config_of(files, tmp_path)) / "metrics.jsonl"
+    again = job.train(config_of(files, tmp_path, **SAME)) / "metrics.jsonl"
     losses = [json.loads(line).get("learner/loss") for line in again.read_text().splitlines()]
-    assert len(losses) == len(metrics)
-    for m, loss in zip(metrics, losses, strict=True):
-        assert m.get("learner/loss") == loss or m["learner/loss"] == pytest.approx(loss, rel=1e-3)
+    assert losses == [m.get("learner/loss") for m in metrics] and len({*losses}) >= 5
 
 
 @pytest.mark.slow

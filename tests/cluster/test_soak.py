@@ -1,7 +1,6 @@
 """Two thousand short steps: nothing grows in the driver, in the actors or in the object store."""
 
 import json
-import threading
 
 import numpy as np
 import psutil
@@ -12,7 +11,7 @@ from actors import run as job
 from actors.bench.stub_teacher import stub_teacher
 from actors.bench.stubs import fast_stub_engine
 from actors.sampler_pool import Engines
-from tests.cluster.disturb import CLASSES, processes_of
+from tests.cluster.disturb import CLASSES, Beside, processes_of
 from tests.cluster.test_recovery import check_books, stub_config
 from tests.cluster.test_run import files  # noqa: F401 (a fixture)
 
@@ -20,25 +19,16 @@ pytestmark = pytest.mark.slow
 STEPS = 2000
 
 
-class Gauge:
-    """Own memory (without the store's pages), open files and object store of a run, every second."""
+class Gauge(Beside):
+    """Own memory (without the store's pages), open files and object store of a run, every three seconds."""
 
     def __init__(self, metrics):
+        super().__init__()
         self._metrics = metrics
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
         self.rows = []
 
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._over.set()
-        self._thread.join()
-
     def _work(self):
-        while not self._over.wait(1.0):
+        while not self._over.wait(3.0):
             if not self._metrics.is_file():
                 continue
             try:

@@ -1,0 +1,63 @@
+"""A run beside which a test waits for something: its stub engines are slow until the test has seen that.
+
+So the run lasts for as long as it has to on any machine, and what is left of it then passes at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from actors import run as job
+from actors.bench.stub_teacher import stub_teacher
+from actors.bench.stubs import StubEngine
+from actors.sampler_pool import Engines
+from kat_ray.config import Config
+from kat_ray.types import EngineRows
+
+
+def seen_file(config: Config) -> Path:
+    """Its being there ends the slow part of a run."""
+    return Path(config.run.dir) / "seen"
+
+
+class PacedEngine(StubEngine):
+    """`rate` tokens a second, and from the moment that the file is there as many as it can."""
+
+    def __init__(self, config: Config, rate: float) -> None:
+        super().__init__(config.rollout.top_k_logprobs, vocabulary=16, rate=rate)
+        self._seen = seen_file(config)
+
+    def step(self) -> list[EngineRows]:
+        """One token of every running request."""
+        if self._rate is not None and self._seen.exists():
+            self.set_rate(None)
+        return super().step()
+
+
+def _make_engine(rate: float, config: Config, *_: Any) -> PacedEngine:
+    return PacedEngine(config, rate)
+
+
+def paced(rate: float) -> Engines:
+    """Stub engines for a run; the tokens of a rollout are those of any stub."""
+    return Engines(partial(_make_engine, rate), stub_teacher)
+
+
+def train_beside(config: Config, watch: Callable[[], Any], rate: float) -> Path:
+    """A whole run, slow until `watch`, in a thread beside it, has returned or failed; its directory."""
+
+    def watched() -> None:
+        try:
+            watch()
+        finally:
+            seen_file(config).touch()
+
+    with ThreadPoolExecutor(1) as beside:
+        watching = beside.submit(watched)
+        path = job.train(config, engines=paced(rate))
+        watching.result()
+    return path
