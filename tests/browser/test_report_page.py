@@ -1,7 +1,6 @@
 """The report in a real browser: it opens without a network, and its rollouts can be filtered and looked at."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -14,13 +13,12 @@ from kat_ray import cli
 from kat_ray.types import StopReason
 from tests.unit.test_report import APPLIED, STAGES, row, small_run, write_run
 
-# Change a filter; returns the milliseconds until the page has answered, its layout included.
+# Change a filter; returns how many elements the page then has.
 CHANGE = """
-const [name, value] = arguments, field = document.getElementById(name), start = performance.now();
+const [name, value] = arguments, field = document.getElementById(name);
 field.value = value;
 field.dispatchEvent(new Event("change"));
-document.body.getBoundingClientRect();
-return performance.now() - start;
+return document.getElementsByTagName("*").length;
 """
 
 
@@ -159,19 +157,16 @@ def test_ten_thousand_rollouts_open(browser, tmp_path):
     ]  # fmt: skip
     steps.append([row(9900 + i, STAGES, step=99) for i in range(100)])
     run = write_run(tmp_path / "run", steps)
-    started = time.perf_counter()
     assert cli.main(["report", str(run)]) == 0
-    print(f"a report of 10,000 rollouts: {time.perf_counter() - started:.1f} s")
     page = run / "report" / "report.html"
     assert page.stat().st_size < 20 * 2**20
     open_page(browser, page)
-    opened = browser.execute_script("return performance.getEntriesByType('navigation')[0].loadEventEnd")
-    print(f"opened in {opened:.0f} ms")
-    assert 0 < opened < 5000, "it is to open in seconds; milliseconds"
-    for name, value in (("stop", "eos"), ("right", "true"), ("stop", ""), ("order", "mean"), ("order", "long")):
-        took = browser.execute_script(CHANGE, name, value)
-        print(f"{name} = {value}: {took:.0f} ms")
-        assert took < 1000, "milliseconds"
+    # What makes it quick on any machine: the page has elements for the rollouts that it lists, and for the tokens
+    # of one of them. Ten thousand rollouts alone would be 50,000 elements, their tokens two millions.
+    changes = [("stop", ""), ("stop", "eos"), ("right", "true"), ("stop", ""), ("order", "mean"), ("order", "long")]
+    for name, value in changes:
+        count = browser.execute_script(CHANGE, name, value)
+        assert count < 3000, f"{name} = {value}: {count} elements"
     assert "longest first" in browser.execute_script(
         "return document.getElementById('order').selectedOptions[0].text"
     )

@@ -19,18 +19,11 @@ from pathlib import Path
 import psutil
 
 from tests.deploy.manifests import ROOT
-from tests.deploy.ray_process import free_port, until
+from tests.deploy.ray_process import outside_port, until
 
 MARK = "KAT_RAY_TEST_NODE"
 HEAD = "head"
-_SECONDS = 120.0  # that `ray start` may take
-
-
-def outside_port() -> int:
-    """A free port that no worker is given: those are 10002 to 19999, and Ray refuses to share them."""
-    while 10_000 <= (port := free_port()) < 20_000:
-        pass
-    return port
+_SECONDS = 300.0  # that `ray start` may take
 
 
 class LocalCluster:
@@ -129,7 +122,7 @@ class LocalCluster:
                     process.send_signal(signal.SIGKILL)
             return not living
 
-        until(gone, 30, f"the processes of {node or 'the cluster'} end")
+        until(gone, 120, f"the processes of {node or 'the cluster'} end")
 
     def _start(
         self,

@@ -1,9 +1,11 @@
 """A cluster of ours as a stranger finds it: on loopback, behind a token; and no secret in what a run leaves."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -49,10 +51,18 @@ def listeners(root):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def short_folder():
+    """Makes folders for Ray's sockets, whose paths have to be short: pytest's are 99 of 107 bytes for `root`."""
+    with contextlib.ExitStack() as folders:
+        yield lambda: Path(
+            folders.enter_context(tempfile.TemporaryDirectory(prefix="kat-", ignore_cleanup_errors=True))
+        )
+
+
+@pytest.fixture(scope="module")
+def trained(short_folder):
     """A run with marked secrets in its environment, watched from outside: its folder, output and listeners."""
-    # Ray's sockets lie in here, and their paths have to be short.
-    root = tmp_path_factory.mktemp("n", numbered=True)
+    root = short_folder()
     with (root / "out.txt").open("wb") as out:
         run = subprocess.Popen(
             [sys.executable, "-m", "kat_ray.cli", *TRAIN],
@@ -110,7 +120,7 @@ def test_secrets_are_not_repeated_in_messages(tmp_path, arguments):
     given = [a.format(**SECRETS) for a in arguments]
     done = subprocess.run(
         [sys.executable, "-m", "kat_ray.cli", *given], cwd=tmp_path, env=environment(tmp_path, **SECRETS),
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
     assert not [v for v in SECRETS.values() if v in done.stdout + done.stderr]
@@ -153,14 +163,19 @@ client = JobSubmissionClient("http://" + sys.argv[1])
 job = client.submit_job(entrypoint=sys.executable + " -c " + shlex.quote(sys.argv[2]))
 while not client.get_job_status(job).is_terminal():
     time.sleep(0.2)
-print(client.get_job_logs(job), client.get_job_info(job).runtime_env)
+for attempt in range(60):
+    try:
+        print(client.get_job_logs(job), client.get_job_info(job).runtime_env)
+        break
+    except RuntimeError:  # the agent is busy, or has no file yet
+        time.sleep(1)
 """
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster(short_folder):
     """A cluster that the command line would start, with its dashboard: folder, addresses, token."""
-    root = tmp_path_factory.mktemp("c")
+    root = short_folder()
     process = subprocess.Popen(
         [sys.executable, "-c", CLUSTER], cwd=root, env=environment(root) | {"PYTHONPATH": str(Path.cwd())},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -169,7 +184,7 @@ def cluster(tmp_path_factory):
         gcs, dashboard = process.stdout.readline().split()
         yield root, gcs, dashboard, (root / "token").read_text()
     finally:
-        process.communicate("end\n", timeout=60)
+        process.communicate("end\n", timeout=180)
 
 
 def call(root, code, address, **variables):
@@ -177,7 +192,7 @@ def call(root, code, address, **variables):
     variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     return subprocess.run(
         [sys.executable, "-c", code, address, INSIDE], cwd=root, env=environment(root, **variables),
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -204,7 +219,7 @@ def test_the_job_api_refuses_plain_calls(cluster, token, code):
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     request = urllib.request.Request(f"http://{dashboard}/api/jobs/", body, headers)
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(request, timeout=30)
+        urllib.request.urlopen(request, timeout=120)
     assert refused.value.code == code
 
 

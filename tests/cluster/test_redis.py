@@ -66,7 +66,7 @@ def redis(tmp_path_factory):
             return connection.recv(100).startswith(b"+OK")
 
     with process(["redis-server", str(folder / "redis.conf")], folder / "redis.log"):
-        until(answers, 30, "Redis answers")
+        until(answers, 120, "Redis answers")
         yield port
 
 
@@ -93,7 +93,7 @@ def counter(cluster, what, folder):
     with log.open("w") as out:
         done = subprocess.run(
             [sys.executable, "-c", COUNTER, cluster.address, what], env=cluster.environment("client"), stdout=out,
-            stderr=subprocess.STDOUT, timeout=180, check=False,
+            stderr=subprocess.STDOUT, timeout=300, check=False,
         )  # fmt: skip
     text = log.read_text()
     assert done.returncode == 0, text
@@ -146,11 +146,11 @@ def test_a_run_goes_on_when_the_head_is_back(redis, files, tmp_path):  # noqa: F
         left = {p.pid for p in cluster.processes(WORKER) if role_of(p)}
         assert len(left) == 4, "sampler, scorer, monitor and learner live on the worker node"
         lose_the_head(cluster, redis)
-        assert driver.wait(10) != 0
+        assert driver.wait(120) != 0
         driver = train(cluster, tmp_path / "second.txt", "--resume", run)
         code = driver.wait(300)
         text = (tmp_path / "second.txt").read_text()
         assert code == 0 and re.search(r"after step [246]\b", text), text[-3000:]
         assert raylet.is_running(), "the worker node is the one that it was"
-        until(lambda: not [p for p in cluster.processes(WORKER) if role_of(p)], 60, "its actors have ended")
+        until(lambda: not [p for p in cluster.processes(WORKER) if role_of(p)], 180, "its actors have ended")
     check_books(config, run)

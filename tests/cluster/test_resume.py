@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from kat_ray.config_io import config_yaml
 from kat_ray.traces import read_traces
 from tests.cluster.disturb import steps_done, wait_for_step
 from tests.cluster.test_run import config_of, files  # noqa: F401 (a fixture)
-from tests.deploy.ray_process import ray_process, submitted, until
+from tests.deploy.ray_process import job_logs, ray_process, submitted, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
 STEPS = 20
@@ -81,6 +82,13 @@ def straight(files, tmp_path_factory):  # noqa: F811
     return everything(run)
 
 
+def complete(run):
+    """The steps of a run's checkpoints, without one that was being written."""
+    return sorted(
+        int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*") if "." not in p.name
+    )
+
+
 def check_same(run, straight):
     again = everything(run)
     for part in ("metrics", "evaluations", "traces", "summary", "state", "weights"):
@@ -94,29 +102,30 @@ def test_ten_steps_a_kill_and_ten_steps_are_twenty_steps(straight, files, tmp_pa
     wait_for_step(run / "metrics.jsonl", 13, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    newest = sorted((run / "checkpoints").glob("step-*"), key=lambda p: p.name)
-    assert {p.name for p in newest if "." not in p.name} == {"step-5", "step-10"}
+    saved = complete(run)
+    assert saved in ([5, 10], [5, 10, 15]), "it was killed at step 13, or a little later"
+    before, newest = saved[-2:]
     # The same run with its newest checkpoint damaged: the one before it, which is named.
     damaged = shutil.copytree(run, tmp_path / "damaged")
-    weights = damaged / "checkpoints" / "step-10" / "model.safetensors"
+    weights = damaged / "checkpoints" / f"step-{newest}" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     resumed = [start("--resume", path) for path in (run, damaged)]  # beside each other
     (out, _), (other, _) = map(finish, resumed)
-    assert "after step 10" in out
+    assert f"after step {newest}" in out
     check_same(run, straight)
-    assert "step-10" in other and "after step 5" in other
+    assert f"step-{newest}" in other and f"after step {before}" in other
     check_same(damaged, straight)
 
 
 def test_told_to_end_it_saves_and_a_second_run_goes_on(straight, files, tmp_path):  # noqa: F811
     config, run = run_config(files, tmp_path, "told")
     process = start(config)
-    wait_for_step(run / "metrics.jsonl", 7, process)
+    wait_for_step(run / "metrics.jsonl", 6, process)
     process.terminate()
-    out, err = finish(process, code=128 + signal.SIGTERM, timeout=180)
+    out, err = finish(process, code=128 + signal.SIGTERM)
     assert "--resume" in err
-    saved = max(int(p.name.removeprefix("step-")) for p in (run / "checkpoints").iterdir())
-    assert saved >= 7 and saved % 5, "the step that was done is saved, not only each fifth one"
+    saved = complete(run)[-1]
+    assert saved >= 6 and saved % 5, "the step that was done is saved, not only each fifth one"
     out, _ = finish(start("--resume", run))
     assert f"after step {saved}" in out
     check_same(run, straight)
@@ -140,10 +149,10 @@ def test_a_retried_job_goes_on_by_itself(straight, files, tmp_path, monkeypatch)
 
         def ended(jobs, job):
             until(lambda: jobs.get_job_status(job).is_terminal(), 300, f"job {job} ends")
-            return jobs.get_job_status(job), jobs.get_job_logs(job)
+            return jobs.get_job_status(job), job_logs(jobs, job)
 
         jobs, job = submitted(dashboard, train)
-        until(lambda: steps_done(metrics) >= 7, 300, "seven steps")
+        until(lambda: steps_done(metrics) >= 6, 300, "six steps")
         (driver,) = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-1:] == [str(config)]]
         driver.kill()
         status, text = ended(jobs, job)
@@ -152,7 +161,7 @@ def test_a_retried_job_goes_on_by_itself(straight, files, tmp_path, monkeypatch)
         until(lambda: steps_done(metrics) >= 12, 300, "twelve steps")
         jobs.stop_job(job)
         status, text = ended(jobs, job)
-        assert "after step 5" in text and "saving step" in text, text
+        assert re.search(r"after step (5|10)\b", text) and "saving step" in text, text
         _, job = submitted(dashboard, train)
         status, text = ended(jobs, job)
         assert status == JobStatus.SUCCEEDED, text

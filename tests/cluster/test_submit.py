@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser.conftest import browser  # noqa: F401 (a fixture)
+from tests.cluster.disturb import lines_of
 from tests.cluster.local_cluster import local_cluster
 from tests.deploy.manifests import ROOT
 from tests.deploy.ray_process import until
@@ -41,7 +42,7 @@ def run(cluster, tmp_path_factory):
     address = f"http://127.0.0.1:{cluster.dashboard}"
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)}
 
-    def call(*arguments, token=TOKEN, seconds=300):
+    def call(*arguments, token=TOKEN, seconds=600):
         env = kept | ({"RAY_AUTH_TOKEN": token} if token else {})
         return subprocess.run(
             [sys.executable, "-m", "kat_ray.cli", *arguments, "--address", address],
@@ -52,7 +53,7 @@ def run(cluster, tmp_path_factory):
         done = call("list")
         return done.returncode == 0 and done
 
-    until(jobs_taken, 120, "the dashboard answers")
+    until(jobs_taken, 300, "the dashboard answers")
     call.folder = folder
     return call
 
@@ -62,12 +63,11 @@ def submit(run, *more, **options):
         done = run("submit", "demo", f"run.dir={run.folder}", *SETTINGS, *more, **options)
         return None if "No available agent" in done.stderr else done
 
-    return until(sent, 120, "the cluster takes a job")
+    return until(sent, 300, "the cluster takes a job")
 
 
 def steps_of(run):
-    file = run.folder / "night" / "metrics.jsonl"
-    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.is_file() else []
+    return [m["step"] for m in lines_of(run.folder / "night" / "metrics.jsonl")]
 
 
 @pytest.mark.parametrize("token, words", [(None, "asks for a token"), ("6d" * 32, "does not know this token")])
@@ -97,7 +97,7 @@ def actors(cluster):
     )
     done = subprocess.run(
         [sys.executable, "-c", code, f"http://127.0.0.1:{cluster.dashboard}"],
-        env=cluster.environment("client"), capture_output=True, text=True, timeout=120,
+        env=cluster.environment("client"), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -111,7 +111,7 @@ def test_a_run_is_submitted_watched_stopped_and_gone_on_with(run, cluster, brows
     again = submit(run, "run.steps=400", "--no-wait")
     assert again.returncode == 2 and "job night-1 is at it" in again.stderr
 
-    until(lambda: len(steps_of(run)) >= 2, 240, "two steps")
+    until(lambda: len(steps_of(run)) >= 2, 300, "two steps")
     assert actors(cluster) == {
         "kat:learner:0": "learner", "kat:sampler:0": "sampler", "kat:scorer:0": "scorer", "kat:monitor:0": "head",
     } | {name: "head" for name in actors(cluster) if not name.startswith("kat:")}  # fmt: skip
@@ -170,7 +170,7 @@ def look_at_the_dashboard(cluster, browser):  # noqa: F811
             text = browser.execute_script("return document.body.innerText")
             return all(word in text for word in words)
 
-        until(shown, 60, f"{words} on the dashboard's page {part}")
+        until(shown, 180, f"{words} on the dashboard's page {part}")
 
     text_of("jobs", "night-1", "RUNNING")
     text_of("actors", "kat:sampler:0", "kat:scorer:0", "kat:learner:0", "kat:monitor:0")

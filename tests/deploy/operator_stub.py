@@ -14,7 +14,7 @@ import psutil
 
 from tests.deploy.kube_api import CLUSTERS, PODS, Document, KubeApi
 from tests.deploy.manifests import ROOT
-from tests.deploy.ray_nodes import STARTED, Home, worker_command
+from tests.deploy.ray_nodes import START_SECONDS, STARTED, Home, worker_command
 from tests.deploy.ray_process import until
 
 GRACE = 15  # seconds
@@ -97,7 +97,11 @@ class Operator(threading.Thread):
                 start_new_session=True,
             )
         self._put_pod(name, group["groupName"], "worker")
-        until(lambda: process.poll() is not None or STARTED in log.read_text(), 120, f"{log}: {STARTED}")
+
+        def done() -> bool:
+            return self._ended.is_set() or process.poll() is not None or STARTED in log.read_text()
+
+        until(done, START_SECONDS, f"{log}: {STARTED}")
 
     def _remove_pods(self) -> None:
         """Those that the autoscaler names, and, since restartPolicy is Never, those that have failed."""

@@ -25,6 +25,7 @@ from tests.deploy.ray_process import free_port, until
 MARK = "KAT_RAY_TEST_CLUSTER"
 RAY = str(Path(sys.executable).with_name("ray"))
 OBJECT_STORE = 80_000_000  # bytes; Ray's least is 75 MiB
+START_SECONDS = 300  # that a node may take
 STARTED = "Ray runtime started"  # in the output of `ray start`
 
 
@@ -144,7 +145,7 @@ def wait_started(log: Path, process: subprocess.Popen[bytes]) -> None:
         return STARTED in log.read_text()
 
     try:
-        until(started, 120, STARTED)
+        until(started, START_SECONDS, STARTED)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{log.name}: ...{log.read_text()[-3000:]}") from error
 

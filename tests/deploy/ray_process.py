@@ -24,6 +24,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def outside_port() -> int:
+    """A free port that no worker is given: those are 10002 to 19999, and Ray refuses to share them."""
+    while 10_000 <= (port := free_port()) < 20_000:
+        pass
+    return port
+
+
 def until(done: Callable[[], Any], seconds: float, what: str) -> Any:
     """The first true answer of `done`; AssertionError after so many seconds."""
     deadline = time.monotonic() + seconds
@@ -58,9 +65,11 @@ def ray_process(code: str, log: Path, cpus: int = 2) -> Iterator[tuple[int, int,
     """Run `code` after `ray.init` with dashboard and metrics: yields dashboard port, metrics port, Ray's folder."""
     dashboard, metrics = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="kat-", ignore_cleanup_errors=True) as folder:  # socket paths are short
+        # The agent that starts jobs would listen on one fixed port, which `ray.init` has no option for.
         start = (
-            f"import ray\nray.init(address='local', num_cpus={cpus}, include_dashboard=True,"
-            f" dashboard_host='127.0.0.1',"
+            f"import functools, ray\nfrom ray._private import parameter\nparameter.RayParams = functools.partial("
+            f"parameter.RayParams, dashboard_agent_listen_port={outside_port()})\n"
+            f"ray.init(address='local', num_cpus={cpus}, include_dashboard=True, dashboard_host='127.0.0.1',"
             f" dashboard_port={dashboard}, _metrics_export_port={metrics}, _temp_dir={folder!r},"
             f" object_store_memory=100_000_000, log_to_driver=False, namespace='kat-ray')\n"
         )
@@ -79,5 +88,18 @@ def submitted(dashboard: int, entrypoint: str) -> tuple[Any, str]:
         except (ConnectionError, RuntimeError):  # no dashboard yet, no agent yet
             return None
 
-    found: tuple[Any, str] = until(submit, 120, "the dashboard takes a job")
+    found: tuple[Any, str] = until(submit, 300, "the dashboard takes a job")
     return found
+
+
+def job_logs(jobs: Any, job: str) -> str:
+    """What a job has said; asked for again where the dashboard has no answer."""
+
+    def ask() -> tuple[str] | None:
+        try:
+            return (jobs.get_job_logs(job),)
+        except RuntimeError:  # its agent is busy, or has no file yet
+            return None
+
+    (text,) = until(ask, 120, f"the dashboard has the output of job {job}")
+    return str(text)

@@ -96,6 +96,7 @@ def test_idle_nodes_are_given_back(cluster, placed):
     for _ in range(2):
         placement.forget(placement.detach("sampler", 0))
     cluster.settled(scorer=1)
-    assert cluster.deleted() - before == idle
+    given_back = cluster.deleted() - before
+    assert idle <= given_back and not given_back & {*cluster.pods("scorer")}
     placement.remove()
     cluster.settled()

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 
 from tests.deploy.manifests import ROOT
-from tests.deploy.ray_process import ray_process, submitted, until
+from tests.deploy.ray_process import job_logs, ray_process, submitted, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
 
@@ -42,7 +42,7 @@ def test_the_hook_stops_a_job_and_waits_for_its_checkpoint(tmp_path, monkeypatch
     saved = tmp_path / "saved"
     with ray_process("import time\ntime.sleep(600)", tmp_path / "ray.log") as (dashboard, _, _):
         jobs, job = submitted(dashboard, f"{sys.executable} {tmp_path / 'job.py'} {saved}")
-        until(lambda: "running" in jobs.get_job_logs(job), 120, "the job runs")
+        until(lambda: "running" in job_logs(jobs, job), 300, "the job runs")
         waited = drain(dashboard, "wait", 2)
         assert waited.returncode == 1 and job in waited.stderr and not saved.exists()
         done = drain(dashboard, "stop", 60)
