@@ -19,16 +19,11 @@ from actors.watch import StopRequest, Watch, remote_class
 from kat_ray.config_cluster import ClusterConfig
 from kat_ray.errors import Stopped, UserError
 from kat_ray.pulse import Pulse
-from tests.cluster.disturb import processes_of
+from tests.cluster.disturb import newest_of
 from tests.cluster.test_recovery import QUICK, check_books, records_of, stub_config
 from tests.cluster.test_run import files  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.slow
-
-
-def kill_a(role):
-    """Kill the newest actor of a role."""
-    max(processes_of(role), key=lambda p: p.create_time()).kill()
 
 
 def before(monkeypatch, owner, name, act):
@@ -54,7 +49,7 @@ def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path
 
     def kill(what):
         killed.append(what)
-        kill_a("learner")
+        newest_of("learner").kill()
 
     before(monkeypatch, job_module.StepRecorder, "record", lambda n: kill("step") if n == 3 else None)
     before(monkeypatch, job_module.Job, "_restore", lambda n: kill("restore") if n == 0 else None)
@@ -69,7 +64,7 @@ def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path
 
 def test_a_rank_that_dies_before_the_ranks_have_met(ray_local, files, tmp_path, monkeypatch):  # noqa: F811
     config = stub_config(files, tmp_path, steps=2, learner={"world_size": 2, "num_cpus": 0.5})
-    before(monkeypatch, Pools, "join", lambda n: kill_a("learner"))
+    before(monkeypatch, Pools, "join", lambda n: newest_of("learner").kill())
     path = job.train(config, engines=QUICK)
     check_books(config, path)
     assert "learner:0 was lost" in (path / "run.log").read_text()
