@@ -15,10 +15,11 @@ from typing import Any, Literal
 
 import ray
 from ray._private import ray_constants
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.joining import check_cluster, named_address
 from kat_ray.config import Config
 from kat_ray.config_cluster import PlacementConfig
 from kat_ray.errors import UserError
@@ -81,7 +82,7 @@ def ray_session(config: Config) -> Iterator[bool]:
     Yields whether its size is fixed: a local one cannot grow.
     """
     cluster = config.cluster
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    named = named_address(config)
     if ray.is_initialized():  # a test's or a notebook's
         yield False
         return
@@ -90,13 +91,16 @@ def ray_session(config: Config) -> Iterator[bool]:
         "log_to_driver": bool(os.environ.get("KAT_DEBUG")),
         "logging_level": "warning",
     }
-    if address is not None:
+    if named is not None:
+        address, name = named
+        check_cluster(config)
         try:
             ray.init(address=address, **common)
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise UserError(
-                f"cluster.address = {address!r}: no Ray cluster answers there ({error}). "
-                "Start one (`ray start --head`), or leave cluster.address empty for a local Ray."
+                f"{name} = {address!r}: cannot be joined: {reason}. This runs on one of the cluster's nodes; from "
+                "outside send it as a job: kat-ray submit --address http://HOST:8265"
             ) from error
     else:
         # The command line has chosen token mode before ray was imported, which is when ray reads it; a program
@@ -114,7 +118,7 @@ def ray_session(config: Config) -> Iterator[bool]:
                 **common,
             )
     try:
-        yield address is None
+        yield named is None
     finally:
         ray.shutdown()
 

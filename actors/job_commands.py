@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.jobs import Jobs, is_over, run_of, status_of
+from kat_ray.checks import other_ray
 from kat_ray.config import Config
 from kat_ray.errors import UserError
 
@@ -57,10 +58,7 @@ def check_cluster(jobs: Jobs) -> None:
 
     ours = metadata.version("ray")
     if ours.split(".")[:2] != jobs.ray_version.split(".")[:2]:
-        raise UserError(
-            f"{jobs.address}: the cluster runs Ray {jobs.ray_version}, here is Ray {ours}: submit from the "
-            f"cluster's image, or start the cluster with rayVersion {ours}"
-        )
+        raise UserError(f"{jobs.address}: {other_ray(jobs.ray_version, ours)}")
 
 
 def train_command(config: Config, source: str, overrides: Sequence[str], folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from kat_ray.config import Config
 from kat_ray.errors import UserError
+from kat_ray.ray_token import choose_mode, refused
 from kat_ray.redact import redact
 from kat_ray.versions import CLIENT_VARIABLE, versions
 
@@ -31,6 +32,13 @@ EXCLUDES = ("/.git", "/.venv*", "/runs", "__pycache__", "*.pyc", ".mypy_cache", 
 _STOP_MARGIN = 30  # seconds for a driver beside run.grace_seconds
 _ENDED = {"SUCCEEDED": 0, "STOPPED": 143, "FAILED": 1}
 _PATIENCE = 60.0  # seconds to find a cluster again whose log was followed
+_CONNECT, _ANSWER = 10.0, 30.0  # seconds for the first call; Ray's client itself would wait for ever
+_GCS_PORT, _DASHBOARD_PORT = "6379", "8265"
+_IS_IT_UP = (
+    "Is the cluster up, with its dashboard? From outside Kubernetes: kubectl port-forward "
+    "service/NAME-head-svc 8265, then --address http://127.0.0.1:8265"
+)
+_DASHBOARD = "such as http://HOST:8265; on Kubernetes behind `kubectl port-forward service/NAME-head-svc 8265`"
 
 
 def address_of(given: str | None) -> str:
@@ -39,33 +47,78 @@ def address_of(given: str | None) -> str:
         ((v, os.environ[v]) for v in ADDRESS_VARIABLES if os.environ.get(v)), ("", DEFAULT_ADDRESS)
     )
     where, address = ("--address", given) if given else (variable, address)
-    if not re.match(r"^[a-z]+://", address):
+    scheme, _, rest = address.rpartition("://")
+    port = rest.partition("/")[0].rpartition(":")[2]
+    # Without a scheme Ray takes its own variable for the address of the GCS, and so does KubeRay, which sets it in
+    # every pod. Asked for jobs, that gives nonsense.
+    if port == _GCS_PORT or (where == "RAY_ADDRESS" and not scheme and port != _DASHBOARD_PORT):
+        raise UserError(
+            f"{where} = {redact(address)!r}: that is where a cluster's own processes meet (its GCS); jobs are "
+            f"sent to its dashboard: --address or RAY_API_SERVER_ADDRESS, {_DASHBOARD}"
+        )
+    if not scheme:
         address = f"http://{address}"
     if not re.match(r"^https?://[^/\s]+", address):
-        raise UserError(
-            f"{where} = {redact(address)!r}: jobs are sent to the dashboard, such as http://HOST:8265; on "
-            "Kubernetes behind `kubectl port-forward service/NAME-head-svc 8265`"
-        )
+        raise UserError(f"{where} = {redact(address)!r}: jobs are sent to the dashboard, {_DASHBOARD}")
     return address.rstrip("/")
+
+
+@contextmanager
+def _sent_to(address: str) -> Iterator[None]:
+    """Ray's clients prefer these variables to the address that they are given; inside, they say the same."""
+    before = {name: os.environ.pop(name, None) for name in ADDRESS_VARIABLES}
+    os.environ[ADDRESS_VARIABLES[0]] = address
+    try:
+        yield
+    finally:
+        del os.environ[ADDRESS_VARIABLES[0]]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
 class Jobs:
     """The jobs of one cluster."""
 
-    def __init__(self, address: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, address: str) -> None:
         """Connect; `UserError` says why not."""
-        env = os.environ if environment is None else environment
-        # Before ray is imported, which is when it reads it. A token without a mode can only mean this.
-        if "RAY_AUTH_MODE" not in env and (env.get("RAY_AUTH_TOKEN") or env.get("RAY_AUTH_TOKEN_PATH")):
-            os.environ["RAY_AUTH_MODE"] = "token"
+        self.address = address
+        choose_mode(os.environ)
+        self._knock()
         logging.getLogger("ray").setLevel(logging.WARNING)
         from ray.job_submission import JobSubmissionClient
 
-        self.address = address
-        with self._asking("the cluster's version"):
+        with self._asking("the cluster's version"), _sent_to(address):
             self._client = JobSubmissionClient(address)
         # Asked for by the client when it connects, and kept where only this release of Ray keeps it.
         self.ray_version = str(self._client._server_ray_version)
+
+    def _knock(self) -> None:
+        """`UserError` where no dashboard answers; whether it takes this token is seen later."""
+        import requests
+
+        try:
+            answer = requests.get(f"{self.address}/api/version", timeout=(_CONNECT, _ANSWER))
+            known = answer.status_code in (401, 403) or (answer.ok and "ray_version" in answer.json())
+        except requests.exceptions.SSLError as error:
+            raise UserError(
+                f"{self.address}: no https there, or a certificate that is not trusted: {error}"
+            ) from error
+        except requests.exceptions.Timeout as error:
+            raise UserError(f"{self.address}: no answer within {_ANSWER:g} s. {_IS_IT_UP}") from error
+        except requests.exceptions.RequestException as error:
+            raise UserError(self._silent(error)) from error
+        if not known:
+            raise UserError(
+                f"{self.address}: what answers there (status {answer.status_code}) is no Ray dashboard. {_IS_IT_UP}"
+            )
+
+    def _silent(self, error: Exception) -> str:
+        from urllib3.exceptions import ProtocolError
+
+        if any(isinstance(reason, ProtocolError) for reason in error.args):
+            return (
+                f"{self.address}: what answers there speaks no HTTP: the GCS, or another port of Ray? {_IS_IT_UP}"
+            )
+        return f"{self.address}: no Ray dashboard answers there. {_IS_IT_UP}"
 
     @contextmanager
     def _asking(self, what: str) -> Iterator[None]:
@@ -76,24 +129,11 @@ class Jobs:
         try:
             yield
         except AuthenticationError as error:
-            raise UserError(self._refused(str(error))) from error
+            raise UserError(f"{self.address}: {refused(os.environ)}") from error
         except (ConnectionError, requests.exceptions.RequestException) as error:
-            raise UserError(
-                f"{self.address}: no Ray dashboard answers there ({what}). Is the cluster up, with its dashboard? "
-                "From outside Kubernetes: kubectl port-forward service/NAME-head-svc 8265, then --address http://127.0.0.1:8265"
-            ) from error
+            raise UserError(f"{self.address}: no Ray dashboard answers any more ({what}). {_IS_IT_UP}") from error
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(f"{self.address}: {what}: {_first_line(error)}") from error
-
-    def _refused(self, reason: str) -> str:
-        sent = os.environ.get("RAY_AUTH_MODE") == "token"
-        why = "the cluster does not know this token" if sent else "the cluster asks for a token, and none was sent"
-        if "403" in reason or "invalid" in reason.lower():
-            why = "the cluster does not know this token"
-        return (
-            f"{self.address}: {why}. Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with it; on Kubernetes "
-            "it is in the Secret named like the RayCluster, under auth_token"
-        )
 
     # --- what is there ---------------------------------------------------------------------------------------
 
@@ -122,7 +162,7 @@ class Jobs:
         from ray.util.state import list_nodes
         from ray.util.state.exception import RayStateApiException
 
-        with self._asking("the nodes"):
+        with self._asking("the nodes"), _sent_to(self.address):
             try:
                 return [n for n in list_nodes(self.address, detail=True, limit=10_000) if n.state == "ALIVE"]
             except RayStateApiException as error:

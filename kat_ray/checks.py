@@ -72,8 +72,33 @@ def _asked(roles: Mapping[str, Role], resource: str) -> str:
     )
 
 
-def placements(config: Config, nodes: Sequence[Node]) -> Iterator[Check]:
+@dataclass(frozen=True)
+class ClusterSeen:
+    """What a cluster's dashboard says of it. What its autoscaler could add is the user's to say: Ray keeps it."""
+
+    ray_version: str
+    nodes: Sequence[Node]
+    autoscaled: bool = False
+
+
+def same_ray(cluster: ClusterSeen, ours: str | None) -> Check:
+    """Whether jobs for this cluster can be submitted from here."""
+    if ours is not None and ours.split(".")[:2] != cluster.ray_version.split(".")[:2]:
+        return fail("ray", other_ray(cluster.ray_version, ours))
+    return ok("ray", f"{cluster.ray_version} on the cluster")
+
+
+def other_ray(theirs: str, ours: str) -> str:
+    """What to do about a cluster of another Ray."""
+    return (
+        f"the cluster runs Ray {theirs}, here is Ray {ours}: install ray=={theirs} here (or submit from the "
+        f"cluster's image), or start the cluster from an image with Ray {ours} and with rayVersion {ours}"
+    )
+
+
+def placements(config: Config, cluster: ClusterSeen) -> Iterator[Check]:
     """Which nodes of a cluster each role would get, with all that they have; what other jobs hold is not seen."""
+    nodes = cluster.nodes
     for node in nodes:
         have = ", ".join(
             f"{v:g} {k}"
@@ -85,9 +110,16 @@ def placements(config: Config, nodes: Sequence[Node]) -> Iterator[Check]:
     for found in place([*roles_of(config).values()], nodes):
         role_words = f"{found.role.replicas} x {found.role.words}"
         where = ", ".join(f"{n} on {name}" if n > 1 else name for name, n in found.nodes.items())
-        if found.lacking:
-            yield fail(
-                found.role.name, f"{role_words}: {found.lacking}; add nodes, or let the autoscaler (then it waits)"
+        if not found.lacking:
+            yield ok(found.role.name, f"{role_words}: {where}")
+        elif cluster.autoscaled:
+            yield warn(
+                found.role.name,
+                f"{role_words}: {found.lacking}; the run waits {config.cluster.placement_timeout:g} s "
+                "(cluster.placement_timeout) for the autoscaler to bring nodes",
             )
         else:
-            yield ok(found.role.name, f"{role_words}: {where}")
+            yield fail(
+                found.role.name,
+                f"{role_words}: {found.lacking}; add nodes, or say --autoscaled where an autoscaler brings them",
+            )

@@ -131,7 +131,12 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
     doctor = add("doctor", _doctor, "check machine, packages, models and data; start nothing")
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     doctor.add_argument(
-        "--cluster", action="store_true", help="also ask a cluster where each role would go (--address)"
+        "--cluster",
+        action="store_true",
+        help="ask a cluster, not this machine, where each role would go (--address)",
+    )
+    doctor.add_argument(
+        "--autoscaled", action="store_true", help="with --cluster: an autoscaler brings the nodes that are lacking"
     )
     cli_jobs.add_address(doctor)
     compare = add("compare", _compare, "train with several rules and compare them")
@@ -224,7 +229,7 @@ def _train(args: argparse.Namespace) -> int:
             return 0
     from kat_ray.versions import skew
 
-    _keep_others_out(config)
+    _reach(config)
     for note in skew(os.environ):
         logging.getLogger("kat_ray.cli").warning(note)
     from actors.run import train
@@ -233,12 +238,24 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _reach(config: Config) -> None:
+    """`UserError` now, before models are loaded, for a cluster that cannot be joined."""
+    _keep_others_out(config)
+    from actors.joining import check_cluster
+
+    check_cluster(config)
+
+
 def _keep_others_out(config: Config) -> None:
     """Give a local Ray a token of its own: every user of the machine reaches its ports, and can run code there.
 
     Ray reads the mode when it is imported. A mode that the user has set stays.
     """
-    if config.cluster.address is None and not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & os.environ.keys():
+    from kat_ray.ray_token import choose_mode
+
+    if config.cluster.address or os.environ.get("RAY_ADDRESS"):
+        choose_mode(os.environ)
+    elif "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
@@ -258,7 +275,7 @@ def _eval(args: argparse.Namespace) -> int:
             "evaluation.data = null: name the held-out problems, for example evaluation.data.path=demo:heldout"
         )
     model = str(newest_checkpoint(path)) if is_run else args.model
-    _keep_others_out(config)
+    _reach(config)
     from actors.run import evaluate_model
     from kat_ray.summary import evaluation_fields
 
@@ -291,12 +308,14 @@ def _doctor(args: argparse.Namespace) -> int:
     from kat_ray.config_io import load_config
 
     config = load_config(args.config, args.overrides) if args.config else None
-    nodes = None
+    cluster = None
     if args.cluster:
         if config is None:
             raise UserError("--cluster: name a configuration file, or `demo`: its roles are what is placed")
-        nodes = cli_jobs.cluster_nodes(args.address)
-    return doctor.run(config, lambda line: print(line, flush=True), nodes)
+        cluster = cli_jobs.cluster_seen(args.address, args.autoscaled)
+    elif args.autoscaled:
+        raise UserError("--autoscaled: says something about a cluster; give --cluster as well")
+    return doctor.run(config, lambda line: print(line, flush=True), cluster)
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -311,7 +330,7 @@ def _compare(args: argparse.Namespace) -> int:
         show_finished(args.runs, others, args.out, say)
         return 0
     comparison = plan(args.config, args.overrides, args.rules, args.seeds, args.out)
-    _keep_others_out(comparison.config)
+    _reach(comparison.config)
     from actors.run import train
 
     run(comparison, train, say)

@@ -59,7 +59,7 @@ examples:
   kat-ray doctor                  machine and packages only
   kat-ray doctor my.yaml          and models, tokenizers, data, resources
   kat-ray doctor my.yaml sampler.replicas=4
-  kat-ray doctor my.yaml --cluster --address http://HEAD:8265     and which node there each role would get
+  kat-ray doctor my.yaml --cluster --address http://HEAD:8265     which node there each role would get
 
 Nothing is started and no weights are loaded. Each line is ok, warn or FAIL.""",
     "compare": """\

@@ -12,7 +12,7 @@ from kat_ray.cli_help import ABOUT_JOB, OVERRIDES
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kat_ray.roles import Node
+    from kat_ray.checks import ClusterSeen
 
 _STOP_SECONDS = 600.0
 
@@ -51,18 +51,21 @@ def _jobs(address: str | None) -> Any:
     return Jobs(address_of(address))
 
 
-def cluster_nodes(address: str | None) -> list[Node]:
-    """The nodes of the cluster whose dashboard is there."""
+def cluster_seen(address: str | None, autoscaled: bool) -> ClusterSeen:
+    """What the cluster whose dashboard is there has."""
+    from kat_ray.checks import ClusterSeen
     from kat_ray.roles import Node
 
-    return [
+    jobs = _jobs(address)
+    nodes = [
         Node(
             f"{n.node_name or n.node_ip} ({n.node_id[:8]}{', head' if n.is_head_node else ''})",
             n.resources_total,
             n.labels or {},
         )
-        for n in _jobs(address).nodes()
+        for n in jobs.nodes()
     ]
+    return ClusterSeen(jobs.ray_version, nodes, autoscaled)
 
 
 def _console() -> Console:

@@ -10,16 +10,16 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
 
-from kat_ray.checks import Check, fail, ok, placements, resources, warn
+from kat_ray.checks import Check, ClusterSeen, fail, ok, placements, resources, same_ray, warn
 from kat_ray.config import Config, DataConfig
 from kat_ray.errors import UserError
 from kat_ray.models import ModelFacts, ModelInfo
-from kat_ray.roles import Node
+from kat_ray.ray_token import fault
 from kat_ray.termination_warnings import RunScale, warnings_of
 
 GIB = 2**30
@@ -204,17 +204,9 @@ def _local_token(mode: str | None) -> Check:
 def _ray(env: Mapping[str, str], config: Config | None) -> Iterator[Check]:
     mode = env.get("RAY_AUTH_MODE")
     address = (config.cluster.address if config else None) or env.get("RAY_ADDRESS")
-    token = (
-        env.get("RAY_AUTH_TOKEN")
-        or env.get("RAY_AUTH_TOKEN_PATH")
-        or (Path.home() / ".ray" / "auth_token").is_file()
-    )
-    if mode not in (None, "disabled", "token"):
-        yield fail("ray token", f"RAY_AUTH_MODE = {mode!r}: must be token or disabled")
-    elif mode == "token" and address and not token:
-        yield fail(
-            "ray token", "RAY_AUTH_MODE = token, but there is no token: set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-        )
+    wrong = fault(env)
+    if wrong and (address or mode != "token"):  # a local Ray makes itself a token
+        yield fail("ray token", wrong)
     elif address and mode is None:
         yield warn("ray token", f"set RAY_AUTH_MODE to the mode of the cluster at {address}: token or disabled")
     elif mode == "disabled" and address:
@@ -333,16 +325,17 @@ def _prompts(name: str, data: DataConfig, facts: ModelFacts, max_tokens: int, ve
     return ok(name, text)
 
 
-def run(config: Config | None, write: Callable[[str], object], nodes: Sequence[Node] | None = None) -> int:
+def run(config: Config | None, write: Callable[[str], object], cluster: ClusterSeen | None = None) -> int:
     """Write the report line by line; 0 where nothing failed, else 1.
 
-    `nodes` are those of a cluster that is to run it, instead of this machine.
+    `cluster` is to run it, instead of this machine.
     """
     failed = warned = 0
-    if config is None or nodes is None:
+    if config is None or cluster is None:
         checks = examine(config)
     else:
-        checks = chain(examine_sender(config), placements(config, nodes))
+        fits = [same_ray(cluster, _version("ray"))]
+        checks = chain(examine_sender(config), fits, placements(config, cluster))
     for check in checks:
         write(str(check))
         failed += check.level == "FAIL"

@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from kat_ray import doctor
-from kat_ray.checks import resources
+from kat_ray.checks import ClusterSeen, resources, same_ray
 from kat_ray.doctor import GIB, Check, disk_verdict, vllm_verdict
 from kat_ray.roles import Node
 from tests.conftest import make_config, make_model
@@ -161,6 +161,8 @@ def test_settings_that_do_not_do_what_they_seem_to(files):
         ({"RAY_AUTH_MODE": "on"}, None, "FAIL"),
         ({"RAY_AUTH_MODE": "token"}, "auto", "FAIL"),
         ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t"}, "auto", "ok"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "/no/such"}, "auto", "FAIL"),
+        ({"RAY_AUTH_MODE": "token"}, None, "ok"),
         ({"RAY_AUTH_MODE": "disabled"}, "auto", "warn"),
         ({"RAY_ADDRESS": "h:6379"}, None, "warn"),
     ],
@@ -203,17 +205,40 @@ def test_a_cluster_is_not_judged_by_the_machine_that_submits(files, monkeypatch)
     monkeypatch.setattr(doctor, "_memory", lambda: 1)
     monkeypatch.setattr(doctor, "_version", {"ray": "2.60.0", "torch": "2.13.0", "transformers": "5.19.0"}.get)
     there = config(files, sampler={"num_gpus": 1}, run={"dir": "/proc/nowhere"})
-    node = Node("head", {"CPU": 8.0, "GPU": 1.0}, {})
+    cluster = ClusterSeen("2.60.0", [Node("head", {"CPU": 8.0, "GPU": 1.0}, {})])
     lines = []
-    assert doctor.run(there, lines.append, [node]) == 0, lines
+    assert doctor.run(there, lines.append, cluster) == 0, lines
     assert not [line for line in lines if " memory: " in line or " disk: " in line or " GPUs: " in line]
     assert "warn  package: on this machine: vllm is missing" in "\n".join(lines)
     assert any(line.startswith("ok    sampler: ") for line in lines)
     elsewhere = there.model_copy(update={"student": there.student.model_copy(update={"path": "/cluster/model"})})
     lines.clear()
-    assert doctor.run(elsewhere, lines.append, [node]) == 0
+    assert doctor.run(elsewhere, lines.append, cluster) == 0
     assert any(line.startswith("warn  models: on this machine: ") for line in lines), lines
-    assert doctor.run(there, lines.append, []) == 1, "no node has room"
+    assert doctor.run(there, lines.append, ClusterSeen("2.60.0", [])) == 1, "no node has room"
+
+
+def test_the_shipped_interactive_cluster_has_no_workers_yet(files, monkeypatch):
+    """A head without CPUs and an autoscaler: a role without a node is waited for, and without one it is not."""
+    monkeypatch.setattr(doctor, "_version", {"ray": "2.60.0", "torch": "2.13.0", "transformers": "5.19.0"}.get)
+    by_role = config(files, cluster={"by_role": True, "placement_timeout": 600}, sampler={"num_gpus": 1})
+    head = Node("head", {"head": 1.0}, {"kat.ray/role": "head"})
+    for autoscaled, level, code in ((True, "warn ", 0), (False, "FAIL ", 1)):
+        lines = []
+        assert doctor.run(by_role, lines.append, ClusterSeen("2.60.0", [head], autoscaled)) == code, lines
+        for role in ("learner", "sampler", "scorer"):
+            (line,) = [line for line in lines if f" {role}: " in line]
+            assert line.startswith(level) and f"no node is labelled kat.ray/role={role}; " in line
+            assert ("waits 600 s (cluster.placement_timeout)" in line) == autoscaled
+            assert ("say --autoscaled" in line) != autoscaled
+        assert any(line.startswith("ok    monitor: ") and line.endswith("head") for line in lines)
+
+
+@pytest.mark.parametrize("theirs, level", [("2.60.1", "ok"), ("2.59.0", "FAIL"), ("3.60.0", "FAIL")])
+def test_a_cluster_of_another_ray(theirs, level):
+    check = same_ray(ClusterSeen(theirs, []), "2.60.0")
+    assert check.level == level and theirs in check.text
+    assert level == "ok" or f"here is Ray 2.60.0: install ray=={theirs} here" in check.text
 
 
 def test_machine_is_described():

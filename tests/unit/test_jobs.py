@@ -1,6 +1,9 @@
 """Jobs: what is refused before anything is sent, and what is made of what a cluster answers."""
 
+import contextlib
+import http.server
 import io
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +31,9 @@ def job(status="SUCCEEDED", code=None, message=None, **more):
         (None, {"RAY_ADDRESS": "http://a:1"}, "http://a:1"),
         (None, {"RAY_ADDRESS": "http://a:1", "RAY_API_SERVER_ADDRESS": "http://b:2"}, "http://b:2"),
         ("http://c:3", {"RAY_ADDRESS": "http://a:1"}, "http://c:3"),
+        ("c:3", {"RAY_ADDRESS": "a:6379"}, "http://c:3"),
+        (None, {"RAY_ADDRESS": "a:6379", "RAY_API_SERVER_ADDRESS": "b:2"}, "http://b:2"),
+        (None, {"RAY_ADDRESS": "a:8265"}, "http://a:8265"),
     ],
 )
 def test_where_jobs_are_sent(monkeypatch, given, environment, address):
@@ -44,6 +50,61 @@ def test_a_client_address_is_no_dashboard(monkeypatch):
     with pytest.raises(UserError, match=r"RAY_ADDRESS = .*8265") as error:
         address_of(None)
     assert "pass@" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given, variable", [(None, "10.0.0.1:6379"), (None, "head:45323"), (None, "auto"), ("head:6379", ""),
+                        ("http://head:6379/", "")],
+)  # fmt: skip
+def test_a_gcs_address_is_no_dashboard(monkeypatch, given, variable):
+    """KubeRay puts RAY_ADDRESS = HOST:6379 into every pod."""
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    where = "--address" if given else "RAY_ADDRESS"
+    with pytest.raises(UserError, match=rf"^{where} = .*GCS.*dashboard: --address .*http://HOST:8265"):
+        address_of(given)
+
+
+def test_rays_clients_ask_the_address_that_is_given(monkeypatch):
+    from ray.dashboard.utils import get_address_for_submission_client
+
+    monkeypatch.setenv("RAY_ADDRESS", "http://a:1")
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    assert get_address_for_submission_client("http://b:2") == "http://a:1", "why this is needed"
+    with jobs._sent_to("http://b:2"):
+        assert get_address_for_submission_client("http://b:2") == "http://b:2"
+    assert address_of(None) == "http://a:1"
+
+
+@contextlib.contextmanager
+def server(status, body):
+    """Whatever is asked of it on its port of this machine, it answers this."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as there:
+        threading.Thread(target=there.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{there.server_port}"
+        there.shutdown()
+
+
+@pytest.mark.parametrize(
+    "status, body, words",
+    [(404, b"", "status 404) is no Ray dashboard"), (200, b"<html>", "no Ray dashboard answers there"),
+     (200, b"{}", "status 200) is no Ray dashboard"), (503, b"", "status 503) is no Ray dashboard")],
+)  # fmt: skip
+def test_something_else_answers(capsys, status, body, words):
+    with server(status, body) as address:
+        assert cli.main(["list", "--address", address]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {address}: ") and words in said and "port-forward" in said
 
 
 def test_nobody_answers(capsys):
@@ -91,7 +152,7 @@ def test_a_wrong_configuration_is_refused_before_the_cluster_is_asked(argv, word
 
 
 def test_another_ray_is_refused():
-    with pytest.raises(UserError, match=r"runs Ray 2\.9\.1, here is Ray"):
+    with pytest.raises(UserError, match=r"runs Ray 2\.9\.1, here is Ray 2\..*: install ray==2\.9\.1 here"):
         check_cluster(SimpleNamespace(address="http://a", ray_version="2.9.1"))
 
 

@@ -1,0 +1,197 @@
+"""A cluster that cannot be used as asked: each time one message that says what to do, exit code 2, nothing left."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kat_ray.ray_token import WHERE_FROM
+from tests.cluster.local_cluster import local_cluster, outside_port
+from tests.deploy.manifests import ROOT
+from tests.deploy.ray_process import until
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+
+TOKEN, WRONG = "5c" * 32, "6d" * 32
+# What an image may have as its `python`: one without the package, or one that is killed at once.
+BAD_PYTHON = """#!/bin/sh
+[ -e killed ] && kill -9 $$
+exec {python} -I -S "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A head behind a token, in an image that is not the project's."""
+    bin_ = tmp_path_factory.mktemp("bin")
+    (bin_ / "python").write_text(BAD_PYTHON.format(python=sys.executable))
+    (bin_ / "python").chmod(0o755)
+    with local_cluster(TOKEN, PATH=f"{bin_}:{os.environ['PATH']}") as made:
+        made.start_head(2, dashboard=True)
+        yield made
+
+
+@pytest.fixture
+def call(tmp_path):
+    """The command line as on a user's machine; it must have left nothing in `tmp_path`."""
+
+    def run(*arguments, seconds=120, **variables):
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        done = subprocess.run(
+            [sys.executable, "-m", "kat_ray.cli", *arguments], cwd=tmp_path, capture_output=True, text=True,
+            env=kept | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)} | variables, timeout=seconds,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr + done.stdout
+        assert not list(tmp_path.iterdir()), "a run was begun"
+        return done
+
+    return run
+
+
+def refusal(done):
+    """The one message of a command that was refused."""
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, f"the cluster asks for a token, and none was sent. {WHERE_FROM}"),
+        ({"RAY_AUTH_MODE": "disabled"}, "none was sent (RAY_AUTH_MODE = disabled; unset it)"),
+        ({"RAY_AUTH_TOKEN": WRONG}, f"the cluster does not know this token (of RAY_AUTH_TOKEN). {WHERE_FROM}"),
+        ({"RAY_AUTH_TOKEN_PATH": "/no/such"}, "RAY_AUTH_TOKEN_PATH = /no/such: cannot be read"),
+        ({"RAY_AUTH_MODE": "token"}, "RAY_AUTH_MODE = token, but there is no token: "),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "list"])
+def test_without_its_token(cluster, call, command, variables, words):
+    if command == "train":
+        message = refusal(call("train", "demo", f"cluster.address={cluster.address}", **variables))
+    else:
+        message = refusal(call("list", "--address", f"http://127.0.0.1:{cluster.dashboard}", **variables))
+    assert words in message
+
+
+def test_a_run_is_let_in_with_the_token_and_told_what_the_cluster_lacks(cluster, call):
+    few = ("sampler.replicas=9", "cluster.placement_timeout=3", "run.dir=/proc/nowhere")
+    done = call("train", "demo", f"cluster.address={cluster.address}", *few, RAY_AUTH_TOKEN=TOKEN)
+    assert "/proc/nowhere: cannot be written" in refusal(done), "past the cluster's door"
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_nobody_is_there(call, command):
+    started = time.monotonic()
+    words = ["train", "demo"] if command == "train" else ["eval", "nowhere", "--config", "demo"]
+    message = refusal(call(*words, f"cluster.address=127.0.0.1:{outside_port()}"))
+    assert "no Ray cluster answers there. Start one (`ray start --head`)" in message
+    assert time.monotonic() - started < 30
+
+
+def test_the_dashboard_where_the_gcs_is_meant(cluster, call):
+    message = refusal(call("train", "demo", f"cluster.address=127.0.0.1:{cluster.dashboard}", RAY_AUTH_TOKEN=TOKEN))
+    assert "no Ray cluster" in message and "ray start --head" in message
+
+
+def test_the_gcs_where_the_dashboard_is_meant(cluster, call):
+    given = refusal(call("list", "--address", cluster.address, RAY_AUTH_TOKEN=TOKEN))
+    assert "speaks no HTTP: the GCS" in given and "--address http://127.0.0.1:8265" in given
+    ours = refusal(call("list", RAY_ADDRESS=cluster.address, RAY_AUTH_TOKEN=TOKEN))
+    assert f"RAY_ADDRESS = '{cluster.address}'" in ours and "its dashboard: --address" in ours
+
+
+def test_the_address_that_is_given_goes_before_rays_own_variable(cluster, call):
+    """Ray's client would ask RAY_ADDRESS instead: in a pod of KubeRay, another cluster than the one named."""
+    address = f"http://127.0.0.1:{cluster.dashboard}"
+    done = call("list", "--address", address, RAY_AUTH_TOKEN=TOKEN, RAY_ADDRESS="127.0.0.1:9")
+    assert done.returncode == 0, done.stderr
+
+
+def test_silence_has_an_end(call, monkeypatch):
+    """Something takes the connection and never answers."""
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        port = mute.getsockname()[1]
+        assert "no answer within 30 s" in refusal(call("list", "--address", f"http://127.0.0.1:{port}"))
+        message = refusal(call("train", "demo", f"cluster.address=127.0.0.1:{port}"))
+        assert "no answer within 15 s" in message or "no Ray cluster answers there" in message
+
+
+PRETEND = """
+import json, sys
+import ray
+from ray._common.usage.usage_constants import CLUSTER_METADATA_KEY
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+truth = _internal_kv_get(CLUSTER_METADATA_KEY, namespace="cluster")
+other = json.dumps(json.loads(truth) | json.loads(sys.argv[2]))
+_internal_kv_put(CLUSTER_METADATA_KEY, other, overwrite=True, namespace="cluster")
+print("pretends", flush=True)
+sys.stdin.readline()
+_internal_kv_put(CLUSTER_METADATA_KEY, truth, overwrite=True, namespace="cluster")
+"""
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"ray_version": "2.9.1"}, "the cluster runs Ray 2.9.1 under Python 3."),
+        ({"python_version": "3.9.1"}, "under Python 3.9.1, here is Ray "),
+    ],
+)
+def test_other_versions_than_the_clusters(cluster, call, other, words):
+    """The cluster says of itself what an older one would."""
+    pretender = subprocess.Popen(
+        [sys.executable, "-c", PRETEND, cluster.address, json.dumps(other)],
+        env=cluster.environment("client"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert pretender.stdout.readline() == "pretends\n"
+        message = refusal(call("train", "demo", f"cluster.address={cluster.address}", RAY_AUTH_TOKEN=TOKEN))
+    finally:
+        pretender.communicate("enough\n", timeout=60)
+    assert words in message and "install ray==" in message and "in the cluster's image" in message
+
+
+@pytest.fixture
+def submit(cluster, call, tmp_path_factory):
+    """Submit a folder to the cluster and follow the job to its end."""
+
+    def run(name, *files):
+        folder = tmp_path_factory.mktemp("tree")
+        for file in ("README", *files):
+            (folder / file).touch()
+
+        def sent():  # the agent that starts jobs comes up after the dashboard
+            done = call(
+                "submit", "demo", "run.dir=/runs", f"run.name={name}", "--working-dir", str(folder),
+                "--address", f"http://127.0.0.1:{cluster.dashboard}", RAY_AUTH_TOKEN=TOKEN,
+            )  # fmt: skip
+            return None if "No available agent" in done.stderr else done
+
+        return until(sent, 240, "the cluster takes a job")
+
+    return run
+
+
+def test_an_image_without_the_package(submit):
+    done = submit("without")
+    assert done.returncode == 1 and "job without-1: FAILED" in done.stdout, done.stdout + done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(
+        "the image lacks the package: build it from docker/Dockerfile, or submit from a working tree"
+    )
+
+
+def test_a_job_that_dies_at_once(submit):
+    done = submit("dead", "killed")
+    assert done.returncode == 137 and "job dead-1: FAILED" in done.stdout, done.stdout + done.stderr
+    assert "it ended before it wrote a line: " in done.stdout.splitlines()[-1]
