@@ -1,6 +1,8 @@
 """Names of the metrics in Prometheus, and what the driver sets."""
 
 import math
+import threading
+import time
 from typing import ClassVar
 
 import pytest
@@ -64,6 +66,21 @@ def test_a_step_is_set(gauges, monkeypatch):
     gauge = FakeGauge.made["kat_kl_mean"]
     assert gauge.values[0][1] == {"run": "demo", "role": "driver"}
     assert METRICS["kl/mean"].help in gauge.description and "[nats]" in gauge.description
+
+
+def test_what_was_set_once_is_set_again_as_it_was(gauges, monkeypatch):
+    set_again = threading.Event()
+    monkeypatch.setattr(ray_metrics, "_EVERY", 0.01)
+    monkeypatch.setattr(ray_metrics.ray, "is_initialized", lambda: not set_again.is_set())
+    metrics = ray_metrics.RayMetrics("demo", steps=20)
+    metrics.evaluation({"eval/avg_at_k": 0.5})
+    metrics.evaluation({"eval/avg_at_k": 0.75})
+    deadline = time.monotonic() + 30
+    while len(gauges("eval/avg_at_k")) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    set_again.set()  # which ends the thread
+    assert gauges("eval/avg_at_k")[0] == 0.5 and gauges("eval/avg_at_k")[-2:] == [0.75, 0.75]
+    assert set(gauges("run/steps")) == {20} and len(gauges("run/steps")) > 1
 
 
 def test_a_metric_of_no_description_is_refused(gauges):
