@@ -67,32 +67,36 @@ class Beside:
 class Disturber(Beside):
     """Ends or freezes one actor after another once a run has done its first step, and then calls `then`.
 
-    The first victims are one of each role, the others random. Of `freeze_every` victims the first is frozen, and
-    left to whoever notices that.
+    The first victims are one of each role, the others random, and at most `per_step` to a step: on a slow machine
+    all would fall into one. Of `freeze_every` victims the first is frozen, and left to whoever notices that.
     """
 
-    def __init__(self, metrics, roles, kills, pauses=(0.3, 2.0), freeze_every=None, seed=0, then=lambda: None):
+    def __init__(
+        self, metrics, roles, kills, pauses=(0.3, 2.0), per_step=4, freeze_every=None, seed=0, then=lambda: None
+    ):
         super().__init__()
         self._metrics, self._roles, self._kills = metrics, roles, kills
-        self._pauses, self._freeze_every, self._then = pauses, freeze_every, then
+        self._pauses, self._per_step, self._freeze_every, self._then = pauses, per_step, freeze_every, then
         self._random = random.Random(seed)
         self.killed = []  # (role, signal)
 
     def _work(self):
-        while not steps_done(self._metrics) and not self._over.wait(0.1):
-            pass
-        first = list(dict.fromkeys(self._roles))
+        first, furthest = list(dict.fromkeys(self._roles)), 0
         while len(self.killed) < self._kills and not self._over.wait(self._random.uniform(*self._pauses)):
             number = len(self.killed)
-            role = first[number] if number < len(first) else self._random.choice(self._roles)
-            freeze = self._freeze_every is not None and number % self._freeze_every == 0
-            self._hit(role, signal.SIGSTOP if freeze else signal.SIGKILL)
+            furthest = max(furthest, steps_done(self._metrics))
+            if number < self._per_step * furthest:
+                role = first[number] if number < len(first) else self._random.choice(self._roles)
+                freeze = self._freeze_every is not None and number % self._freeze_every == 0
+                self._hit(role, signal.SIGSTOP if freeze else signal.SIGKILL)
         if len(self.killed) == self._kills:
             self._then()
 
     def _hit(self, role, number):
         """One process of a role; none if all of them are frozen or being started."""
         victims = [p for p in processes_of(role) if not is_frozen(p)]
+        if number == signal.SIGSTOP:  # one that starts may take `cluster.start_timeout`, which is long
+            victims = [p for p in victims if p.create_time() < self._metrics.stat().st_mtime]
         if not victims:
             return
         try:
