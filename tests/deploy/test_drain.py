@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import socket
 import subprocess
@@ -121,9 +122,9 @@ class Dashboard(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def dashboard(status, text):
+def dashboard(status, text, base=Dashboard):
     """Address of a server that answers so."""
-    answer = type("Answer", (Dashboard,), {"status": status, "text": text})
+    answer = type("Answer", (base,), {"status": status, "text": text})
     server = HTTPServer(("127.0.0.1", 0), answer)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -158,6 +159,28 @@ def test_a_bad_answer_is_asked_about_until_the_end(status, text, said, clock, mo
     out = capsys.readouterr().err
     assert clock[0] == 2 and said in out and "gave up, still running: not known" in out
     assert "Traceback" not in out
+
+
+def test_the_sdk_is_asked_as_it_wants(clock, monkeypatch):
+    """Ray's own client, and a dashboard that has one job, which ends when it is told to."""
+
+    class Jobs(Dashboard):
+        stopped = False
+
+        def do_GET(self):
+            job = {"type": "SUBMISSION", "submission_id": "r1-1", "entrypoint": "x", "status": "RUNNING"}
+            job |= {"status": "STOPPED"} if Jobs.stopped else {}
+            self.text = json.dumps({"ray_version": "2.60.0"} if self.path == "/api/version" else [job])
+            super().do_GET()
+
+        def do_POST(self):
+            assert self.path == "/api/jobs/r1-1/stop"
+            Jobs.stopped, self.text = True, json.dumps({"stopped": True})
+            super().do_GET()
+
+    with dashboard(200, "", Jobs) as address:
+        assert hook(monkeypatch, address, 60) == 0
+    assert Jobs.stopped and clock[0] == 1
 
 
 def test_a_dashboard_that_recovers_is_heard(clock, monkeypatch):
