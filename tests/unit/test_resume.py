@@ -87,21 +87,32 @@ def test_records_are_taken_back_to_a_step(tmp_path):
     assert (records.path / "config.yaml").read_text() == "a: 2\n"
 
 
-@pytest.mark.parametrize("back_to, steps", [(2, [1, 2, 3]), (0, [1])])
-def test_tensorboard_forgets_what_was_taken_back(tmp_path, back_to, steps):
-    """Read as TensorBoard reads it: each step once, with the value of the second time."""
+def check_events(run, steps, last):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    seen = EventAccumulator(str(run / "tensorboard"))
+    seen.Reload()
+    events = seen.Scalars("kl/mean")
+    assert [e.step for e in events] == steps and events[-1].value == last
+
+
+@pytest.mark.parametrize("back_to, steps", [(2, [1, 2, 3]), (0, [1])])
+def test_tensorboard_forgets_what_was_taken_back(tmp_path, back_to, steps):
+    """Read as TensorBoard reads it: each step once, with the value of the last time."""
     config = load_config("demo", [f"run.dir={tmp_path}"])
     with RunDirectory.create(config.run, "") as records:
         for step in range(1, 5):
             records.log_metrics(step, {"kl/mean": step / 3})
         records.rewind(back_to, {})
         records.log_metrics(back_to + 1, {"kl/mean": 9.0})
-    seen = EventAccumulator(str(records.path / "tensorboard"))
-    seen.Reload()
-    events = seen.Scalars("kl/mean")
-    assert [e.step for e in events] == steps and events[-1].value == 9.0
+    check_events(records.path, steps, 9.0)
+
+    # A process that was killed has left more than its checkpoint knows; another goes on.
+    with RunDirectory.reopen(records.path, config.run, "") as again:
+        again.rewind(back_to, {})
+        for step in range(back_to + 1, back_to + 3):
+            again.log_metrics(step, {"kl/mean": 10.0 + step})
+    check_events(records.path, [*steps, back_to + 2], 12.0 + back_to)
 
 
 def prompts_of(*answers):
@@ -118,6 +129,32 @@ def test_other_prompts_are_another_run(run):
             UserError, match=r"demo: data.path = prompts.jsonl: these are not the prompts.*Put back"
         ):
             check_prompts(run, before, {"data": other})
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_run_whose_file_of_prompts_was_changed_is_not_resumed(tmp_path, known):
+    """Before Ray is started or a record taken back; a run of a version that kept no digest is let through."""
+    from actors.run import checkpoints_of, prepare, train
+
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "2 + 1 = "}\n')
+    config = config_in(tmp_path, f"data.path={file}", "evaluation.data=null", "cluster.address=127.0.0.1:9")
+    run = tmp_path / config.run.name
+    run.mkdir()
+    (run / "config.yaml").write_text(config_yaml(config))
+    (run / "metrics.jsonl").write_text("{}\n")
+    sets = prepare(config).prompt_sets()
+    assert list(sets) == ["data"]
+    state = {"prompts": {name: prompts.digest for name, prompts in sets.items()}} if known else {}
+    checkpoints = checkpoints_of(run, config.run)
+    checkpoints.begin(1)
+    checkpoints.commit(1, state, {}, None)
+
+    file.write_text('{"prompt": "2 + 3 = "}\n')
+    words = rf"demo: data.path = {file}: these are not the prompts" if known else "no Ray cluster answers there"
+    with pytest.raises(UserError, match=words):
+        train(resumed_config(run, []), run)
+    assert (run / "metrics.jsonl").read_text() == "{}\n"
 
 
 def test_two_processes_do_not_write_one_run(tmp_path):
