@@ -193,7 +193,8 @@ class Placement:
                 or _misplaced(self._roles)
                 or f"{role.replicas} x {role.name} could not be placed within {timeout:g} s "
                 f"(cluster.placement_timeout): each asks for {role.words}; "
-                f"free now: {_words(ray.available_resources())}. Other jobs may hold the rest."
+                f"free now: {_words(ray.available_resources())}. Other jobs may hold the rest: wait for them, "
+                "add nodes, or raise cluster.placement_timeout where an autoscaler brings them"
             ) from error
 
     def options(self, role: str, index: int) -> dict[str, Any]:
@@ -284,7 +285,8 @@ def _shortage(roles: Mapping[str, Role]) -> str:
 def _misplaced(roles: Mapping[str, Role]) -> str:
     """One line a role that no nodes of the whole cluster have room for, by labels or by what one node holds."""
     return "\n".join(
-        f"{p.role.replicas} x {p.role.name} could not be placed: each asks for {p.role.words}; {p.lacking}"
+        f"{p.role.replicas} x {p.role.name} could not be placed: each asks for {p.role.words}; {p.lacking}. Add "
+        f"such nodes, or ask for others: {p.role.name}'s labels, resources, num_cpus, num_gpus; cluster.by_role"
         for p in place([*roles.values()], nodes_of(ray.nodes()))
         if p.lacking
     )

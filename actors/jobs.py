@@ -13,6 +13,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ EXCLUDES = ("/.git", "/.venv*", "/runs", "__pycache__", "*.pyc", ".mypy_cache", 
 _STOP_MARGIN = 30  # seconds for a driver beside run.grace_seconds
 _ENDED = {"SUCCEEDED": 0, "STOPPED": 143, "FAILED": 1}
 _PATIENCE = 60.0  # seconds to find a cluster again whose log was followed
-_CONNECT, _ANSWER = 10.0, 30.0  # seconds for the first call; Ray's client itself would wait for ever
+# Seconds for the first call, and for any later one, an upload among them: Ray's client itself would wait for ever.
+_CONNECT, _ANSWER, _CALL = 10.0, 30.0, 300.0
+_SILENCE = 300.0  # of a followed log, until it is asked for anew: a connection may break without a word
 _GCS_PORT, _DASHBOARD_PORT = "6379", "8265"
 _IS_IT_UP = (
     "Is the cluster up, with its dashboard? From outside Kubernetes: kubectl port-forward "
@@ -88,6 +91,7 @@ class Jobs:
 
         with self._asking("the cluster's version"), _sent_to(address):
             self._client = JobSubmissionClient(address)
+        self._client._do_request = partial(self._client._do_request, timeout=(_CONNECT, _CALL))
         # Asked for by the client when it connects, and kept where only this release of Ray keeps it.
         self.ray_version = str(self._client._server_ray_version)
 
@@ -229,14 +233,20 @@ class Jobs:
 
     async def _tail(self, job_id: str, write: Callable[[str], object], skip: int) -> int:
         """Write what follows the first `skip` characters of a log until the connection ends; returns its length."""
+        import asyncio
+
         import aiohttp
 
         position = 0
+        texts = self._client.tail_job_logs(job_id)
         try:
-            async for text in self._client.tail_job_logs(job_id):
+            while True:
+                text = await asyncio.wait_for(anext(texts), _SILENCE)
                 if position + len(text) > skip:
                     write(text[max(0, skip - position) :])
                 position += len(text)
+        except StopAsyncIteration:
+            pass
         except (aiohttp.ClientError, RuntimeError, OSError):  # `find` says why, if it lasts
             log.info("the connection to %s broke", self.address)
         return max(position, skip)
@@ -267,4 +277,7 @@ def exit_code(job: Any) -> int:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # The dashboard answers what went wrong in it with a traceback, whose last line says what that was.
+    return f"the dashboard failed: {lines[-1]}" if "Traceback (most recent call last)" in lines[0] else lines[0]

@@ -1,5 +1,6 @@
 """Jobs: what is refused before anything is sent, and what is made of what a cluster answers."""
 
+import asyncio
 import contextlib
 import http.server
 import io
@@ -176,6 +177,39 @@ def test_a_job_is_found_by_its_id_or_its_run():
     assert run_of(listed[0]) == "r" and run_of(listed[2]) == "other"
     with pytest.raises(UserError, match="knows no such job or run; its newest jobs: r-1, r-2, other"):
         known.find("x")
+
+
+def test_a_log_that_falls_silent_is_asked_for_anew(monkeypatch):
+    """A connection may break without a word; what was written is not written again."""
+    monkeypatch.setattr(jobs, "_SILENCE", 0.05)
+    known = Jobs.__new__(Jobs)
+    known.address, known._client = "http://a", SimpleNamespace()
+
+    async def silent(job_id):
+        yield "one\n"
+        await asyncio.sleep(60)
+
+    async def again(job_id):
+        yield "one\ntw"
+        yield "o\n"
+
+    seen, written = 0, []
+    for known._client.tail_job_logs in (silent, again):
+        seen = asyncio.run(known._tail("r-1", written.append, seen))
+    assert "".join(written) == "one\ntwo\n" and seen == 8
+
+
+def test_a_failure_of_the_dashboard_is_one_line():
+    known = Jobs.__new__(Jobs)
+    known.address = "http://a"
+    reply = "Request failed with status code 500: Traceback (most recent call last):\n  File x\nKeyError: 'r-1'\n."
+    for said, words in (
+        (reply.removesuffix("."), "KeyError: 'r-1'"),
+        ("No available agent\nx", "No available agent"),
+    ):
+        with pytest.raises(UserError) as error, known._asking("the upload"):
+            raise RuntimeError(said)
+        assert str(error.value).startswith("http://a: the upload: ") and str(error.value).endswith(words)
 
 
 def test_versions_that_differ_are_said():
