@@ -57,7 +57,17 @@ def _figures(size: Size, steps: Sequence[dict[str, float]]) -> list[Figure]:
     }
     share = sum(outside) / sum(wall for wall, _ in with_one)
     means = [sum(step for _, step in side) / len(side) for side in (with_one, without)]
-    return [replace(still, value=share, detail=detail), replace(slower, value=means[0] / means[1], detail=detail)]
+    return [
+        replace(still, value=share, detail=detail),
+        replace(slower, value=means[0] / means[1], detail=detail, note=_note(detail["step_without_checkpoint_s"])),
+    ]
+
+
+def _note(without: Sequence[float]) -> str:
+    return (
+        "the writing shares the cores with the step, and the machine is shared with others: steps without a "
+        f"checkpoint took {min(without):.1f} to {max(without):.1f} s"
+    )
 
 
 def split(
