@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from actors.jobs import Jobs, is_over, run_of, status_of
+from actors.jobs import Jobs, exit_code, is_over, run_of, status_of
 from kat_ray.checks import other_ray
 from kat_ray.config import Config
 from kat_ray.errors import UserError
@@ -25,6 +25,10 @@ _STEP = re.compile(r"^step +\d+/\d+ ")
 _NO_PACKAGE = (
     "the image lacks the package: build it from docker/Dockerfile, or submit from a working tree of kat-ray "
     "(--working-dir)"
+)
+_KILLED = (
+    "its driver was killed (SIGKILL), as happens for want of memory on the head: give that more, or see what ended "
+    "it (`kubectl describe pod`, the kernel's log); submitted again, the run goes on from its newest checkpoint"
 )
 _NO_PYTHON = "the head has no `python` on its PATH"
 # What a failed job's log or message holds, and what to do about it; the first that is found is said.
@@ -43,11 +47,11 @@ def submit(
     """Submit a run whose configuration was found right; follow it if told to. Returns the exit code."""
     check_cluster(jobs)
     command = train_command(config, source, overrides, folder)
-    console.print(Text(f"uploading {folder}"))
+    _say(console, f"uploading {folder}")
     job_id = jobs.submit(config, command, folder, {})
-    console.print(Text(f"job {job_id} is submitted: {jobs.link(job_id)}"))
+    _say(console, f"job {job_id} is submitted: {jobs.link(job_id)}")
     if not wait:
-        console.print(Text(f"follow it: kat-ray logs {job_id} --follow; end it: kat-ray stop {job_id}"))
+        _say(console, f"follow it: kat-ray logs {job_id} --follow; end it: kat-ray stop {job_id}")
         return 0
     return follow(jobs, job_id, console)
 
@@ -84,26 +88,35 @@ def follow(jobs: Jobs, job_id: str, console: Console) -> int:
         try:
             code = jobs.follow(job_id, lines.write)
         except KeyboardInterrupt:
-            console.print(Text(f"not followed any more; {job_id} goes on. To end it: kat-ray stop {job_id}"))
+            _say(console, f"not followed any more; {job_id} goes on. To end it: kat-ray stop {job_id}")
             return 130
     job = jobs.find(job_id)
-    console.print(Text(f"job {job_id}: {status_of(job)}, {_lasted(job)}"))
+    _say(console, f"job {job_id}: {status_of(job)}, {_lasted(job)}")
     if status_of(job) == "FAILED":
         for line in _advice(job, jobs.logs(job_id)):
-            console.print(Text(line))
+            _say(console, line)
     return code
 
 
 def _advice(job: Any, log: str) -> Iterator[str]:
     """What to do about a job that failed, beside what its log says."""
     said = f"{job.message or ''}\n{log}"
+    # Ray repeats the log in its message, from the second line on.
+    reason = next(iter((job.message or "").strip().splitlines()), "Ray gives no reason")
     found = next((words for sign, words in _ADVICE.items() if sign in said), None)
     if found:
         yield found
+    elif exit_code(job) == 137:
+        yield _KILLED
     elif not log.strip():
-        yield f"it ended before it wrote a line: {job.message or 'Ray gives no reason'}"
+        yield f"it ended before it wrote a line: {reason}"
     elif job.driver_exit_code not in (0, 1, 2, None):
-        yield f"its driver ended with code {job.driver_exit_code}: {job.message}"
+        yield f"its driver ended with code {job.driver_exit_code}: {reason}"
+
+
+def _say(console: Console, line: str) -> None:
+    """A line that is not broken where it is read by a program, or pasted."""
+    console.print(Text(line), soft_wrap=True)
 
 
 class _Lines:
@@ -144,7 +157,7 @@ def show_list(jobs: Jobs, console: Console) -> None:
     """All jobs of the cluster, newest last."""
     found = jobs.all()
     if not found:
-        console.print(Text(f"{jobs.address} has no jobs"))
+        _say(console, f"{jobs.address} has no jobs")
         return
     table = Table(box=None, pad_edge=False)
     for heading in ("job", "run", "status", "started", "lasted"):
@@ -186,21 +199,21 @@ def stop(jobs: Jobs, name: str, console: Console, seconds: float) -> int:
     job = jobs.find(name)
     job_id = job.submission_id
     if is_over(job) or not jobs.stop(job_id):
-        console.print(Text(f"job {job_id} has ended before: {status_of(job)}"))
+        _say(console, f"job {job_id} has ended before: {status_of(job)}")
         return 0
     with _waiting(console, f"{job_id}: told to end; its run is writing a checkpoint"):
         deadline = time.monotonic() + seconds
         while not is_over(job := jobs.find(job_id)):
             if time.monotonic() > deadline:
-                console.print(
-                    Text(f"job {job_id} is still {status_of(job)} after {seconds:g} s; it will be ended by Ray")
+                _say(
+                    console, f"job {job_id} is still {status_of(job)} after {seconds:g} s; it will be ended by Ray"
                 )
                 return 1
             time.sleep(0.5)
     said = [line for line in jobs.logs(job_id).splitlines() if line.startswith("stopped; go on with")]
-    console.print(Text(f"job {job_id}: {status_of(job)}"))
+    _say(console, f"job {job_id}: {status_of(job)}")
     if said:
-        console.print(Text("its run is saved; submit it again and it goes on"))
+        _say(console, "its run is saved; submit it again and it goes on")
     return 0
 
 
@@ -210,7 +223,7 @@ def _waiting(console: Console, words: str) -> Iterator[None]:
         with console.status(words):
             yield
     else:
-        console.print(Text(words))
+        _say(console, words)
         yield
 
 

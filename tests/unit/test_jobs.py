@@ -225,7 +225,13 @@ def test_versions_that_differ_are_said():
         (job("FAILED", 1), "/usr/bin/python: No module named kat_ray\n", "the image lacks the package"),
         (job("FAILED", 127), "sh: 1: python: not found\n", "PATH"),
         (job("FAILED", None, "Runtime env setup failed"), "", "before it wrote a line: Runtime env setup failed"),
-        (job("FAILED", 137, "killed by the kernel"), "step 1/2\n", "code 137: killed by the kernel"),
+        (
+            job("FAILED", -11, "exit code -11, last logs:\nstep 1/2"),
+            "step 1/2\n",
+            "code -11: exit code -11, last logs:",
+        ),
+        (job("FAILED", -9, "exit code -9"), "step 1/2\n", "killed (SIGKILL), as happens for want of memory"),
+        (job("FAILED", 137, "exit code 137"), "", "killed (SIGKILL), as happens for want of memory"),
     ],
 )
 def test_a_job_that_dies_at_once_says_what_to_do(ended, log, words):
