@@ -88,9 +88,10 @@ def load_weights(path, step):
 
 
 def test_a_run_survives_thirty_kills_and_gives_what_it_gives_without(ray_local, files, tmp_path):  # noqa: F811
-    quiet = stub_config(files, tmp_path / "quiet", steps=30)
+    run = {"steps": 18, "checkpoint_every": 3, "deterministic": True}
+    quiet = stub_config(files, tmp_path / "quiet", steps=18, run=run)
     quiet_path = job.train(quiet, engines=QUICK)
-    config = stub_config(files, tmp_path / "chaos", steps=30)
+    config = stub_config(files, tmp_path / "chaos", steps=18, run=run)
     metrics = tmp_path / "chaos" / "run" / "metrics.jsonl"
     with Disturber(metrics, VICTIMS, kills=32, freeze_every=12, then=seen_file(config).touch) as disturber:
         path = job.train(config, engines=paced(STUB_RATE))
