@@ -132,13 +132,18 @@ def test_other_prompts_are_another_run(run):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_run_whose_file_of_prompts_was_changed_is_not_resumed(tmp_path, known):
+def test_a_run_whose_file_of_prompts_was_changed_is_not_resumed(tmp_path, known, monkeypatch):
     """Before Ray is started or a record taken back; a run of a version that kept no digest is let through."""
     from actors.run import checkpoints_of, prepare, train
 
+    def reopen(*_):
+        raise UserError("let through")
+
+    monkeypatch.setattr(RunDirectory, "reopen", reopen)
+
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "2 + 1 = "}\n')
-    config = config_in(tmp_path, f"data.path={file}", "evaluation.data=null", "cluster.address=127.0.0.1:9")
+    config = config_in(tmp_path, f"data.path={file}", "evaluation.data=null")
     run = tmp_path / config.run.name
     run.mkdir()
     (run / "config.yaml").write_text(config_yaml(config))
@@ -151,7 +156,7 @@ def test_a_run_whose_file_of_prompts_was_changed_is_not_resumed(tmp_path, known)
     checkpoints.commit(1, state, {}, None)
 
     file.write_text('{"prompt": "2 + 3 = "}\n')
-    words = rf"demo: data.path = {file}: these are not the prompts" if known else "no Ray cluster answers there"
+    words = rf"demo: data.path = {file}: these are not the prompts" if known else "let through"
     with pytest.raises(UserError, match=words):
         train(resumed_config(run, []), run)
     assert (run / "metrics.jsonl").read_text() == "{}\n"
