@@ -1,7 +1,8 @@
-"""Against real servers: Prometheus scrapes a Ray and answers every query."""
+"""Against real servers: a run trains on a local cluster, Prometheus scrapes it and answers every query."""
 
 import json
 import shutil
+import sys
 import urllib.parse
 import urllib.request
 
@@ -10,34 +11,31 @@ import yaml
 
 from kat_ray.metrics import METRICS
 from kat_ray.prometheus import RUN_METRICS, exported_name
+from tests.cluster.disturb import role_of
+from tests.cluster.local_cluster import local_cluster, outside_port
 from tests.deploy.conftest import lacking
 from tests.deploy.monitoring import FOLDER, alerts, dashboard_queries, names_in
-from tests.deploy.ray_process import free_port, process, ray_process, until
+from tests.deploy.ray_process import free_port, process, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
 
-GPU = "ray_node_gpus_utilization"  # no GPU here
+# What this run cannot have, and why; everything else must be there.
+WITHOUT = {
+    exported_name("rollout/budget"): "rule kat sets no budget",
+    "ray_node_gpus_utilization": "no GPU here",
+}
 
-# A driver that reports a step a second, with an actor and an object, so that Ray's own metrics say something.
-DRIVER = """
-import time
-from actors.ray_metrics import RayMetrics
-from kat_ray.metrics import METRICS
-
-@ray.remote(num_cpus=0)
-class StudentSampler:
-    def ready(self): return True
-
-actor = StudentSampler.options(name="kat:sampler:0").remote()
-ray.get(actor.ready.remote())
-held = ray.put(b"0" * 1_000_000)
-metrics = RayMetrics("proof", steps=1000)
-for step in range(1, 1000):
-    metrics.step(step, {name: 0.25 for name in METRICS} | {"guards/fired": 2.0, "kl/mean": 0.125})
-    if step % 10 == 0:
-        metrics.checkpoint()
-    time.sleep(1)
-"""
+# The embedded pair in short steps: evaluated, graded, cut by KAT, checkpointed. It goes on until it is told to end.
+# Elastic pools (that never change) report what they would decide on; one guard's limit is passed at once.
+RUN = (
+    "run.name=proof", "run.steps=100000", "run.checkpoint_every=1", "run.tensorboard=false", "evaluation.k=1",
+    "evaluation.data.limit=4", "evaluation.teacher=false", "rollout.max_tokens=96", "rollout.prompts_per_step=24",
+    "termination.min_steps=1", "termination.min_samples=16", "termination.probe_share=0.4",
+    "sampler.kv_cache_gib=0.1", "sampler.max_replicas=2", "scorer.max_replicas=2", "pools.grow_after=100000",
+    "pools.shrink_after=100000", "learner.threads=1", "guards.max_tokens_share=0", "guards.patience=1",
+)  # fmt: skip
+REPORTS = {"RAY_metrics_report_interval_ms": "5000"}  # instead of 10 s
+KEPT = 20  # seconds after which what was set once must still be there; Ray alone forgets it after 10 to 15
 
 
 class Prometheus:
@@ -65,46 +63,71 @@ class Prometheus:
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory):
-    """A Ray that reports, and a Prometheus that has its metrics; yields the latter."""
+def run(tmp_path_factory):
+    """`kat-ray train` at work on a local cluster: the run's directory, the cluster, the driver's process."""
+    folder = tmp_path_factory.mktemp("runs")
+    with local_cluster(**REPORTS) as cluster:
+        cluster.start_head(6, dashboard=True, options=[f"--metrics-export-port={outside_port()}"])
+        where = [f"run.dir={folder}", f"cluster.address={cluster.address}"]
+        command = [sys.executable, "-m", "kat_ray.cli", "train", "demo", *RUN, *where]
+        with process(command, folder / "train.log", **REPORTS) as driver:
+            yield folder / "proof", cluster, driver
+
+
+@pytest.fixture(scope="module")
+def watched(run, tmp_path_factory):
+    """A Prometheus that has the run's metrics."""
     if shutil.which("prometheus") is None:
         lacking("prometheus is not installed (Debian: apt install prometheus)")
+    _, cluster, driver = run
     folder = tmp_path_factory.mktemp("prometheus")
-    with ray_process(DRIVER, folder / "ray.log") as (_, _, ray_folder):
-        # The shipped configuration, in a hurry and with this Ray's list of ports.
-        config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
-        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-        config["rule_files"] = [str(FOLDER / "alerts.yaml")]
-        (source,) = config["scrape_configs"][0]["file_sd_configs"]
-        (listed,) = source["files"]
-        source["files"] = [listed.replace("/tmp/ray", str(ray_folder))]
-        source["refresh_interval"] = "1s"
-        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-        port = free_port()
-        command = [
-            "prometheus",
-            f"--config.file={folder / 'prometheus.yml'}",
-            f"--storage.tsdb.path={folder / 'data'}",
-        ]
-        command.append(f"--web.listen-address=127.0.0.1:{port}")
-        with process(command, folder / "prometheus.log"):
-            prometheus = Prometheus(port)
-            until(prometheus.up, 30, "Prometheus answers")
-            until(lambda: prometheus.values(exported_name("run/step")), 90, "the driver's gauges are scraped")
-            yield prometheus
+    # The shipped configuration, in a hurry and with this Ray's list of ports.
+    config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(FOLDER / "alerts.yaml")]
+    (source,) = config["scrape_configs"][0]["file_sd_configs"]
+    (listed,) = source["files"]
+    source["files"] = [listed.replace("/tmp/ray", str(cluster.folder))]
+    source["refresh_interval"] = "1s"
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    port = free_port()
+    command = [
+        "prometheus",
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+    with process(command, folder / "prometheus.log"):
+        prometheus = Prometheus(port)
+        until(prometheus.up, 30, "Prometheus answers")
+
+        def trains():
+            assert driver.poll() is None, "the run ended early"
+            return max(prometheus.values(exported_name("run/step")), default=0) >= 3
+
+        until(trains, 240, "three steps of the run are scraped")
+        yield prometheus
 
 
-def test_every_metric_arrives(watched):
+def recorded(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_metric_arrives_as_the_run_recorded_it(run, watched):
+    path, *_ = run
     for name in [*METRICS, *RUN_METRICS]:
         query = f'{exported_name(name)}{{run="proof",role="driver"}}'
-        until(lambda query=query: watched.values(query), 30, query)
-    assert watched.values(f"max by (run) ({exported_name('kl/mean')})") == [0.125]
-    assert watched.values(exported_name("run/steps")) == [1000]
+        if exported_name(name) in WITHOUT:
+            assert watched.values(query) == []
+            continue
+        until(lambda query=query: watched.values(query), 60, query)
+    (kl,) = watched.values(f"max by (run) ({exported_name('kl/mean')})")
+    assert any(m.get("kl/mean") == pytest.approx(kl, rel=1e-9) for m in recorded(path))
 
 
 def test_every_query_of_the_dashboard_returns_data(watched):
     for where, expression in dashboard_queries().items():
-        if GPU in names_in(expression):
+        if names_in(expression) & WITHOUT.keys():
             assert watched.values(expression) == []
             continue
         until(lambda e=expression: watched.values(e), 60, f"{where}: {expression}")
@@ -118,7 +141,32 @@ def test_every_metric_of_the_alerts_is_there(watched):
     assert watched.values('sum by (NodeAddress) (ray_spill_manager_objects_bytes{State="Spilled"})') == [0]
 
 
-def test_an_alert_fires(watched):
+def test_the_actors_are_counted_by_state(watched):
+    alive = watched.values('sum(ray_actors{Source="gcs",State=~"ALIVE.*",Name=~"StudentSampler|TeacherScorer"})')
+    assert alive and alive[0] >= 2
+
+
+def test_an_alert_fires(run, watched):
+    *_, driver = run
     alert = until(lambda: watched.firing().get("KatGuardFired"), 60, "KatGuardFired fires")
-    assert alert["annotations"]["summary"] == "2 collapse guards of proof have fired"
+    assert alert["annotations"]["summary"] == "1 collapse guards of proof have fired"
     assert "KatNoProgress" not in watched.firing()
+    assert driver.poll() is None, "it fired for a run that goes on"
+
+
+def test_a_run_that_stands_still_is_seen_to(run, watched):
+    """What was set last is there however long ago that was: else KatNoProgress would have nothing to compare."""
+    path, cluster, driver = run
+    (sampler,) = [p for p in cluster.processes() if role_of(p) == "sampler"]
+    sampler.suspend()
+    try:
+        since = f"time() - max by (run) ({exported_name('run/step_time')})"
+        seen = until(lambda: [s for s in watched.values(since) if s > KEPT], 3 * KEPT, f"{since} > {KEPT}")
+        checkpoint = watched.values(exported_name("run/checkpoint_time"))
+        assert watched.values(exported_name("run/steps")) == [100_000]
+    finally:
+        sampler.resume()
+    evaluation = recorded(path)[0]
+    assert watched.values(exported_name("eval/avg_at_k")) == [pytest.approx(evaluation["eval/avg_at_k"])]
+    assert len(seen) == 1 and driver.poll() is None
+    assert checkpoint[0] > evaluation["time"] and list((path / "checkpoints").glob("step-*"))
