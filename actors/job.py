@@ -111,7 +111,7 @@ class Job:
         self._totals = Totals()
         self._step_watch = StepWatch(config, run.path, progress.note)
         self._elastic = ElasticPools(config, self._pools, progress.note)
-        self._store = StoreWatch(config.cluster.store_share, progress.note)
+        self._store = StoreWatch(config.cluster.store_share, progress.note, config.rollout.staleness)
         self._gauges = RayMetrics(run.path.name, config.run.steps)
         self._evaluations: dict[str, EvalResult] = {}
         self._evaluated: int | None = None  # after how many steps it was last evaluated
@@ -137,6 +137,7 @@ class Job:
 
     def _load(self, loaded: Loaded | None) -> None:
         self._progress.phase("loading models")
+        self._store.start()
         self._pools.start()
         self._load_state(loaded.state if loaded else None)
         self._evaluate_teacher()
@@ -232,7 +233,6 @@ class Job:
             **decision_metrics(sampled.reports),
             "time/learn": learnt_at - sampled_at,
             "time/publish": ended - ready_at,
-            "time/checkpoint": self._stood_still,
             **store,
             "pool/restarts": float(self._uncounted_restarts() + sum(r.recovered for r in sampled.reports)),
         }
@@ -283,6 +283,7 @@ class Job:
 
     def _finish_step(self, step: int, metrics: dict[str, float], sampled: SampledStep) -> None:
         self._finish_checkpoint()
+        metrics["time/checkpoint"] = self._stood_still
         self._run.log_metrics(step + 1, metrics)
         self._gauges.step(step + 1, metrics)
         if self._trace is not None:

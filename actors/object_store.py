@@ -42,18 +42,33 @@ class StoreWatch:
     """Looks once a step, and says once if the store is too full or spills."""
 
     def __init__(
-        self, limit: float, note: Callable[[str], None], look: Callable[[], StoreUsage] = store_usage
+        self,
+        limit: float,
+        note: Callable[[str], None],
+        ahead: int = 0,
+        look: Callable[[], StoreUsage] = store_usage,
     ) -> None:
-        self._limit, self._note, self._ask = limit, note, look
+        """`ahead` is how many steps' records are made while one's are held."""
+        self._limit, self._note, self._ahead, self._ask = limit, note, ahead, look
         self._usage = StoreUsage(0.0, 0.0)
+        self._before = 0.0
         self._first_spilled: float | None = None  # what others on the cluster had spilled before
         self._looked = 0.0
         self._said = False
 
+    def start(self) -> None:
+        """Before anything of the run is in the store: what others have there is no step's."""
+        self._before = self._ask().used_share
+
     @property
     def has_room(self) -> bool:
-        """Whether another step's records may be made while these are held."""
-        return self._usage.used_share <= self._limit
+        """Whether another step's records may be made while these are held: they are taken to be as many."""
+        return self._expected <= self._limit
+
+    @property
+    def _expected(self) -> float:
+        used = self._usage.used_share
+        return used + self._ahead * max(0.0, used - self._before)
 
     def look(self) -> dict[str, float]:
         """The metrics of now; call it when a step's records are all there."""
@@ -64,9 +79,11 @@ class StoreWatch:
         spilled = self._usage.spilled_bytes - self._first_spilled
         if not self._said and (spilled or not self.has_room):
             self._said = True
+            used, expected = self._usage.used_share, self._expected
+            ahead = f", and would be {expected:.0%} full with the next step's beside them" if self._ahead else ""
             self._note(
-                f"the object store is {self._usage.used_share:.0%} full with a step's records (cluster.store_share "
-                f"= {self._limit:g}), {spilled / 2**20:.0f} MiB were spilled to disk: give Ray a larger store, "
+                f"the object store is {used:.0%} full with a step's records{ahead} (cluster.store_share = "
+                f"{self._limit:g}), {spilled / 2**20:.0f} MiB were spilled to disk: give Ray a larger store, "
                 "or lower rollout.prompts_per_step, rollout.max_tokens or rollout.top_k_logprobs"
             )
         return {"store/used_share": self._usage.used_share, "store/spilled_bytes": spilled}

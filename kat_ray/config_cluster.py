@@ -186,8 +186,8 @@ class ClusterConfig(Section):
     start_timeout: float = Field(900.0, gt=0)
     """Seconds that loading models and starting DeepSpeed may take, at the start and after an actor's death."""
     store_share: float = Field(0.7, gt=0, le=1)
-    """Share of the object store above which no step is sampled ahead (rollout.staleness = 1) while another one's
-    records are held, and a warning is given."""
+    """Share of the object store that a run keeps below: a warning is given above it, and no step is sampled ahead
+    (rollout.staleness = 1) where its records, taken to be as many as those that are held, would exceed it."""
     step_timeout: float = Field(7200.0, gt=0)
     """Seconds that any one stage of a step may take: sampling, learning, publishing, an evaluation, a
     checkpoint.

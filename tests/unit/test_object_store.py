@@ -23,6 +23,19 @@ def test_it_says_once_that_the_store_is_too_full_and_what_was_spilled(clock):
     assert len(lines) == 1 and "80% full" in lines[0] and "cluster.store_share = 0.7" in lines[0]
 
 
+def test_a_step_ahead_needs_as_much_as_the_one_that_is_held(clock):
+    """0.1 are others': at 0.4 a step has 0.3, and a second one beside it makes 0.7."""
+    usages, lines = [StoreUsage(0.1, 0.0), StoreUsage(0.4, 0.0), StoreUsage(0.45, 0.0)], []
+    watch = StoreWatch(0.75, lines.append, ahead=1, look=lambda: usages.pop(0))
+    watch.start()
+    watch.look()
+    assert watch.has_room and not lines
+    clock[0] += 10
+    watch.look()
+    assert not watch.has_room
+    assert len(lines) == 1 and "45% full with a step's records, and would be 80% full with the next" in lines[0]
+
+
 def test_it_does_not_ask_more_often_than_every_two_seconds(clock):
     asked = []
     watch = StoreWatch(0.7, print, look=lambda: asked.append(1) or StoreUsage(0.1, 0.0))
