@@ -255,6 +255,11 @@ def _is_gone(error: RayActorError) -> bool:
 def lost_words(error: BaseException, what: str) -> str:
     """One line about an actor's death."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "No module named 'kat_ray'" in str(error) or "No module named 'actors'" in str(error):
+        return (
+            f"an actor died while waiting for {what}: its node lacks the package kat-ray. Use an image built from "
+            "docker/Dockerfile for all nodes, or submit a working tree: kat-ray submit"
+        )
     return (
         f"an actor died while waiting for {what}: {lines[-1] if lines else type(error).__name__}. "
         "Its output is in Ray's session logs (/tmp/ray/session_latest/logs/worker-*)."
