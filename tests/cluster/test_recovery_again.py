@@ -21,7 +21,7 @@ from kat_ray.errors import Stopped, UserError
 from kat_ray.pulse import Pulse
 from tests.cluster.disturb import newest_of
 from tests.cluster.test_recovery import QUICK, check_books, records_of, stub_config
-from tests.cluster.test_run import files  # noqa: F401 (a fixture)
+from tests.cluster.test_run import SINGLE, files  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.slow
 
@@ -42,8 +42,8 @@ def before(monkeypatch, owner, name, act):
 def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path, monkeypatch):  # noqa: F811
     """Once in a step, then before it takes the checkpoint, then before it publishes; sampling goes on ahead."""
     config = stub_config(
-        files, tmp_path, steps=6, rollout={"top_k_logprobs": 16, "staleness": 1},
-        run={"steps": 6, "checkpoint_every": 2},
+        files, tmp_path, steps=5, rollout={"top_k_logprobs": 16, "staleness": 1},
+        run={"steps": 5, "checkpoint_every": 2}, **SINGLE,
     )  # fmt: skip
     killed = []
 
@@ -63,7 +63,7 @@ def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path
 
 
 def test_a_rank_that_dies_before_the_ranks_have_met(ray_local, files, tmp_path, monkeypatch):  # noqa: F811
-    config = stub_config(files, tmp_path, steps=2, learner={"world_size": 2, "num_cpus": 0.5})
+    config = stub_config(files, tmp_path, steps=2, **SINGLE | {"learner": {"world_size": 2}})
     before(monkeypatch, Pools, "join", lambda n: newest_of("learner").kill())
     path = job.train(config, engines=QUICK)
     check_books(config, path)
@@ -109,7 +109,7 @@ def waiting_engine(config, model, model_dir, max_model_len):
 
 
 def test_told_to_end_while_models_are_loaded(ray_local, files, tmp_path):  # noqa: F811
-    config = stub_config(files, tmp_path, steps=2)
+    config = stub_config(files, tmp_path, steps=2, **SINGLE)
 
     def tell():
         while not (tmp_path / "loading").exists():
@@ -122,8 +122,6 @@ def test_told_to_end_while_models_are_loaded(ray_local, files, tmp_path):  # noq
         job.train(config, engines=Engines(waiting_engine, stub_teacher))
     teller.join()
     assert stopped.value.code == 128 + signal.SIGTERM
-    path = job.train(config, resume=tmp_path / "run", engines=QUICK)
-    check_books(config, path)
 
 
 def one_good_engine(config, model, model_dir, max_model_len):
@@ -138,7 +136,7 @@ def one_good_engine(config, model, model_dir, max_model_len):
 def test_a_replica_that_cannot_load_ends_no_run(ray_local, files, tmp_path):  # noqa: F811
     config = stub_config(
         files, tmp_path, steps=16, run={"steps": 16, "checkpoint_every": 0, "tensorboard": False},
-        sampler={"replicas": 1, "max_replicas": 2, "num_cpus": 0.5}, pools={"grow_after": 1},
+        pools={"grow_after": 1}, **SINGLE | {"sampler": {"replicas": 1, "max_replicas": 2, "num_cpus": 0.5}},
     )  # fmt: skip
     path = job.train(config, engines=Engines(one_good_engine, stub_teacher))
     check_books(config, path)

@@ -13,7 +13,7 @@ from actors.bench.stub_teacher import stub_teacher
 from actors.bench.stubs import fast_stub_engine
 from actors.sampler_pool import Engines
 from tests.cluster.test_recovery import check_books, stub_config
-from tests.cluster.test_run import files  # noqa: F401 (a fixture)
+from tests.cluster.test_run import SINGLE, files  # noqa: F401 (a fixture)
 from tests.deploy.ray_process import until
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ def test_sampling_ahead_waits_until_the_store_has_room(ray_local, files, tmp_pat
     monkeypatch.setattr(object_store, "_EVERY", 0.0)  # steps are short here: look in each of them
     config = stub_config(
         files, tmp_path, 5, rollout={"top_k_logprobs": 16, "staleness": 1}, cluster={"store_share": 0.4},
-        run={"steps": 5, "tensorboard": False},
+        run={"steps": 5, "tensorboard": False}, **SINGLE,
     )  # fmt: skip
     ballast = [ray.put(np.ones(150 * 2**20, np.uint8))]  # of 300 MiB
     record = job_module.StepRecorder.record
