@@ -15,8 +15,8 @@ import pytest
 import ray
 import torch
 
-from kat_ray.packing import pack_ids
-from kat_ray.types import EngineEnd, RolloutChunk
+from kat_ray.types.records import EngineEnd, RolloutChunk
+from kat_ray.types.token_ids import pack_ids
 
 
 @pytest.fixture(scope="session", autouse=True)

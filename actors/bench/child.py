@@ -21,7 +21,7 @@ _MARK = "FIGURES "  # before the JSON on stdout: libraries print there too
 
 
 def child_env(threads: int) -> dict[str, str]:
-    """The environment of a child: what Ray gives the actors (actors/cluster.py), and no cluster of another job."""
+    """What Ray gives the actors (actors/cluster/placement.py), and no cluster of another job."""
     return {
         **{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
         "OMP_NUM_THREADS": str(threads),

@@ -17,7 +17,7 @@ from typing import Any
 from actors.bench.figure import Figure
 from actors.bench.limits import limit_of
 from kat_ray.errors import UserError
-from kat_ray.summary import git_commit, package_versions
+from kat_ray.run.summary import git_commit, package_versions
 
 PEER_VENV = Path(".venv-peer")
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from actors.bench.figure import Figure
-from kat_ray.chunking import PendingRollout, build_chunk
+from kat_ray.data.chunks import PendingRollout, build_chunk
 from kat_ray.termination import RunFacts
 from kat_ray.termination.settings import KatSettings
-from kat_ray.types import EngineEnd, ScoredChunk
+from kat_ray.types.records import EngineEnd, ScoredChunk
 
 
 def scored_chunk(rollouts: int, start: int, tokens: int, ended: EngineEnd, rng: np.random.Generator) -> ScoredChunk:
@@ -60,7 +60,7 @@ def monitor_seconds_per_token(rollouts: int = 256, length: int = 512, tokens: in
 
     The best of some repeats under the active KAT rule; what is slower was disturbed.
     """
-    from actors.trap_monitor import TrapMonitor
+    from actors.monitor.trap_monitor import TrapMonitor
 
     rule = KatSettings(min_samples=1, min_steps=0, window=64)
     chunks = chunks_of_a_step(rollouts, length, tokens)
@@ -135,9 +135,9 @@ def bytes_figure(rollouts: int = 256, length: int = 256, prompt: int = 128, voca
 def _records(rollouts: int, length: int, prompt: int, vocabulary: int, chunk_tokens: int = 16) -> Any:
     """The records of every chunk of a step: RolloutChunk, ScoredChunk and TeacherRows."""
     from actors.bench.fleet import bench_config
-    from actors.bench.stub_teacher import StubScorer, stub_teacher
-    from actors.bench.stubs import StubEngine
-    from kat_ray.types import SamplingSettings
+    from actors.testing.stub_engine import StubEngine
+    from actors.testing.stub_teacher import StubScorer, stub_teacher
+    from kat_ray.types.records import SamplingSettings
 
     engine = StubEngine(64, vocabulary)
     scorer = StubScorer("scorer:0", bench_config(rollouts), "stub", (1,), make=stub_teacher)

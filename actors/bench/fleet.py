@@ -17,16 +17,16 @@ import numpy as np
 import psutil
 import ray
 
-from actors.bench.stub_teacher import StubScorer, stub_teacher
-from actors.bench.stubs import PlainMonitor, StubSampler, stub_engine
-from actors.pools import Pools, connect
-from actors.sampler_pool import SamplerPool
-from actors.trainer import SampledStep, Trainer
-from actors.watch import StopRequest, remote_class
+from actors.cluster.pools import Pools, connect
+from actors.cluster.sampler_pool import SamplerPool
+from actors.cluster.waiting import StopRequest, remote_class
+from actors.driver.steps import SampledStep, Trainer
+from actors.testing.stub_engine import PlainMonitor, StubSampler, stub_engine
+from actors.testing.stub_teacher import StubScorer, stub_teacher
 from kat_ray.config import Config
-from kat_ray.data import PromptOrder
+from kat_ray.data.prompts import PromptOrder
 from kat_ray.termination import RunFacts
-from kat_ray.types import Prompt
+from kat_ray.types.records import Prompt
 
 CHUNK_TOKENS = 16
 MAX_TOKENS = 64

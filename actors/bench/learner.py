@@ -50,7 +50,7 @@ def _goal(pair: str) -> float | None:
 
 def learner_of(student: Path, threads: int) -> Any:
     """A learner of one rank in this process, ready to take steps."""
-    from actors.learner import Learner
+    from actors.learner.learner import Learner
     from kat_ray.config import Config
 
     config = Config.model_validate(
@@ -149,7 +149,7 @@ def _linear_layers(model: Any) -> Counter[tuple[int, int, bool]]:
 
 
 def _count(learner: Any, linear: Counter[tuple[int, int, bool]], chunks: Any, teacher: Any, kept: Any) -> Counts:
-    from kat_ray.batch import collect_rows, micro_batches
+    from kat_ray.data.batch import collect_rows, micro_batches
 
     batches = micro_batches(collect_rows(chunks, teacher, kept), learner._config.learner.micro_batch_tokens)
     sizes = [b.input_ids.size for b in batches]

@@ -17,8 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kat_ray.config_io import resolve_path
-from kat_ray.divergence import event_logprobs, is_stop, narrow, reverse_kl, stop_mass, tail_from_logprobs, widen
+from kat_ray.config.load import resolve_path
+from kat_ray.losses.divergence import (
+    event_logprobs,
+    is_stop,
+    narrow,
+    reverse_kl,
+    stop_mass,
+    tail_from_logprobs,
+    widen,
+)
 from kat_ray.termination.base import NewTokens
 from kat_ray.termination.kat import KatTracker
 from kat_ray.termination.settings import KatSettings

@@ -9,14 +9,14 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from actors.bench.figure import Figure
-from kat_ray.config_io import load_config, save_config
-from kat_ray.replay import calibrate, load_traces
-from kat_ray.replay_rules import COLUMNS, follow
+from kat_ray.analysis.replay import calibrate, load_traces
+from kat_ray.analysis.replay_rules import COLUMNS, follow
+from kat_ray.config.load import load_config, save_config
+from kat_ray.records.traces import TokenFeatures, TraceRow, write_traces
 from kat_ray.report.command import report
 from kat_ray.termination import RULES, RunFacts
 from kat_ray.termination.settings import KatSettings
-from kat_ray.traces import TokenFeatures, TraceRow, write_traces
-from kat_ray.types import StopReason
+from kat_ray.types.records import StopReason
 
 _ROLLOUTS, _PER_STEP, _LONGEST = 10_000, 100, 208
 _RULES = ("fixed_prefix", "random", "repetition", "prune_opd")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kat_ray.config_io import resolve_path
+from kat_ray.config.load import resolve_path
 
 MAX_POSITIONS = 1024
 VOCABULARY = 32_000

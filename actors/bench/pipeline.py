@@ -1,7 +1,7 @@
 """The pipeline from the inside: what a step fails to overlap, what publication and decisions take, its start.
 
 Whole runs of kat-ray at 256 rollouts of up to 512 tokens on the tiny pair, with staleness 0 and 1 and with KAT; the
-figures are sums over the measured steps of what each run recorded itself (kat_ray/metrics.py).
+figures are sums over the measured steps of what each run recorded itself (kat_ray/observability/metric_catalog.py).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 from actors.bench.child import print_figures
 from actors.bench.figure import Figure
 from actors.bench.pairs import random_model
-from actors.student_model import weight_update
+from actors.learner.model import weight_update
 
 _NODES, _SAMPLERS = 2, 3  # sampler nodes, samplers on each
 _NAME = "bytes that arrive at a node of samplers per byte of weights"

@@ -1,8 +1,8 @@
 """The sampler against bare vLLM: what top-64 log-probabilities, chunks and a seed per request cost.
 
-Ours is the loop of actors/student_sampler.py without the cluster: engine steps, rows into PendingRollouts, a chunk
-every `rollout.chunk_tokens` steps. The other side is `vllm.LLM.generate` of the same prompts to the same lengths,
-without log-probabilities, seeds and detokenising. Both engines have the same settings and the same threads.
+Ours is the loop of actors/sampler/student_sampler.py without the cluster: engine steps, rows into PendingRollouts,
+a chunk every `rollout.chunk_tokens` steps. The other side is `vllm.LLM.generate` of the same prompts to the same
+lengths, without log-probabilities, seeds and detokenising. Both engines have the same settings and threads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def figures(folder: Path, threads: int = 1) -> list[Figure]:
 def measure(pair: Pair, threads: int) -> list[Figure]:
     """The figure of one pair, in this process."""
     from kat_ray.config import RolloutConfig
-    from kat_ray.config_cluster import SamplerConfig
+    from kat_ray.config.cluster import SamplerConfig
 
     rollout, sampler = RolloutConfig(), SamplerConfig(max_num_seqs=REQUESTS)
     prompts = _prompts(pair)
@@ -79,10 +79,10 @@ def _prompts(pair: Pair) -> list[list[int]]:
 
 def _ours(pair: Pair, sampler: Any, rollout: Any, prompts: list[list[int]], tokens: int) -> Callable[[], list[int]]:
     """A function that generates all rollouts and returns their lengths."""
-    from actors.vllm_engine import VllmEngine
-    from kat_ray.chunking import PendingRollout, build_chunk
+    from actors.sampler.vllm_engine import VllmEngine
     from kat_ray.config import ModelConfig
-    from kat_ray.types import SamplingSettings
+    from kat_ray.data.chunks import PendingRollout, build_chunk
+    from kat_ray.types.records import SamplingSettings
 
     model = ModelConfig(path=str(pair.student), dtype="float32")
     engine = VllmEngine(

@@ -24,10 +24,10 @@ import numpy as np
 
 from actors.bench.capacity import Assumptions, Cost, Costs, fit, markdown, plan
 from actors.bench.decision_path import bytes_figure, chunks_of_a_step, decision_path_figure
-from kat_ray.accounting import ScoredTokens
-from kat_ray.step_metrics import score_metrics
-from kat_ray.traces import TokenFeatures, TraceRow, write_traces
-from kat_ray.types import StopReason
+from kat_ray.data.accounting import ScoredTokens
+from kat_ray.records.traces import TokenFeatures, TraceRow, write_traces
+from kat_ray.run.step_metrics import score_metrics
+from kat_ray.types.records import StopReason
 
 ROLES = ("sampler", "scorer", "monitor", "driver", "system")
 _FLOOD = (16, 64, 256)  # rollouts of a chunk

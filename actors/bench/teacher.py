@@ -40,7 +40,7 @@ def _name(pair: str) -> str:
 
 def scorer_of(student: Path, teacher: Path, prompts: Path, threads: int) -> Any:
     """A scorer in this process."""
-    from actors.teacher_scorer import TeacherScorer
+    from actors.teacher.scorer import TeacherScorer
     from kat_ray.config import Config
 
     config = Config.model_validate(
@@ -133,7 +133,7 @@ def _full_batch(model: Any, teacher: Any, rollouts: Sequence[tuple[Any, Any]], i
     import numpy as np
     import torch
 
-    from actors.teacher_transformers import logits_tokens
+    from actors.teacher.transformers_backend import logits_tokens
 
     lengths = [len(p) + len(t) - 1 for p, t in rollouts]
     inputs = np.zeros((len(rollouts), max(lengths)), dtype=np.int64)

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kat_ray.chunking import tail_logprobs
-from kat_ray.packing import pack_ids
-from kat_ray.types import EngineEnd, IntArray, KeptRollout, RolloutChunk, TeacherRows
+from kat_ray.data.chunks import tail_logprobs
+from kat_ray.types.records import EngineEnd, IntArray, KeptRollout, RolloutChunk, TeacherRows
+from kat_ray.types.token_ids import pack_ids
 
 TOP_K = 64
 PROMPT = (8, 33)  # tokens of a prompt, drawn from this range

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kat_ray.prometheus import exported_name
+from kat_ray.observability.prometheus import exported_name
 
 OUT = Path(__file__).with_name("dashboard.json")
 CHART = OUT.parents[1] / "kuberay" / "chart" / "files"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kat_ray.errors import UserError
-from kat_ray.verify import Verifier, extract_integer
+from kat_ray.rewards.verifiers import Verifier, extract_integer
 
 _TAIL = 60  # characters
 _SECONDS = 1.0  # for one answer: it is only shown
@@ -18,7 +18,7 @@ def answers_of(texts: Sequence[str], verifier: Verifier) -> list[str | None]:
     """
     if verifier == "integer":
         return [extract_integer(text) for text in texts]
-    from kat_ray.math_grader import MathGrader
+    from kat_ray.rewards.math_grader import MathGrader
 
     try:
         with MathGrader(_SECONDS) as grader:

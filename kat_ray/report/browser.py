@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from kat_ray.analysis.replay import windows_of
 from kat_ray.config import Config
-from kat_ray.data import load_prompts
+from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import UserError
-from kat_ray.replay import windows_of
 from kat_ray.report.answers import answers_of
 from kat_ray.report.phases import Lens
 from kat_ray.report.run_records import RunRecords
-from kat_ray.types import IntArray, Prompt
+from kat_ray.types.records import IntArray, Prompt
 
 MAX_TOKENS = 400_000  # in one page: more makes it slow to open
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kat_ray.config_io import config_yaml
+from kat_ray.config.load import config_yaml
 from kat_ray.errors import UserError
-from kat_ray.models import load_tokenizer
+from kat_ray.models.inspect import load_tokenizer
 from kat_ray.report import curves, rollout_figures
 from kat_ray.report.browser import choose, prompts_of, rollouts_for
 from kat_ray.report.page import Card, Section, embedded_json, png_of, render, script, write_page

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from kat_ray.compare_results import Result
-from kat_ray.compare_table import INTERVALS, Paired, caption, difference_table, paired, table
-from kat_ray.json_records import METRICS, read_json_lines
+from kat_ray.analysis.compare_results import Result
+from kat_ray.analysis.compare_table import INTERVALS, Paired, caption, difference_table, paired, table
+from kat_ray.records.json_records import METRICS, read_json_lines
 from kat_ray.report.page import Section, png_of, render, write_page
 from kat_ray.report.style import figure, percent, smooth
 

@@ -9,7 +9,7 @@ import numpy as np
 from kat_ray.report.phases import Lens, Phases
 from kat_ray.report.run_records import RunRecords
 from kat_ray.report.style import APPLIED, CUT, GREY, KEPT, SCALE, STOPS, WOULD, figure, percent, plain, smooth
-from kat_ray.types import FloatArray, IntArray
+from kat_ray.types.records import FloatArray, IntArray
 
 
 def _line(axes: Any, records: RunRecords, metric: str, label: str, colour: str, parts: int = 25) -> bool:

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from kat_ray.config import Config
-from kat_ray.data import load_prompts
-from kat_ray.divergence import stop_mass, tail_from_logprobs
+from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import UserError
-from kat_ray.hf_model import load_causal_lm
-from kat_ray.loss import TeacherTargets, distillation_loss
-from kat_ray.models import check_models, resolve_model
+from kat_ray.losses.distillation import TeacherTargets, distillation_loss
+from kat_ray.losses.divergence import stop_mass, tail_from_logprobs
+from kat_ray.models.inspect import check_models, resolve_model
+from kat_ray.models.load import load_causal_lm
 from kat_ray.report.phases import PHASES, Phases
 from kat_ray.report.run_records import RunRecords
 

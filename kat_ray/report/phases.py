@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kat_ray.replay import Replayed, Traces, apply_rule, calibrate, uncensored_rows
+from kat_ray.analysis.replay import Replayed, Traces, apply_rule, calibrate, uncensored_rows
 from kat_ray.report.run_records import RunRecords
 from kat_ray.termination.settings import KatParameters
-from kat_ray.types import FloatArray, IntArray
+from kat_ray.types.records import FloatArray, IntArray
 
 PHASES = ("before", "agreement", "after")
 NO_TRAP = "no trap"

@@ -10,11 +10,11 @@ import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
-from kat_ray.replay import Traces
+from kat_ray.analysis.replay import Traces
 from kat_ray.report.phases import NO_TRAP, PHASES, Lens, Phases, phase_means
 from kat_ray.report.run_records import RunRecords
 from kat_ray.report.style import APPLIED, CUT, KEPT, PHASE_COLOURS, SCALE, WOULD, figure, percent, plain
-from kat_ray.types import FloatArray, IntArray
+from kat_ray.types.records import FloatArray, IntArray
 
 _FLOOR = 1e-4  # nats: below it KL is drawn as one colour
 _DRAWN = 100  # rollouts in a heat map; what is counted is never sampled

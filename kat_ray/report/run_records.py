@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from kat_ray.analysis.replay import Traces, load_table, traces_from
 from kat_ray.config import Config
-from kat_ray.config_io import load_config
+from kat_ray.config.load import load_config
 from kat_ray.errors import UserError
-from kat_ray.json_records import EVALUATION, METRICS, SUMMARY, read_json, read_json_lines
-from kat_ray.replay import Traces, load_table, traces_from
-from kat_ray.types import FloatArray
+from kat_ray.records.json_records import EVALUATION, METRICS, SUMMARY, read_json, read_json_lines
+from kat_ray.types.records import FloatArray
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from kat_ray.termination.settings import RuleSettings
-from kat_ray.types import FloatArray, IntArray
+from kat_ray.types.records import FloatArray, IntArray
 
 _NONE = np.zeros(0, dtype=np.float32)
 

@@ -15,7 +15,7 @@ from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RunFacts
 from kat_ray.termination.kat import KatRule
 from kat_ray.termination.settings import KatParameters
 from kat_ray.termination.table import Followed, padded
-from kat_ray.types import FloatArray, IntArray
+from kat_ray.types.records import FloatArray, IntArray
 
 
 class KatTable:

@@ -24,11 +24,11 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from kat_ray.errors import UserError
+from kat_ray.records.traces import read_rows
 from kat_ray.termination.base import RolloutStart, RunFacts
 from kat_ray.termination.settings import CuttingSettings
 from kat_ray.termination.uncalibrated import LengthRule
-from kat_ray.traces import read_rows
-from kat_ray.types import FloatArray, IntArray
+from kat_ray.types.records import FloatArray, IntArray
 
 POOL = 5  # steps: a step's probes alone are too few to say how long rollouts get
 _MATCHED = 12  # tells this draw from the others that are seeded with (run seed, rollout id)

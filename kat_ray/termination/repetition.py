@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RunFacts
 from kat_ray.termination.settings import CuttingSettings
 from kat_ray.termination.uncalibrated import UncalibratedRule
-from kat_ray.types import IntArray
+from kat_ray.types.records import IntArray
 
 
 class RepetitionSettings(CuttingSettings):

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RolloutTracker, TerminationRule
-from kat_ray.types import FloatArray, IntArray
+from kat_ray.types.records import FloatArray, IntArray
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from selenium.webdriver.common.by import By
 
-from kat_ray import cli
+from kat_ray.cli import main as cli
 from tests.browser.test_report_page import open_page
 from tests.unit.test_compare import finish_rule
 

@@ -9,8 +9,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
-from kat_ray import cli
-from kat_ray.types import StopReason
+from kat_ray.cli import main as cli
+from kat_ray.types.records import StopReason
 from tests.unit.test_report import APPLIED, STAGES, row, small_run, write_run
 
 # Change a filter; returns how many elements the page then has.

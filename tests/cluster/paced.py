@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors import run as job
-from actors.bench.stub_teacher import stub_teacher
-from actors.bench.stubs import StubEngine
-from actors.sampler_pool import Engines
+from actors.cluster.sampler_pool import Engines
+from actors.driver import train as job
+from actors.testing.stub_engine import StubEngine
+from actors.testing.stub_teacher import stub_teacher
 from kat_ray.config import Config
-from kat_ray.types import EngineRows
+from kat_ray.types.records import EngineRows
 
 
 def seen_file(config: Config) -> Path:

@@ -12,15 +12,15 @@ from functools import cache
 import numpy as np
 import torch
 
-from actors.learner import Learner
-from kat_ray.batch import assign_ranks
-from kat_ray.types import KeptRollout, TeacherRows
+from actors.learner.learner import Learner
+from kat_ray.data.batch import assign_ranks
+from kat_ray.types.records import KeptRollout, TeacherRows
 from tests.conftest import chunk_of, make_config, random_rollouts
 
 SECONDS = 120  # that a call may take
 PRELOADED = [
     "ray", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers.models.qwen3.modeling_qwen3",
-    "actors.learner", "tests.cluster.ranks",
+    "actors.learner.learner", "tests.cluster.ranks",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from kat_ray.ray_token import WHERE_FROM
+from kat_ray.cluster.auth import WHERE_FROM
 from tests.cluster.local_cluster import local_cluster, outside_port
 from tests.deploy.manifests import ROOT
 from tests.deploy.ray_process import until

@@ -44,7 +44,7 @@ def test_train_the_embedded_task_and_score_what_it_leaves(tmp_path):
 def test_a_learner_that_cannot_write_its_checkpoint_says_so(ray_local):
     import ray
 
-    from actors.watch import get
+    from actors.cluster.waiting import get
     from kat_ray.errors import UserError
 
     @ray.remote

@@ -6,12 +6,12 @@ import subprocess
 
 import pytest
 
-from actors import run as job
-from actors.bench.stub_teacher import stub_teacher
-from actors.bench.stubs import fast_stub_engine
-from actors.sampler_pool import Engines
-from kat_ray.checkpoint import Checkpoints
+from actors.cluster.sampler_pool import Engines
+from actors.driver import train as job
+from actors.testing.stub_engine import fast_stub_engine
+from actors.testing.stub_teacher import stub_teacher
 from kat_ray.errors import UserError
+from kat_ray.run.checkpoint import Checkpoints
 from tests.cluster.disturb import steps_done
 from tests.cluster.test_recovery import check_books, stub_config
 from tests.cluster.test_run import files  # noqa: F401 (a fixture)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from actors import run as job
-from actors.bench.stub_teacher import StubTeacher, stub_teacher
-from actors.bench.stubs import StubEngine, fast_stub_engine
-from actors.sampler_pool import Engines
+from actors.cluster.sampler_pool import Engines
+from actors.driver import train as job
+from actors.testing.stub_engine import StubEngine, fast_stub_engine
+from actors.testing.stub_teacher import StubTeacher, stub_teacher
 from tests.cluster.test_recovery import check_books, stub_config
 from tests.cluster.test_run import files  # noqa: F401 (a fixture)
 

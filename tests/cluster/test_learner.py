@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from actors.learner import lr_factor
-from actors.student_model import switch_dropout_off, weight_update
-from kat_ray.batch import collect_rows
-from kat_ray.divergence import event_logprobs, is_stop, reverse_kl, stop_mass, tail_from_logprobs
-from kat_ray.hf_model import check_output_layer
+from actors.learner.learner import lr_factor
+from actors.learner.model import switch_dropout_off, weight_update
+from kat_ray.data.batch import collect_rows
+from kat_ray.losses.divergence import event_logprobs, is_stop, reverse_kl, stop_mass, tail_from_logprobs
+from kat_ray.models.load import check_output_layer
 from tests.cluster.ranks import Group, step_of
 from tests.conftest import make_model, random_rollouts
 

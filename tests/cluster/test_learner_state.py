@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from kat_ray.checkpoint import CheckpointError, Checkpoints, FileDigest
+from kat_ray.run.checkpoint import CheckpointError, Checkpoints, FileDigest
 from tests.cluster.ranks import Group
 from tests.conftest import make_model
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from actors import run as job
-from actors.bench.stub_teacher import stub_teacher
-from actors.object_store import store_usage
-from actors.sampler_pool import Engines
+from actors.cluster.object_store import store_usage
+from actors.cluster.sampler_pool import Engines
+from actors.driver import train as job
+from actors.testing.stub_teacher import stub_teacher
 from tests.cluster.disturb import role_of
 from tests.cluster.local_cluster import local_cluster
 from tests.cluster.test_recovery import check_alike, stub_config

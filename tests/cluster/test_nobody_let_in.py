@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kat_ray.redact import redact
+from kat_ray.observability.redact import redact
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
 
@@ -132,8 +132,8 @@ def test_secrets_are_not_repeated_in_messages(tmp_path, arguments):
 
 CLUSTER = """
 import os, sys
-from kat_ray.cli import _keep_others_out
-from kat_ray.config_io import load_config
+from kat_ray.cli.main import _keep_others_out
+from kat_ray.config.load import load_config
 
 config = load_config("demo", ["cluster.dashboard=true", "cluster.object_store_gib=0.1"])
 _keep_others_out(config)
@@ -141,7 +141,7 @@ assert os.environ["RAY_AUTH_MODE"] == "token"
 with open("token", "w") as file:
     file.write(os.environ["RAY_AUTH_TOKEN"])
 import ray
-from actors.cluster import ray_session
+from actors.cluster.placement import ray_session
 
 with ray_session(config):
     context = ray.get_runtime_context()
@@ -233,7 +233,7 @@ def test_with_the_token_a_job_runs(cluster):
 
 
 def test_open_ports_demand_a_token(monkeypatch):
-    from actors.cluster import _bound_to
+    from actors.cluster.placement import _bound_to
     from kat_ray.errors import UserError
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from actors import job as job_module
-from actors import run as job
-from actors.bench.stub_teacher import stub_teacher
-from actors.bench.stubs import STUB_RATE, small_stub_engine
-from actors.sampler_pool import Engines
-from kat_ray.data import PromptOrder, load_prompts
+from actors.cluster.sampler_pool import Engines
+from actors.driver import run as job_module
+from actors.driver import train as job
+from actors.testing.stub_engine import STUB_RATE, small_stub_engine
+from actors.testing.stub_teacher import stub_teacher
+from kat_ray.data.prompts import PromptOrder, load_prompts
 from kat_ray.errors import UserError
-from kat_ray.models import load_tokenizer
-from kat_ray.traces import read_traces
+from kat_ray.models.inspect import load_tokenizer
+from kat_ray.records.traces import read_traces
 from tests.cluster.disturb import CLASSES, Disturber, newest_of
 from tests.cluster.paced import paced, seen_file
 from tests.cluster.test_run import QUICK, SINGLE, config_of, files  # noqa: F401 (a fixture)

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors import job as job_module
-from actors import run as job
-from actors.bench.stub_teacher import stub_teacher
-from actors.bench.stubs import StubEngine
-from actors.pools import Pools
-from actors.sampler_pool import Engines
-from actors.watch import StopRequest, Watch, remote_class
-from kat_ray.config_cluster import ClusterConfig
+from actors.cluster.pools import Pools
+from actors.cluster.sampler_pool import Engines
+from actors.cluster.waiting import StopRequest, Watch, remote_class
+from actors.driver import run as job_module
+from actors.driver import train as job
+from actors.testing.stub_engine import StubEngine
+from actors.testing.stub_teacher import stub_teacher
+from kat_ray.cluster.heartbeat import Pulse
+from kat_ray.config.cluster import ClusterConfig
 from kat_ray.errors import Stopped, UserError
-from kat_ray.pulse import Pulse
 from tests.cluster.disturb import newest_of
 from tests.cluster.test_recovery import QUICK, check_books, records_of, stub_config
 from tests.cluster.test_run import SINGLE, files  # noqa: F401 (a fixture)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from kat_ray.config_io import config_yaml
+from kat_ray.config.load import config_yaml
 from tests.cluster.disturb import role_of, steps_done
 from tests.cluster.local_cluster import HEAD, local_cluster
 from tests.cluster.test_recovery import check_books

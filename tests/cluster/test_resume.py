@@ -12,8 +12,8 @@ import psutil
 import pytest
 import yaml
 
-from kat_ray.config_io import config_yaml
-from kat_ray.traces import read_traces
+from kat_ray.config.load import config_yaml
+from kat_ray.records.traces import read_traces
 from tests.cluster.disturb import steps_done, wait_for_step
 from tests.cluster.test_run import config_of, files  # noqa: F401 (a fixture)
 from tests.deploy.ray_process import job_logs, ray_process, submitted, until

@@ -5,18 +5,18 @@ import json
 import numpy as np
 import pytest
 
-from actors import run as job
-from actors.bench.stub_teacher import stub_teacher
-from actors.bench.stubs import fast_stub_engine
-from actors.sampler_pool import Engines
-from actors.watch import started
+from actors.cluster.sampler_pool import Engines
+from actors.cluster.waiting import started
+from actors.driver import train as job
+from actors.testing.stub_engine import fast_stub_engine
+from actors.testing.stub_teacher import stub_teacher
+from kat_ray.analysis.replay import load_traces
+from kat_ray.analysis.replay_rules import COLUMNS, reproduce
 from kat_ray.config import Config
 from kat_ray.demo.tokenizer import build_tokenizer
-from kat_ray.replay import load_traces
-from kat_ray.replay_rules import COLUMNS, reproduce
+from kat_ray.records.traces import read_traces
 from kat_ray.termination import RunFacts
 from kat_ray.termination.calibration import quantile
-from kat_ray.traces import read_traces
 from tests.conftest import make_model, random_rollouts
 
 CHUNK, AHEAD = 4, 1
@@ -176,7 +176,7 @@ def test_summary_says_what_ran(finished):
         assert {"avg_at_k", "pass_at_k", "k", "problems", "mean_length"} <= set(summary[name])
         assert (summary[name]["k"], summary[name]["problems"]) == (2, 6)
     assert "ray" in summary["versions"]
-    from kat_ray.config_io import load_config
+    from kat_ray.config.load import load_config
 
     assert load_config(path / "config.yaml") == config
     assert "run" in (path / "run.log").read_text()

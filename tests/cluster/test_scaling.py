@@ -5,9 +5,9 @@ import ray
 
 from actors.bench.fleet import Fleet, FleetPools, Setting, bench_config
 from actors.bench.scaling import costs_of, flood, report
-from actors.pools import connect
-from actors.trainer import Trainer
-from kat_ray.data import PromptOrder
+from actors.cluster.pools import connect
+from actors.driver.steps import Trainer
+from kat_ray.data.prompts import PromptOrder
 
 
 @pytest.fixture(scope="module")

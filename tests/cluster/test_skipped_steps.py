@@ -9,17 +9,17 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from actors import run as job
-from actors.learner import lr_factor
-from actors.student_model import load_student
-from actors.student_sampler import StudentSampler
-from actors.teacher_scorer import TeacherScorer
-from actors.trap_monitor import TrapMonitor
-from kat_ray.accounting import join_outcomes, kept_rollouts
+from actors.driver import train as job
+from actors.learner.learner import lr_factor
+from actors.learner.model import load_student
+from actors.monitor.trap_monitor import TrapMonitor
+from actors.sampler.student_sampler import StudentSampler
+from actors.teacher.scorer import TeacherScorer
+from kat_ray.data.accounting import join_outcomes, kept_rollouts
 from kat_ray.errors import UserError
-from kat_ray.step_metrics import rollout_metrics
+from kat_ray.run.step_metrics import rollout_metrics
 from kat_ray.termination import RunFacts
-from kat_ray.types import EngineEnd, EngineRows, KeptRollout, RolloutSpec, SamplingOrder
+from kat_ray.types.records import EngineEnd, EngineRows, KeptRollout, RolloutSpec, SamplingOrder
 from tests.cluster import test_run
 from tests.cluster.ranks import Group, step_of
 from tests.cluster.test_run import SINGLE, config_of

@@ -7,10 +7,10 @@ import psutil
 import pytest
 import ray
 
-from actors import run as job
-from actors.bench.stub_teacher import stub_teacher
-from actors.bench.stubs import fast_stub_engine
-from actors.sampler_pool import Engines
+from actors.cluster.sampler_pool import Engines
+from actors.driver import train as job
+from actors.testing.stub_engine import fast_stub_engine
+from actors.testing.stub_teacher import stub_teacher
 from tests.cluster.disturb import CLASSES, Beside, processes_of
 from tests.cluster.test_recovery import check_books, stub_config
 from tests.cluster.test_run import files  # noqa: F401 (a fixture)

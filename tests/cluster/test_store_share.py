@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import ray
 
-from actors import job as job_module
-from actors import object_store
-from actors import run as job
-from actors.bench.stub_teacher import stub_teacher
-from actors.bench.stubs import fast_stub_engine
-from actors.sampler_pool import Engines
+from actors.cluster import object_store
+from actors.cluster.sampler_pool import Engines
+from actors.driver import run as job_module
+from actors.driver import train as job
+from actors.testing.stub_engine import fast_stub_engine
+from actors.testing.stub_teacher import stub_teacher
 from tests.cluster.test_recovery import check_books, stub_config
 from tests.cluster.test_run import SINGLE, files  # noqa: F401 (a fixture)
 from tests.deploy.ray_process import until

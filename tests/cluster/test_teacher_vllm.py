@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.teacher_transformers import TransformersTeacher
+from actors.teacher.transformers_backend import TransformersTeacher
 from kat_ray.errors import Forgotten
 from tests.conftest import chunk_of, make_config, random_rollouts
 
@@ -61,7 +61,7 @@ class StubEngine:
 
 
 def vllm_teacher(engine):
-    from actors.teacher_vllm import VllmTeacher
+    from actors.teacher.vllm_backend import VllmTeacher
 
     teacher = object.__new__(VllmTeacher)
     teacher._engine, teacher._tasks, teacher._stop_ids = engine, (), (1, 5)

@@ -12,9 +12,9 @@ from typing import Any
 
 import ray
 
-from actors.cluster import Placement
+from actors.cluster.placement import Placement
+from kat_ray.cluster.roles import ROLE_LABEL
 from kat_ray.config import Config
-from kat_ray.roles import ROLE_LABEL
 from tests.deploy.manifests import Manifest, helm, job_config, ray_cluster, render
 from tests.deploy.ray_nodes import workers
 from tests.deploy.ray_process import until

@@ -14,9 +14,9 @@ from typing import Any
 
 import ray
 
-from actors.bench.stubs import STUB_RATE, StubEngine
+from actors.testing.stub_engine import STUB_RATE, StubEngine
 from kat_ray.config import Config, ModelConfig
-from kat_ray.types import EngineRows
+from kat_ray.types.records import EngineRows
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import helm_python as helm
 import yaml
 
 from kat_ray.config import Config
-from kat_ray.config_io import load_config
+from kat_ray.config.load import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy/kuberay/chart"

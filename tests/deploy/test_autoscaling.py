@@ -1,7 +1,8 @@
 """Ray's own KubeRay autoscaler on the shipped RayCluster; its nodes are real, Kubernetes and the operator stubs.
 
 Nodes have exactly the resources and labels of the manifest; GPUs are numbers to Ray. Nothing is changed in what the
-chart renders: what two cores cannot bear is lowered by its values. Work asks as a run does (actors/cluster.py).
+chart renders: what two cores cannot bear is lowered by its values. Work asks as a run does
+(actors/cluster/placement.py).
 """
 
 from collections import Counter
@@ -9,7 +10,7 @@ from collections import Counter
 import pytest
 import ray
 
-from kat_ray.roles import ROLE_LABEL
+from kat_ray.cluster.roles import ROLE_LABEL
 from tests.deploy.autoscaled import REPLICAS, SMALL, actors, lose_node, rendered, run_config, where
 from tests.deploy.on_kuberay import kuberay
 from tests.deploy.ray_nodes import resources, workers

@@ -14,10 +14,10 @@ import helm_python as helm
 import pytest
 import ray
 
-from actors import run as job
-from actors.bench.stub_teacher import stub_teacher
-from actors.sampler_pool import Engines
-from kat_ray.roles import ROLE_LABEL
+from actors.cluster.sampler_pool import Engines
+from actors.driver import train as job
+from actors.testing.stub_teacher import stub_teacher
+from kat_ray.cluster.roles import ROLE_LABEL
 from tests.cluster.disturb import lines_of, steps_done
 from tests.cluster.test_recovery import check_books
 from tests.cluster.test_run import files  # noqa: F401 (a fixture)

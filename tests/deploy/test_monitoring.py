@@ -9,7 +9,7 @@ import sys
 import pytest
 import yaml
 
-from kat_ray.prometheus import exported_names
+from kat_ray.observability.prometheus import exported_names
 from tests.deploy.conftest import lacking
 from tests.deploy.manifests import ROOT, one, render
 from tests.deploy.monitoring import FOLDER, alerts, dashboard, dashboard_queries, names_in

@@ -7,8 +7,8 @@ import shlex
 import pytest
 import yaml
 
-from kat_ray import cli
-from kat_ray.config_io import load_config
+from kat_ray.cli import main as cli
+from kat_ray.config.load import load_config
 from tests.deploy.manifests import CHART, NAMESPACE, PROFILES, ROOT, merged, notes, one, rendered
 
 TEXT = (ROOT / "docs/kubernetes.md").read_text()

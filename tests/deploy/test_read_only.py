@@ -98,7 +98,7 @@ def test_nothing_else_can_be_written(tmp_path, volumes):
 def test_the_demo_trains(tmp_path, volumes):
     arguments = ["run.dir=/runs", "run.steps=2", "evaluation.teacher=false", "evaluation.data.limit=4"]
     code = (
-        "import sys, pathlib; from kat_ray.cli import main; code = main(); "
+        "import sys, pathlib; from kat_ray.cli.main import main; code = main(); "
         "print('left:', sorted(p.name for p in pathlib.Path('/runs/demo').iterdir())); sys.exit(code)"
     )
     done = confined(tmp_path, [f"{PYTHON}/bin/python", "-c", code, "train", "demo", *arguments], volumes)

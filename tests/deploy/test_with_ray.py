@@ -9,8 +9,8 @@ import urllib.request
 import pytest
 import yaml
 
-from kat_ray.metrics import METRICS
-from kat_ray.prometheus import RUN_METRICS, exported_name
+from kat_ray.observability.metric_catalog import METRICS
+from kat_ray.observability.prometheus import RUN_METRICS, exported_name
 from tests.cluster.disturb import role_of
 from tests.cluster.local_cluster import local_cluster, outside_port
 from tests.deploy.conftest import lacking

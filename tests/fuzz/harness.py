@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from kat_ray import cli
+from kat_ray.cli import main as cli
 
 # A case takes a tenth of a second; past this it hangs.
 SECONDS = 60

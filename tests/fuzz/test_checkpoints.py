@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from kat_ray.checkpoint import MANIFEST, STATE, CheckpointError, Checkpoints, FileDigest, verify
+from kat_ray.run.checkpoint import MANIFEST, STATE, CheckpointError, Checkpoints, FileDigest, verify
 from tests.fuzz.harness import deadline, fuzz, mutated, scalars, sizes, texts, trees
 
 FILES = {"config.json": b'{"model_type": "qwen3"}', "training/rank-0.safetensors": bytes(range(256)) * 4}

@@ -11,9 +11,9 @@ import yaml
 from hypothesis import strategies as st
 
 from kat_ray.config import Config
-from kat_ray.config_io import DEMO_FILES, config_yaml, load_config
+from kat_ray.config.load import DEMO_FILES, config_yaml, load_config
 from kat_ray.errors import UserError
-from kat_ray.records import RunDirectory
+from kat_ray.run.directory import RunDirectory
 from kat_ray.termination import RULES
 from tests.fuzz.harness import check, fuzz, inside, mutated, run, scalars, sizes, texts, trees
 
@@ -160,15 +160,15 @@ def test_command_lines(cases, monkeypatch):
     def refuse(config, model):
         raise UserError("as if no cluster could be had")
 
-    stand_in = types.ModuleType("actors.run")
+    stand_in = types.ModuleType("actors.driver.train")
     stand_in.train, stand_in.evaluate_model = (lambda config, resume=None: None), refuse
-    monkeypatch.setitem(sys.modules, "actors.run", stand_in)
-    monkeypatch.setattr("kat_ray.doctor.examine", lambda config: iter(()))
+    monkeypatch.setitem(sys.modules, "actors.driver.train", stand_in)
+    monkeypatch.setattr("kat_ray.cli.doctor.examine", lambda config: iter(()))
 
     def no_cluster(*_):
         raise UserError("as if nobody answered there")
 
-    monkeypatch.setattr("actors.jobs.Jobs", no_cluster)
+    monkeypatch.setattr("actors.ray_jobs.client.Jobs", no_cluster)
 
     def one(given):
         check(run(*given))
@@ -191,7 +191,7 @@ def check_train(content):
 
 @sizes(10, 110)
 def test_train_reads_everything_before_it_writes(cases, monkeypatch):
-    from actors import run as job
+    from actors.driver import train as job
 
     def until_ready(config, resume):
         job.prepare(config)

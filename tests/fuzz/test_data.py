@@ -10,10 +10,10 @@ import pytest
 from hypothesis import strategies as st
 
 from kat_ray.config import DataConfig, ModelConfig
-from kat_ray.data import load_prompts
+from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import UserError
-from kat_ray.models import load_tokenizer
-from kat_ray.verify import check_golds
+from kat_ray.models.inspect import load_tokenizer
+from kat_ray.rewards.verifiers import check_golds
 from tests.fuzz.harness import deadline, fuzz, mutated, numbers, scalars, sizes, texts, trees
 
 ROWS = [
@@ -36,7 +36,7 @@ def tokenizers():
 
 @pytest.fixture
 def read(tmp_path, monkeypatch, tokenizers):
-    """Reads a file as `actors.run.prepare` does; it is read, or one `UserError` says why not."""
+    """Reads a file as `actors.driver.train.prepare` does; it is read, or one `UserError` says why not."""
     monkeypatch.chdir(tmp_path)
 
     def read(name, content, chat, graded):

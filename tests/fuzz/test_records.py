@@ -13,10 +13,10 @@ import pytest
 from hypothesis import strategies as st
 from matplotlib import pyplot
 
-from kat_ray.config_io import DEMO_FILES, load_config, save_config
+from kat_ray.config.load import DEMO_FILES, load_config, save_config
+from kat_ray.records.traces import SCHEMA
 from kat_ray.report import style
-from kat_ray.traces import SCHEMA
-from kat_ray.types import StopReason
+from kat_ray.types.records import StopReason
 from tests.fuzz.harness import check, fuzz, mutated, run, scalars, sizes, trees
 from tests.unit.test_report import STAGES, row, write_run
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_ray.batch import assign_ranks, collect_rows, micro_batches
-from kat_ray.chunking import PendingRollout, build_chunk, tail_logprobs
-from kat_ray.types import EngineEnd, KeptRollout, TeacherRows
+from kat_ray.data.batch import assign_ranks, collect_rows, micro_batches
+from kat_ray.data.chunks import PendingRollout, build_chunk, tail_logprobs
+from kat_ray.types.records import EngineEnd, KeptRollout, TeacherRows
 
 K = 3
 

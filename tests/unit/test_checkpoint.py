@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_ray import checkpoint
-from kat_ray.checkpoint import CheckpointError, Checkpoints, FileDigest, check_state, verify
+from kat_ray.run import checkpoint
+from kat_ray.run.checkpoint import CheckpointError, Checkpoints, FileDigest, check_state, verify
 
 FILES = {
     "config.json": b"{}",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kat_ray import cli
-from kat_ray.config_io import load_config
+from kat_ray.cli import main as cli
+from kat_ray.config.load import load_config
 from kat_ray.errors import Stopped, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -120,10 +120,10 @@ def fake_actors(monkeypatch, **functions):
     """Stand in for the cluster package, which a unit test does not start."""
     import types
 
-    module = types.ModuleType("actors.run")
+    module = types.ModuleType("actors.driver.train")
     for name, function in functions.items():
         setattr(module, name, function)
-    monkeypatch.setitem(sys.modules, "actors.run", module)
+    monkeypatch.setitem(sys.modules, "actors.driver.train", module)
 
 
 def test_train_hands_over_the_configuration(config, monkeypatch):
@@ -195,7 +195,7 @@ def test_other_errors_keep_their_traceback(config, monkeypatch, error):
 
 
 def test_eval_of_a_run_takes_its_newest_checkpoint_and_configuration(config, tmp_path, monkeypatch, capsys):
-    from kat_ray.verify import EvalResult
+    from kat_ray.rewards.verifiers import EvalResult
 
     run_dir = tmp_path / "run"
     for step in (9, 10):
@@ -235,7 +235,7 @@ def test_eval_needs_problems_and_checkpoints(config, tmp_path, capsys):
 
 
 def test_doctor_reports_and_returns_its_verdict(config, monkeypatch, capsys):
-    from kat_ray import doctor
+    from kat_ray.cli import doctor
 
     monkeypatch.setattr(doctor, "examine", lambda c: iter([doctor.fail("disk", f"{c and c.run.steps}")]))
     assert cli.main(["doctor", str(config), "run.steps=3"]) == 1
@@ -254,7 +254,7 @@ def test_doctor_reports_and_returns_its_verdict(config, monkeypatch, capsys):
     ],
 )
 def test_a_local_ray_gets_a_token_of_its_own(monkeypatch, environment, address, expected):
-    from kat_ray.cli import _keep_others_out
+    from kat_ray.cli.main import _keep_others_out
     from tests.conftest import make_config
 
     monkeypatch.setattr("os.environ", environment := dict(environment))

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kat_ray import cli
-from kat_ray.compare import check_same, config_of, differences, order_of, parse_arm, plan_runs, run_all
-from kat_ray.compare_results import read_results, tflop_parts
-from kat_ray.compare_table import bootstrap, difference_table, paired, table, write_results
-from kat_ray.config_io import load_config, save_config
+from kat_ray.analysis.compare import check_same, config_of, differences, order_of, parse_arm, plan_runs, run_all
+from kat_ray.analysis.compare_results import read_results, tflop_parts
+from kat_ray.analysis.compare_table import bootstrap, difference_table, paired, table, write_results
+from kat_ray.cli import main as cli
+from kat_ray.config.load import load_config, save_config
 from kat_ray.errors import UserError
 
 BASE = load_config("demo", ["run.steps=3"])
@@ -245,9 +245,9 @@ def test_mistakes_are_one_message(capsys, tmp_path, arguments, message):
 
 def test_overrides_may_follow_seeds_and_rules(tmp_path, monkeypatch, capsys):
     seen = []
-    module = types.ModuleType("actors.run")
+    module = types.ModuleType("actors.driver.train")
     module.train = lambda config: seen.append(config) or finish(config, [1, 0])
-    monkeypatch.setitem(__import__("sys").modules, "actors.run", module)
+    monkeypatch.setitem(__import__("sys").modules, "actors.driver.train", module)
     arguments = [
         "--out",
         str(tmp_path),

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from kat_ray import cli
-from kat_ray.compare import config_of, parse_arm
-from kat_ray.compare_results import notes_of, read_finished, read_runs
-from kat_ray.compare_table import paired
-from kat_ray.config_io import save_config
+from kat_ray.analysis.compare import config_of, parse_arm
+from kat_ray.analysis.compare_results import notes_of, read_finished, read_runs
+from kat_ray.analysis.compare_table import paired
+from kat_ray.cli import main as cli
+from kat_ray.config.load import save_config
 from kat_ray.errors import UserError
 from tests.unit.test_compare import BASE, SUMMARY, changed, finish, finish_rule
 

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kat_ray import schema
-from kat_ray.config import Config
-from kat_ray.config_io import DEMO_FILES, config_yaml, load_config, resolve_path, save_config
+from kat_ray.config import Config, schema
+from kat_ray.config.load import DEMO_FILES, config_yaml, load_config, resolve_path, save_config
 from kat_ray.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kat_ray.config import DataConfig
-from kat_ray.data import PromptOrder, load_prompts, rollout_specs
+from kat_ray.data.prompts import PromptOrder, load_prompts, rollout_specs
 from kat_ray.errors import DataError
-from kat_ray.types import Prompt
+from kat_ray.types.records import Prompt
 from tests.conftest import make_config
 from tests.unit.tiny_tokenizer import TEMPLATE, make_tokenizer
 

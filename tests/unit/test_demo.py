@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kat_ray.config_io import DEMO_FILES, load_config
+from kat_ray.config.load import DEMO_FILES, load_config
 from kat_ray.demo.corpus import (
     HONEST_CHECKS,
     STUDENT,
@@ -20,7 +20,7 @@ from kat_ray.demo.corpus import (
 )
 from kat_ray.demo.problems import MAX_VALUE, Operation, Problem, problems, random_problem, write_jsonl
 from kat_ray.demo.tokenizer import build_tokenizer, vocabulary
-from kat_ray.verify import extract_integer
+from kat_ray.rewards.verifiers import extract_integer
 
 EXAMPLE = Problem(37, (Operation("+", 5), Operation("-", 8), Operation("*", 2)))
 
@@ -104,8 +104,8 @@ def test_wrong_documents_go_on_from_the_wrong_value():
 
 
 def test_the_embedded_configuration_fits_its_models_and_data():
-    from kat_ray.data import load_prompts
-    from kat_ray.models import check_models
+    from kat_ray.data.prompts import load_prompts
+    from kat_ray.models.inspect import check_models
 
     config = load_config("demo")
     facts = check_models(config)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_ray.chunking import tail_logprobs
-from kat_ray.divergence import (
+from kat_ray.data.chunks import tail_logprobs
+from kat_ray.losses.divergence import (
     LOG_FLOOR,
     entropy,
     event_logprobs,

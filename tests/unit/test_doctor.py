@@ -7,10 +7,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from kat_ray import doctor
-from kat_ray.checks import ClusterSeen, resources, same_ray
-from kat_ray.doctor import GIB, Check, disk_verdict, vllm_verdict
-from kat_ray.roles import Node
+from kat_ray.cli import doctor
+from kat_ray.cli.checks import ClusterSeen, resources, same_ray
+from kat_ray.cli.doctor import GIB, Check, disk_verdict, vllm_verdict
+from kat_ray.cluster.roles import Node
 from tests.conftest import make_config, make_model
 from tests.unit.tiny_tokenizer import make_tokenizer
 
@@ -86,7 +86,7 @@ def test_models_and_data_that_fail(files, tmp_path):
 
 
 def test_memory_that_is_not_there(files):
-    from kat_ray.models import check_models
+    from kat_ray.models.inspect import check_models
 
     facts = check_models(config(files))
     small = list(doctor._memory_needed(config(files), facts, free=10**6, gpus=0))

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import RayActorError
 
-from actors.pools import Pools
-from actors.sampler_pool import SamplerPool
-from kat_ray.config_cluster import PoolsConfig
-from kat_ray.elastic import PoolPlanner, StageTimes, pool_metrics, stage_times
-from kat_ray.metrics import check_names
+from actors.cluster.pools import Pools
+from actors.cluster.sampler_pool import SamplerPool
+from kat_ray.cluster.scaling_policy import PoolPlanner, StageTimes, pool_metrics, stage_times
+from kat_ray.config.cluster import PoolsConfig
+from kat_ray.observability.metric_catalog import check_names
 from tests.conftest import make_config
 
 BOUNDS = {"sampler": (1, 3), "scorer": (1, 2)}

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from kat_ray.batch import collect_rows
 from kat_ray.config import GuardsConfig
-from kat_ray.dump import StepBatch, dump_batch
+from kat_ray.data.batch import collect_rows
 from kat_ray.errors import UserError
-from kat_ray.guards import CollapseGuards
-from kat_ray.metrics import METRICS
-from kat_ray.skips import SkipGuard
-from kat_ray.step_watch import StepWatch
-from kat_ray.types import KeptRollout
+from kat_ray.observability.metric_catalog import METRICS
+from kat_ray.run.batch_dump import StepBatch, dump_batch
+from kat_ray.run.collapse_guards import CollapseGuards
+from kat_ray.run.skipped_steps import SkipGuard
+from kat_ray.run.step_guards import StepWatch
+from kat_ray.types.records import KeptRollout
 from tests.conftest import make_config
 from tests.unit.test_batch import stream
 from tests.unit.test_termination import chunk as scored_chunk

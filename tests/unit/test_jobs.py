@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from actors import jobs
-from actors.job_commands import _advice, _Lines, check_cluster, train_command
-from actors.jobs import RUN_KEY, Jobs, address_of, exit_code, run_of
-from kat_ray import cli
+from actors.ray_jobs import client as jobs
+from actors.ray_jobs.client import RUN_KEY, Jobs, address_of, exit_code, run_of
+from actors.ray_jobs.commands import _advice, _Lines, check_cluster, train_command
+from kat_ray.cli import main as cli
+from kat_ray.cluster.versions import CLIENT_VARIABLE, skew, versions
 from kat_ray.errors import UserError
-from kat_ray.versions import CLIENT_VARIABLE, skew, versions
 from tests.conftest import make_config
 
 

@@ -5,7 +5,7 @@ import sys
 import pytest
 import ray
 
-from actors.joining import check_cluster, check_versions
+from actors.cluster.preflight import check_cluster, check_versions
 from kat_ray.errors import UserError
 from tests.conftest import make_config
 

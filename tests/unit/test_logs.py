@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from kat_ray import logs
 from kat_ray.config import RunConfig
-from kat_ray.progress import Progress, StepLine
-from kat_ray.records import RunDirectory
+from kat_ray.observability import logs
+from kat_ray.observability.progress import Progress, StepLine
+from kat_ray.run.directory import RunDirectory
 
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} WARNING (\[[^]]*\]) kat_ray\.pools: (.*)\n")
 

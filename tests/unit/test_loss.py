@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kat_ray.divergence import (
+from kat_ray.losses.distillation import SUMS, TeacherTargets, distillation_loss
+from kat_ray.losses.divergence import (
     event_logprobs,
     full_reverse_kl,
     is_stop,
@@ -14,7 +15,6 @@ from kat_ray.divergence import (
     stop_mass,
     tail_from_logprobs,
 )
-from kat_ray.loss import SUMS, TeacherTargets, distillation_loss
 
 V, H, K, T = 50, 8, 6, 11
 

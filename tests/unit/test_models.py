@@ -7,7 +7,7 @@ import pytest
 
 from kat_ray.config import ModelConfig
 from kat_ray.errors import ConfigError, ModelError
-from kat_ray.models import check_models, compare_tokenizers, inspect_model, load_tokenizer, resolve_model
+from kat_ray.models.inspect import check_models, compare_tokenizers, inspect_model, load_tokenizer, resolve_model
 from tests.conftest import make_config, make_model
 from tests.unit.tiny_tokenizer import make_tokenizer
 

@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from actors.teacher_scorer import TeacherScorer
-from actors.trap_monitor import TrapMonitor
-from kat_ray.accounting import ScoredTokens, join_outcomes, kept_rollouts
-from kat_ray.chunking import PendingRollout, build_chunk
+from actors.monitor.trap_monitor import TrapMonitor
+from actors.teacher.scorer import TeacherScorer
+from kat_ray.data.accounting import ScoredTokens, join_outcomes, kept_rollouts
+from kat_ray.data.chunks import PendingRollout, build_chunk
 from kat_ray.errors import UserError
-from kat_ray.probes import probe_metrics
-from kat_ray.records import RunDirectory
-from kat_ray.step_metrics import rollout_metrics, score_metrics
+from kat_ray.records.traces import TraceRow, read_traces
+from kat_ray.run.directory import RunDirectory
+from kat_ray.run.probes import probe_metrics
+from kat_ray.run.step_metrics import rollout_metrics, score_metrics
 from kat_ray.termination import RunFacts
 from kat_ray.termination.settings import KatSettings
-from kat_ray.traces import TraceRow, read_traces
-from kat_ray.types import EngineEnd, RolloutSpec, SampledRollout, StopReason
+from kat_ray.types.records import EngineEnd, RolloutSpec, SampledRollout, StopReason
 from tests.conftest import chunk_of, make_config, random_rollouts
 
 RULE = KatSettings(window=4, consecutive=1, exempt=0, min_samples=1, min_steps=0, eta=0.5, calibrate_on="all")

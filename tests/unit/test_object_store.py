@@ -2,13 +2,13 @@
 
 import pytest
 
-from actors.object_store import StoreUsage, StoreWatch
+from actors.cluster.object_store import StoreUsage, StoreWatch
 
 
 @pytest.fixture
 def clock(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("actors.object_store.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("actors.cluster.object_store.time.monotonic", lambda: now[0])
     return now
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_ray.divergence import (
+from kat_ray.losses.divergence import (
     LOG_FLOOR,
     event_logprobs,
     is_stop,
@@ -16,7 +16,7 @@ from kat_ray.divergence import (
     tail_from_logprobs,
     widen,
 )
-from kat_ray.packing import pack_ids, unpack_ids
+from kat_ray.types.token_ids import pack_ids, unpack_ids
 
 
 @given(st.sampled_from([2, 200, 2**16, 2**16 + 1, 151_936, 2**18, 2**18 + 1, 2**24]), st.integers(0, 5), st.data())

@@ -3,7 +3,7 @@
 import io
 from pathlib import Path
 
-from kat_ray.progress import Progress, StepLine
+from kat_ray.observability.progress import Progress, StepLine
 
 LINE = StepLine(
     step=7, kl=0.1234, generated_tokens=5120, trapped_share=0.25, threshold=None, tokens_per_second=2345.6

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import pytest
 
-from actors import ray_metrics
-from kat_ray.metrics import METRICS
-from kat_ray.prometheus import RUN_METRICS, exported_name, exported_names, gauge_name
+from actors.driver import ray_metrics
+from kat_ray.observability.metric_catalog import METRICS
+from kat_ray.observability.prometheus import RUN_METRICS, exported_name, exported_names, gauge_name
 
 
 def test_names():

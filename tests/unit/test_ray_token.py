@@ -2,8 +2,8 @@
 
 import pytest
 
+from kat_ray.cluster.auth import choose_mode, fault, refused
 from kat_ray.errors import UserError
-from kat_ray.ray_token import choose_mode, fault, refused
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kat_ray import records
-from kat_ray.accounting import join_outcomes, keep_books, kept_rows, traces_of
 from kat_ray.config import RunConfig
-from kat_ray.metrics import METRICS
-from kat_ray.probes import RolloutGrader, is_active, probe_metrics, seen_to_the_end
-from kat_ray.records import RecordError, RunDirectory
-from kat_ray.step_metrics import busy_metrics, rollout_metrics, score_metrics
-from kat_ray.summary import Totals, git_commit, package_versions
+from kat_ray.data.accounting import join_outcomes, keep_books, kept_rows, traces_of
+from kat_ray.observability.metric_catalog import METRICS
+from kat_ray.records.traces import SCHEMA, TraceRow, read_traces
+from kat_ray.run import directory as records
+from kat_ray.run.directory import RecordError, RunDirectory
+from kat_ray.run.probes import RolloutGrader, is_active, probe_metrics, seen_to_the_end
+from kat_ray.run.step_metrics import busy_metrics, rollout_metrics, score_metrics
+from kat_ray.run.summary import Totals, git_commit, package_versions
 from kat_ray.termination.fixed_prefix import FixedPrefixSettings
 from kat_ray.termination.kat_stages import KatStagesSettings
 from kat_ray.termination.settings import KatSettings
-from kat_ray.traces import SCHEMA, TraceRow, read_traces
-from kat_ray.types import Prompt, RolloutOutcome, SampledRollout, SamplerReport, StepStart, StopReason
+from kat_ray.types.records import Prompt, RolloutOutcome, SampledRollout, SamplerReport, StepStart, StopReason
 from tests.unit.test_termination import chunk
 
 
@@ -117,7 +117,7 @@ def test_a_full_disk_is_one_message_and_loses_nothing(run, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("kat_ray.traces.pq.write_table", full)
+    monkeypatch.setattr("kat_ray.records.traces.pq.write_table", full)
     with pytest.raises(RecordError, match=r"traces: cannot be written: No space left on device; earlier"):
         run.write_traces(2, [trace(9)])
     assert read_traces(run.path).num_rows == 1

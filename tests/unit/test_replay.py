@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_ray import cli
+from kat_ray.analysis.replay import Traces, apply_rule, calibrate, load_traces, recommend, uncensored, weigh
+from kat_ray.analysis.replay_rules import COLUMNS, follow, reproduce, sweep
+from kat_ray.cli import main as cli
 from kat_ray.config import Config
-from kat_ray.config_io import load_config, save_config
-from kat_ray.data import is_probe
+from kat_ray.config.load import load_config, save_config
+from kat_ray.data.prompts import is_probe
 from kat_ray.errors import UserError
-from kat_ray.replay import Traces, apply_rule, calibrate, load_traces, recommend, uncensored, weigh
-from kat_ray.replay_rules import COLUMNS, follow, reproduce, sweep
+from kat_ray.records.traces import TokenFeatures, TraceRow, write_traces
 from kat_ray.termination import Finished, NewTokens, RolloutStart, RunFacts, make_rule
 from kat_ray.termination.kat import KatTracker
-from kat_ray.traces import TokenFeatures, TraceRow, write_traces
-from kat_ray.types import StopReason
+from kat_ray.types.records import StopReason
 from tests.unit.test_rules import settings_from
 from tests.unit.test_termination import rule_of
 

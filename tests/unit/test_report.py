@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_ray import cli, math_grader
-from kat_ray.config_io import load_config, save_config
-from kat_ray.models import load_tokenizer
+from kat_ray.cli import main as cli
+from kat_ray.config.load import load_config, save_config
+from kat_ray.models.inspect import load_tokenizer
+from kat_ray.records.traces import TokenFeatures, TraceRow, write_traces
 from kat_ray.report import curves, rollout_figures
 from kat_ray.report.answers import answers_of
 from kat_ray.report.browser import choose
@@ -19,9 +20,9 @@ from kat_ray.report.page import embedded_json
 from kat_ray.report.phases import lens_of, phase_means, phase_table, phases_of, teacher_tokens
 from kat_ray.report.run_records import read_run
 from kat_ray.report.style import figure, percent, plain
+from kat_ray.rewards import math_grader
 from kat_ray.termination.settings import KatSettings
-from kat_ray.traces import TokenFeatures, TraceRow, write_traces
-from kat_ray.types import StopReason
+from kat_ray.types.records import StopReason
 
 # W = 4, C = 2, threshold 0.5: cut at 3 (see test_termination), and token 8 lifts z(9) to 0.5 again.
 STAGES = [1.0] * 4 + [0.0] * 4 + [2.0] * 3

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kat_ray import cli
-from kat_ray.config_io import load_config
-from kat_ray.models import resolve_model
+from kat_ray.cli import main as cli
+from kat_ray.config.load import load_config
+from kat_ray.models.inspect import resolve_model
 from kat_ray.report.gradients import bases_of, groups_of, projected
 from tests.unit.test_report import STAGES, row, small_run, write_run
 

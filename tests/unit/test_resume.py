@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from kat_ray.config_io import config_yaml, load_config
-from kat_ray.data import PromptSet
+from kat_ray.config.load import config_yaml, load_config
+from kat_ray.data.prompts import PromptSet
 from kat_ray.errors import UserError
-from kat_ray.records import RecordError, RunDirectory
-from kat_ray.resume import CHANGEABLE, changes, check_prompts, is_finished, resumed_config, unfinished_run
-from kat_ray.types import Prompt
+from kat_ray.run.directory import RecordError, RunDirectory
+from kat_ray.run.resume import CHANGEABLE, changes, check_prompts, is_finished, resumed_config, unfinished_run
+from kat_ray.types.records import Prompt
 
 
 def config_in(tmp_path, *overrides):
@@ -134,7 +134,7 @@ def test_other_prompts_are_another_run(run):
 @pytest.mark.parametrize("known", [True, False])
 def test_a_run_whose_file_of_prompts_was_changed_is_not_resumed(tmp_path, known, monkeypatch):
     """Before Ray is started or a record taken back; a run of a version that kept no digest is let through."""
-    from actors.run import checkpoints_of, prepare, train
+    from actors.driver.train import checkpoints_of, prepare, train
 
     def reopen(*_):
         raise UserError("let through")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kat_ray.roles import Node, cpus_asked, place, roles_of
+from kat_ray.cluster.roles import Node, cpus_asked, place, roles_of
 from tests.conftest import make_config
 
 

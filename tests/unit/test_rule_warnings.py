@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from kat_ray.config_io import load_config
+from kat_ray.config.load import load_config
+from kat_ray.config.rule_warnings import RunScale, warnings_of
 from kat_ray.errors import UserError
-from kat_ray.termination_warnings import RunScale, warnings_of
 from tests.unit.test_rules import settings_from
 
 
@@ -46,7 +46,7 @@ def test_settings_that_do_nothing_are_named(fields, words):
 
 
 def test_training_says_what_its_rule_will_not_do(tmp_path, monkeypatch, capsys):
-    from actors import run
+    from actors.driver import train as run
 
     @contextmanager
     def stop(config, run, progress):

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from actors.trap_monitor import TrapMonitor
-from kat_ray.config_io import load_config
+from actors.monitor.trap_monitor import TrapMonitor
+from kat_ray.config.load import load_config
 from kat_ray.errors import UserError
+from kat_ray.records.traces import TraceRow, write_traces
 from kat_ray.termination import (
     RULES,
     Finished,
@@ -24,8 +25,7 @@ from kat_ray.termination import (
 )
 from kat_ray.termination.length_matched import survival
 from kat_ray.termination.repetition import RepetitionSettings, RepetitionTracker
-from kat_ray.traces import TraceRow, write_traces
-from kat_ray.types import EngineEnd, StepStart, StopReason
+from kat_ray.types.records import EngineEnd, StepStart, StopReason
 from tests.unit.test_termination import chunk, kl
 
 

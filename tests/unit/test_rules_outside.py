@@ -66,7 +66,7 @@ def outside(tmp_path, code=OUTSIDE, points="even = even_rule:kind"):
 )
 def test_a_rule_from_outside_that_is_broken_is_one_message(tmp_path, code, points, message):
     outside(tmp_path, code, points)
-    run = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom kat_ray import cli\n"
+    run = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom kat_ray.cli import main as cli\n"
     run += "sys.exit(cli.main(['config', 'demo']))"
     done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
@@ -78,7 +78,7 @@ def test_a_rule_from_outside_is_found_by_its_entry_point(tmp_path):
     outside(tmp_path)
     script = textwrap.dedent("""
         import json, sys
-        from kat_ray.config_io import load_config
+        from kat_ray.config.load import load_config
         import numpy as np
         from kat_ray.termination import NewTokens, RolloutStart, RunFacts, make_rule
         config = load_config("demo", ["termination.rule=even", "termination.probe_share=0.2"])

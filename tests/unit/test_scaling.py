@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from actors.bench.capacity import Assumptions, Cost, Costs, fit, markdown, plan
 from actors.bench.decision_path import _records, bytes_figure, chunks_of_a_step, decision_path_figure
 from actors.bench.fleet import MAX_TOKENS
-from actors.bench.stub_teacher import stub_kl
-from actors.bench.stubs import StubEngine
-from actors.student_sampler import scorer_of
-from actors.trap_monitor import TrapMonitor
-from kat_ray.accounting import finished
+from actors.monitor.trap_monitor import TrapMonitor
+from actors.sampler.student_sampler import scorer_of
+from actors.testing.stub_engine import StubEngine
+from actors.testing.stub_teacher import stub_kl
+from kat_ray.data.accounting import finished
 from kat_ray.termination import RunFacts
 from kat_ray.termination.settings import KatSettings
-from kat_ray.types import EngineEnd, SamplingSettings, ScoredChunk
+from kat_ray.types.records import EngineEnd, SamplingSettings, ScoredChunk
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60))

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kat_ray import cli
+from kat_ray.cli import main as cli
 from kat_ray.errors import UserError
-from kat_ray.json_records import METRICS, SUMMARY, read_json, read_json_lines
-from kat_ray.redact import RedactingFormatter, redact
-from kat_ray.traces import read_rows, write_traces
+from kat_ray.observability.redact import RedactingFormatter, redact
+from kat_ray.records.json_records import METRICS, SUMMARY, read_json, read_json_lines
+from kat_ray.records.traces import read_rows, write_traces
 from tests.unit.test_report import STAGES, row, small_run
 
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,7 @@
 
 from concurrent.futures import Future
 
-from actors.learner_snapshot import Snapshots
+from actors.learner.snapshots import Snapshots
 
 
 def test_a_rank_that_waits_for_its_files_shows_progress():

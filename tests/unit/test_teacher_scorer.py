@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from actors.teacher_scorer import TeacherScorer
-from kat_ray.divergence import full_reverse_kl
+from actors.teacher.scorer import TeacherScorer
 from kat_ray.errors import Forgotten
-from kat_ray.types import EngineEnd
+from kat_ray.losses.divergence import full_reverse_kl
+from kat_ray.types.records import EngineEnd
 from tests.conftest import chunk_of, make_config, make_model, random_rollouts
 
 
@@ -178,8 +178,8 @@ def test_the_vllm_teacher_needs_a_gpu(models):
 
 def test_the_tail_from_the_top_k_alone_is_that_of_the_whole_vocabulary():
     """The two backends differ in where the tail comes from: same result to 1e-5 in probability."""
-    from actors.teacher_columns import columns_of
-    from kat_ray.divergence import tail_from_topk
+    from actors.teacher.backend import columns_of
+    from kat_ray.losses.divergence import tail_from_topk
 
     logprobs = torch.log_softmax(torch.randn(50, 200, generator=torch.Generator().manual_seed(0)) * 3, -1)
     ids = logprobs.topk(64, dim=-1).indices

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.trap_monitor import TrapMonitor
+from actors.monitor.trap_monitor import TrapMonitor
 from kat_ray.termination import Cut, Finished, NewTokens, RolloutStart, RunFacts, make_rule, make_table
 from kat_ray.termination.calibration import MinimaBuffer, quantile
 from kat_ray.termination.kat import KatRule, KatTracker
@@ -15,7 +15,7 @@ from kat_ray.termination.kat_table import KatTable, KatTableRule
 from kat_ray.termination.settings import KatSettings, NoneSettings
 from kat_ray.termination.table import TrackerTable
 from kat_ray.termination.window import WindowMean
-from kat_ray.types import EngineEnd, ScoredChunk, StopReason
+from kat_ray.types.records import EngineEnd, ScoredChunk, StopReason
 
 
 def reference(d, s, W, C, stride, exempt):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kat_ray.timeline import ChromeTrace, Span, Timeline
+from kat_ray.observability.timeline import ChromeTrace, Span, Timeline
 
 
 def test_spans_are_handed_over_once_even_if_the_work_failed():

@@ -9,9 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kat_ray.errors import DataError
-from kat_ray.math_grader import MathGrader
-from kat_ray.types import Prompt
-from kat_ray.verify import avg_at_k, check_golds, evaluate_answers, extract_integer, gold_integer, grade, pass_at_k
+from kat_ray.rewards.math_grader import MathGrader
+from kat_ray.rewards.verifiers import (
+    avg_at_k,
+    check_golds,
+    evaluate_answers,
+    extract_integer,
+    gold_integer,
+    grade,
+    pass_at_k,
+)
+from kat_ray.types.records import Prompt
 
 
 @pytest.mark.parametrize(

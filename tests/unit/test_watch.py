@@ -2,7 +2,7 @@
 
 from ray.exceptions import RayActorError
 
-from actors.watch import lost_words
+from actors.cluster.waiting import lost_words
 
 
 def test_a_node_without_the_package_is_told_from_other_deaths():

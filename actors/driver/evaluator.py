@@ -1,0 +1,65 @@
+"""Evaluation: k answers to every held-out problem, through the samplers that also train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from actors.cluster.sampler_pool import SamplerPool
+from kat_ray.config import Config
+from kat_ray.rewards.verifiers import EvalResult, evaluate_answers
+from kat_ray.types.records import Prompt, SamplingSettings
+
+
+class Decoder(Protocol):
+    """The part of a tokenizer that evaluation needs."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Text of token ids."""
+
+
+class Evaluator:
+    """Holds the problems; the same seeds each time, so that two evaluations differ in the weights only."""
+
+    def __init__(
+        self, config: Config, problems: Sequence[Prompt], tokenizer: Decoder, stop_ids: tuple[int, ...]
+    ) -> None:
+        self._config = config
+        self._problems = tuple(problems)
+        self._tokenizer = tokenizer
+        self._stop_ids = frozenset(stop_ids)
+        evaluation = config.evaluation
+        self._settings = SamplingSettings(
+            max_tokens=config.eval_max_tokens,
+            temperature=evaluation.temperature,
+            top_p=evaluation.top_p,
+            logprobs=0,
+            stop_ids=stop_ids,
+        )
+        count = len(self._problems) * evaluation.k
+        generator = np.random.default_rng([config.run.seed, 0x6576616C])  # "eval"
+        self._seeds = generator.integers(0, 2**31, size=count).tolist()
+
+    def run(self, pools: SamplerPool) -> EvalResult:
+        """Deal k copies of every problem to the samplers and grade what comes back."""
+        k = self._config.evaluation.k
+        prompts = [p.token_ids for p in self._problems for _ in range(k)]
+        n = len(pools.samplers)
+
+        def complete(i: int, sampler: Any) -> Any:
+            return sampler.complete.remote(prompts[i::n], self._seeds[i::n], self._settings, pools.version)
+
+        answers: list[list[int]] = [[] for _ in prompts]
+        for i, part in enumerate(pools.on_samplers(complete, "evaluation", interruptible=True)):
+            answers[i::n] = part
+        texts = [self._tokenizer.decode(a, skip_special_tokens=True) for a in answers]
+        return evaluate_answers(
+            texts,
+            [p.answer for p in self._problems],
+            k=k,
+            lengths=[len(a) for a in answers],
+            finished=[bool(a) and a[-1] in self._stop_ids for a in answers],
+            verifier=self._config.evaluation.verifier,
+        )

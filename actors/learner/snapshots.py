@@ -1,0 +1,131 @@
+"""Checkpoints of a learner rank: copied to host memory between two steps, written while training goes on.
+
+Rank 0 also writes the Hugging Face model directory. The driver makes the directory and completes it
+(`kat_ray.run.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from actors.learner.optimizer_state import (
+    HostCopy,
+    copy_optimizer,
+    file_name,
+    held_pieces,
+    open_saved,
+    restore_optimizer,
+    write_tensors,
+)
+from kat_ray.run.checkpoint import TRAINING, FileDigest
+
+
+class Snapshots:
+    """One rank's snapshots. At most one is being written."""
+
+    def __init__(
+        self, engine: Any, rank: int, world_size: int, dtype: torch.dtype, trust_remote_code: bool
+    ) -> None:
+        self._engine = engine
+        self._student: Any = engine.module.student
+        self._rank, self._world_size = rank, world_size
+        self._dtype = dtype
+        self._trust_remote_code = trust_remote_code
+        self._copy = HostCopy()
+        self._tokenizer: Any = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[dict[str, FileDigest]] | None = None
+
+    def take(
+        self, path: Path, tokenizer_dir: str, optimizer_steps: int, beat: Callable[[], object] = lambda: None
+    ) -> None:
+        """Copy what is to be saved, and start to write it below `path`. Rank 0 must see the whole student."""
+        if self._writing is not None:
+            self.written(beat)  # its buffers are about to be overwritten
+        pieces = held_pieces(self._engine, self._student, self._rank, self._world_size)
+        tensors, metadata = copy_optimizer(
+            self._engine, pieces, self._copy, self._rank, self._world_size, optimizer_steps
+        )
+        own = file_name(self._rank, self._world_size)
+        save_model = self._model_writer(path, tokenizer_dir) if self._rank == 0 else None
+
+        def write() -> dict[str, FileDigest]:
+            (path / TRAINING).mkdir(exist_ok=True)
+            write_tensors(path / own, tensors, metadata)
+            digests = {own: FileDigest.synced(path / own)}
+            return digests | (save_model() if save_model else {})
+
+        self._writing = self._thread.submit(write)
+
+    def written(self, beat: Callable[[], object] = lambda: None) -> dict[str, FileDigest]:
+        """Wait for the files of the last snapshot; its errors are raised here.
+
+        `beat` is called every second: who writes a large file to a slow disk is not stuck.
+        """
+        assert self._writing is not None, "no snapshot is being written"
+        writing, self._writing = self._writing, None
+        while not wait([writing], timeout=1.0).done:
+            beat()
+        return writing.result()
+
+    def restore(self, path: Path, beat: Callable[[], object] = lambda: None) -> int:
+        """Put a checkpoint's state back; returns the optimiser steps it was saved after. All ranks must call it.
+
+        `beat` is called after each tensor.
+        """
+        with open_saved(path) as saved:
+            restore_optimizer(self._engine, self._student, saved, self._rank, self._world_size, beat)
+            saved.restore_rng(self._rank, self._world_size)
+            return saved.optimizer_steps
+
+    def _model_writer(self, path: Path, tokenizer_dir: str) -> Callable[[], dict[str, FileDigest]]:
+        weights = self._weights()
+        # Saving changes the configuration of what it saves; the student in training keeps its own.
+        student = copy.copy(self._student)
+        student.config = copy.deepcopy(self._student.config)
+        student.config.use_cache = True
+
+        def save() -> dict[str, FileDigest]:
+            save_model(student, weights, path)
+            self._save_tokenizer(tokenizer_dir, path)
+            names = [f for f in path.rglob("*") if f.is_file() and (path / TRAINING) not in f.parents]
+            return {name.relative_to(path).as_posix(): FileDigest.synced(name) for name in names}
+
+        return save
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The student's state dict on the host; tied weights stay one tensor under both names."""
+        copies: dict[tuple[int, torch.Size], Tensor] = {}
+        weights = {}
+        for name, tensor in self._student.state_dict().items():
+            where = (tensor.data_ptr(), tensor.shape)
+            if where not in copies:
+                copies[where] = self._copy.take(f"model/{name}", tensor.to(self._dtype))
+            weights[name] = copies[where]
+        return weights
+
+    def _save_tokenizer(self, tokenizer_dir: str, path: Path) -> None:
+        from transformers import AutoTokenizer
+
+        if self._tokenizer is None:  # a large one takes a second to load, of the training's time
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                tokenizer_dir, trust_remote_code=self._trust_remote_code
+            )
+        self._tokenizer.save_pretrained(path)
+
+
+def save_model(student: Any, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Configuration and weights in Hugging Face format; a full disk is an `OSError` that names the directory."""
+    from safetensors import SafetensorError
+
+    try:
+        student.save_pretrained(path, state_dict=dict(weights))
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error

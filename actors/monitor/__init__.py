@@ -1,0 +1,1 @@
+"""The trap monitor: one named actor around `kat_ray.termination`."""

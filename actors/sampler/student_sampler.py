@@ -1,0 +1,304 @@
+"""The student sampler: generates rollouts, streams chunks out, and aborts what is terminated.
+
+It never waits for a score as long as fewer than `max_chunks_ahead` chunks are unanswered at each scorer: a
+decision is a callback that the loop looks at between two engine steps. What is lost on the way to scorers and
+monitor is `actors.sampler.score_stream`'s to mend; a sampler that dies is replaced by the driver
+(`actors.driver.dispatcher`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from actors.sampler.score_stream import ScoreTraffic
+from kat_ray.cluster.heartbeat import Beat, Pulse
+from kat_ray.config import Config, ModelConfig
+from kat_ray.data.chunks import PendingRollout, build_chunk
+from kat_ray.errors import Forgotten
+from kat_ray.observability.logs import label_logs
+from kat_ray.observability.timeline import Span, Timeline
+from kat_ray.types.records import (
+    EngineRows,
+    SampledRollout,
+    SamplerReport,
+    SamplingOrder,
+    SamplingSettings,
+    TerminationDecision,
+    WeightUpdate,
+)
+
+log = logging.getLogger("kat_ray.sampler")
+
+
+class Engine(Protocol):
+    """What the loop needs of an engine; see `actors.sampler.vllm_engine.VllmEngine`."""
+
+    @property
+    def running(self) -> int:
+        """Requests that have not ended."""
+
+    def add(self, request_id: str, prompt_ids: Sequence[int], seed: int, settings: SamplingSettings) -> None:
+        """Queue one request."""
+
+    def step(self) -> list[EngineRows]:
+        """New tokens of the requests it scheduled."""
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """Stop requests at once; those that ended are ignored."""
+
+    def load_weights(self, update: WeightUpdate) -> None:
+        """Replace the weights; no request may be running."""
+
+
+EngineMaker = Callable[[Config, ModelConfig, str, int], Engine]
+
+
+def vllm_engine(config: Config, model: ModelConfig, model_dir: str, max_model_len: int) -> Engine:
+    """The engine of every run."""
+    from actors.sampler.vllm_engine import VllmEngine  # here: the driver places samplers, it need not load vLLM
+
+    return VllmEngine(
+        model,
+        config.sampler,
+        model_dir,
+        max_model_len=max_model_len,
+        top_k=config.rollout.top_k_logprobs,
+        seed=config.run.seed,
+    )
+
+
+class StudentSampler:
+    """One engine and the loop around it."""
+
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        model: ModelConfig,
+        model_dir: str,
+        *,
+        stop_ids: tuple[int, ...],
+        vocabulary: int,
+        max_model_len: int,
+        make_engine: EngineMaker = vllm_engine,
+    ) -> None:
+        label_logs()
+        self._name = name
+        self._config = config
+        self._stop_ids = stop_ids
+        self._vocabulary = vocabulary
+        self._version = 0
+        self._scorers: Sequence[Any] = ()
+        self._monitor: Any = None
+        self._timeline = Timeline()
+        self._pulse = Pulse()
+        self._index, self._samplers = 0, 1
+        started = time.monotonic()
+        self._engine = make_engine(config, model, model_dir, max_model_len)
+        self._load_seconds = time.monotonic() - started
+        log.info("%s stands, loaded in %.1f s", model_dir, self._load_seconds)
+
+    def ready(self) -> dict[str, Any]:
+        """Answers once the engine stands."""
+        return {"name": self._name, "seconds": self._load_seconds}
+
+    def health(self) -> Beat:
+        """What it is at."""
+        return self._pulse.read()
+
+    def connect(self, scorers: Sequence[Any], monitor: Any, index: int = 0, samplers: int = 1) -> None:
+        """Handles of all scorers and of this sampler's monitor; it is the `index`-th of `samplers`."""
+        self._scorers, self._monitor = tuple(scorers), monitor
+        self._index, self._samplers = index, samplers
+
+    def load_weights(self, update: WeightUpdate) -> int:
+        """Take new weights between two steps; returns the policy version now sampled from."""
+        with self._timeline.span("load weights"), self._pulse.busy("load weights"):
+            self._engine.load_weights(update)
+        self._version = update.policy_version
+        return self._version
+
+    def spans(self) -> tuple[Span, ...]:
+        """What was done since this was last asked."""
+        return self._timeline.drain()
+
+    def generate(self, order: SamplingOrder) -> SamplerReport:
+        """Generate rollouts to their end, scored and monitored on the way. Blocks until all have ended.
+
+        `Forgotten` if this process is a new one that does not hold the order's weights yet.
+        """
+        if order.version != self._version or not self._scorers:
+            raise Forgotten(f"{self._name} holds version {self._version}, not {order.version}: its process is new")
+        with self._pulse.busy("generate"):
+            return _Generation(self, order).run()
+
+    def complete(
+        self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], settings: SamplingSettings, version: int
+    ) -> list[list[int]]:
+        """Plain completions (evaluation): the token ids of each prompt's answer, stop id included."""
+        if version != self._version:
+            raise Forgotten(f"{self._name} holds version {self._version}, not {version}: its process is new")
+        answers: dict[str, list[int]] = {}
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            answers[f"complete-{i}"] = []
+            self._engine.add(f"complete-{i}", prompt, seed, settings)
+        with self._pulse.busy("complete"):
+            while self._engine.running:
+                for rows in self._engine.step():
+                    answers[rows.request_id].extend(rows.token_ids)
+                self._pulse.beat()
+        return list(answers.values())
+
+
+class _Generation:
+    """One `generate` call: the rollouts under way."""
+
+    def __init__(self, sampler: StudentSampler, order: SamplingOrder) -> None:
+        self._sampler = sampler
+        self._engine = sampler._engine
+        self._rollout = sampler._config.rollout
+        self._order = order
+        self._control_seconds = 0.0
+        settings = SamplingSettings(
+            max_tokens=self._rollout.max_tokens,
+            temperature=self._rollout.temperature,
+            top_p=self._rollout.top_p,
+            logprobs=self._rollout.top_k_logprobs,
+            stop_ids=sampler._stop_ids,
+        )
+        specs = order.specs
+        self._rollouts: dict[int, PendingRollout] = {}
+        for i, spec in enumerate(specs):
+            own = replace(settings, max_tokens=spec.max_tokens)
+            self._engine.add(str(spec.rollout_id), spec.prompt_ids, spec.seed, own)
+            scorer = scorer_of(i, len(specs), sampler._index, sampler._samplers, len(sampler._scorers))
+            self._rollouts[spec.rollout_id] = PendingRollout(spec.rollout_id, spec.prompt_ids, scorer)
+        self._active = {str(i): r for i, r in self._rollouts.items()}
+        self._traffic = ScoreTraffic(
+            order, sampler._scorers, sampler._monitor, self._rollouts, sampler._config.cluster, sampler._pulse
+        )
+
+    def run(self) -> SamplerReport:
+        """Step the engine until nothing runs and every chunk has been answered."""
+        started = time.monotonic()
+        try:
+            steps = self._generate()
+        except BaseException:
+            self._engine.abort(list(self._active))  # the next order finds an idle engine
+            raise
+        traffic = self._traffic
+        return SamplerReport(
+            sampler=self._sampler._name,
+            attempt=self._order.attempt,
+            policy_version=self._order.version,
+            rollouts=tuple(
+                SampledRollout(r.rollout_id, np.array(r.token_ids, dtype=np.int32), r.sent)
+                for r in self._rollouts.values()
+            ),
+            chunks=tuple(traffic.chunks),
+            engine_steps=steps,
+            seconds=time.monotonic() - started,
+            wait_seconds=traffic.wait_seconds,
+            control_seconds=self._control_seconds,
+            decision_seconds=np.array(traffic.decision_seconds),
+            recovered=traffic.recovered,
+        )
+
+    def _generate(self) -> int:
+        steps = 0
+        span, pulse = self._sampler._timeline.span, self._sampler._pulse
+        fixed = self._sampler._config.run.deterministic
+        while self._engine.running:
+            with span("generate"):
+                for _ in range(self._rollout.chunk_tokens):
+                    if not self._engine.running:
+                        break
+                    self._collect()
+                    pulse.beat()
+                    steps += 1
+                    if not fixed:
+                        control = time.thread_time()
+                        for decision in self._traffic.arrived():
+                            self._apply(decision)
+                        self._control_seconds += time.thread_time() - control
+            control = time.thread_time()
+            if self._engine.running:
+                self._flush()
+            self._control_seconds += time.thread_time() - control
+        control = time.thread_time()
+        self._flush()
+        with span("wait"):
+            for decision in self._traffic.drain():
+                self._apply(decision)
+        self._control_seconds += time.thread_time() - control
+        return steps
+
+    def _collect(self) -> None:
+        for rows in self._engine.step():
+            rollout = self._active[rows.request_id]
+            if rows.token_ids:
+                assert rows.topk_ids is not None and rows.logprobs is not None
+                rollout.add(rows.token_ids, rows.topk_ids, rows.logprobs)
+            rollout.end = rows.end
+
+    def _flush(self) -> None:
+        """Send what is new to the scorers, each rollout to its own."""
+        by_scorer: dict[int, list[PendingRollout]] = {}
+        for rollout in self._active.values():
+            if rollout.has_news:
+                by_scorer.setdefault(rollout.scorer, []).append(rollout)
+        for index, news in by_scorer.items():
+            self._wait_for_room(index)
+            # Waiting may have brought decisions, and moved rollouts to another scorer: what was cut is not sent.
+            live = [r for r in news if not r.cut]
+            for scorer in sorted({r.scorer for r in live}):
+                with self._sampler._timeline.span("send"):
+                    self._send(scorer, [r for r in live if r.scorer == scorer])
+
+    def _send(self, scorer: int, news: Sequence[PendingRollout]) -> None:
+        chunk = build_chunk(
+            news,
+            self._traffic.released.pop(scorer, ()),
+            sampler=self._sampler._name,
+            attempt=self._order.attempt,
+            policy_version=self._order.version,
+            top_k=self._rollout.top_k_logprobs,
+            vocabulary=self._sampler._vocabulary,
+        )
+        self._traffic.send(scorer, chunk)
+
+    def _wait_for_room(self, scorer: int) -> None:
+        """With `run.deterministic` a decision takes hold here and nowhere else: at the same token in every run."""
+        with self._sampler._timeline.span("wait"):
+            while self._traffic.unanswered(scorer) >= self._rollout.max_chunks_ahead:
+                self._apply(self._traffic.next(scorer))
+
+    def _apply(self, decision: TerminationDecision) -> None:
+        """Abort what a decision names. A rollout that the engine ended meanwhile has nothing to abort.
+
+        A monitor that was told everything again names a rollout again; it was cut then.
+        """
+        ids = [i for i in decision.rollout_ids.tolist() if not self._rollouts[i].cut]
+        self._engine.abort([str(i) for i in ids])
+        for rollout_id in ids:
+            rollout = self._active.pop(str(rollout_id))
+            rollout.cut = True
+            rollout.topk_ids.clear()
+            rollout.logprobs.clear()
+            if not rollout.end_sent:  # a scorer that was told of the end has dropped its state already
+                self._traffic.released.setdefault(rollout.scorer, []).append(rollout_id)
+
+
+def scorer_of(position: int, rollouts: int, sampler: int, samplers: int, scorers: int) -> int:
+    """The scorer of a sampler's `position`-th of `rollouts`: both roles are laid along one line of equal parts.
+
+    Every scorer gets as many rollouts as any other, from as few samplers as can be: chunks per period number less
+    than samplers + scorers, where dealing to all would make samplers x scorers.
+    """
+    return int((sampler + (position + 0.5) / rollouts) / samplers * scorers)

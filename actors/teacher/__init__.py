@@ -1,0 +1,1 @@
+"""The teacher scorer and its backends: each token through the teacher once."""

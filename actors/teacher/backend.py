@@ -1,0 +1,74 @@
+"""What a teacher says about the rows of a chunk, whichever engine it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kat_ray.losses.divergence import entropy, stop_mass, tail_from_logprobs
+from kat_ray.types.records import RolloutChunk
+
+OVERLAP_TOP = 16  # ids compared for the overlap ratio (arXiv 2604.13016)
+
+
+@dataclass(frozen=True)
+class TeacherColumns:
+    """One row per new token; NaN where an engine does not tell."""
+
+    topk: Tensor  # [N, k] log q at the student's top-k ids
+    tail: Tensor  # [N] log of the mass outside them
+    stop: Tensor  # [N] log of the mass of all stop ids
+    overlap: Tensor  # [N] share of the student's top-16 ids among the teacher's
+    teacher_max: Tensor  # [N] largest probability
+    teacher_entropy: Tensor  # [N] nats, whole vocabulary
+    top: Tensor  # [N] int32, the most likely id; -1 where an engine does not tell
+
+    @classmethod
+    def join(cls, parts: Sequence[TeacherColumns], top_k: int) -> TeacherColumns:
+        """Parts one after the other; without parts, no rows."""
+        none = torch.zeros(0)
+        empty = cls(torch.zeros(0, top_k), none, none, none, none, none, none.int())
+        return cls(*(torch.cat([getattr(p, f.name) for p in (empty, *parts)]) for f in fields(cls)))
+
+
+class Teacher(Protocol):
+    """An engine that scores chunks and keeps what it needs to do so incrementally."""
+
+    run_tokens: int
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids that the model has a token for."""
+
+    @property
+    def held(self) -> int:
+        """Rollouts with a state."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of that state."""
+
+    def score(self, chunk: RolloutChunk) -> TeacherColumns:
+        """The columns of all rows of a chunk, in its order."""
+
+    def release(self, rollout_ids: Sequence[int]) -> None:
+        """Forget rollouts; unknown ones are ignored."""
+
+
+def columns_of(logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int]) -> TeacherColumns:
+    """Columns from the whole distribution: log-probabilities [N, V] and the student's top-k ids [N, k]."""
+    top = min(OVERLAP_TOP, ids.shape[-1], logprobs.shape[-1])
+    best, best_ids = logprobs.topk(top, dim=-1)
+    return TeacherColumns(
+        topk=logprobs.gather(-1, ids),
+        tail=tail_from_logprobs(logprobs, ids),
+        stop=stop_mass(logprobs, stop_ids),
+        overlap=(ids[:, :top, None] == best_ids[:, None, :]).any(dim=-1).float().mean(dim=-1),
+        teacher_max=best[:, 0].exp(),
+        teacher_entropy=entropy(logprobs),
+        top=best_ids[:, 0].int(),
+    )

@@ -1,0 +1,162 @@
+"""The teacher scorer: reverse KL at every new position, each token run through the teacher once.
+
+A request is stateless in effect: it brings the context that this scorer has not seen, and rows are scored from
+`start` on. The KV cache is an optimisation keyed by rollout, so any scorer can take over any rollout. d is
+computed here, where both distributions are; the monitor gets floats, and the teacher's rows stay in the object
+store for the learner.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.teacher.backend import Teacher, TeacherColumns
+from kat_ray.cluster.heartbeat import Beat, Pulse
+from kat_ray.config import Config
+from kat_ray.data.chunks import check_ids
+from kat_ray.errors import Forgotten, UserError
+from kat_ray.losses.divergence import EosMode, entropy, event_logprobs, is_stop, narrow, reverse_kl, widen
+from kat_ray.observability.logs import label_logs
+from kat_ray.observability.timeline import Span, Timeline
+from kat_ray.types.records import EngineEnd, RolloutChunk, ScoredChunk, TeacherRows
+
+
+def make_teacher(config: Config, teacher_dir: str, stop_ids: tuple[int, ...], max_model_len: int) -> Teacher:
+    """The engine that `scorer.backend` names; `auto` takes vLLM on a GPU, transformers elsewhere."""
+    backend = config.scorer.backend
+    if backend == "vllm" and not torch.cuda.is_available():
+        raise UserError(
+            "scorer.backend = 'vllm': scoring given ids needs vLLM's V2 model runner, which needs a GPU, and this "
+            "process sees none; use 'auto' or 'transformers', or give scorers a GPU (scorer.num_gpus = 1)"
+        )
+    if backend == "vllm" or (backend == "auto" and torch.cuda.is_available()):
+        from actors.teacher.vllm_backend import VllmTeacher
+
+        return VllmTeacher(config, teacher_dir, stop_ids, max_model_len)
+    from actors.teacher.transformers_backend import TransformersTeacher
+
+    return TransformersTeacher(config, teacher_dir, stop_ids)
+
+
+log = logging.getLogger("kat_ray.scorer")
+
+TeacherMaker = Callable[[Config, str, tuple[int, ...], int], Teacher]
+
+
+class TeacherScorer:
+    """One replica of the teacher."""
+
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        teacher_dir: str,
+        stop_ids: tuple[int, ...],
+        max_model_len: int = 0,
+        make: TeacherMaker = make_teacher,
+    ) -> None:
+        started = time.monotonic()
+        torch.set_num_threads(config.scorer.threads)
+        label_logs()
+        self._name = name
+        self._stop_ids = stop_ids
+        self._teacher_name = f"teacher.path = {config.teacher.path!r}"
+        self._eos: EosMode = config.rollout.eos
+        self._teacher = make(config, teacher_dir, stop_ids, max_model_len)
+        self._timeline = Timeline()
+        self._pulse = Pulse()
+        self._abandoned: set[int] = set()
+        self._scored_tokens = 0
+        self._busy_seconds = 0.0
+        self._load_seconds = time.monotonic() - started
+        log.info("%s stands, loaded in %.1f s", teacher_dir, self._load_seconds)
+
+    def ready(self) -> dict[str, Any]:
+        """Answers once the model stands."""
+        return {"name": self._name, "seconds": self._load_seconds, "backend": type(self._teacher).__name__}
+
+    def health(self) -> Beat:
+        """What it is at."""
+        return self._pulse.read()
+
+    def score(self, chunk: RolloutChunk) -> tuple[ScoredChunk, TeacherRows]:
+        """Score all rows of a chunk; rollouts that ended are forgotten.
+
+        `Forgotten` names rollouts whose past this scorer does not hold: send them again with their context.
+        UserError names a token id that the teacher has no token for.
+        """
+        if chunk.attempt in self._abandoned:
+            raise Forgotten(f"attempt {chunk.attempt} was given up: its sampler is lost")
+        with self._timeline.span("score"), self._pulse.busy("score"):
+            return self._score(chunk)
+
+    def abandon(self, attempt: int, rollout_ids: Sequence[int]) -> None:
+        """Forget the rollouts of an attempt whose sampler was lost, and what may still be on its way of it."""
+        self._abandoned.add(attempt)
+        self.release(rollout_ids)
+
+    def _score(self, chunk: RolloutChunk) -> tuple[ScoredChunk, TeacherRows]:
+        started = time.monotonic()
+        check_ids(chunk, self._teacher.vocabulary, self._teacher_name)
+        self.release(chunk.released.tolist())
+        columns = self._teacher.score(chunk)
+        self.release(chunk.rollout_ids[chunk.ended != EngineEnd.RUNNING].tolist())
+        self._scored_tokens += chunk.tokens
+        scored, rows = self._compare(chunk, columns, started)
+        self._busy_seconds += scored.seconds
+        return scored, rows
+
+    def release(self, rollout_ids: Sequence[int]) -> None:
+        """Forget rollouts; unknown ones are ignored."""
+        self._teacher.release(rollout_ids)
+
+    def spans(self) -> tuple[Span, ...]:
+        """What was done since this was last asked."""
+        return self._timeline.drain()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, and what is held now."""
+        return {
+            "scored_tokens": self._scored_tokens,
+            "run_tokens": self._teacher.run_tokens,
+            "busy_seconds": self._busy_seconds,
+            "states": self._teacher.held,
+            "cache_bytes": self._teacher.cache_bytes,
+        }
+
+    @torch.inference_mode()
+    def _compare(
+        self, chunk: RolloutChunk, teacher: TeacherColumns, started: float
+    ) -> tuple[ScoredChunk, TeacherRows]:
+        """Reverse KL of every row on the partition that the student's top k makes; the teacher's rows, narrowed."""
+        stops = is_stop(torch.from_numpy(chunk.topk_ids()), self._stop_ids)
+        topk, tail = (torch.from_numpy(a.astype(np.float32)) for a in (chunk.topk_logprobs, chunk.tail_logprobs))
+        topk, tail = widen(topk, tail)
+        student = event_logprobs(topk, tail, None, stops, self._eos)
+        d = reverse_kl(student, event_logprobs(teacher.topk, teacher.tail, teacher.stop, stops, self._eos))
+        small, stop = narrow(teacher.topk, teacher.stop, stops)
+        scored = ScoredChunk(
+            scorer=self._name,
+            attempt=chunk.attempt,
+            policy_version=chunk.policy_version,
+            rollout_ids=chunk.rollout_ids,
+            start=chunk.start,
+            offsets=chunk.offsets,
+            token_ids=chunk.token_ids,
+            d=torch.where(torch.isfinite(d), d, torch.full_like(d, torch.nan)).numpy(),
+            ended=chunk.ended,
+            overlap=teacher.overlap.half().numpy(),
+            teacher_max=teacher.teacher_max.half().numpy(),
+            teacher_entropy=teacher.teacher_entropy.half().numpy(),
+            student_entropy=entropy(student).half().numpy(),
+            student_tail=tail.exp().half().numpy(),
+            teacher_top=teacher.top.numpy(),
+            seconds=time.monotonic() - started,
+        )
+        return scored, TeacherRows(small.numpy(), teacher.tail.numpy(), stop.numpy())

@@ -1,0 +1,185 @@
+"""A teacher on transformers with a KV cache that outlives calls: every token is run once.
+
+Keys and values of all live rollouts lie in slots (actors/teacher/slot_cache.py). A forward pass takes the new
+tokens of some rollouts, one after the other, without padding. Left out: models whose attention is not causal over
+the whole past (sliding windows, linear attention) or does not go through transformers' attention interface; they
+are refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.teacher.backend import TeacherColumns, columns_of
+from actors.teacher.slot_cache import ATTENTION, SlotCache, Span
+from kat_ray.config import Config
+from kat_ray.errors import Forgotten, UserError
+from kat_ray.models.load import load_causal_lm
+from kat_ray.types.records import RolloutChunk
+
+_LOGITS = 2**25  # logits that exist at once: tokens x vocabulary, 128 MiB in float32
+
+
+@dataclass(frozen=True)
+class _Feed:
+    """Tokens of one rollout to run: `past` tokens are in its slot; the last `wanted` give a row each."""
+
+    slot: int
+    past: int
+    token_ids: Sequence[int]
+    wanted: int
+
+
+@dataclass
+class _State:
+    """A live rollout: `fed` tokens are in its slot, `pending` is its last token, not yet run."""
+
+    slot: int
+    fed: int
+    pending: int
+
+
+def logits_tokens(vocabulary: int) -> int:
+    """Tokens whose logits over the vocabulary exist at once."""
+    return max(1, _LOGITS // vocabulary)
+
+
+class TransformersTeacher:
+    """The model, its slots, and which rollout lies in which."""
+
+    def __init__(self, config: Config, model_dir: str, stop_ids: tuple[int, ...]) -> None:
+        teacher = config.teacher
+        self._model = load_causal_lm(teacher, model_dir, teacher.dtype, "teacher")
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model.to(self._device)
+        model_config = self._model.config
+        kinds = set(getattr(model_config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise UserError(
+                f"teacher.path = {teacher.path!r}: its layers attend by {', '.join(sorted(kinds))}; the "
+                "transformers backend scores models with full attention only. Use scorer.backend = vllm on a GPU."
+            )
+        self._model.set_attn_implementation(ATTENTION)
+        if model_config._attn_implementation != ATTENTION:
+            raise UserError(
+                f"teacher.path = {teacher.path!r}: {type(self._model).__name__} does not go through transformers' "
+                "attention interface, which the transformers backend needs. Use scorer.backend = vllm on a GPU."
+            )
+        self._cache = SlotCache(model_config.num_hidden_layers)
+        self._budget = config.scorer.max_batch_tokens
+        self._stop_ids = stop_ids
+        self._states: dict[int, _State] = {}
+        self.run_tokens = 0
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids that the model has a token for."""
+        return int(self._model.config.vocab_size)
+
+    @property
+    def held(self) -> int:
+        """Rollouts with a state."""
+        return len(self._states)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of all slots."""
+        return self._cache.bytes
+
+    def release(self, rollout_ids: Sequence[int]) -> None:
+        """Forget rollouts; unknown ones are ignored."""
+        for rollout_id in rollout_ids:
+            if (state := self._states.pop(rollout_id, None)) is not None:
+                self._cache.free(state.slot)
+
+    @torch.inference_mode()
+    def score(self, chunk: RolloutChunk) -> TeacherColumns:
+        """The teacher's columns for all rows of a chunk.
+
+        `Forgotten` names rollouts whose past is not held: send them again with their context.
+        """
+        feeds = self._feeds(chunk)
+        rows = self._run(feeds)
+        self.run_tokens += sum(len(f.token_ids) for f in feeds)
+        parts = []
+        if rows:
+            hidden_NH = torch.cat(rows)
+            step = logits_tokens(self._model.config.vocab_size)
+            for first in range(0, chunk.tokens, step):
+                part = slice(first, first + step)
+                ids = torch.from_numpy(chunk.topk_ids(part).astype("int64"))
+                parts.append(self.columns(hidden_NH[part], ids))
+        self._advance(chunk)
+        return TeacherColumns.join(parts, chunk.topk_logprobs.shape[1])
+
+    def columns(self, hidden_NH: Tensor, ids: Tensor) -> TeacherColumns:
+        """Columns from hidden states [N, H] and the student's top-k ids [N, k] int64."""
+        return columns_of(self.logprobs(hidden_NH), ids, self._stop_ids)
+
+    def logprobs(self, hidden_NH: Tensor) -> Tensor:
+        """Log-probabilities [N, V] float32 over the teacher's whole vocabulary."""
+        return torch.log_softmax(self._model.lm_head(hidden_NH).float(), dim=-1).cpu()
+
+    def _feeds(self, chunk: RolloutChunk) -> list[_Feed]:
+        """What has to be run for each rollout: its unseen context and all new tokens but the last."""
+        unknown = [
+            rollout_id
+            for i, rollout_id in enumerate(chunk.rollout_ids.tolist())
+            if not chunk.context(i).size and rollout_id not in self._states
+        ]
+        if unknown:
+            raise Forgotten(f"the past of rollouts {unknown} is not held: send their context")
+        feeds = []
+        for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
+            context, new = chunk.context(i).tolist(), chunk.new_tokens(i).tolist()
+            if context:
+                self.release([rollout_id])
+                self._states[rollout_id] = _State(self._cache.take(), fed=0, pending=-1)
+                # A row per new token: after the context, and after each new token but the last.
+                tokens = context + new[:-1] if new else context[:-1]
+            else:
+                tokens = [self._states[rollout_id].pending, *new[:-1]] if new else []
+            state = self._states[rollout_id]
+            if tokens:
+                feeds.append(_Feed(state.slot, state.fed, tokens, wanted=len(new)))
+        return feeds
+
+    def _advance(self, chunk: RolloutChunk) -> None:
+        for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
+            state = self._states[rollout_id]
+            context = chunk.context(i)
+            tokens = [*context.tolist(), *chunk.new_tokens(i).tolist()]
+            if tokens:
+                # The pending token was run if any new one came after it.
+                state.fed += len(tokens) - (1 if context.size else 0)
+                state.pending = tokens[-1]
+
+    def _run(self, feeds: Sequence[_Feed]) -> list[Tensor]:
+        """Run all feeds; returns the wanted rows, [wanted, H] each, in the order of the feeds.
+
+        A pass takes at most `scorer.max_batch_tokens` tokens, or one feed.
+        """
+        rows: list[Tensor] = []
+        group: list[_Feed] = []
+        tokens = 0
+        for feed in feeds:
+            if group and tokens + len(feed.token_ids) > self._budget:
+                rows += self._pass(group)
+                group, tokens = [], 0
+            group.append(feed)
+            tokens += len(feed.token_ids)
+        return rows + self._pass(group) if group else rows
+
+    def _pass(self, feeds: Sequence[_Feed]) -> list[Tensor]:
+        spans = [Span(f.slot, f.past, len(f.token_ids)) for f in feeds]
+        ids = torch.tensor([t for f in feeds for t in f.token_ids], dtype=torch.long, device=self._device)
+        positions_T = self._cache.select(spans, self._model.dtype, self._device)
+        hidden_TH = self._model.model(
+            input_ids=ids[None], position_ids=positions_T[None], past_key_values=self._cache, use_cache=True
+        )[0][0]
+        parts = hidden_TH.split([s.new for s in spans])
+        return [part[len(part) - f.wanted :] for part, f in zip(parts, feeds, strict=True) if f.wanted]

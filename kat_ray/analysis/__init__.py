@@ -1,0 +1,1 @@
+"""Finished runs read again: rules replayed on recorded traces, rules compared over seeds."""

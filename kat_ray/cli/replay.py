@@ -1,0 +1,231 @@
+"""`kat-ray replay`: what a rule with other settings would have done to a run's rollouts."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kat_ray.analysis.replay import Replayed, Traces, Tradeoff, checked, load_traces, recommend, uncensored
+from kat_ray.analysis.replay_rules import COLUMNS, reproduce, sweep
+from kat_ray.config import Config
+from kat_ray.config.load import load_config, yaml_value
+from kat_ray.errors import UserError, writing
+from kat_ray.termination import RULES, RunFacts
+from kat_ray.termination.settings import KatParameters, KatSettings, RuleSettings
+
+# What is swept where the user names nothing: factors of the base's own values, or values.
+_FACTORS = {"window": (0.5, 1, 2), "consecutive": (0.5, 1, 2), "exempt": (0, 1, 2), "stride": (1, 4)}
+_ETAS = (0.1, 0.2, 0.3, 0.5, 0.7)
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of rollout.max_tokens
+_KAT_FIELDS = ("window", "consecutive", "exempt", "stride", "eta")
+_KAT_HEADINGS = ("W", "C", "exempt", "stride", "eta")
+
+
+def replay(
+    run_dir: Path, rule: str | None, settings: Sequence[str], keep_kl: float, out: Path | None
+) -> list[Path]:
+    """Print the trade-off of every setting and the recommended one; write CSV and plot. Returns the files."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: no config.yaml in it; name a run directory, such as runs/latest")
+    config = load_config(run_dir / "config.yaml")
+    base = _base(config, rule)
+    grid = _grid(base, settings, config.rollout.max_tokens)
+    kat_only = isinstance(base, KatParameters) and isinstance(config.termination, KatParameters)
+    traces, notes = load_traces(run_dir, () if kat_only else COLUMNS)
+    for note in notes:
+        console.print(f"warning: {note}", markup=False)
+    facts = RunFacts(config.run.seed, config.rollout.max_tokens)
+    if config.termination.rule != "none":
+        replayed = reproduce(traces, config.termination, facts)
+        console.print(_reproduction(traces, replayed), markup=False)
+    _check_columns(traces, base)
+    seen = uncensored(traces, config)
+    console.print(
+        f"{len(traces.step):,} rollouts, {len(traces.d):,} scored tokens; {len(seen.step):,} of them were seen to "
+        "their end and tell what a cut removes",
+        markup=False,
+    )
+    results = sweep(seen, base, grid, facts)
+    best, reason = recommend(results, keep_kl)
+    shown = _KAT_FIELDS if isinstance(base, KatParameters) else tuple(grid)
+    _print(console, sorted(results, key=lambda r: r.generated_tokens), best, shown)
+    console.print(f"recommended: {best.rule.rule} {_words(best.rule, shown)}\n  {reason}", markup=False)
+    folder = out or run_dir / "replay"
+    files = [folder / "replay.csv", folder / "replay.png"]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_csv(files[0], results, shown)
+        plot(files[1], results, best, keep_kl, shown)
+    for file in files:
+        console.print(str(file), markup=False)
+    return files
+
+
+def _base(config: Config, rule: str | None) -> RuleSettings:
+    """The settings that others are tried around: the run's own where it ran under this rule, else the defaults."""
+    own = config.termination
+    name = rule or (own.rule if isinstance(own, KatParameters) else "kat")
+    endless = ("none", "kat_stages")  # they end no rollout: nothing to weigh
+    if name in endless and rule is None and isinstance(own, KatParameters):
+        return KatSettings(**{f: getattr(own, f) for f in KatSettings.model_fields if f != "rule"})
+    if name not in RULES or name in endless:
+        known = ", ".join(n for n in RULES if n not in endless)
+        raise UserError(f"--rule {name!r}: must be one of {known}")
+    if own.rule == name:
+        return own
+    return RULES[name].settings.model_construct(rule=name)  # checked with the user's values: some have no default
+
+
+def _check_columns(traces: Traces, rule: RuleSettings) -> None:
+    if rule.rule == "prune_opd" and "overlap" not in traces.columns:
+        raise UserError("--rule prune_opd: it needs the overlap of every token; record it with run.trace_features")
+
+
+def _reproduction(traces: Traces, replayed: Replayed) -> str:
+    """Whether the run's own rule gives the run's own cuts, and what it says of probes."""
+    recorded = traces.cut.copy()
+    probes = traces.probe == 1
+    recorded[probes] = traces.would_cut[probes]
+    wrong = int((replayed.cut != recorded).sum())
+    if wrong:
+        return f"warning: replaying the run's own rule gives other cuts for {wrong:,} of {len(recorded):,} rollouts"
+    return f"the run's own rule, applied again, gives its {int((traces.cut >= 0).sum()):,} cuts again"
+
+
+def rule_with(run_dir: Path, settings: Sequence[str]) -> KatSettings:
+    """The run's KAT settings, or the defaults, with single values in place of some."""
+    own = load_config(run_dir / "config.yaml").termination
+    base = own if isinstance(own, KatSettings) else KatSettings()
+    changes = {}
+    for name, values in _grid(base, settings, 1).items():
+        if len(values) != 1:
+            raise UserError(f"{name} = {values!r}: one value, please")
+        changes[name] = values[0]
+    return checked(base, changes)
+
+
+def _grid(base: RuleSettings, settings: Sequence[str], max_tokens: int) -> dict[str, list[Any]]:
+    """Values of each swept field: those the user names (`eta=[0.1, 0.3]`), else some around the base's own."""
+    grid: dict[str, list[Any]] = {}
+    known = type(base).model_fields
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in known or name == "rule" or not text:
+            fields = ", ".join(n for n in known if n != "rule")
+            raise UserError(f"{setting!r}: must be FIELD=VALUE or FIELD=[VALUE, ...] with one of {fields}")
+        value = yaml_value(text, repr(setting))
+        grid[name] = value if isinstance(value, list) else [value]
+    return grid or _default_grid(base, max_tokens)
+
+
+def _default_grid(base: RuleSettings, max_tokens: int) -> dict[str, list[Any]]:
+    if isinstance(base, KatParameters):
+        grid: dict[str, list[Any]] = {}
+        for name, factors in _FACTORS.items():
+            own = getattr(base, name)
+            grid[name] = sorted({max(0 if name == "exempt" else 1, round(own * f)) for f in factors})
+        return grid | {"eta": sorted({*_ETAS, base.eta})}
+    lengths = sorted({max(1, round(max_tokens * share)) for share in _SHARES})
+    return {
+        "fixed_prefix": {"n": lengths},
+        "random": {"longest": lengths},
+        "repetition": {"repeats": [2, 3, 4, 6, 8]},
+        "prune_opd": {"level": [0.5, 0.6, 0.7, 0.8, 0.9], "decay": [0.01, 0.02, 0.05]},
+        "progressive": {"start": lengths},
+    }.get(base.rule, {})  # type: ignore[return-value]
+
+
+def _words(rule: RuleSettings, shown: Sequence[str]) -> str:
+    return " ".join(f"{name}={_cell(getattr(rule, name))}" for name in shown)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _print(
+    console: Console, results: Sequence[Tradeoff], best: Tradeoff, fields: Sequence[str], most: int = 20
+) -> None:
+    table = Table(box=None, pad_edge=False)
+    names = _KAT_HEADINGS if tuple(fields) == _KAT_FIELDS else fields
+    for heading in (*names, "cut", "generated", "kept", "KL kept", "right, but cut"):
+        table.add_column(heading, justify="right")
+    stride = max(1, math.ceil(len(results) / most))
+    shown = [r for i, r in enumerate(results) if i % stride == 0 or r is best]
+    for r in shown:
+        false_cut = "-" if r.false_cut_share is None else f"{r.false_cut_share:.1%} of {r.right_share:.1%}"
+        values = [_cell(getattr(r.rule, name)) for name in fields]
+        shares = [f"{x:.1%}" for x in (r.cut_share, r.generated_tokens, r.kept_tokens, r.kept_kl)]
+        table.add_row(*values, *shares, false_cut, style="bold" if r is best else None)
+    console.print(table)
+    if len(shown) < len(results):
+        console.print(f"({len(shown)} of {len(results)} settings shown; all are in the CSV)", markup=False)
+
+
+def _write_csv(path: Path, results: Sequence[Tradeoff], fields: Sequence[str]) -> None:
+    measures = (
+        "rollouts",
+        "cut_share",
+        "generated_tokens",
+        "kept_tokens",
+        "kept_kl",
+        "false_cut_share",
+        "right_share",
+    )
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*fields, *measures])
+        for r in results:
+            writer.writerow([getattr(r.rule, f) for f in fields] + [getattr(r, m) for m in measures])
+
+
+def plot(path: Path, results: Sequence[Tradeoff], best: Tradeoff, keep_kl: float, fields: Sequence[str]) -> None:
+    """Tokens that are still generated against the KL that is kept, a point for every setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    colour_by = next((f for f in fields if len({getattr(r.rule, f) for r in results}) > 1), None)
+    groups: dict[str, list[Tradeoff]] = {}
+    for r in results:
+        label = best.rule.rule if colour_by is None else f"{colour_by} {_cell(getattr(r.rule, colour_by))}"
+        groups.setdefault(label, []).extend([r] if r.rollouts else [])
+    for number, (label, group) in enumerate(groups.items()):
+        axes.scatter(
+            [r.generated_tokens for r in group], [r.kept_kl for r in group],
+            s=22, alpha=0.75, color=f"C{number % 10}", label=label,
+        )  # fmt: skip
+    ends = [0.0, 1.0]
+    axes.plot(ends, ends, color="grey", linewidth=0.8, linestyle="--", label="KL spread evenly over tokens")
+    axes.axhline(keep_kl, color="grey", linewidth=0.8, linestyle=":")
+    axes.scatter(
+        [best.generated_tokens], [best.kept_kl], s=170, facecolors="none", edgecolors="black", linewidths=1.5
+    )
+    axes.annotate(
+        f"recommended\n{best.rule.rule} {_words(best.rule, fields)}",
+        (best.generated_tokens, best.kept_kl), textcoords="axes fraction",
+        xytext=(0.02, 0.97), ha="left", va="top", fontsize=8,
+        arrowprops={"arrowstyle": "-", "color": "black", "lw": 0.6},
+    )  # fmt: skip
+    axes.set(
+        xlabel="tokens generated, share of those without the rule",
+        ylabel="summed reverse KL before the cuts, share",
+        title="What other settings of the rule would have done to this run's rollouts",
+        xlim=(0, 1.02),
+        ylim=(0, 1.03),
+    )
+    axes.xaxis.set_major_formatter("{x:.0%}")
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.grid(alpha=0.25)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,116 @@
+"""When a pool of samplers or scorers should grow or shrink: arithmetic on measured stage times, no Ray.
+
+Two stages make a step's rollouts at the same time, sampling and scoring, and the learner waits for the slower. A
+pool grows where the learner waits long and this stage is the busier; it shrinks where what would be left of it
+still idles, or where the learner hardly waits at all. One change at a time, on the same evidence several steps in a
+row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kat_ray.config.cluster import PoolsConfig
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """One step as its stages saw it; all are shares between 0 and 1.
+
+    `waiting`: of the step, that the learner waited for rollouts. `busy`: by role, of the time from the first token
+    to the last decision, that a replica was at work, mean over replicas.
+    """
+
+    waiting: float
+    busy: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One replica more or less of a role, and why."""
+
+    role: str
+    by: int
+    reason: str
+
+
+class PoolPlanner:
+    """Counts evidence, step by step."""
+
+    def __init__(self, settings: PoolsConfig, bounds: Mapping[str, tuple[int, int]]) -> None:
+        """`bounds` are the fewest and most replicas by role."""
+        self._settings, self._bounds = settings, bounds
+        self._grow = dict.fromkeys(bounds, 0)  # steps in a row that spoke for it
+        self._shrink = dict.fromkeys(bounds, 0)
+
+    def look(self, times: StageTimes, sizes: Mapping[str, int]) -> Change | None:
+        """What one more step says; `sizes` count replicas that were asked for, too."""
+        busiest = max(self._bounds, key=lambda role: times.busy[role])
+        for role in self._bounds:
+            grows, shrinks = self._speaks(role, times, sizes[role], busiest)
+            self._grow[role] = self._grow[role] + 1 if grows else 0
+            self._shrink[role] = self._shrink[role] + 1 if shrinks else 0
+        change = self._due(times, sizes, busiest)
+        if change is not None:  # what was measured until now was measured with other sizes
+            self._grow, self._shrink = dict.fromkeys(self._bounds, 0), dict.fromkeys(self._bounds, 0)
+        return change
+
+    def _speaks(self, role: str, times: StageTimes, size: int, busiest: str) -> tuple[bool, bool]:
+        """Whether the step speaks for a larger pool, and for a smaller one."""
+        s, (fewest, most) = self._settings, self._bounds[role]
+        grows = (
+            size < most
+            and role == busiest
+            and times.waiting >= s.waiting_share
+            and times.busy[role] >= s.busy_share
+        )
+        if size <= fewest:
+            return grows, False
+        left = size / (size - 1)  # by how much one less is busier
+        shrinks = times.busy[role] * left < s.idle_share or times.waiting * left < s.waiting_share / 2
+        return grows, shrinks
+
+    def _due(self, times: StageTimes, sizes: Mapping[str, int], busiest: str) -> Change | None:
+        s = self._settings
+        if self._grow[busiest] >= s.grow_after:
+            reason = (
+                f"the learner waited {times.waiting:.0%} of the step for rollouts, and {busiest}s were at work "
+                f"{times.busy[busiest]:.0%} of that time"
+            )
+            return Change(busiest, 1, reason)
+        idle = [role for role in self._bounds if self._shrink[role] >= s.shrink_after]
+        if not idle:
+            return None
+        role = min(idle, key=lambda r: times.busy[r])
+        reason = (
+            f"the learner waited {times.waiting:.0%} of the step for rollouts, and {sizes[role]} {role}s were at "
+            f"work {times.busy[role]:.0%} of that time"
+        )
+        return Change(role, -1, reason)
+
+
+def stage_times(metrics: Mapping[str, float]) -> StageTimes:
+    """Stage times from a step's metrics (`kat_ray.observability.metric_catalog`)."""
+    sampling = max(metrics["time/sampling"], 1e-9)
+    return StageTimes(
+        waiting=min(1.0, metrics["time/sample"] / metrics["time/step"]),
+        busy={role: min(1.0, metrics[f"time/{role}_busy"] / sampling) for role in ("sampler", "scorer")},
+    )
+
+
+def size_metrics(sizes: Mapping[str, int]) -> dict[str, float]:
+    """Replicas at work in the step to come."""
+    return {f"pools/{role}_replicas": float(size) for role, size in sizes.items()}
+
+
+def pool_metrics(pending: Mapping[str, int], times: StageTimes, change: Change | None) -> dict[str, float]:
+    """The decision of a step and what it was made from."""
+    figures = {"pools/waiting_share": times.waiting}
+    for role, count in pending.items():
+        figures |= {
+            f"pools/{role}_pending": float(count),
+            f"pools/{role}_busy_share": times.busy[role],
+            f"pools/{role}_change": float(change.by if change is not None and change.role == role else 0),
+        }
+    return figures

@@ -1,0 +1,46 @@
+"""The configuration: one frozen tree of sections, its file format, its messages and its documentation.
+
+`from kat_ray.config import Config` is part of the public interface; the other modules of this package are not.
+"""
+
+from kat_ray.config.cluster import (
+    ClusterConfig,
+    LearnerConfig,
+    MonitorConfig,
+    PlacementConfig,
+    PoolConfig,
+    PoolsConfig,
+    SamplerConfig,
+    ScorerConfig,
+    Section,
+)
+from kat_ray.config.sections import (
+    Config,
+    DataConfig,
+    Dtype,
+    EvaluationConfig,
+    GuardsConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+)
+
+__all__ = [
+    "ClusterConfig",
+    "Config",
+    "DataConfig",
+    "Dtype",
+    "EvaluationConfig",
+    "GuardsConfig",
+    "LearnerConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "PlacementConfig",
+    "PoolConfig",
+    "PoolsConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SamplerConfig",
+    "ScorerConfig",
+    "Section",
+]

@@ -1,0 +1,333 @@
+"""Configuration files: read, overridden, checked, and written back.
+
+Everything that can be wrong becomes one `ConfigError` that names file, line, field, value and what is allowed,
+one line for each mistake. Left out: includes and references between files; a run's whole configuration is
+one file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from kat_ray.config import Config, plain_yaml, schema
+from kat_ray.errors import ConfigError
+from kat_ray.observability.redact import redact
+
+DEMO_DIR = Path(__file__).parents[1] / "demo"
+DEMO_FILES = {
+    "demo": DEMO_DIR / "default.yaml",
+    "demo:student": DEMO_DIR / "models" / "student",
+    "demo:teacher": DEMO_DIR / "models" / "teacher",
+    "demo:train": DEMO_DIR / "data" / "train.jsonl",
+    "demo:heldout": DEMO_DIR / "data" / "heldout.jsonl",
+}
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes; Linux
+
+Path_ = tuple[str | int, ...]
+
+
+@dataclass
+class _Source:
+    """Where each value came from: for messages."""
+
+    name: str
+    lines: dict[Path_, int] = field(default_factory=dict)
+    overrides: dict[Path_, str] = field(default_factory=dict)
+
+    def of(self, path: Path_) -> str:
+        """`file:line: ` or `override ...: ` of the nearest known ancestor."""
+        for length in range(len(path), -1, -1):
+            if path[:length] in self.overrides:
+                return f"override {self.overrides[path[:length]]}: "
+            if path[:length] in self.lines:
+                return f"{self.name}:{self.lines[path[:length]]}: "
+        return f"{self.name}: "
+
+
+def resolve_path(name: str) -> Path:
+    """The path that a config value names; `demo:...` names a file of the package. The path need not exist."""
+    if not name.startswith("demo:"):
+        return usable_path(name)
+    if name not in DEMO_FILES:
+        known = ", ".join(k for k in DEMO_FILES if ":" in k)
+        raise ConfigError(f"{name!r} names nothing embedded; there are {known}")
+    return DEMO_FILES[name]
+
+
+def usable_path(text: str) -> Path:
+    """The path, `~` resolved; `ConfigError` where no file system takes it, which each access would raise again."""
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise ConfigError(f"{_shown(text)}: there is no such user's home directory") from error
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts) or len(os.fsencode(path)) > _LONGEST_PATH:
+        raise ConfigError(f"{_shown(text)}: is too long for a path")
+    return path
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `section.field=value` overrides, and check everything.
+
+    `demo` names the embedded configuration. `ConfigError` lists every mistake.
+    """
+    file = DEMO_FILES["demo"] if str(path) == "demo" else usable_path(str(path))
+    source = _Source(str(path))
+    tree = _drop_empty(_read_file(file, source))
+    for override in overrides:
+        _check_override(override, source)
+    _drop_other_rule(tree, overrides)
+    for override in overrides:
+        _apply(tree, override, source)
+    if isinstance(termination := tree.get("termination"), dict):
+        termination.setdefault("rule", _default_rule())
+    return _validate(tree, source)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration; `load_config` gives an equal one back."""
+    path.write_text(config_yaml(config), encoding="utf-8")
+
+
+def config_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, every field spelled out."""
+    tree = config.model_dump(mode="json")
+    return str(yaml.dump(tree, Dumper=plain_yaml.Dumper, sort_keys=False, allow_unicode=True))
+
+
+def _read_file(file: Path, source: _Source) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{source.name}: no such file; `demo` names the embedded configuration") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise ConfigError(f"{source.name}: cannot be read: {reason}") from error
+    try:
+        node = plain_yaml.compose(text)
+        if node is None:
+            raise ConfigError(f"{source.name}: the file is empty; a configuration names at least {_required()}")
+        _note_lines(node, (), source)
+        tree = plain_yaml.construct(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise ConfigError(f"{source.name}{where}: not valid YAML: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:  # a control character, for example
+        raise ConfigError(f"{source.name}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source.name}: a configuration is a mapping of sections, this is {_shown(tree)}")
+    return tree
+
+
+def _required() -> str:
+    return ", ".join(schema.root_schema()["required"])
+
+
+def _note_lines(node: yaml.Node, path: Path_, source: _Source) -> None:
+    """Record the line of every field; refuse a field given twice."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        here = (*path, str(key.value))
+        if here in source.lines and key.tag != "tag:yaml.org,2002:merge":
+            name = ".".join(map(str, here))
+            raise ConfigError(f"{source.name}:{line}: {name} is given twice, first in line {source.lines[here]}")
+        source.lines[here] = line
+        _note_lines(value, here, source)
+
+
+def _drop_empty(tree: dict[str, Any]) -> dict[str, Any]:
+    """A section whose fields are all commented out is null in YAML and means the defaults here."""
+    return {k: v for k, v in tree.items() if v is not None}
+
+
+def _default_rule() -> str:
+    default = Config.model_fields["termination"].get_default(call_default_factory=True)
+    rule: str = default.rule
+    return rule
+
+
+def _drop_other_rule(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    rules = [o.split("=", 1)[1].strip() for o in overrides if o.split("=", 1)[0].strip() == "termination.rule"]
+    termination = tree.get("termination")
+    if rules and isinstance(termination, dict) and rules[-1] != termination.get("rule", _default_rule()):
+        tree["termination"] = {}
+
+
+def _check_override(override: str, source: _Source) -> None:
+    key, equals, _ = override.partition("=")
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise ConfigError(f"override {override!r}: write it as section.field=value, for example run.steps=20")
+    source.overrides[tuple(part.strip() for part in key.split("."))] = override
+
+
+def yaml_value(text: str, where: str) -> Any:
+    """The value that stands after `FIELD=`; `where` names it in messages."""
+    try:
+        node = plain_yaml.compose(text)
+        if node is None:
+            return None
+        _note_lines(node, (), _Source(where))
+        return plain_yaml.construct(node)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"{where}: the value is not valid YAML: {problem}") from error
+
+
+def _apply(tree: dict[str, Any], override: str, source: _Source) -> None:
+    key, _, text = override.partition("=")
+    *parents, last = (part.strip() for part in key.split("."))
+    value = yaml_value(text, f"override {override}")
+    target = tree
+    for depth, part in enumerate(parents):
+        below = target.get(part)
+        if below is None:
+            below = {}
+        if not isinstance(below, dict):
+            name = ".".join(parents[: depth + 1])
+            raise ConfigError(f"override {override}: {name} is {_shown(below)}, it has no fields")
+        target[part] = target = dict(below)  # a copy: an alias may share the mapping
+    target[last] = value
+
+
+def _validate(tree: Mapping[str, Any], source: _Source) -> Config:
+    _check_texts(tree, (), source)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        lines = dict.fromkeys(_message(e, source) for e in error.errors())
+        raise ConfigError("\n".join(lines)) from None
+    if flags := list(_flags_as_numbers(tree, config, ())):
+        raise ConfigError("\n".join(_wrong(path, value, source) for path, value in flags))
+    return config
+
+
+def _check_texts(value: Any, path: Path_, source: _Source) -> None:
+    """Refuse text that no file, tokenizer or terminal takes, and secrets: a run stores its configuration."""
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            _check_texts(key, path, source)
+            _check_texts(below, (*path, key if isinstance(key, int) else str(key)), source)
+    elif isinstance(value, list):
+        for index, below in enumerate(value):
+            _check_texts(below, (*path, index), source)
+    elif isinstance(value, str):
+        if "\0" in value or not _is_unicode(value):
+            raise ConfigError(
+                f"{source.of(path)}{_dotted(path)} = {_shown(value)}: holds a NUL or half a character (a surrogate)"
+            )
+        if redact(value) != value:  # the value is not shown
+            raise ConfigError(
+                f"{source.of(path)}{_dotted(path)} holds a secret (a token of the environment, or a password in an "
+                "address), and a run stores its configuration: give it through the environment (HF_TOKEN, "
+                "RAY_AUTH_TOKEN), or a file of the library that asks for it"
+            )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _flags_as_numbers(raw: Any, parsed: Any, path: Path_) -> list[tuple[Path_, Any]]:
+    """Values given as true or false that became numbers: pydantic reads true as 1."""
+    if isinstance(raw, bool) and not isinstance(parsed, bool):
+        return [(path, raw)]
+    if isinstance(raw, Mapping) and isinstance(parsed, BaseModel):
+        return [w for k, v in raw.items() for w in _flags_as_numbers(v, getattr(parsed, k), (*path, k))]
+    if isinstance(raw, list) and isinstance(parsed, tuple):
+        return [
+            w for i, (r, p) in enumerate(zip(raw, parsed, strict=True)) for w in _flags_as_numbers(r, p, (*path, i))
+        ]
+    return []
+
+
+def _message(error: Any, source: _Source) -> str:
+    path = _without_tags(error["loc"])
+    kind, value = error["type"], error["input"]
+    name = _dotted(path)
+    if kind == "extra_forbidden":
+        return f"{source.of(path)}{name}: unknown field{_suggestion(path, error['loc'])}"
+    if kind == "missing":
+        allowed = schema.allowed_at(path)
+        return f"{source.of(path[:-1])}{name} is missing" + (f": {allowed}" if allowed else "")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        rule = value.get("rule") if isinstance(value, Mapping) else value
+        names = list(schema.rules())
+        return (
+            f"{source.of((*path, 'rule'))}{name}.rule = {_shown(rule)}: must be one of {', '.join(names)}"
+            f"{_close(str(rule), names)}"
+        )
+    if kind == "invalid_key":
+        return f"{source.of(path[:-1])}{name}: the name of a field must be text"
+    if kind == "value_error":  # of a validator: it has named field and value itself
+        return f"{source.of(path)}{name + '.' if name else ''}{error['ctx']['error']}"
+    return _wrong(path, value, source)
+
+
+def _wrong(path: Path_, value: Any, source: _Source) -> str:
+    allowed = schema.allowed_at(path)
+    text = f"{source.of(path)}{_dotted(path)} = {_shown(value)}: must be {allowed or 'something else'}"
+    if isinstance(value, int | float) and allowed.startswith("text"):
+        text += "; put it in quotes"
+    if isinstance(value, str) and allowed.startswith("one of "):
+        text += _close(value, allowed.removeprefix("one of ").split(", "))
+    return text
+
+
+def _without_tags(loc: Sequence[str | int]) -> Path_:
+    """Drop what pydantic adds for unions: the rule after `termination`."""
+    return tuple(part for i, part in enumerate(loc) if not (i == 1 and loc[0] == "termination"))
+
+
+def _suggestion(path: Path_, loc: Sequence[str | int]) -> str:
+    name, parents = str(path[-1]), path[:-1]
+    if parents == ("termination",):
+        rule = str(loc[1])
+        known = list(schema.rules()[rule]["properties"])
+        others = [r for r, s in schema.rules().items() if name in s["properties"]]
+        if others and name not in known:
+            return f" of rule {rule}; it belongs to rule {' and '.join(others)}"
+    else:
+        known = list(schema.fields_at(parents))
+    if close := _close(name, known):
+        return close
+    elsewhere = [f"{s}.{name}" for s in schema.fields_at(()) if name in schema.fields_at((s,))]
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    return f"; known are {', '.join(known)}" if known else ""
+
+
+def _close(name: str, known: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _dotted(path: Path_) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
+def _shown(value: Any) -> str:
+    """The value as YAML-like text, shortened."""
+    try:
+        text = json.dumps(value, ensure_ascii=isinstance(value, str) and not _is_unicode(value))
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,143 @@
+"""What the configuration allows, in words: for error messages and for docs/configuration.md.
+
+Everything comes from the field declarations of kat_ray.config; nothing is listed here a second time.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kat_ray.config import Config
+
+Schema = Mapping[str, Any]
+
+_BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
+_TYPES = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+
+HEADER = """# Configuration
+
+Written by `kat-ray config --docs` from the field declarations in `kat_ray/config/sections.py` and
+`kat_ray/termination/settings.py`; do not edit it by hand.
+
+A configuration is one YAML file. Every field can be overridden on the command line as
+`section.field=value`; the value is read as YAML (`null`, `[0.9, 0.95]`, `1e-4`). Fields that are left out
+take their default. Unknown fields, fields given twice and values out of range are refused before anything
+is started. Relative paths are relative to the working directory. Overriding `termination.rule` with another
+rule drops the file's other `termination` fields, which belong to the file's rule.
+"""
+
+
+@functools.cache
+def root_schema() -> Schema:
+    """JSON schema of the whole configuration."""
+    return Config.model_json_schema()
+
+
+def resolve(schema: Schema) -> Schema:
+    """Follow a `$ref`; fields beside it (description, default) win over the target's."""
+    if "$ref" not in schema:
+        return schema
+    target = root_schema()["$defs"][schema["$ref"].rsplit("/", 1)[1]]
+    return {**target, **{k: v for k, v in schema.items() if k != "$ref"}}
+
+
+def variants(schema: Schema) -> list[Schema]:
+    """The alternatives of a field: of a union its members, otherwise the field itself."""
+    schema = resolve(schema)
+    members = schema.get("anyOf") or schema.get("oneOf")
+    return [resolve(m) for m in members] if members else [schema]
+
+
+def fields_at(path: Sequence[str | int]) -> dict[str, Schema]:
+    """Fields that may stand below `path`, by name; of all rules where the path is a union."""
+    return {name: field for variant in _at(path) for name, field in variant.get("properties", {}).items()}
+
+
+def allowed_at(path: Sequence[str | int]) -> str:
+    """What may stand at `path`, in words; empty where nothing can be said."""
+    return " or ".join(dict.fromkeys(filter(None, map(_allowed, _at(path)))))
+
+
+def rules() -> dict[str, Schema]:
+    """The termination rules' schemas by the name of the rule."""
+    return {v["properties"]["rule"]["const"]: v for v in variants(root_schema()["properties"]["termination"])}
+
+
+def _at(path: Sequence[str | int]) -> list[Schema]:
+    found = [root_schema()]
+    for part in path:
+        deeper: list[Schema] = []
+        for schema in found:
+            if isinstance(part, int):
+                items = schema.get("prefixItems", [])
+                deeper += variants(items[part]) if part < len(items) else []
+            elif part in schema.get("properties", {}):
+                deeper += variants(schema["properties"][part])
+            elif isinstance(values := schema.get("additionalProperties"), dict):
+                deeper += variants(values)
+        found = deeper
+    return found
+
+
+def _allowed(schema: Schema) -> str:
+    if "const" in schema:
+        return json.dumps(schema["const"])
+    if "enum" in schema:
+        return "one of " + ", ".join(map(str, schema["enum"]))
+    if "prefixItems" in schema:
+        inner = list(dict.fromkeys(_allowed(item) for item in schema["prefixItems"]))
+        return f"a list of {len(schema['prefixItems'])}: " + ", ".join(inner)
+    kind = schema.get("type")
+    if kind == "null":
+        return "null"
+    if kind == "object":
+        values = schema.get("additionalProperties")
+        return f"{{NAME: {_allowed(values)}, ...}}" if isinstance(values, dict) else "a section with fields"
+    words = _TYPES.get(str(kind), "")
+    if bounds := " and ".join(f"{sign} {schema[key]}" for key, sign in _BOUNDS if key in schema):
+        return f"{words} {bounds}"
+    if schema.get("minLength"):
+        return f"{words} that is not empty"
+    return f"{words} that matches {schema['pattern']}" if "pattern" in schema else words
+
+
+def configuration_markdown() -> str:
+    """The text of docs/configuration.md."""
+    return "\n".join([HEADER, *_sections()]).rstrip() + "\n"
+
+
+def _sections() -> Iterator[str]:
+    for name, field in root_schema()["properties"].items():
+        if name == "termination":
+            yield "## termination\n\nWhich rule ends rollouts while they are generated. `rule` names it.\n"
+            for rule, schema in rules().items():
+                yield f"### termination.rule: {rule}\n\n{_one_line(schema)}\n"
+                yield _table("termination", schema)
+        else:
+            (schema,) = (v for v in variants(field) if v.get("type") == "object")
+            yield f"## {name}\n\n{_one_line(schema)}\n"
+            yield _table(name, schema)
+
+
+def _table(section: str, schema: Schema) -> str:
+    rows = ["| field | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+    for name, field in schema["properties"].items():
+        if field.get("const") is not None:
+            continue
+        default = f"`{json.dumps(field['default'])}`" if "default" in field else "required"
+        allowed = allowed_at([section, name]) if section != "termination" else _words_of(field)
+        rows.append(
+            f"| `{section}.{name}` | {default} | {allowed.replace('|', chr(92) + '|')} | {_one_line(field)} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _words_of(field: Schema) -> str:
+    return " or ".join(dict.fromkeys(filter(None, map(_allowed, variants(field)))))
+
+
+def _one_line(schema: Schema) -> str:
+    return " ".join(schema.get("description", "").split()).replace("|", "\\|")

@@ -1,0 +1,255 @@
+"""The configuration: one frozen pydantic tree, read once, passed down in parts.
+
+Every field states its unit and default. Unknown fields are refused. `load_config` turns a YAML file
+and dotted overrides into a `Config`; every mistake becomes one `ConfigError` that names the field, the
+value and what is allowed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from kat_ray.config.cluster import (
+    ClusterConfig,
+    LearnerConfig,
+    MonitorConfig,
+    PoolsConfig,
+    SamplerConfig,
+    ScorerConfig,
+    Section,
+)
+from kat_ray.termination import TerminationConfig
+from kat_ray.termination.settings import KatSettings
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class RunConfig(Section):
+    """Where a run's records go and what seeds it."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run directory. `latest` is reserved."""
+    dir: str = "runs"
+    """Folder that holds run directories; a relative path is relative to the working directory."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seeds data order, sampling, probes and the learner."""
+    steps: int = Field(100, ge=1)
+    """Number of optimiser steps."""
+    overwrite: bool = False
+    """Replace an existing run directory of this name; otherwise a number is appended to the name."""
+    tensorboard: bool = True
+    """Also write metrics as TensorBoard events."""
+    trace_features: bool = True
+    """Record, beside the KL of every scored token, the teacher's top token and the health features: about
+    14 bytes a token before compression. The report's pictures of phases need them."""
+    deterministic: bool = False
+    """Decisions of the rule take hold at fixed tokens instead of as soon as they arrive: on the same machine,
+    without a GPU, the same command then gives the same bits. Costs waiting and overshoot; needs rollout.staleness =
+    0."""
+    profile: bool = False
+    """Write timeline.json, a Chrome trace of what every actor did in each step."""
+    grace_seconds: float = Field(60.0, gt=0)
+    """Seconds in which a run that is told to end (SIGTERM, Ctrl-C) finishes what cannot be interrupted and writes a
+    checkpoint."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto`: inside a Ray job, an unfinished run of the same name and configuration is gone on with, as after a
+    retry of the job; elsewhere, and with `never`, a run is always a new one unless `--resume` names it."""
+    checkpoint_every: int = Field(10, ge=0)
+    """Steps between checkpoints, each with all that a resume needs; 0 writes only the last one."""
+    keep_checkpoints: int = Field(3, ge=1)
+    """Checkpoints that are kept, the newest ones; older ones are removed when the next is complete."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the highest eval/avg_at_k."""
+
+    @model_validator(mode="after")
+    def _not_latest(self) -> RunConfig:
+        if self.name == "latest":
+            raise ValueError("name = 'latest': this name is reserved for the link to the newest run")
+        return self
+
+
+class ModelConfig(Section):
+    """One causal language model: a Hugging Face directory or hub id."""
+
+    path: str = Field(min_length=1)
+    """Directory with config.json and safetensors, or a hub id. A directory is taken when it exists;
+    `demo:student` and `demo:teacher` name the embedded models."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); null takes the default branch."""
+    dtype: Dtype = "bfloat16"
+    """Data type of the weights while sampling and scoring."""
+    trust_remote_code: bool = False
+    """Run Python code that the model directory brings. Off: such models are refused."""
+    allow_pickle: bool = False
+    """Accept weights that are not safetensors (pickle can run code). Off: they are refused."""
+
+
+class DataConfig(Section):
+    """Prompts of one split."""
+
+    path: str = Field(min_length=1)
+    """A .jsonl or .parquet file, a Hugging Face data set id, or `demo:train` / `demo:heldout`."""
+    split: str = "train"
+    """Split of a Hugging Face data set; not used for files."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: a string, or a list of chat messages with `chat_template`."""
+    answer_column: str | None = "answer"
+    """Column with the gold answer; null where answers are not graded."""
+    chat_template: bool = False
+    """Apply the student tokenizer's chat template (with a generation prompt)."""
+    system_prompt: str | None = None
+    """System message put before a string prompt; needs `chat_template`."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first so many prompts; null uses all."""
+    too_long: Literal["skip", "refuse"] = "skip"
+    """A prompt longer than the model takes is skipped and counted, or the run is refused."""
+    shuffle: bool = True
+    """Shuffle each epoch with `run.seed`; off keeps the file's order."""
+
+    @model_validator(mode="after")
+    def _system_needs_template(self) -> DataConfig:
+        if self.system_prompt is not None and not self.chat_template:
+            raise ValueError("system_prompt: needs chat_template = true")
+        return self
+
+
+class RolloutConfig(Section):
+    """What is sampled in a step."""
+
+    prompts_per_step: int = Field(32, ge=1)
+    """Prompts of one optimiser step."""
+    rollouts_per_prompt: int = Field(1, ge=1)
+    """Rollouts of each prompt."""
+    max_tokens: int = Field(1024, ge=1)
+    """Tokens after which a rollout is ended by the engine."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature. KL always uses the unfiltered distributions at temperature 1."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus sampling; 1 samples from the whole distribution."""
+    top_k_logprobs: int = Field(64, ge=1)
+    """Student tokens whose log-probabilities enter the KL; the rest is one tail event."""
+    chunk_tokens: int = Field(16, ge=1)
+    """Engine steps between two chunks to the scorers: small reacts sooner, large costs less."""
+    max_chunks_ahead: int = Field(2, ge=1)
+    """Chunks a sampler may have at each scorer without an answer before it waits; bounds overshoot."""
+    staleness: Literal[0, 1] = 0
+    """0 samples each step from the weights that the step before it produced. 1 samples it while that step is
+    still learnt, from weights one version older; the KL that is learnt from is the newest student's either way."""
+    eos: Literal["raw", "merged", "mask"] = "merged"
+    """Stop ids in the KL: `merged` sums the stop ids of both models into one event on both sides,
+    `raw` compares them id by id, `mask` leaves them out and renormalises."""
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """Rollouts of one optimiser step."""
+        return self.prompts_per_step * self.rollouts_per_prompt
+
+
+class GuardsConfig(Section):
+    """Collapse guards: limits of metrics; each is said in one line when it is passed, and can end the run."""
+
+    action: Literal["warn", "stop"] = "warn"
+    """What a guard does when it fires: `warn` says so, `stop` ends the run after a checkpoint."""
+    patience: int = Field(5, ge=1)
+    """Steps in a row beyond a limit before a guard fires; a first line comes after half of them."""
+    reference_steps: int = Field(10, ge=1)
+    """First steps of the run whose mean the relative limits are taken from; until then these do not act."""
+    stop_mass_fall: float | None = Field(0.1, gt=0, lt=1)
+    """Lower limit of learner/stop_mass, as a share of its first mean; null switches it off."""
+    stop_mass_rise: float | None = Field(0.5, gt=0, lt=1)
+    """Upper limit of learner/stop_mass, as a share of the way from its first mean to 1; null switches it off."""
+    entropy_fall: float | None = Field(0.1, gt=0, lt=1)
+    """Lower limit of learner/entropy, as a share of its first mean; null switches it off."""
+    max_tokens_share: float | None = Field(0.9, ge=0, lt=1)
+    """Upper limit of rollout/max_tokens_share, from the first step on; not looked at where the rule sets a budget.
+    null switches it off."""
+    kl_rise: float | None = Field(3.0, gt=1)
+    """Upper limit of kl/mean, as a multiple of its first mean; null switches it off."""
+    kl_fall: float | None = Field(0.02, gt=0, lt=1)
+    """Lower limit of kl/mean, as a share of its first mean; null switches it off."""
+
+
+class EvaluationConfig(Section):
+    """avg@k and pass@k on held-out problems, through the same samplers."""
+
+    data: DataConfig | None = None
+    """Held-out problems; null switches evaluation off."""
+    verifier: Literal["integer", "math"] = "integer"
+    """`integer`: the last `answer N` or integer of the text, exactly; `math`: math-verify (LaTeX)."""
+    k: int = Field(4, ge=1)
+    """Samples per problem."""
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0 evaluates only before and after."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Tokens of an answer; null takes `rollout.max_tokens`."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus sampling."""
+    teacher: bool = True
+    """Also evaluate the teacher before training: a wrong template or grader shows there."""
+
+    @model_validator(mode="after")
+    def _answers_are_graded(self) -> EvaluationConfig:
+        if self.data is not None and self.data.answer_column is None:
+            raise ValueError("data.answer_column = null: held-out problems need a column with the gold answer")
+        return self
+
+
+class Config(Section):
+    """The whole configuration of a training run."""
+
+    run: RunConfig = RunConfig()
+    student: ModelConfig
+    teacher: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    termination: TerminationConfig = KatSettings()
+    sampler: SamplerConfig = SamplerConfig()
+    scorer: ScorerConfig = ScorerConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    pools: PoolsConfig = PoolsConfig()
+    learner: LearnerConfig = LearnerConfig()
+    guards: GuardsConfig = GuardsConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _work_for_every_rank(self) -> Config:
+        if self.learner.world_size > self.rollout.rollouts_per_step:
+            raise ValueError(
+                f"learner.world_size = {self.learner.world_size}: must be <= {self.rollout.rollouts_per_step}, the "
+                "rollouts of a step (rollout.prompts_per_step x rollout.rollouts_per_prompt)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _deterministic_is_on_policy(self) -> Config:
+        if self.run.deterministic and self.rollout.staleness:
+            raise ValueError(
+                "run.deterministic = true: needs rollout.staleness = 0; sampling ahead races with the learner"
+            )
+        elastic = [name for name in ("sampler", "scorer") if len({*getattr(self, name).bounds}) > 1]
+        if self.run.deterministic and elastic:
+            raise ValueError(
+                f"run.deterministic = true: needs a fixed number of {' and '.join(elastic)}s; leave min_replicas "
+                "and max_replicas out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _work_for_every_monitor(self) -> Config:
+        samplers = self.sampler.bounds[0]
+        if self.monitor.shards > samplers:
+            raise ValueError(
+                f"monitor.shards = {self.monitor.shards}: must be <= {samplers}, the fewest samplers; "
+                "a sampler's rollouts belong to one monitor"
+            )
+        return self
+
+    @property
+    def eval_max_tokens(self) -> int:
+        """Tokens of an evaluation answer."""
+        return self.evaluation.max_tokens or self.rollout.max_tokens

@@ -1,0 +1,149 @@
+"""From what samplers and monitor report to the books of a step: every rollout once, every token once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kat_ray.termination.base import Finished
+from kat_ray.types.records import (
+    FloatArray,
+    IntArray,
+    KeptRollout,
+    RolloutOutcome,
+    RolloutSpec,
+    SampledRollout,
+    ScoredChunk,
+    StopReason,
+)
+
+
+@dataclass(frozen=True)
+class RolloutBooks:
+    """Where the tokens of one rollout went: generated = kept + cut_back + overshoot.
+
+    `cut_back` tokens lie between the cut and the confirmation; `overshoot` was generated after it, while
+    the decision was on its way. A failed rollout keeps nothing: all its tokens count as overshoot.
+    """
+
+    rollout_id: int
+    generated: int
+    kept: int
+    cut_back: int
+    overshoot: int
+
+
+def keep_books(outcome: RolloutOutcome, generated: int) -> RolloutBooks:
+    """Split `generated` tokens of a rollout by its outcome."""
+    if outcome.stop_reason is StopReason.FAILED:
+        return RolloutBooks(outcome.rollout_id, generated, 0, 0, generated)
+    if outcome.cut is None or outcome.confirmed is None:
+        assert outcome.scored == generated, (
+            f"rollout {outcome.rollout_id} generated {generated} tokens, {outcome.scored} were scored"
+        )
+        return RolloutBooks(outcome.rollout_id, generated, generated, 0, 0)
+    assert outcome.cut <= outcome.confirmed <= generated
+    return RolloutBooks(
+        outcome.rollout_id,
+        generated,
+        kept=outcome.cut,
+        cut_back=outcome.confirmed - outcome.cut,
+        overshoot=generated - outcome.confirmed,
+    )
+
+
+def join_outcomes(
+    sampled: Iterable[SampledRollout], outcomes: Sequence[RolloutOutcome]
+) -> list[tuple[RolloutOutcome, SampledRollout, RolloutBooks]]:
+    """Match samplers' rollouts with the monitor's outcomes, in the order of ids.
+
+    Both must name the same rollouts, each once.
+    """
+    by_id: dict[int, SampledRollout] = {}
+    for rollout in sampled:
+        assert rollout.rollout_id not in by_id, f"rollout {rollout.rollout_id} was generated twice"
+        by_id[rollout.rollout_id] = rollout
+    assert len(by_id) == len(outcomes), f"{len(by_id)} rollouts generated, {len(outcomes)} ended"
+    joined = []
+    for outcome in outcomes:
+        rollout = by_id[outcome.rollout_id]
+        joined.append((outcome, rollout, keep_books(outcome, len(rollout.token_ids))))
+    return joined
+
+
+def kept_rollouts(
+    joined: Sequence[tuple[RolloutOutcome, SampledRollout, RolloutBooks]], specs: Iterable[RolloutSpec]
+) -> list[KeptRollout]:
+    """The learner's work list of a step: every rollout of which a token is kept, in the order of ids."""
+    prompts = {s.rollout_id: len(s.prompt_ids) for s in specs}
+    return [
+        KeptRollout(b.rollout_id, prompts[b.rollout_id], b.kept, None if o.weights is None else o.weights[: b.kept])
+        for o, _, b in joined
+        if b.kept
+    ]
+
+
+def finished(outcome: RolloutOutcome) -> Finished:
+    """What a rule learns from a rollout's end."""
+    return Finished(
+        outcome.minimum,
+        cut=outcome.cut is not None,
+        probe=outcome.probe,
+        length=outcome.scored,
+        full=outcome.stop_reason is StopReason.MAX_TOKENS,
+    )
+
+
+class ScoredTokens:
+    """Every scored token of a step by rollout, in the order of tokens: sorted once, for all columns."""
+
+    def __init__(self, scored: Sequence[ScoredChunk]) -> None:
+        self._scored = scored
+        counts = _flat([np.diff(c.offsets) for c in scored])
+        starts = _flat([c.start for c in scored])
+        rollouts = _flat([c.rollout_ids for c in scored])
+        sizes = [int(c.offsets[-1]) for c in scored]
+        bases = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        rows = _flat([c.offsets[:-1] + base for c, base in zip(scored, bases[:-1], strict=True)])
+        order = np.lexsort((counts, starts, rollouts))  # a rollout's piece without tokens comes before its next
+        counts, starts, rollouts, rows = counts[order], starts[order], rollouts[order], rows[order]
+        ends = np.cumsum(counts)
+        self._ids, first = np.unique(rollouts, return_index=True)
+        self._bounds = (ends - counts)[first]
+        have = ends - counts - np.repeat(self._bounds, np.diff([*first, len(order)]))
+        wrong = np.flatnonzero(starts != have)
+        assert not len(wrong), (
+            f"rollout {rollouts[wrong[0]]}: a scored chunk starts at token {starts[wrong[0]]}, "
+            f"expected {have[wrong[0]]}"
+        )
+        self._index = np.repeat(rows - (ends - counts), counts) + np.arange(int(counts.sum()))
+
+    def column(self, field: str) -> Mapping[int, FloatArray]:
+        """A column of the ScoredChunks by rollout."""
+        if not len(self._ids):
+            return {}
+        values = np.concatenate([getattr(c, field) for c in self._scored])[self._index]
+        return dict(zip(self._ids.tolist(), np.split(values, self._bounds[1:]), strict=True))
+
+
+def _flat(parts: Sequence[IntArray]) -> IntArray:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+
+def traces_of(scored: Sequence[ScoredChunk], field: str = "d") -> Mapping[int, FloatArray]:
+    """A column of every scored token by rollout, in the order of tokens; `d` is the reverse KL, nats, float32."""
+    return ScoredTokens(scored).column(field)
+
+
+def kept_rows(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> list[np.ndarray]:
+    """For each chunk a mask [N] of the rows that belong to kept tokens."""
+    masks = []
+    for chunk in scored:
+        mask = np.zeros(int(chunk.offsets[-1]), dtype=bool)
+        for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
+            first, last = int(chunk.offsets[i]), int(chunk.offsets[i + 1])
+            mask[first : min(last, first + max(0, kept[rollout_id] - int(chunk.start[i])))] = True
+        masks.append(mask)
+    return masks

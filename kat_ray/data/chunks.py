@@ -1,0 +1,149 @@
+"""From an engine's rows to RolloutChunks: what has been generated and not yet been sent to a scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from kat_ray.errors import UserError
+from kat_ray.types.records import EngineEnd, FloatArray, IntArray, RolloutChunk
+from kat_ray.types.token_ids import foreign_id, foreign_words, pack_ids
+
+# Below fp32's resolution of `1 - sum(p)` a tail mass is rounding noise; the same floor as in
+# kat_ray.losses.divergence, restated there with its reason.
+TAIL_FLOOR = 2.0**-24
+
+
+def tail_logprobs(topk_logprobs: FloatArray) -> FloatArray:
+    """Log of the mass outside the top k, from their log-probabilities [N, k] float32; shape [N]."""
+    # In double precision 1 - sum(p) is exact to 1e-16, far below the floor.
+    outside = 1.0 - np.exp(topk_logprobs, dtype=np.float64).sum(axis=-1)
+    return np.log(np.maximum(outside, TAIL_FLOOR)).astype(np.float32)
+
+
+@dataclass
+class PendingRollout:
+    """One rollout as its sampler sees it: all tokens, and the rows not yet sent."""
+
+    rollout_id: int
+    prompt_ids: tuple[int, ...]
+    scorer: int
+    token_ids: list[int] = field(default_factory=list)
+    sent: int = 0
+    end: EngineEnd = EngineEnd.RUNNING
+    end_sent: bool = False
+    known: bool = False  # whether its scorer holds what was sent
+    cut: bool = False  # ended by a decision
+    topk_ids: list[IntArray] = field(default_factory=list)
+    logprobs: list[FloatArray] = field(default_factory=list)
+
+    def add(self, token_ids: Sequence[int], topk_ids: IntArray, logprobs: FloatArray) -> None:
+        """Add new tokens with their rows: ids and log-probabilities [n, 1 + k], the sampled token first."""
+        self.token_ids.extend(token_ids)
+        self.topk_ids.append(topk_ids)
+        self.logprobs.append(logprobs)
+
+    @property
+    def context(self) -> Sequence[int]:
+        """What the scorer must run before the next chunk's first row: everything sent so far, where it has none of
+        it.
+        """
+        return () if self.known else (*self.prompt_ids, *self.token_ids[: self.sent])
+
+    @property
+    def unsent(self) -> int:
+        """Tokens not yet sent."""
+        return len(self.token_ids) - self.sent
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a chunk has to mention this rollout: new tokens, or its end."""
+        return self.unsent > 0 or (self.end is not EngineEnd.RUNNING and not self.end_sent)
+
+
+def build_chunk(
+    rollouts: Sequence[PendingRollout],
+    released: Sequence[int],
+    *,
+    sampler: str,
+    attempt: int,
+    policy_version: int,
+    top_k: int,
+    vocabulary: int,
+) -> RolloutChunk:
+    """One chunk of everything the rollouts have not sent yet; marks it as sent.
+
+    All rollouts belong to one scorer. `released` names rollouts whose state that scorer can drop.
+    """
+    counts = [r.unsent for r in rollouts]
+    contexts = [r.context for r in rollouts]
+    rows = sum(counts)
+    ids = np.zeros((rows, top_k + 1), dtype=np.int32)
+    logprobs = np.zeros((rows, top_k + 1), dtype=np.float32)
+    if rows:
+        np.concatenate([a for r in rollouts for a in r.topk_ids], out=ids, casting="same_kind")
+        np.concatenate([a for r in rollouts for a in r.logprobs], out=logprobs)
+    low, high = pack_ids(ids[:, 1:], vocabulary)
+    chunk = RolloutChunk(
+        sampler=sampler,
+        attempt=attempt,
+        policy_version=policy_version,
+        rollout_ids=np.array([r.rollout_id for r in rollouts], dtype=np.int64),
+        start=np.array([r.sent for r in rollouts], dtype=np.int32),
+        offsets=_offsets(counts),
+        token_ids=np.array([t for r in rollouts for t in r.token_ids[r.sent :]], dtype=np.int32),
+        sampled_logprobs=np.ascontiguousarray(logprobs[:, 0]),
+        topk_ids_low=low,
+        topk_ids_high=high,
+        topk_logprobs=logprobs[:, 1:].astype(np.float16),
+        tail_logprobs=tail_logprobs(logprobs[:, 1:]),
+        context_offsets=_offsets([len(c) for c in contexts]),
+        context_ids=np.array([t for c in contexts for t in c], dtype=np.int32),
+        ended=np.array([r.end for r in rollouts], dtype=np.int8),
+        released=np.asarray(released, dtype=np.int64),
+    )
+    for rollout in rollouts:
+        rollout.known = True
+        rollout.sent = len(rollout.token_ids)
+        rollout.end_sent = rollout.end is not EngineEnd.RUNNING
+        rollout.topk_ids.clear()
+        rollout.logprobs.clear()
+    return chunk
+
+
+def check_ids(chunk: RolloutChunk, vocabulary: int, model: str) -> None:
+    """UserError where a chunk holds an id that `model`, a field and its value, has no token for."""
+    topk = chunk.topk_ids()
+    if all(foreign_id(ids, vocabulary) is None for ids in (chunk.context_ids, chunk.token_ids, topk)):
+        return
+    for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
+        rows = slice(chunk.offsets[i], chunk.offsets[i + 1])
+        parts = {"context": chunk.context(i), "answer": chunk.new_tokens(i), "top k": topk[rows]}
+        for part, ids in parts.items():
+            if (foreign := foreign_id(ids, vocabulary)) is not None:
+                raise UserError(foreign_words(rollout_id, part, foreign, vocabulary, model))
+
+
+def with_context(chunk: RolloutChunk, rollouts: Mapping[int, PendingRollout]) -> RolloutChunk:
+    """A chunk as a scorer can take it that has seen nothing of those rollouts that are not `known`; they now
+    are.
+    """
+    contexts: list[Sequence[int]] = []
+    for i, start in zip(chunk.rollout_ids.tolist(), chunk.start.tolist(), strict=True):
+        rollout = rollouts[i]
+        contexts.append(() if rollout.known else (*rollout.prompt_ids, *rollout.token_ids[:start]))
+        rollout.known = True
+    return replace(
+        chunk,
+        context_offsets=_offsets([len(c) for c in contexts]),
+        context_ids=np.array([t for c in contexts for t in c], dtype=np.int32),
+        released=np.zeros(0, dtype=np.int64),
+    )
+
+
+def _offsets(counts: Sequence[int]) -> IntArray:
+    offsets = np.zeros(len(counts) + 1, dtype=np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets

@@ -1,0 +1,1 @@
+"""The distillation loss and the (k + 1)-way divergence beneath it, in torch."""

@@ -1,0 +1,1 @@
+"""Hugging Face models: inspected before anything starts, then loaded."""

@@ -1,0 +1,376 @@
+"""The two models, checked from their files before anything is started. No weights are loaded.
+
+Sizes come from config.json and the headers of the safetensors files; a broken download, a pickle, code in the
+model directory, or two models that do not fit together are refused here, in seconds. Left out: context lengths
+stretched by rope scaling; `max_position_embeddings` is taken as it stands.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kat_ray.config import Config, ModelConfig
+from kat_ray.config.load import resolve_path
+from kat_ray.errors import ModelError
+
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+# One of these holds a tokenizer's vocabulary. Without any, transformers makes up an empty tokenizer.
+_VOCABULARIES = ("tokenizer.json", ".model", "vocab.json", "vocab.txt", "tekken.json", ".tiktoken")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_MAX_HEADER = 100 * 2**20  # the safetensors format's own limit
+
+# Text on which tokenizers with equal vocabularies still differ: normalisation, digits, spaces, added prefixes.
+_SAMPLES = (
+    "answer 42",
+    " leading space",
+    "two  spaces\tand a tab\nnewline\n\n",
+    "1234567890 3.14 -7 1,000",
+    "Let $x^2 + \\frac{1}{2} = \\boxed{7}$.",
+    "def f(x):\n    return x ** 2  # code",
+    "naïve café, Ünïcode, 数学, е́, 🙂",
+    "I'm it's DON'T",
+)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """One model as its files describe it."""
+
+    path: str  # absolute directory, or hub id
+    architecture: str
+    vocabulary: int  # rows of the output layer: may exceed the tokenizer's entries
+    max_length: int | None  # tokens of prompt and answer together; None where the config does not say
+    stop_ids: tuple[int, ...]  # sorted; ids that end a text
+    tied: bool  # the output layer is the embedding
+    parameters: int | None  # from the safetensors headers; None for pickles and for weights not downloaded
+    dtype: str | None  # data type most weights are stored in, as safetensors names it ("BF16")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Both models, fit for each other and for the configuration."""
+
+    student: ModelInfo
+    teacher: ModelInfo
+    tokenizer: Any  # the student's
+    stop_ids: tuple[int, ...]  # of both models, sorted
+    warnings: tuple[str, ...]
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that both models take, prompt and answer together; None where neither says."""
+        return min((m.max_length for m in (self.student, self.teacher) if m.max_length), default=None)
+
+    def max_prompt_tokens(self, max_tokens: int) -> int | None:
+        """Longest prompt that leaves room for `max_tokens` of answer."""
+        return None if self.max_length is None else self.max_length - max_tokens
+
+
+def resolve_model(model: ModelConfig) -> str:
+    """The model's directory (absolute), or its hub id where no such directory exists."""
+    path = resolve_path(model.path)
+    if path.is_dir():
+        return str(path.resolve())
+    if path.is_file():
+        raise ModelError(f"{model.path} is a file; a model is a directory with config.json and safetensors")
+    if not _HUB_ID.match(model.path) or model.path.startswith("demo:"):
+        raise ModelError(f"{model.path}: no such directory")
+    return model.path
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The model's tokenizer (transformers)."""
+    directory, names = _files_of(model)
+    if not any(name.endswith(_VOCABULARIES) for name in names):
+        raise ModelError(f"{model.path}: there is no tokenizer (tokenizer.json)")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # tokenizers raises bare Exception for a malformed tokenizer.json
+        raise ModelError(f"{model.path}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def check_models(config: Config) -> ModelFacts:
+    """Look at both models; `ModelError` says what does not fit, with field names and what to do."""
+    infos: dict[str, ModelInfo] = {}
+    tokenizers: dict[str, Any] = {}
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        try:
+            infos[role], tokenizers[role] = inspect_model(model)
+        except ModelError as error:
+            raise ModelError(f"{role}.path: {error}") from error
+    student, teacher = infos["student"], infos["teacher"]
+    compare_tokenizers(tokenizers["student"], tokenizers["teacher"])
+    if teacher.vocabulary < student.vocabulary:
+        raise ModelError(
+            f"the teacher's vocabulary ({teacher.vocabulary}, {teacher.path}) is smaller than the student's "
+            f"({student.vocabulary}, {student.path}): it could not score every token the student may choose"
+        )
+    if student.vocabulary < config.rollout.top_k_logprobs:
+        raise ModelError(
+            f"rollout.top_k_logprobs = {config.rollout.top_k_logprobs}: must be <= {student.vocabulary}, the "
+            "student's vocabulary (vLLM's engine dies on more)"
+        )
+    merged = tuple(sorted({*student.stop_ids, *teacher.stop_ids}))
+    warnings = stop_id_warnings(config, student, teacher, tokenizers["student"])
+    facts = ModelFacts(student, teacher, tokenizers["student"], merged, warnings)
+    _check_lengths(config, facts)
+    return facts
+
+
+def inspect_model(model: ModelConfig) -> tuple[ModelInfo, Any]:
+    """One model's facts and its tokenizer; `ModelError` without the role's name."""
+    directory, names = _files_of(model)
+    raw = _read_json(directory, "config.json", names)
+    _refuse_code(model, raw)
+    architecture = _causal_architecture(model, raw)
+    parameters, dtype = _weights(model, directory, names)
+    text = _text_config(model, directory)
+    vocabulary = getattr(text, "vocab_size", None)
+    if not isinstance(vocabulary, int) or vocabulary < 1:
+        raise ModelError(f"{model.path}: config.json does not give vocab_size")
+    tokenizer = load_tokenizer(model)
+    if (highest := max(tokenizer.get_vocab().values(), default=-1)) >= vocabulary:
+        raise ModelError(
+            f"{model.path}: the tokenizer has id {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}), "
+            f"the model's vocabulary is {vocabulary}: they do not belong together"
+        )
+    info = ModelInfo(
+        path=resolve_model(model),
+        architecture=architecture,
+        vocabulary=vocabulary,
+        max_length=getattr(text, "max_position_embeddings", None),
+        stop_ids=stop_ids(model, directory, names, text, tokenizer, vocabulary),
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
+        parameters=parameters,
+        dtype=dtype,
+    )
+    return info, tokenizer
+
+
+def stop_ids(
+    model: ModelConfig, directory: Path, names: Iterable[str], text_config: Any, tokenizer: Any, vocabulary: int
+) -> tuple[int, ...]:
+    """Ids that end a text: generation_config.json's, or else config.json's, or else the tokenizer's."""
+    found: Any = None
+    if "generation_config.json" in names:
+        found = _read_json(directory, "generation_config.json", names).get("eos_token_id")
+    if found is None:
+        found = getattr(text_config, "eos_token_id", None)
+    if found is None:
+        found = tokenizer.eos_token_id
+    if found is None:
+        raise ModelError(
+            f"{model.path}: neither generation_config.json, config.json nor the tokenizer names an end-of-text id "
+            "(eos_token_id); without one no rollout could end by itself"
+        )
+    ids = tuple(sorted(set(found if isinstance(found, list | tuple) else [found])))
+    if wrong := [i for i in ids if not isinstance(i, int) or not 0 <= i < vocabulary]:
+        raise ModelError(f"{model.path}: eos_token_id {wrong[0]!r} is no id of its vocabulary of {vocabulary}")
+    return ids
+
+
+def stop_id_warnings(config: Config, student: ModelInfo, teacher: ModelInfo, tokenizer: Any) -> tuple[str, ...]:
+    """What to know where the two models end their texts on different ids."""
+    if student.stop_ids == teacher.stop_ids:
+        return ()
+    words = [
+        f"{name} ends on " + ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in info.stop_ids)
+        for name, info in (("the student", student), ("the teacher", teacher))
+    ]
+    effect = {
+        "merged": "rollout.eos = merged compares their sums as one event",
+        "mask": "rollout.eos = mask leaves them out of the KL",
+        "raw": "rollout.eos = raw compares them id by id, which drives the student's end-of-text probability to "
+        "zero and its answers to the length limit; use merged",
+    }[config.rollout.eos]
+    return (f"the models' stop ids differ: {'; '.join(words)}. {effect}",)
+
+
+def compare_tokenizers(student: Any, teacher: Any) -> None:
+    """Refuse two tokenizers that differ; the message shows the first difference.
+
+    Which token is called end of text, padding or unknown may differ: see `stop_id_warnings`.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        raise ModelError(_first_vocabulary_difference(ours, theirs))
+    added = sorted(str(t) for t in {*student.added_tokens_decoder.values(), *teacher.added_tokens_decoder.values()})
+    for text in (*_SAMPLES, *(f"a{token} b" for token in added)):
+        a, b = list(student(text)["input_ids"]), list(teacher(text)["input_ids"])
+        if a != b:
+            raise ModelError(
+                f"the tokenizers encode {text!r} differently: student {_some(a)}, teacher {_some(b)}. "
+                "On-policy distillation scores the student's token ids with the teacher: use models of one family"
+            )
+
+
+def _first_vocabulary_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
+    by_id = [{i: t for t, i in vocabulary.items()} for vocabulary in (ours, theirs)]
+    first = min(i for i in {*by_id[0], *by_id[1]} if by_id[0].get(i) != by_id[1].get(i))
+    words = [repr(side[first]) if first in side else "nothing" for side in by_id]
+    return (
+        f"the tokenizers differ: id {first} is {words[0]} for the student and {words[1]} for the teacher "
+        f"({len(ours)} and {len(theirs)} entries). The teacher scores the student's token ids: use models of "
+        "one family"
+    )
+
+
+def _check_lengths(config: Config, facts: ModelFacts) -> None:
+    asked = {"rollout.max_tokens": config.rollout.max_tokens}
+    if config.evaluation.data is not None:
+        asked["evaluation.max_tokens"] = config.eval_max_tokens
+    if facts.max_length is None:
+        return
+    for field, tokens in asked.items():
+        if tokens >= facts.max_length:
+            raise ModelError(
+                f"{field} = {tokens}: must be < {facts.max_length}, the tokens that both models take "
+                "(max_position_embeddings), with room for the prompt"
+            )
+
+
+def _files_of(model: ModelConfig) -> tuple[Path, frozenset[str]]:
+    """Directory with the model's small files, and the names of all its files."""
+    resolved = resolve_model(model)
+    directory = Path(resolved)
+    if not directory.is_dir():
+        return _from_hub(model)
+    try:
+        return directory, frozenset(p.name for p in directory.iterdir())
+    except OSError as error:
+        raise ModelError(f"{model.path}: the directory cannot be read: {error.strerror}") from error
+
+
+def _from_hub(model: ModelConfig) -> tuple[Path, frozenset[str]]:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    try:
+        small = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=_SMALL_FILES))
+        if constants.HF_HUB_OFFLINE:
+            return small, frozenset(p.name for p in small.iterdir())
+        return small, frozenset(HfApi().list_repo_files(model.path, revision=model.revision))
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise ModelError(
+            f"{model.path}: no such directory here, and no such model could be had from the hub "
+            f"({_first_line(error)}). With HF_HUB_OFFLINE=1 only models downloaded before are looked for"
+        ) from error
+
+
+def _read_json(directory: Path, name: str, names: Iterable[str]) -> dict[str, Any]:
+    if name not in names:
+        raise ModelError(f"{directory}: there is no {name}; it is not a Hugging Face model directory")
+    try:
+        value = json.loads((directory / name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{directory / name}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ModelError(f"{directory / name}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{directory / name}: not a JSON object")
+    return value
+
+
+def _refuse_code(model: ModelConfig, raw: Mapping[str, Any]) -> None:
+    if raw.get("auto_map") and not model.trust_remote_code:
+        raise ModelError(
+            f"{model.path}: config.json asks to run Python code from the model directory (auto_map); set "
+            "trust_remote_code = true for this model if you trust its authors"
+        )
+
+
+def _causal_architecture(model: ModelConfig, raw: Mapping[str, Any]) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
+
+    if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
+        return str(raw["auto_map"]["AutoModelForCausalLM"])
+    known = {name for names in causal.values() for name in ([names] if isinstance(names, str) else names)}
+    architectures = raw.get("architectures") or []
+    for name in architectures:
+        if name in known or re.search(r"(ForCausalLM|LMHeadModel)$", str(name)):
+            return str(name)
+    if not architectures and raw.get("model_type") in causal:
+        return str(raw["model_type"])
+    shown = ", ".join(map(str, architectures)) or f"model_type {raw.get('model_type')!r}"
+    raise ModelError(f"{model.path}: {shown} is not a causal language model (architectures in config.json)")
+
+
+def _text_config(model: ModelConfig, directory: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise ModelError(f"{model.path}: transformers cannot read config.json: {_first_line(error)}") from error
+    return config.get_text_config()
+
+
+def _weights(model: ModelConfig, directory: Path, names: frozenset[str]) -> tuple[int | None, str | None]:
+    """Parameters and the most common data type; refuses missing, pickled and cut-off weights."""
+    index = "model.safetensors.index.json"
+    if index in names:
+        shards = sorted(set(_read_json(directory, index, names).get("weight_map", {}).values()))
+        if missing := [s for s in shards if s not in names]:
+            raise ModelError(f"{model.path}: {index} names {missing[0]}, which is not there")
+    else:
+        shards = sorted(n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_"))
+    if not shards:
+        pickles = sorted(n for n in names if n.endswith(_PICKLES))
+        if not pickles:
+            raise ModelError(f"{model.path}: there are no weights (model.safetensors)")
+        if not model.allow_pickle:
+            raise ModelError(
+                f"{model.path}: its weights are a pickle ({pickles[0]}), which can run code when it is read; "
+                "convert them to safetensors, or set allow_pickle = true for this model if you trust its authors"
+            )
+        return None, None
+    sizes: dict[str, int] = {}
+    for shard in shards:
+        if not (directory / shard).exists():  # a hub model whose weights are not downloaded yet
+            return None, None
+        for dtype, count in _header_counts(directory / shard):
+            sizes[dtype] = sizes.get(dtype, 0) + count
+    return sum(sizes.values()), max(sizes, key=lambda d: sizes[d], default=None)
+
+
+def _header_counts(file: Path) -> list[tuple[str, int]]:
+    """(data type, elements) of every tensor, from the file's header alone."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length)) if length <= _MAX_HEADER else None
+        if not isinstance(header, dict):
+            raise ValueError("no header")
+        header.pop("__metadata__", None)
+        counts = [(str(t["dtype"]), math.prod(t["shape"])) for t in header.values()]
+        end = max((t["data_offsets"][1] for t in header.values()), default=0)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{file}: not a safetensors file (an unfinished download, or a Git LFS pointer?)"
+        ) from error
+    if (size := file.stat().st_size) != 8 + length + end:
+        raise ModelError(
+            f"{file}: has {size} bytes, its header asks for {8 + length + end}: the download is broken"
+        )
+    return counts
+
+
+def _some(ids: Sequence[int]) -> str:
+    return f"{list(ids[:12])}{' ...' if len(ids) > 12 else ''}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""What a run shows while it goes on: metric names, progress, timelines, logs, secrets kept out of them."""

@@ -1,0 +1,119 @@
+"""Every metric of a run: its name, unit and meaning, in one place. Nothing else is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """One column of metrics.jsonl and TensorBoard."""
+
+    name: str
+    unit: str
+    help: str
+
+
+METRICS = {
+    m.name: m
+    for m in (
+        Metric(
+            "policy_version", "version", "weights the step's rollouts were sampled from; 0 is the student as given"
+        ),
+        Metric("rollout/generated_tokens", "tokens", "all tokens the engines generated in the step"),
+        Metric(
+            "rollout/kept_tokens",
+            "tokens",
+            "tokens before the cut, or all of an uncut rollout: these are trained on",
+        ),
+        Metric(
+            "rollout/overshoot_tokens",
+            "tokens",
+            "generated after the rule had confirmed, until the abort took hold",
+        ),
+        Metric("rollout/cut_back_tokens", "tokens", "between the cut and its confirmation"),
+        Metric("rollout/mean_length", "tokens", "generated tokens per rollout"),
+        Metric("rollout/eos_share", "share", "rollouts that ended by a stop id"),
+        Metric("rollout/max_tokens_share", "share", "rollouts that reached rollout.max_tokens"),
+        Metric("rollout/trapped_share", "share", "rollouts ended by the rule"),
+        Metric("rollout/budget", "tokens", "longest rollout that the rule allows in the step, where it sets one"),
+        Metric("rollout/staleness", "versions", "by how much the learner's weights were newer than the samplers'"),
+        Metric("rollout/failed", "rollouts", "rollouts that the engine gave up"),
+        Metric("rollout/probes", "rollouts", "rollouts of the step that are never cut"),
+        Metric("probe/would_cut_share", "share", "probes that the rule would have cut"),
+        Metric("probe/false_cut_share", "share", "graded probes that it would have cut and that answered right"),
+        Metric("probe/right_share", "share", "graded probes that answered right, cut or not"),
+        Metric("probe/tokens_after_cut", "tokens", "mean length of the continuation that a cut would have removed"),
+        Metric("probe/kl_after_cut", "nats", "mean reverse KL of those continuations"),
+        Metric("kat/threshold", "nats", "threshold of the step's rollouts; absent while the rule is inactive"),
+        Metric("kat/window_min_mean", "nats", "mean over rollouts of the smallest window mean m(y)"),
+        Metric("kl/mean", "nats", "mean reverse KL of all scored tokens, at sampling time"),
+        Metric("kl/kept_mean", "nats", "mean reverse KL of the kept tokens, at sampling time"),
+        Metric("health/overlap", "share", "student's top-16 ids that are among the teacher's; kept tokens"),
+        Metric("health/teacher_max", "probability", "the teacher's largest probability, mean; kept tokens"),
+        Metric("health/teacher_entropy", "nats", "entropy of the teacher, mean; kept tokens"),
+        Metric("health/student_entropy", "nats", "entropy of the student's events, mean; kept tokens"),
+        Metric("health/tail_mass", "probability", "the student's mass outside its top k, mean; kept tokens"),
+        Metric(
+            "learner/loss",
+            "nats",
+            "(weighted) mean reverse KL of the trained tokens in the learner's own forward pass",
+        ),
+        Metric("learner/grad_norm", "norm", "before clipping; null where the step was skipped"),
+        Metric("learner/skipped", "steps", "1 where loss or gradient was not finite: nothing was updated; else 0"),
+        Metric("learner/lr", "rate", "learning rate of the step"),
+        Metric("learner/tokens", "tokens", "tokens in the loss"),
+        Metric("learner/dropped_tokens", "tokens", "kept tokens without a finite KL, left out of the loss"),
+        Metric("learner/logprob_diff_mean", "nats", "mean |log p learner - log p sampler| of the sampled tokens"),
+        Metric(
+            "learner/logprob_diff_max", "nats", "largest such difference: look here first when a run goes wrong"
+        ),
+        Metric("learner/entropy", "nats", "entropy of the student's events under the learner, mean"),
+        Metric("learner/tail_mass", "probability", "the student's mass outside the top k under the learner, mean"),
+        Metric("learner/stop_mass", "probability", "the student's mass on stop ids, mean"),
+        Metric("learner/micro_batches", "passes", "forward and backward passes of each rank"),
+        Metric("learner/seconds", "s", "time of the optimiser step on rank 0"),
+        Metric("guards/fired", "guards", "collapse guards beyond their limit for guards.patience steps or more"),
+        Metric("time/step", "s", "whole step"),
+        Metric("time/sample", "s", "that the driver waited for generating, scoring and monitoring"),
+        Metric("time/sampling", "s", "the longest that a sampler took for its rollouts, waiting included"),
+        Metric("time/sampler_busy", "s", "that samplers were not waiting for decisions, mean over samplers"),
+        Metric("time/scorer_busy", "s", "that scorers were scoring, mean over scorers"),
+        Metric("time/idle_share", "share", "of the step that its busiest stage idled: what is not overlapped"),
+        Metric("time/monitor", "s", "CPU time of the (busiest) trap monitor for the step's scores"),
+        Metric("time/score_wait", "s", "longest time a sampler waited for decisions"),
+        Metric("time/control", "s", "CPU time of the busiest sampler in sending chunks and applying decisions"),
+        Metric("time/decision_mean", "s", "from building a chunk to applying the decision on it, mean"),
+        Metric("time/decision_max", "s", "the slowest decision of the step"),
+        Metric("time/learn", "s", "optimiser step; the books are kept meanwhile"),
+        Metric("time/publish", "s", "weights to all samplers"),
+        Metric("time/checkpoint", "s", "that the run stood still for checkpoints since the step before"),
+        Metric("pool/restarts", "deaths", "actors that died since the last step, as those noticed who needed them"),
+        Metric("pools/sampler_replicas", "samplers", "that the next step has"),
+        Metric("pools/scorer_replicas", "scorers", "that the next step has"),
+        Metric("pools/waiting_share", "share", "of the step, that the learner waited for rollouts; elastic pools"),
+        Metric("pools/sampler_busy_share", "share", "of time/sampling, that samplers were at work; elastic pools"),
+        Metric("pools/scorer_busy_share", "share", "of time/sampling, that scorers were at work; elastic pools"),
+        Metric("pools/sampler_change", "samplers", "decided after the step: 1 more, 1 less or 0; elastic pools"),
+        Metric("pools/scorer_change", "scorers", "decided after the step: 1 more, 1 less or 0; elastic pools"),
+        Metric("pools/sampler_pending", "samplers", "asked for and not there yet; elastic pools"),
+        Metric("pools/scorer_pending", "scorers", "asked for and not there yet; elastic pools"),
+        Metric("store/used_share", "share", "of all object stores, when a step's records are all there"),
+        Metric("store/spilled_bytes", "bytes", "that object stores spilled to disk since the run began"),
+        Metric("throughput/tokens_per_second", "tokens/s", "generated tokens by the time of the whole step"),
+        Metric("throughput/sampler", "tokens/s", "generated tokens by the busy seconds of all samplers: of one"),
+        Metric("throughput/scorer", "tokens/s", "scored tokens by the busy seconds of all scorers: of one"),
+        Metric(
+            "throughput/learner", "tokens/s", "trained tokens by the seconds of the optimiser step: of the group"
+        ),
+        Metric("eval/avg_at_k", "share", "mean accuracy over k answers to each held-out problem"),
+        Metric("eval/pass_at_k", "share", "held-out problems with a right answer among k"),
+        Metric("eval/mean_length", "tokens", "mean length of an answer"),
+    )
+}
+
+
+def check_names(names: Iterable[str]) -> None:
+    """A metric that is not described above is a mistake of ours."""
+    unknown = [name for name in names if name not in METRICS]
+    assert not unknown, f"metrics without a description in kat_ray/observability/metric_catalog.py: {unknown}"

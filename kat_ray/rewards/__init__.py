@@ -1,0 +1,1 @@
+"""Graded answers: verifiers by name, avg@k and pass@k."""

@@ -1,0 +1,104 @@
+"""A batch on disk as the learner got it, to look at what went wrong: safetensors and JSON, no pickle.
+
+docs/numbers.md describes the two files. Only the kept tokens are in them: the learner saw no others.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from kat_ray.data.accounting import traces_of
+from kat_ray.data.batch import TrainRow, collect_rows
+from kat_ray.errors import UserError
+from kat_ray.types.records import KeptRollout, RolloutChunk, ScoredChunk, TeacherRows
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """All that a step's learner ranks were given. `chunks`, `teacher` and `scored` belong together one by one."""
+
+    chunks: Sequence[RolloutChunk]
+    teacher: Sequence[TeacherRows]
+    scored: Sequence[ScoredChunk]
+    kept: Sequence[KeptRollout]
+    prompt_ids: Mapping[int, str]  # by rollout id
+
+
+def dump_batch(folder: Path, step: int, batch: StepBatch, report: Mapping[str, float]) -> Path:
+    """Write `folder`/step-N.safetensors and step-N.json; returns the former.
+
+    `report` holds the step's figures by name. An older dump of this step is replaced; UserError if the files cannot
+    be written.
+    """
+    rows = collect_rows(batch.chunks, batch.teacher, batch.kept)
+    # The student's columns lie in the chunks as the teacher's do in its rows, and are gathered the same way.
+    own = [TeacherRows(c.topk_logprobs, c.tail_logprobs, c.sampled_logprobs) for c in batch.chunks]
+    students = collect_rows(batch.chunks, own, batch.kept)
+    d = traces_of(batch.scored)
+    tensors = _tensors(rows, students, [d[r.rollout_id][: len(r.token_ids)] for r in rows])
+    odd = sorted(n for n, v in report.items() if not math.isfinite(v))
+    description = {
+        "step": step,
+        "report": {n: None if n in odd else v for n, v in report.items()},
+        "non_finite": odd,  # fields of the report that are null for being so
+        "tensors_with_non_finite_values": {
+            n: int((~np.isfinite(a)).sum()) for n, a in tensors.items() if a.dtype.kind == "f" and a.size
+        },
+        "prompt_ids": [batch.prompt_ids[r.rollout_id] for r in rows],
+    }
+    path = folder / f"step-{step}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(path.with_suffix(".json"), (json.dumps(description, indent=2, allow_nan=False) + "\n").encode())
+        _replace(path, save(tensors))
+    except OSError as error:
+        raise UserError(
+            f"{path}: the batch of step {step}, whose loss or gradient was not finite, cannot be written: "
+            f"{error.strerror or error}; earlier records are intact"
+        ) from error
+    return path
+
+
+def _tensors(
+    rows: Sequence[TrainRow], students: Sequence[TrainRow], d: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
+    def join(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+        return np.ascontiguousarray(np.concatenate(parts or [np.zeros(0, dtype)]).astype(dtype))
+
+    def half(parts: Sequence[np.ndarray]) -> np.ndarray:
+        # float16 as the records hold it; wider where they are wider
+        return np.ascontiguousarray(np.concatenate(parts or [np.zeros((0, 0), np.float16)]))
+
+    def offsets(parts: Sequence[np.ndarray]) -> np.ndarray:
+        return np.cumsum([0, *map(len, parts)], dtype=np.int64)
+
+    return {
+        "rollout_ids": np.array([r.rollout_id for r in rows], dtype=np.int64),
+        "prompt_offsets": offsets([r.prompt_ids for r in rows]),
+        "prompt_token_ids": join([r.prompt_ids for r in rows], np.int32),
+        "offsets": offsets([r.token_ids for r in rows]),
+        "token_ids": join([r.token_ids for r in rows], np.int32),
+        "kept": np.array([len(r.token_ids) for r in rows], dtype=np.int32),
+        "weights": join([r.weights for r in rows], np.float32),
+        "d": join(d, np.float32),
+        "sampled_logprobs": join([r.sampled_logprobs for r in rows], np.float32),
+        "topk_ids": half([r.topk_ids.astype(np.int32) for r in rows]),
+        "student_topk_logprobs": half([r.teacher_topk for r in students]),
+        "student_tail_logprobs": join([r.teacher_tail for r in students], np.float32),
+        "teacher_topk_logprobs": half([r.teacher_topk for r in rows]),
+        "teacher_tail_logprobs": join([r.teacher_tail for r in rows], np.float32),
+        "teacher_stop_logprobs": join([r.teacher_stop for r in rows], np.float32),
+    }
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)

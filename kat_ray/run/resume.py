@@ -1,0 +1,120 @@
+"""Going on with a run: which one, and under which configuration.
+
+What a run has done so far was done under its own configuration; only what leaves that true may be changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kat_ray.config import Config
+from kat_ray.config.load import load_config
+from kat_ray.data.prompts import PromptSet
+from kat_ray.errors import UserError
+from kat_ray.records.json_records import SUMMARY, read_json
+
+# Fields and sections that say where and how a run is carried out, or how far it goes.
+CHANGEABLE = (
+    "run.name",
+    "run.dir",
+    "run.steps",
+    "run.overwrite",
+    "run.tensorboard",
+    "run.profile",
+    "run.resume",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.keep_best",
+    "run.grace_seconds",
+    "rollout.max_chunks_ahead",
+    "sampler",
+    "scorer",
+    "monitor",
+    "learner.world_size",
+    "learner.zero_stage",
+    "learner.num_cpus",
+    "learner.num_gpus",
+    "learner.resources",
+    "learner.labels",
+    "learner.threads",
+    "learner.micro_batch_tokens",
+    "learner.logits_chunk_tokens",
+    "learner.gradient_checkpointing",
+    "learner.max_skipped_steps",
+    "evaluation.every",
+    "guards",
+    "pools",
+    "cluster",
+)
+
+
+def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
+    """A run's configuration with overrides; `UserError` names those that would make it another run."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise UserError(
+            f"{run}: not a run directory (no config.yaml in it); --resume takes one, such as runs/latest"
+        )
+    before, after = load_config(file, []), load_config(file, overrides)
+    changed = changes(before, after)
+    if changed:
+        raise UserError(
+            f"{run}: resuming cannot change {', '.join(changed)}: the steps so far were made without that. Start a "
+            f"new run instead, from this one's newest checkpoint (student.path={run}/checkpoints/step-N)"
+        )
+    return after
+
+
+def check_prompts(run: Path, before: Mapping[str, str], now: Mapping[str, PromptSet]) -> None:
+    """`UserError` if a file of prompts holds others than those that the run was made with so far.
+
+    `before` holds digests by section; a checkpoint of an earlier version has none.
+    """
+    for section, prompts in now.items():
+        if before.get(section, prompts.digest) != prompts.digest:
+            raise UserError(
+                f"{run}: {section}.path = {prompts.source}: these are not the prompts (or not the tokens) that the "
+                "run has had so far. Put back the file and tokenizer of then, or start a new run from this one's "
+                f"newest checkpoint (student.path={run}/checkpoints/step-N)"
+            )
+
+
+def changes(before: Config, after: Config) -> list[str]:
+    """Dotted names of the fields that differ and may not."""
+    old, new = dict(_leaves(before.model_dump())), dict(_leaves(after.model_dump()))
+    differ = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return [name for name in differ if not any(name == c or name.startswith(f"{c}.") for c in CHANGEABLE)]
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _leaves(value, f"{prefix}.{name}" if prefix else name)
+    else:
+        yield prefix, tree
+
+
+def is_finished(run: Path, steps: int) -> bool:
+    """Whether a run has done so many steps and written its summary."""
+    file = run / "summary.json"
+    return file.is_file() and int(read_json(file, SUMMARY).get("steps", 0)) >= steps
+
+
+def in_ray_job() -> bool:
+    """Whether this process is the driver of a submitted Ray job: it may be a retry."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def unfinished_run(config: Config) -> Path | None:
+    """The run that a retried job goes on with: same name, same configuration, not finished; else None."""
+    path = Path(config.run.dir) / config.run.name
+    if config.run.resume == "never" or not in_ray_job() or not (path / "config.yaml").is_file():
+        return None
+    try:
+        before = load_config(path / "config.yaml", [])
+    except UserError:
+        return None
+    return path if not changes(before, config) and not is_finished(path, config.run.steps) else None

@@ -1,0 +1,105 @@
+"""One step's figures, from the records of its rollouts: the only place that computes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from kat_ray.data.accounting import RolloutBooks, kept_rows
+from kat_ray.types.records import RolloutOutcome, SampledRollout, SamplerReport, ScoredChunk, StepStart, StopReason
+
+Joined = Sequence[tuple[RolloutOutcome, SampledRollout, RolloutBooks]]
+_FEATURES = {
+    "health/overlap": "overlap",
+    "health/teacher_max": "teacher_max",
+    "health/teacher_entropy": "teacher_entropy",
+    "health/student_entropy": "student_entropy",
+    "health/tail_mass": "student_tail",
+}
+
+
+def rollout_metrics(joined: Joined, begun: StepStart) -> dict[str, float]:
+    """Counts and shares of a step's rollouts. Shares of no rollouts are left out."""
+    outcomes = [o for o, _, _ in joined]
+    books = [b for _, _, b in joined]
+    ends = Counter(o.stop_reason for o in outcomes)
+    probes = [o for o in outcomes if o.probe]
+    minima = [o.minimum for o in outcomes if o.minimum is not None]
+    n = len(outcomes)
+    figures = {
+        "rollout/generated_tokens": sum(b.generated for b in books),
+        "rollout/kept_tokens": sum(b.kept for b in books),
+        "rollout/overshoot_tokens": sum(b.overshoot for b in books),
+        "rollout/cut_back_tokens": sum(b.cut_back for b in books),
+        "rollout/mean_length": sum(b.generated for b in books) / n,
+        "rollout/eos_share": ends[StopReason.EOS] / n,
+        "rollout/max_tokens_share": ends[StopReason.MAX_TOKENS] / n,
+        "rollout/trapped_share": ends[StopReason.TRAPPED] / n,
+        "rollout/failed": ends[StopReason.FAILED],
+        "rollout/probes": len(probes),
+    }
+    if begun.threshold is not None:
+        figures["kat/threshold"] = begun.threshold
+    if begun.budget is not None:
+        figures["rollout/budget"] = begun.budget
+    if minima:
+        figures["kat/window_min_mean"] = sum(minima) / len(minima)
+    return {k: float(v) for k, v in figures.items()}
+
+
+def score_metrics(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> dict[str, float]:
+    """Means over scored tokens: KL of all and of the kept ones, and the health features.
+
+    `kept` maps rollout ids to the number of kept tokens. Tokens without a finite value do not enter a mean.
+    """
+    if not scored:
+        return {}
+    mask = np.concatenate(kept_rows(scored, kept))
+    d = np.concatenate([c.d for c in scored])
+    figures = {"kl/mean": _mean(d), "kl/kept_mean": _mean(d[mask])}
+    for name, field in _FEATURES.items():
+        figures[name] = _mean(np.concatenate([getattr(c, field) for c in scored])[mask])
+    return {k: v for k, v in figures.items() if v is not None}
+
+
+def busy_metrics(
+    reports: Sequence[SamplerReport], scored: Sequence[ScoredChunk], monitor: float, step: Mapping[str, float]
+) -> dict[str, float]:
+    """How busy each stage was in a step, seconds, what it handled in them, and what share of the step the busiest
+    one idled.
+
+    Samplers and scorers are means over their replicas; `step` holds the step's other figures.
+    """
+    scorers = {c.scorer for c in scored}
+    figures = {
+        "time/sampling": max(r.seconds for r in reports),
+        "time/sampler_busy": sum(r.seconds - r.wait_seconds for r in reports) / len(reports),
+        "time/scorer_busy": sum(c.seconds for c in scored) / max(1, len(scorers)),
+        "time/monitor": monitor,
+        "time/score_wait": max(r.wait_seconds for r in reports),
+        "throughput/tokens_per_second": step["rollout/generated_tokens"] / step["time/step"],
+    }
+    handled = {
+        "sampler": (step["rollout/generated_tokens"], sum(r.seconds - r.wait_seconds for r in reports)),
+        "scorer": (sum(len(c.d) for c in scored), sum(c.seconds for c in scored)),
+        "learner": (step["learner/tokens"], step["learner/seconds"]),
+    }
+    for stage, (tokens, seconds) in handled.items():
+        figures[f"throughput/{stage}"] = tokens / max(seconds, 1e-9)
+    busiest = max(figures["time/sampler_busy"], figures["time/scorer_busy"], step["learner/seconds"])
+    return figures | {"time/idle_share": max(0.0, 1.0 - busiest / step["time/step"])}
+
+
+def decision_metrics(reports: Sequence[SamplerReport]) -> dict[str, float]:
+    """How long decisions took, over all chunks of a step; nothing without chunks."""
+    seconds = np.concatenate([r.decision_seconds for r in reports])
+    if not len(seconds):
+        return {}
+    return {"time/decision_mean": float(seconds.mean()), "time/decision_max": float(seconds.max())}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean(dtype=np.float64)) if finite.size else None

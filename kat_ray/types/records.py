@@ -1,0 +1,308 @@
+"""The frozen records that cross actor boundaries.
+
+Everything moves forward as a new record in the object store; no later stage fills a record in.
+Ragged data is flat: `offsets[i]:offsets[i + 1]` are the rows of the i-th rollout of a chunk. All
+log-probabilities are natural logarithms of the *unfiltered* distributions at temperature 1; all KL
+values are in nats.
+
+A worked example. Rollout 7 has the prompt `[5, 6]` and the student has generated `[9, 4, 2]` so far.
+Its first chunk (two tokens) has `start = 0`, `token_ids = [9, 4]`, `context_ids = [5, 6]`; row 0 holds
+the student's top-k after `[5, 6]`, row 1 after `[5, 6, 9]`. Its second chunk has `start = 2`,
+`token_ids = [2]`, an empty context, and one row: the top-k after `[5, 6, 9, 4]`. `d[i]` of the rollout
+belongs to generated token i and is KL(student || teacher) on the prefix *before* that token.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kat_ray.types.token_ids import unpack_ids
+
+IntArray: TypeAlias = NDArray[np.integer[Any]]
+FloatArray: TypeAlias = NDArray[np.floating[Any]]
+
+
+class StopReason(enum.StrEnum):
+    """How a rollout ended. Every rollout that was started reaches exactly one of these.
+
+    Where the rule confirms a cut at or before the last token, `TRAPPED` goes before what the engine says.
+    """
+
+    EOS = "eos"
+    MAX_TOKENS = "max_tokens"
+    TRAPPED = "trapped"
+    FAILED = "failed"
+
+
+class EngineEnd(enum.IntEnum):
+    """What the engine says of a rollout after a chunk's last token (`RolloutChunk.ended`)."""
+
+    RUNNING = 0
+    EOS = 1
+    MAX_TOKENS = 2
+    FAILED = 3
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of the data set, tokenised. `answer` is the gold answer of a graded task."""
+
+    prompt_id: str
+    token_ids: tuple[int, ...]
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """One rollout to be generated: an order to a sampler.
+
+    `rollout_id` is unique in a run. `seed` makes the draw independent of which sampler serves it.
+    A `probe` is never cut; its d's feed the calibration uncensored. `max_tokens` is what the rule's budget leaves.
+    """
+
+    rollout_id: int
+    prompt_id: str
+    prompt_ids: tuple[int, ...]
+    seed: int
+    probe: bool
+    step: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class SamplingOrder:
+    """Rollouts given to one sampler, once: an attempt. Rollouts that it loses are ordered again under another
+    number.
+
+    `rule_state` is the calibration that the step began with: a monitor that was started anew meanwhile needs it.
+    """
+
+    attempt: int  # unique in a run
+    step: int
+    version: int  # of the weights that the sampler must hold
+    specs: tuple[RolloutSpec, ...]
+    rule_state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RolloutChunk:
+    """New tokens of all active rollouts of one sampler that stay with one scorer.
+
+    Shapes: R rollouts, N new tokens in all, k = top-k, C context tokens in all.
+    """
+
+    sampler: str
+    attempt: int  # the order that these rollouts belong to
+    policy_version: int
+    rollout_ids: IntArray  # [R] int64
+    start: IntArray  # [R] int32, index of the first new token among the rollout's generated tokens
+    offsets: IntArray  # [R + 1] int32, rows of each rollout
+    token_ids: IntArray  # [N] int32, the generated tokens
+    sampled_logprobs: FloatArray  # [N] float32, log p(token) at generation time
+    # The student's top-k ids, most likely first, packed by kat_ray.types.token_ids: `topk_ids` unpacks them.
+    topk_ids_low: IntArray  # [N, k] uint16
+    topk_ids_high: IntArray  # [N, *] uint8; no columns if the vocabulary fits into 16 bits
+    topk_logprobs: FloatArray  # [N, k] float16, see kat_ray.types.token_ids
+    tail_logprobs: FloatArray  # [N] float32, log of the mass outside the top k, taken before narrowing
+    # Tokens a scorer must run before the first row and has not seen: the prompt for a new rollout,
+    # prompt + generated tokens when another scorer takes the rollout over, nothing in between.
+    context_offsets: IntArray  # [R + 1] int32
+    context_ids: IntArray  # [C] int32
+    ended: IntArray  # [R] int8, EngineEnd after the rollout's last new token
+    released: IntArray  # [*] int64, rollouts (not in this chunk) whose scorer state can be dropped
+
+    @property
+    def tokens(self) -> int:
+        """Number of new tokens, N."""
+        return int(self.offsets[-1])
+
+    def topk_ids(self, rows: slice = slice(None)) -> IntArray:
+        """The student's top-k ids of these rows, [n, k] int32."""
+        return unpack_ids(self.topk_ids_low[rows], self.topk_ids_high[rows])
+
+    def new_tokens(self, i: int) -> IntArray:
+        """New tokens of the i-th rollout."""
+        return self.token_ids[self.offsets[i] : self.offsets[i + 1]]
+
+    def context(self, i: int) -> IntArray:
+        """Context tokens of the i-th rollout."""
+        return self.context_ids[self.context_offsets[i] : self.context_offsets[i + 1]]
+
+
+@dataclass(frozen=True)
+class ScoredChunk:
+    """What the monitor sees of a chunk: numbers per token only. Rows as in the RolloutChunk it answers."""
+
+    scorer: str
+    attempt: int
+    policy_version: int
+    rollout_ids: IntArray  # [R] int64
+    start: IntArray  # [R] int32
+    offsets: IntArray  # [R + 1] int32
+    token_ids: IntArray  # [N] int32, the generated tokens
+    d: FloatArray  # [N] float32, reverse KL in nats; NaN where the teacher gave no finite value
+    ended: IntArray  # [R] int8, EngineEnd
+    # Health features per token (arXiv 2604.13016), each [N] float16.
+    overlap: FloatArray  # share of the student's top-16 ids among the teacher's top-16
+    teacher_max: FloatArray  # the teacher's largest probability
+    teacher_entropy: FloatArray  # nats, full vocabulary
+    student_entropy: FloatArray  # nats, of the (k + 1)-event student distribution
+    student_tail: FloatArray  # probability mass outside the student's top k
+    teacher_top: IntArray  # [N] int32, the teacher's most likely id; -1 where the engine does not tell
+    seconds: float  # time the scorer worked on this chunk
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """The teacher's side of the loss for one chunk; stays in the object store until the learner.
+
+    Narrowed by `kat_ray.losses.divergence.narrow`; `widen` gives distributions that add up to 1 again.
+    """
+
+    topk_logprobs: FloatArray  # [N, k] float16, log q at the student's top-k ids
+    tail_logprobs: FloatArray  # [N] float32, log of the mass outside those ids
+    stop_logprobs: FloatArray  # [N] float32, log of the mass of all stop ids of both models
+
+
+@dataclass(frozen=True)
+class TerminationDecision:
+    """Rollouts newly confirmed as trapped: the sampler aborts them at once.
+
+    `cut[i]` is the first token not kept; `confirmed[i]` counts the tokens seen at confirmation.
+    """
+
+    rollout_ids: IntArray  # [M] int64
+    cut: IntArray  # [M] int32
+    confirmed: IntArray  # [M] int32
+
+
+@dataclass(frozen=True)
+class RolloutOutcome:
+    """The monitor's last word on a rollout.
+
+    `cut` is None when nothing is cut. `would_cut` is what the rule says of a probe. `scored` counts
+    the d's that reached the monitor before the rollout ended. `minimum` is m(y) in nats, None when
+    no window was full. `weights` [seen by the rule] are the tokens' weights in the loss, None where all are 1.
+    """
+
+    rollout_id: int
+    stop_reason: StopReason
+    scored: int
+    cut: int | None
+    confirmed: int | None
+    threshold: float | None
+    minimum: float | None
+    probe: bool
+    would_cut: int | None
+    weights: FloatArray | None = None
+
+
+@dataclass(frozen=True)
+class StepStart:
+    """What the rule sets for a step's rollouts: threshold in nats, longest rollout in tokens; None: not set."""
+
+    threshold: float | None
+    budget: int | None
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """The monitor's account of a step: every rollout's outcome, and the seconds that it was busy."""
+
+    outcomes: tuple[RolloutOutcome, ...]
+    busy_seconds: float
+
+
+@dataclass(frozen=True)
+class KeptRollout:
+    """One row of a learner's work list: the first `kept` generated tokens are trained on.
+
+    `weights` [kept] float32 scales each token's KL; None weighs all alike. A weight of 0 is not in the loss at all.
+    """
+
+    rollout_id: int
+    prompt_length: int
+    kept: int
+    weights: FloatArray | None = None
+
+    @property
+    def weight(self) -> float:
+        """What this rollout adds to the denominator of the token mean."""
+        return float(self.kept) if self.weights is None else float(self.weights.sum(dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class WeightUpdate:
+    """The whole student under one `policy_version`, as it travels to the samplers.
+
+    Arrays are contiguous; bfloat16 travels as uint16 with its name in `dtypes`. `lm_head.weight` is
+    present even where embeddings are tied: vLLM would silently keep the old output layer.
+    """
+
+    policy_version: int
+    names: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    arrays: tuple[NDArray[Any], ...]
+
+
+@dataclass(frozen=True)
+class ChunkRefs:
+    """Where the records of one chunk lie in the object store (Ray object references)."""
+
+    rollout_ids: tuple[int, ...]
+    chunk: Any  # reference to a RolloutChunk
+    scored: Any  # reference to its ScoredChunk
+    teacher: Any  # reference to its TeacherRows
+
+
+@dataclass(frozen=True)
+class SampledRollout:
+    """What the engine generated for one rollout, cut or not."""
+
+    rollout_id: int
+    token_ids: IntArray  # [T] int32, every token the engine generated, overshoot included
+    sent: int  # tokens that went to the scorer; the rest was dropped when the rollout was aborted
+
+
+@dataclass(frozen=True)
+class SamplerReport:
+    """A sampler's account of one `generate` call."""
+
+    sampler: str
+    attempt: int
+    policy_version: int
+    rollouts: tuple[SampledRollout, ...]
+    chunks: tuple[ChunkRefs, ...]
+    engine_steps: int
+    seconds: float  # whole call
+    wait_seconds: float  # part of it spent waiting for decisions (back-pressure and the last chunks)
+    control_seconds: float  # CPU time of the loop's thread in sending chunks and applying decisions
+    decision_seconds: FloatArray  # [chunks] from building a chunk to applying the decision on it
+    recovered: int = 0  # times that a scorer or the monitor was lost meanwhile, and its work done again
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How one kind of request is sampled. `logprobs` = 0 asks for none."""
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    logprobs: int
+    stop_ids: tuple[int, ...]
+
+
+class EngineRows(NamedTuple):
+    """What one engine step gave one request: n new tokens (n is 1 unless the engine speculates)."""
+
+    request_id: str
+    token_ids: list[int]
+    topk_ids: IntArray | None  # [n, 1 + k], the sampled token first; None if none were asked for
+    logprobs: FloatArray | None  # [n, 1 + k]
+    end: EngineEnd
