@@ -31,7 +31,7 @@ class ModelError(UserError):
     """A model or its tokenizer cannot be used."""
 
 
-class Forgotten(Exception):
+class StateLost(Exception):
     """An actor was asked about something that it no longer knows: its process is a new one. Never a user's
     mistake.
     """

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from kat_ray.config.load import resolve_path
 from kat_ray.losses.divergence import (
+    dequantise,
     event_logprobs,
     is_stop,
-    narrow,
+    quantise,
     reverse_kl,
     stop_mass,
     tail_from_logprobs,
-    widen,
 )
 from kat_ray.termination.base import NewTokens
 from kat_ray.termination.kat import KatTracker
@@ -63,7 +63,7 @@ def measure(student: Any, teacher: Any, rollouts: Sequence[tuple[list[int], list
         sides = [(m.gather(-1, ids), tail_from_logprobs(m, ids), stop_mass(m, stop_ids)) for m in (p, q)]
         for kind in values:
             topk, tail, _ = sides[0]
-            own = (topk, tail) if kind == "exact" else widen(topk.half(), tail)
+            own = (topk, tail) if kind == "exact" else dequantise(topk.half(), tail)
             ours = event_logprobs(own[0], own[1], None, stops, "merged")
             d = reverse_kl(ours, _events(sides[1], stops))
             values[kind].append(d.double().numpy())
@@ -90,8 +90,8 @@ def _loss(
 ) -> tuple[float, Tensor]:
     """Summed KL as the learner takes it, and its gradient with respect to the student's logits."""
     if kind == "narrow":
-        small, stop = narrow(teacher[0], teacher[2], stops)
-        teacher = widen(small, teacher[1], stop)
+        small, stop = quantise(teacher[0], teacher[2], stops)
+        teacher = dequantise(small, teacher[1], stop)
     logits = p.clone().requires_grad_()
     own = torch.log_softmax(logits, dim=-1)
     events = event_logprobs(

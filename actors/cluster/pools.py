@@ -19,7 +19,7 @@ from actors.monitor.trap_monitor import TrapMonitor
 from actors.teacher.scorer import TeacherScorer
 from kat_ray.config import Config
 from kat_ray.termination import RunFacts
-from kat_ray.types.records import SamplingOrder
+from kat_ray.types.records import GenerateRequest
 
 log = logging.getLogger("kat_ray.pools")
 
@@ -124,7 +124,7 @@ class Pools(SamplerPool):
             raise LearnersLost("the weights were lost with the node that held them") from error
         assert all(v == version for v in loaded), f"samplers hold versions {loaded}, published was {version}"
 
-    def abandon(self, order: SamplingOrder) -> None:
+    def abandon(self, order: GenerateRequest) -> None:
         """Have the scorers forget an order whose sampler was lost, before its rollouts are ordered again."""
         ids = [s.rollout_id for s in order.specs]
         refs = [s.abandon.remote(order.attempt, ids) for s in self.scorers]

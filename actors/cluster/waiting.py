@@ -17,14 +17,14 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
 
-from kat_ray.cluster.heartbeat import Beat
+from kat_ray.cluster.heartbeat import HeartbeatReport
 from kat_ray.config.cluster import ClusterConfig
-from kat_ray.errors import Forgotten, UserError
+from kat_ray.errors import StateLost, UserError
 
 log = logging.getLogger("kat_ray.watch")
 
 # What says that an actor is gone, or is a new process under the old name.
-LOST = (RayActorError, Forgotten)
+LOST = (RayActorError, StateLost)
 _SLICE = 1.0  # seconds between two looks at everything else while waiting
 
 
@@ -95,7 +95,7 @@ class Watch:
         if ray.wait([ping], timeout=0)[0]:
             del self._pings[name]
             try:
-                beat: Beat = ray.get(ping)
+                beat: HeartbeatReport = ray.get(ping)
             except RayActorError:
                 self._down.setdefault(name, now)
             else:
@@ -152,10 +152,10 @@ class Watch:
                 ray.kill(actor, no_restart=False)
             else:
                 beat = _answer(ping)
-                if isinstance(beat, Beat) and beat.pid != self.pids.get(name):
+                if isinstance(beat, HeartbeatReport) and beat.pid != self.pids.get(name):
                     self._stands(name, beat.pid)
                     return True
-                if isinstance(beat, Beat) and not killed:
+                if isinstance(beat, HeartbeatReport) and not killed:
                     ray.kill(actor, no_restart=False)
                     killed = True
                 # A call that was under way when the process died may say so of one that comes back.
@@ -172,9 +172,9 @@ class Watch:
         self._down.pop(name, None)
 
 
-def _answer(ping: Any) -> Beat | RayActorError:
+def _answer(ping: Any) -> HeartbeatReport | RayActorError:
     try:
-        beat: Beat = ray.get(ping)
+        beat: HeartbeatReport = ray.get(ping)
     except RayActorError as error:
         return error
     return beat

@@ -21,7 +21,7 @@ from ray.exceptions import ObjectLostError
 
 from actors.cluster.pools import Pools, shard_of
 from actors.cluster.waiting import LOST, get, slices
-from kat_ray.types.records import RolloutSpec, SamplerReport, SamplingOrder, StepStart
+from kat_ray.types.records import GenerateRequest, RolloutSpec, SamplerReport, StepStart
 
 log = logging.getLogger("kat_ray.sampling")
 
@@ -30,7 +30,7 @@ log = logging.getLogger("kat_ray.sampling")
 class Done:
     """An order that was carried out, and the monitor that saw it."""
 
-    order: SamplingOrder
+    order: GenerateRequest
     report: SamplerReport
     monitor: int
 
@@ -43,16 +43,16 @@ class Sampling:
         pools: Pools,
         step: int,
         specs: Sequence[RolloutSpec],
-        begun: StepStart,
+        step_start: StepStart,
         rule_state: Mapping[str, Any],
         attempts: Iterator[int],
     ) -> None:
         """Set all samplers going: the i-th of n on `specs[i::n]`."""
-        self.step, self.specs, self.begun, self.version = step, specs, begun, pools.version
+        self.step, self.specs, self.step_start, self.version = step, specs, step_start, pools.version
         self.rule_state = rule_state
         self.lost = 0  # samplers
         self._pools, self._attempts = pools, attempts
-        self._running: dict[Any, tuple[int, SamplingOrder]] = {}
+        self._running: dict[Any, tuple[int, GenerateRequest]] = {}
         self._pending: list[RolloutSpec] = []
         self._idle: set[int] = set()
         self._reviving: dict[Future[bool], int] = {}
@@ -86,7 +86,7 @@ class Sampling:
     def _give(self, sampler: int, specs: Sequence[RolloutSpec]) -> None:
         self._idle.discard(sampler)
         if specs:
-            order = SamplingOrder(next(self._attempts), self.step, self.version, tuple(specs), self.rule_state)
+            order = GenerateRequest(next(self._attempts), self.step, self.version, tuple(specs), self.rule_state)
             self._running[self._pools.samplers[sampler].generate.remote(order)] = (sampler, order)
 
     def _give_out(self) -> None:
@@ -130,7 +130,7 @@ class Sampling:
         if self._lost_records[sampler] > before:
             self._pools.note_loss("record", self.step, error)
 
-    def _again(self, order: SamplingOrder) -> None:
+    def _again(self, order: GenerateRequest) -> None:
         """Nothing that was made of an order is used: its rollouts wait for a sampler."""
         self._pools.abandon(order)
         self._pending += order.specs

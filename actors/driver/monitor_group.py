@@ -30,9 +30,9 @@ class MonitorShards:
 
     def start_step(self, step: int, state: Mapping[str, Any]) -> StepStart:
         """Open a step in all monitors, with this calibration."""
-        begun = self._on_all(lambda _, m: m.start_step.remote(step, (), (), state), lambda _: None)
-        assert all(b == begun[0] for b in begun), f"monitors disagree: {begun}"
-        return begun[0]
+        step_start = self._on_all(lambda _, m: m.start_step.remote(step, (), (), state), lambda _: None)
+        assert all(b == step_start[0] for b in step_start), f"monitors disagree: {step_start}"
+        return step_start[0]
 
     def end_step(self, step: int, done: Sequence[Done], state: Mapping[str, Any]) -> StepEnd:
         """Close the step everywhere; the seconds are those of the busiest monitor.

@@ -36,7 +36,7 @@ class StepRecorder:
         traces = tokens.column("d")
         features = self._features(tokens)
         prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
-        active = is_active(self._config.termination, sampled.begun.threshold)
+        active = is_active(self._config.termination, sampled.step_start.threshold)
         untouched = seen_to_the_end(sampled.joined, cuts=self._config.termination.rule != "none")
         correct = self._grader.grade(
             {r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in untouched}
@@ -72,7 +72,7 @@ class StepRecorder:
         )
         return (
             {"policy_version": float(sampled.version)}
-            | rollout_metrics(sampled.joined, sampled.begun)
+            | rollout_metrics(sampled.joined, sampled.step_start)
             | score_metrics(sampled.scored, kept)
             | probe_metrics([o for o, _, _ in sampled.joined], traces, correct, active)
         )

@@ -299,7 +299,7 @@ class Job:
                 kl=metrics.get("kl/mean"),
                 generated_tokens=int(metrics["rollout/generated_tokens"]),
                 trapped_share=metrics["rollout/trapped_share"],
-                threshold=sampled.begun.threshold,
+                threshold=sampled.step_start.threshold,
                 tokens_per_second=metrics["throughput/tokens_per_second"],
             )
         )
@@ -325,7 +325,7 @@ class Job:
         """Everything here as after that many steps; None: as before the first."""
         state = state or {}
         self._done = state.get("done", 0)
-        self._totals = Totals.of_state(state["totals"]) if "totals" in state else Totals()
+        self._totals = Totals.from_state(state["totals"]) if "totals" in state else Totals()
         self._evaluations = {
             name: EvalResult(**result | {"right": tuple(result["right"])})
             for name, result in state.get("evaluations", {}).items()

@@ -19,7 +19,7 @@ from actors.cluster.waiting import LOST
 from actors.driver.dispatcher import Sampling
 from actors.driver.monitor_group import MonitorShards
 from kat_ray.config import Config
-from kat_ray.data.accounting import RolloutBooks, join_outcomes, kept_rollouts
+from kat_ray.data.accounting import TokenCounts, join_outcomes, kept_rollouts
 from kat_ray.data.batch import assign_ranks
 from kat_ray.data.prompts import PromptOrder, rollout_specs
 from kat_ray.observability.timeline import Span
@@ -45,8 +45,8 @@ class SampledStep:
     step: int
     version: int  # of the weights they were sampled from
     specs: Sequence[RolloutSpec]
-    begun: StepStart
-    joined: list[tuple[RolloutOutcome, SampledRollout, RolloutBooks]]
+    step_start: StepStart
+    joined: list[tuple[RolloutOutcome, SampledRollout, TokenCounts]]
     chunks: list[ChunkRefs]
     scored: list[ScoredChunk]
     reports: list[SamplerReport]
@@ -82,9 +82,9 @@ class Trainer:
     def start_sampling(self, step: int, rule_state: Mapping[str, Any]) -> Sampling:
         """Set the samplers going on the rollouts of one step, which begins with this calibration."""
         specs = rollout_specs(self._order, self._config, step)
-        begun = self._monitors.start_step(step, rule_state)
-        specs = [s if s.probe else replace(s, max_tokens=_within(begun.budget, s.max_tokens)) for s in specs]
-        return Sampling(self._pools, step, specs, begun, rule_state, self._attempts)
+        step_start = self._monitors.start_step(step, rule_state)
+        specs = [s if s.probe else replace(s, max_tokens=_within(step_start.budget, s.max_tokens)) for s in specs]
+        return Sampling(self._pools, step, specs, step_start, rule_state, self._attempts)
 
     def finish_sampling(self, sampling: Sampling) -> SampledStep:
         """Wait until every rollout of a step has ended and is scored; close its books."""
@@ -97,7 +97,7 @@ class Trainer:
             step=sampling.step,
             version=sampling.version,
             specs=sampling.specs,
-            begun=sampling.begun,
+            step_start=sampling.step_start,
             joined=join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes),
             chunks=chunks,
             scored=scored,

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from actors.learner.engine import clips_itself, make_engine, meet
 from actors.learner.model import weight_update
 from actors.learner.snapshots import Snapshots
-from kat_ray.cluster.heartbeat import Beat, Pulse
+from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.config import Config
-from kat_ray.data.batch import MicroBatch, TrainRow, check_ids, collect_rows, micro_batches
-from kat_ray.errors import Forgotten
+from kat_ray.data.batch import MicroBatch, TrainRow, check_row_vocabulary, collect_rows, micro_batches
+from kat_ray.errors import StateLost
 from kat_ray.losses.distillation import SUMS, LossSums, TeacherTargets
-from kat_ray.losses.divergence import widen
+from kat_ray.losses.divergence import dequantise
 from kat_ray.models.load import DTYPES
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
@@ -81,7 +81,7 @@ class Learner:
         self._vocabulary = 0
         self._timeline = Timeline()
         self._door: socket.socket | None = None  # where the ranks meet, until they have met
-        self._pulse = Pulse()
+        self._heartbeat = Heartbeat()
         self._batches: list[MicroBatch] | None = None
         self._collect_seconds = 0.0
 
@@ -123,26 +123,26 @@ class Learner:
         log.info("rank %d of %d stands, started in %.1f s", self._rank, self._world_size, seconds)
         return {"rank": self._rank, "seconds": seconds}
 
-    def health(self) -> Beat:
+    def health(self) -> HeartbeatReport:
         """What it is at."""
-        return self._pulse.read()
+        return self._heartbeat.read()
 
     def collect(self, chunks: Sequence[Any], teacher: Sequence[Any], kept: Sequence[KeptRollout]) -> None:
         """Fetch this rank's share of a batch, for `learn`. Raises Ray's ObjectLostError if records are lost."""
         self._check_started()
         started = time.monotonic()
-        with self._timeline.span("collect"), self._pulse.busy("collect"):
+        with self._timeline.span("collect"), self._heartbeat.busy("collect"):
             rows = collect_rows(_fetch(chunks), _fetch(teacher), kept)
-            check_ids(rows, self._vocabulary, f"student.path = {self._config.student.path!r}")
+            check_row_vocabulary(rows, self._vocabulary, f"student.path = {self._config.student.path!r}")
             self._batches = micro_batches(rows, self._config.learner.micro_batch_tokens)
         self._collect_seconds = time.monotonic() - started
 
     def learn(self, global_weight: float, policy_version: int) -> LearnerReport:
-        """One optimiser step on what was collected; see `train_step`. `Forgotten` if nothing was."""
+        """One optimiser step on what was collected; see `train_step`. `StateLost` if nothing was."""
         if self._batches is None:
-            raise Forgotten(f"learner {self._rank} holds no batch: its process is new")
+            raise StateLost(f"learner {self._rank} holds no batch: its process is new")
         batches, self._batches = self._batches, None
-        with self._pulse.busy("learn"):
+        with self._heartbeat.busy("learn"):
             return self._step(batches, global_weight, policy_version)
 
     def train_step(
@@ -201,7 +201,7 @@ class Learner:
             for i, n in enumerate(chunks):
                 with self._timeline.span("forward and backward"):
                     sums = self._backward(batches[i] if i < len(batches) else None, n, global_weight)
-                self._pulse.beat()
+                self._heartbeat.beat()
                 if sums is not None:
                     totals += [float(sums.loss), *sums.sums.tolist()]
                     worst = max(worst, float(sums.logprob_diff_max))
@@ -279,7 +279,7 @@ class Learner:
         All ranks must call it.
         """
         self._check_started()
-        with self._timeline.span("weights"), self._pulse.busy("weights"), self._gathered():
+        with self._timeline.span("weights"), self._heartbeat.busy("weights"), self._gathered():
             if self._rank != 0:
                 return None, policy_version
             student, dtype = self._engine.module.student, DTYPES[self._config.student.dtype]
@@ -291,14 +291,14 @@ class Learner:
         All ranks must call it, between two steps. Training may go on when it returns.
         """
         self._check_started()
-        with self._timeline.span("snapshot"), self._pulse.busy("snapshot"), self._gathered():
-            self._snapshots.take(Path(path), tokenizer_dir, self._optimizer_steps, self._pulse.beat)
+        with self._timeline.span("snapshot"), self._heartbeat.busy("snapshot"), self._gathered():
+            self._snapshots.take(Path(path), tokenizer_dir, self._optimizer_steps, self._heartbeat.beat)
 
     def written(self) -> dict[str, FileDigest]:
         """Wait until this rank's files of the last snapshot are on disk; their digests by relative path."""
         self._check_started()
-        with self._timeline.span("written"), self._pulse.busy("write the checkpoint"):
-            digests: dict[str, FileDigest] = self._snapshots.written(self._pulse.beat)
+        with self._timeline.span("written"), self._heartbeat.busy("write the checkpoint"):
+            digests: dict[str, FileDigest] = self._snapshots.written(self._heartbeat.beat)
         return digests
 
     def restore(self, path: str) -> None:
@@ -308,13 +308,13 @@ class Learner:
         of another student.
         """
         self._check_started()
-        with self._pulse.busy("restore"):
-            self._optimizer_steps = self._snapshots.restore(Path(path), self._pulse.beat)
+        with self._heartbeat.busy("restore"):
+            self._optimizer_steps = self._snapshots.restore(Path(path), self._heartbeat.beat)
         log.info("restored %s, %d optimiser steps", path, self._optimizer_steps)
 
     def _check_started(self) -> None:
         if self._engine is None:
-            raise Forgotten(f"learner {self._rank} was not started: its process is new")
+            raise StateLost(f"learner {self._rank} was not started: its process is new")
 
     @contextlib.contextmanager
     def _gathered(self) -> Iterator[None]:
@@ -351,7 +351,7 @@ def _targets(batch: MicroBatch, top_k: int, device: torch.device) -> TeacherTarg
         parts = [getattr(row, field).astype(dtype) for row in batch.rows]
         return torch.from_numpy(np.concatenate([np.zeros((0, *width), dtype), *parts])).to(device)
 
-    topk, tail, stop = widen(
+    topk, tail, stop = dequantise(
         join("teacher_topk", np.float32, (top_k,)),
         join("teacher_tail", np.float32),
         join("teacher_stop", np.float32),

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from kat_ray.cluster.heartbeat import Beat, Pulse
+from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.accounting import finished
-from kat_ray.errors import Forgotten
+from kat_ray.errors import StateLost
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
 from kat_ray.termination import (
@@ -64,7 +64,7 @@ class _Attempt:
     def outcome(self, rollout_id: int) -> RolloutOutcome:
         """How a rollout ended."""
         row = self.row[rollout_id]
-        followed, probe = self.table.followed(row), bool(self.probe[row])
+        followed, probe = self.table.tracker_state(row), bool(self.probe[row])
         cut = followed.cut if self.end[row] == _TRAPPED else None
         return RolloutOutcome(
             rollout_id=rollout_id,
@@ -97,11 +97,11 @@ class TrapMonitor:
         self._decisions = 0
         self._busy_seconds = 0.0
         self._timeline = Timeline()
-        self._pulse = Pulse()
+        self._heartbeat = Heartbeat()
 
-    def health(self) -> Beat:
+    def health(self) -> HeartbeatReport:
         """What it is at."""
-        return self._pulse.read()
+        return self._heartbeat.read()
 
     def state(self) -> dict[str, Any]:
         """The calibration, as JSON: what `start_step` and `admit` take."""
@@ -149,17 +149,17 @@ class TrapMonitor:
     def observe(self, chunk: ScoredChunk) -> TerminationDecision:
         """Take the d's of a chunk; returns the rollouts that are newly confirmed as trapped.
 
-        What was seen before is passed over. `Forgotten` if the attempt is not known: `admit` it, and say it all
+        What was seen before is passed over. `StateLost` if the attempt is not known: `admit` it, and say it all
         again.
         """
-        with self._timeline.span("observe"), self._pulse.busy("observe"):
+        with self._timeline.span("observe"), self._heartbeat.busy("observe"):
             return self._observe(chunk)
 
     def _observe(self, chunk: ScoredChunk) -> TerminationDecision:
         started = time.thread_time()
         attempt = self._attempts.get(chunk.attempt)
         if attempt is None:
-            raise Forgotten(f"attempt {chunk.attempt} is not known to this monitor")
+            raise StateLost(f"attempt {chunk.attempt} is not known to this monitor")
         rows = np.array([attempt.row[i] for i in chunk.rollout_ids.tolist()], dtype=np.int64)
         count = np.diff(chunk.offsets)
         running = attempt.end[rows] == EngineEnd.RUNNING
@@ -197,11 +197,11 @@ class TrapMonitor:
         """Feed the calibration with *all* rollouts of the step, in the order of rollout ids; returns its state.
 
         So it depends neither on who finished first nor on which of several monitors saw it. A step is learnt from
-        once, however often this is said. `Forgotten` if the step is not open.
+        once, however often this is said. `StateLost` if the step is not open.
         """
         if self._next != step + 1:
             if self._step != step:
-                raise Forgotten(f"step {step} is not open in this monitor")
+                raise StateLost(f"step {step} is not open in this monitor")
             self._rule.end_step(ended)
             self._next, self._step = step + 1, None
         return self._rule.state()
@@ -209,12 +209,12 @@ class TrapMonitor:
     def close_step(self, attempts: Sequence[int]) -> StepEnd:
         """Outcomes of these attempts, in the order of rollout ids: all of their rollouts have ended.
 
-        Other attempts were lost with their samplers. `Forgotten` if one is not known.
+        Other attempts were lost with their samplers. `StateLost` if one is not known.
         """
         started = time.thread_time()
         unknown = [a for a in attempts if a not in self._attempts]
         if unknown:
-            raise Forgotten(f"attempts {unknown} are not known to this monitor")
+            raise StateLost(f"attempts {unknown} are not known to this monitor")
         own = [self._attempts[a] for a in attempts]
         running = [i for a in own for i, row in a.row.items() if a.end[row] == EngineEnd.RUNNING]
         assert not running, f"{len(running)} rollouts have not ended, the first is {running[0]}"

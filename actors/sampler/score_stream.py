@@ -17,14 +17,14 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
-from kat_ray.cluster.heartbeat import Pulse
+from kat_ray.cluster.heartbeat import Heartbeat
 from kat_ray.config.cluster import ClusterConfig
 from kat_ray.data.chunks import PendingRollout, with_context
-from kat_ray.errors import Forgotten, UserError
-from kat_ray.types.records import ChunkRefs, EngineEnd, RolloutChunk, SamplingOrder, TerminationDecision
+from kat_ray.errors import StateLost, UserError
+from kat_ray.types.records import ChunkRefs, EngineEnd, GenerateRequest, RolloutChunk, TerminationDecision
 
 # What says that an actor is gone, or is a new process under the old name.
-LOST = (RayActorError, Forgotten, ObjectLostError)
+LOST = (RayActorError, StateLost, ObjectLostError)
 _SLICE = 1.0  # seconds between two signs of life while waiting for another actor
 
 
@@ -38,22 +38,22 @@ class _Sent:
     sent_at: float
 
 
-class ScoreTraffic:
+class ScoringStream:
     """All chunks of one attempt. `rollouts` are its rollouts by id, with every token so far."""
 
     def __init__(
         self,
-        order: SamplingOrder,
+        order: GenerateRequest,
         scorers: Sequence[Any],
         monitor: Any,
         rollouts: Mapping[int, PendingRollout],
         limits: ClusterConfig,
-        pulse: Pulse,
+        heartbeat: Heartbeat,
     ) -> None:
         self._order, self._scorers, self._monitor = order, scorers, monitor
         self._rollouts = rollouts
         self._limits = limits
-        self._pulse = pulse
+        self._heartbeat = heartbeat
         self._unanswered: dict[int, deque[_Sent]] = {}
         self.released: dict[int, list[int]] = {}  # by scorer: rollouts that it can forget
         self.chunks: list[ChunkRefs] = []
@@ -128,7 +128,7 @@ class ScoreTraffic:
             try:
                 return future.result(timeout=_SLICE)
             except concurrent.futures.TimeoutError:
-                self._pulse.beat()
+                self._heartbeat.beat()
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"waited {self._limits.step_timeout:g} s for {what} (cluster.step_timeout)"
@@ -202,5 +202,5 @@ class ScoreTraffic:
                     raise UserError(
                         f"{what} did not come back within {self._limits.start_timeout:g} s (cluster.start_timeout)"
                     ) from error
-                self._pulse.beat()
+                self._heartbeat.beat()
                 time.sleep(0.2)

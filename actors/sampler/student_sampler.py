@@ -16,18 +16,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actors.sampler.score_stream import ScoreTraffic
-from kat_ray.cluster.heartbeat import Beat, Pulse
+from actors.sampler.score_stream import ScoringStream
+from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.config import Config, ModelConfig
 from kat_ray.data.chunks import PendingRollout, build_chunk
-from kat_ray.errors import Forgotten
+from kat_ray.errors import StateLost
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
 from kat_ray.types.records import (
     EngineRows,
+    GenerateRequest,
     SampledRollout,
     SamplerReport,
-    SamplingOrder,
     SamplingSettings,
     TerminationDecision,
     WeightUpdate,
@@ -97,7 +97,7 @@ class StudentSampler:
         self._scorers: Sequence[Any] = ()
         self._monitor: Any = None
         self._timeline = Timeline()
-        self._pulse = Pulse()
+        self._heartbeat = Heartbeat()
         self._index, self._samplers = 0, 1
         started = time.monotonic()
         self._engine = make_engine(config, model, model_dir, max_model_len)
@@ -108,9 +108,9 @@ class StudentSampler:
         """Answers once the engine stands."""
         return {"name": self._name, "seconds": self._load_seconds}
 
-    def health(self) -> Beat:
+    def health(self) -> HeartbeatReport:
         """What it is at."""
-        return self._pulse.read()
+        return self._heartbeat.read()
 
     def connect(self, scorers: Sequence[Any], monitor: Any, index: int = 0, samplers: int = 1) -> None:
         """Handles of all scorers and of this sampler's monitor; it is the `index`-th of `samplers`."""
@@ -119,7 +119,7 @@ class StudentSampler:
 
     def load_weights(self, update: WeightUpdate) -> int:
         """Take new weights between two steps; returns the policy version now sampled from."""
-        with self._timeline.span("load weights"), self._pulse.busy("load weights"):
+        with self._timeline.span("load weights"), self._heartbeat.busy("load weights"):
             self._engine.load_weights(update)
         self._version = update.policy_version
         return self._version
@@ -128,14 +128,14 @@ class StudentSampler:
         """What was done since this was last asked."""
         return self._timeline.drain()
 
-    def generate(self, order: SamplingOrder) -> SamplerReport:
+    def generate(self, order: GenerateRequest) -> SamplerReport:
         """Generate rollouts to their end, scored and monitored on the way. Blocks until all have ended.
 
-        `Forgotten` if this process is a new one that does not hold the order's weights yet.
+        `StateLost` if this process is a new one that does not hold the order's weights yet.
         """
         if order.version != self._version or not self._scorers:
-            raise Forgotten(f"{self._name} holds version {self._version}, not {order.version}: its process is new")
-        with self._pulse.busy("generate"):
+            raise StateLost(f"{self._name} holds version {self._version}, not {order.version}: its process is new")
+        with self._heartbeat.busy("generate"):
             return _Generation(self, order).run()
 
     def complete(
@@ -143,23 +143,23 @@ class StudentSampler:
     ) -> list[list[int]]:
         """Plain completions (evaluation): the token ids of each prompt's answer, stop id included."""
         if version != self._version:
-            raise Forgotten(f"{self._name} holds version {self._version}, not {version}: its process is new")
+            raise StateLost(f"{self._name} holds version {self._version}, not {version}: its process is new")
         answers: dict[str, list[int]] = {}
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             answers[f"complete-{i}"] = []
             self._engine.add(f"complete-{i}", prompt, seed, settings)
-        with self._pulse.busy("complete"):
+        with self._heartbeat.busy("complete"):
             while self._engine.running:
                 for rows in self._engine.step():
                     answers[rows.request_id].extend(rows.token_ids)
-                self._pulse.beat()
+                self._heartbeat.beat()
         return list(answers.values())
 
 
 class _Generation:
     """One `generate` call: the rollouts under way."""
 
-    def __init__(self, sampler: StudentSampler, order: SamplingOrder) -> None:
+    def __init__(self, sampler: StudentSampler, order: GenerateRequest) -> None:
         self._sampler = sampler
         self._engine = sampler._engine
         self._rollout = sampler._config.rollout
@@ -180,8 +180,8 @@ class _Generation:
             scorer = scorer_of(i, len(specs), sampler._index, sampler._samplers, len(sampler._scorers))
             self._rollouts[spec.rollout_id] = PendingRollout(spec.rollout_id, spec.prompt_ids, scorer)
         self._active = {str(i): r for i, r in self._rollouts.items()}
-        self._traffic = ScoreTraffic(
-            order, sampler._scorers, sampler._monitor, self._rollouts, sampler._config.cluster, sampler._pulse
+        self._stream = ScoringStream(
+            order, sampler._scorers, sampler._monitor, self._rollouts, sampler._config.cluster, sampler._heartbeat
         )
 
     def run(self) -> SamplerReport:
@@ -192,7 +192,7 @@ class _Generation:
         except BaseException:
             self._engine.abort(list(self._active))  # the next order finds an idle engine
             raise
-        traffic = self._traffic
+        traffic = self._stream
         return SamplerReport(
             sampler=self._sampler._name,
             attempt=self._order.attempt,
@@ -212,7 +212,7 @@ class _Generation:
 
     def _generate(self) -> int:
         steps = 0
-        span, pulse = self._sampler._timeline.span, self._sampler._pulse
+        span, heartbeat = self._sampler._timeline.span, self._sampler._heartbeat
         fixed = self._sampler._config.run.deterministic
         while self._engine.running:
             with span("generate"):
@@ -220,11 +220,11 @@ class _Generation:
                     if not self._engine.running:
                         break
                     self._collect()
-                    pulse.beat()
+                    heartbeat.beat()
                     steps += 1
                     if not fixed:
                         control = time.thread_time()
-                        for decision in self._traffic.arrived():
+                        for decision in self._stream.arrived():
                             self._apply(decision)
                         self._control_seconds += time.thread_time() - control
             control = time.thread_time()
@@ -234,7 +234,7 @@ class _Generation:
         control = time.thread_time()
         self._flush()
         with span("wait"):
-            for decision in self._traffic.drain():
+            for decision in self._stream.drain():
                 self._apply(decision)
         self._control_seconds += time.thread_time() - control
         return steps
@@ -264,20 +264,20 @@ class _Generation:
     def _send(self, scorer: int, news: Sequence[PendingRollout]) -> None:
         chunk = build_chunk(
             news,
-            self._traffic.released.pop(scorer, ()),
+            self._stream.released.pop(scorer, ()),
             sampler=self._sampler._name,
             attempt=self._order.attempt,
             policy_version=self._order.version,
             top_k=self._rollout.top_k_logprobs,
             vocabulary=self._sampler._vocabulary,
         )
-        self._traffic.send(scorer, chunk)
+        self._stream.send(scorer, chunk)
 
     def _wait_for_room(self, scorer: int) -> None:
         """With `run.deterministic` a decision takes hold here and nowhere else: at the same token in every run."""
         with self._sampler._timeline.span("wait"):
-            while self._traffic.unanswered(scorer) >= self._rollout.max_chunks_ahead:
-                self._apply(self._traffic.next(scorer))
+            while self._stream.unanswered(scorer) >= self._rollout.max_chunks_ahead:
+                self._apply(self._stream.next(scorer))
 
     def _apply(self, decision: TerminationDecision) -> None:
         """Abort what a decision names. A rollout that the engine ended meanwhile has nothing to abort.
@@ -292,7 +292,7 @@ class _Generation:
             rollout.topk_ids.clear()
             rollout.logprobs.clear()
             if not rollout.end_sent:  # a scorer that was told of the end has dropped its state already
-                self._traffic.released.setdefault(rollout.scorer, []).append(rollout_id)
+                self._stream.released.setdefault(rollout.scorer, []).append(rollout_id)
 
 
 def scorer_of(position: int, rollouts: int, sampler: int, samplers: int, scorers: int) -> int:

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from actors.teacher.backend import Teacher, TeacherColumns
-from kat_ray.cluster.heartbeat import Beat, Pulse
+from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.config import Config
-from kat_ray.data.chunks import check_ids
-from kat_ray.errors import Forgotten, UserError
-from kat_ray.losses.divergence import EosMode, entropy, event_logprobs, is_stop, narrow, reverse_kl, widen
+from kat_ray.data.chunks import check_chunk_vocabulary
+from kat_ray.errors import StateLost, UserError
+from kat_ray.losses.divergence import EosMode, dequantise, entropy, event_logprobs, is_stop, quantise, reverse_kl
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
 from kat_ray.types.records import EngineEnd, RolloutChunk, ScoredChunk, TeacherRows
@@ -70,7 +70,7 @@ class TeacherScorer:
         self._eos: EosMode = config.rollout.eos
         self._teacher = make(config, teacher_dir, stop_ids, max_model_len)
         self._timeline = Timeline()
-        self._pulse = Pulse()
+        self._heartbeat = Heartbeat()
         self._abandoned: set[int] = set()
         self._scored_tokens = 0
         self._busy_seconds = 0.0
@@ -81,19 +81,19 @@ class TeacherScorer:
         """Answers once the model stands."""
         return {"name": self._name, "seconds": self._load_seconds, "backend": type(self._teacher).__name__}
 
-    def health(self) -> Beat:
+    def health(self) -> HeartbeatReport:
         """What it is at."""
-        return self._pulse.read()
+        return self._heartbeat.read()
 
     def score(self, chunk: RolloutChunk) -> tuple[ScoredChunk, TeacherRows]:
         """Score all rows of a chunk; rollouts that ended are forgotten.
 
-        `Forgotten` names rollouts whose past this scorer does not hold: send them again with their context.
+        `StateLost` names rollouts whose past this scorer does not hold: send them again with their context.
         UserError names a token id that the teacher has no token for.
         """
         if chunk.attempt in self._abandoned:
-            raise Forgotten(f"attempt {chunk.attempt} was given up: its sampler is lost")
-        with self._timeline.span("score"), self._pulse.busy("score"):
+            raise StateLost(f"attempt {chunk.attempt} was given up: its sampler is lost")
+        with self._timeline.span("score"), self._heartbeat.busy("score"):
             return self._score(chunk)
 
     def abandon(self, attempt: int, rollout_ids: Sequence[int]) -> None:
@@ -103,7 +103,7 @@ class TeacherScorer:
 
     def _score(self, chunk: RolloutChunk) -> tuple[ScoredChunk, TeacherRows]:
         started = time.monotonic()
-        check_ids(chunk, self._teacher.vocabulary, self._teacher_name)
+        check_chunk_vocabulary(chunk, self._teacher.vocabulary, self._teacher_name)
         self.release(chunk.released.tolist())
         columns = self._teacher.score(chunk)
         self.release(chunk.rollout_ids[chunk.ended != EngineEnd.RUNNING].tolist())
@@ -137,10 +137,10 @@ class TeacherScorer:
         """Reverse KL of every row on the partition that the student's top k makes; the teacher's rows, narrowed."""
         stops = is_stop(torch.from_numpy(chunk.topk_ids()), self._stop_ids)
         topk, tail = (torch.from_numpy(a.astype(np.float32)) for a in (chunk.topk_logprobs, chunk.tail_logprobs))
-        topk, tail = widen(topk, tail)
+        topk, tail = dequantise(topk, tail)
         student = event_logprobs(topk, tail, None, stops, self._eos)
         d = reverse_kl(student, event_logprobs(teacher.topk, teacher.tail, teacher.stop, stops, self._eos))
-        small, stop = narrow(teacher.topk, teacher.stop, stops)
+        small, stop = quantise(teacher.topk, teacher.stop, stops)
         scored = ScoredChunk(
             scorer=self._name,
             attempt=chunk.attempt,

@@ -17,7 +17,7 @@ from torch import Tensor
 from actors.teacher.backend import TeacherColumns, columns_of
 from actors.teacher.slot_cache import ATTENTION, SlotCache, Span
 from kat_ray.config import Config
-from kat_ray.errors import Forgotten, UserError
+from kat_ray.errors import StateLost, UserError
 from kat_ray.models.load import load_causal_lm
 from kat_ray.types.records import RolloutChunk
 
@@ -100,7 +100,7 @@ class TransformersTeacher:
     def score(self, chunk: RolloutChunk) -> TeacherColumns:
         """The teacher's columns for all rows of a chunk.
 
-        `Forgotten` names rollouts whose past is not held: send them again with their context.
+        `StateLost` names rollouts whose past is not held: send them again with their context.
         """
         feeds = self._feeds(chunk)
         rows = self._run(feeds)
@@ -132,7 +132,7 @@ class TransformersTeacher:
             if not chunk.context(i).size and rollout_id not in self._states
         ]
         if unknown:
-            raise Forgotten(f"the past of rollouts {unknown} is not held: send their context")
+            raise StateLost(f"the past of rollouts {unknown} is not held: send their context")
         feeds = []
         for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
             context, new = chunk.context(i).tolist(), chunk.new_tokens(i).tolist()

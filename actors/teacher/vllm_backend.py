@@ -18,7 +18,7 @@ from vllm.inputs.engine import tokens_input
 
 from actors.teacher.backend import TeacherColumns
 from kat_ray.config import Config
-from kat_ray.errors import Forgotten, UserError
+from kat_ray.errors import StateLost, UserError
 from kat_ray.losses.divergence import LOG_FLOOR, tail_from_topk
 from kat_ray.types.records import RolloutChunk
 
@@ -77,7 +77,7 @@ class VllmTeacher:
             if chunk.context(i).size:
                 self._tokens[rollout_id] = chunk.context(i).tolist()
             elif rollout_id not in self._tokens:
-                raise Forgotten(f"the past of rollouts [{rollout_id}] is not held: send their context")
+                raise StateLost(f"the past of rollouts [{rollout_id}] is not held: send their context")
             new = chunk.new_tokens(i)
             self._tokens[rollout_id].extend(new.tolist())
             self.run_tokens += len(new) + chunk.context(i).size

@@ -15,7 +15,7 @@ import torch
 from actors.teacher.backend import OVERLAP_TOP, TeacherColumns
 from actors.teacher.scorer import TeacherScorer
 from kat_ray.config import Config
-from kat_ray.errors import Forgotten
+from kat_ray.errors import StateLost
 from kat_ray.types.records import RolloutChunk
 
 
@@ -53,7 +53,7 @@ class StubTeacher:
         known = np.diff(chunk.context_offsets) > 0
         unknown = [i for i in chunk.rollout_ids[~known].tolist() if i not in self._held]
         if unknown:
-            raise Forgotten(f"the past of rollouts {unknown} is not held: send their context")
+            raise StateLost(f"the past of rollouts {unknown} is not held: send their context")
         self._held.update(chunk.rollout_ids.tolist())
         self.run_tokens += chunk.tokens
         counts = np.diff(chunk.offsets)

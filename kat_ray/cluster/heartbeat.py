@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 
-class Beat(NamedTuple):
+class HeartbeatReport(NamedTuple):
     """What an actor answers when asked how it is."""
 
     pid: int
@@ -17,7 +17,7 @@ class Beat(NamedTuple):
     stalled: float  # seconds since the task last made progress; 0 without a task
 
 
-class Pulse:
+class Heartbeat:
     """Kept by the thread that works, read by the one that answers."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Pulse:
         """Progress was made."""
         self._last = time.monotonic()
 
-    def read(self) -> Beat:
+    def read(self) -> HeartbeatReport:
         """Now."""
         task = self._task
-        return Beat(os.getpid(), task, time.monotonic() - self._last if task else 0.0)
+        return HeartbeatReport(os.getpid(), task, time.monotonic() - self._last if task else 0.0)

@@ -21,7 +21,7 @@ from kat_ray.types.records import (
 
 
 @dataclass(frozen=True)
-class RolloutBooks:
+class TokenCounts:
     """Where the tokens of one rollout went: generated = kept + cut_back + overshoot.
 
     `cut_back` tokens lie between the cut and the confirmation; `overshoot` was generated after it, while
@@ -35,17 +35,17 @@ class RolloutBooks:
     overshoot: int
 
 
-def keep_books(outcome: RolloutOutcome, generated: int) -> RolloutBooks:
+def count_tokens(outcome: RolloutOutcome, generated: int) -> TokenCounts:
     """Split `generated` tokens of a rollout by its outcome."""
     if outcome.stop_reason is StopReason.FAILED:
-        return RolloutBooks(outcome.rollout_id, generated, 0, 0, generated)
+        return TokenCounts(outcome.rollout_id, generated, 0, 0, generated)
     if outcome.cut is None or outcome.confirmed is None:
         assert outcome.scored == generated, (
             f"rollout {outcome.rollout_id} generated {generated} tokens, {outcome.scored} were scored"
         )
-        return RolloutBooks(outcome.rollout_id, generated, generated, 0, 0)
+        return TokenCounts(outcome.rollout_id, generated, generated, 0, 0)
     assert outcome.cut <= outcome.confirmed <= generated
-    return RolloutBooks(
+    return TokenCounts(
         outcome.rollout_id,
         generated,
         kept=outcome.cut,
@@ -56,7 +56,7 @@ def keep_books(outcome: RolloutOutcome, generated: int) -> RolloutBooks:
 
 def join_outcomes(
     sampled: Iterable[SampledRollout], outcomes: Sequence[RolloutOutcome]
-) -> list[tuple[RolloutOutcome, SampledRollout, RolloutBooks]]:
+) -> list[tuple[RolloutOutcome, SampledRollout, TokenCounts]]:
     """Match samplers' rollouts with the monitor's outcomes, in the order of ids.
 
     Both must name the same rollouts, each once.
@@ -69,12 +69,12 @@ def join_outcomes(
     joined = []
     for outcome in outcomes:
         rollout = by_id[outcome.rollout_id]
-        joined.append((outcome, rollout, keep_books(outcome, len(rollout.token_ids))))
+        joined.append((outcome, rollout, count_tokens(outcome, len(rollout.token_ids))))
     return joined
 
 
 def kept_rollouts(
-    joined: Sequence[tuple[RolloutOutcome, SampledRollout, RolloutBooks]], specs: Iterable[RolloutSpec]
+    joined: Sequence[tuple[RolloutOutcome, SampledRollout, TokenCounts]], specs: Iterable[RolloutSpec]
 ) -> list[KeptRollout]:
     """The learner's work list of a step: every rollout of which a token is kept, in the order of ids."""
     prompts = {s.rollout_id: len(s.prompt_ids) for s in specs}

@@ -9,7 +9,7 @@ import numpy as np
 
 from kat_ray.errors import UserError
 from kat_ray.types.records import FloatArray, IntArray, KeptRollout, RolloutChunk, TeacherRows
-from kat_ray.types.token_ids import foreign_id, foreign_words
+from kat_ray.types.token_ids import out_of_vocabulary, out_of_vocabulary_message
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,15 @@ def _join(
     )
 
 
-def check_ids(rows: Sequence[TrainRow], vocabulary: int, model: str) -> None:
+def check_row_vocabulary(rows: Sequence[TrainRow], vocabulary: int, model: str) -> None:
     """UserError where a row holds an id that `model`, a field and its value, has no token for.
 
     The model would end in an index error, on a GPU in one that names neither tensor nor row.
     """
     for row in rows:
         for name, ids in (("prompt", row.prompt_ids), ("answer", row.token_ids), ("top k", row.topk_ids)):
-            if (foreign := foreign_id(ids, vocabulary)) is not None:
-                raise UserError(foreign_words(row.rollout_id, name, foreign, vocabulary, model))
+            if (foreign := out_of_vocabulary(ids, vocabulary)) is not None:
+                raise UserError(out_of_vocabulary_message(row.rollout_id, name, foreign, vocabulary, model))
 
 
 def micro_batches(rows: Sequence[TrainRow], budget: int) -> list[MicroBatch]:

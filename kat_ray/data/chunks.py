@@ -9,7 +9,7 @@ import numpy as np
 
 from kat_ray.errors import UserError
 from kat_ray.types.records import EngineEnd, FloatArray, IntArray, RolloutChunk
-from kat_ray.types.token_ids import foreign_id, foreign_words, pack_ids
+from kat_ray.types.token_ids import out_of_vocabulary, out_of_vocabulary_message, pack_ids
 
 # Below fp32's resolution of `1 - sum(p)` a tail mass is rounding noise; the same floor as in
 # kat_ray.losses.divergence, restated there with its reason.
@@ -113,17 +113,17 @@ def build_chunk(
     return chunk
 
 
-def check_ids(chunk: RolloutChunk, vocabulary: int, model: str) -> None:
+def check_chunk_vocabulary(chunk: RolloutChunk, vocabulary: int, model: str) -> None:
     """UserError where a chunk holds an id that `model`, a field and its value, has no token for."""
     topk = chunk.topk_ids()
-    if all(foreign_id(ids, vocabulary) is None for ids in (chunk.context_ids, chunk.token_ids, topk)):
+    if all(out_of_vocabulary(ids, vocabulary) is None for ids in (chunk.context_ids, chunk.token_ids, topk)):
         return
     for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
         rows = slice(chunk.offsets[i], chunk.offsets[i + 1])
         parts = {"context": chunk.context(i), "answer": chunk.new_tokens(i), "top k": topk[rows]}
         for part, ids in parts.items():
-            if (foreign := foreign_id(ids, vocabulary)) is not None:
-                raise UserError(foreign_words(rollout_id, part, foreign, vocabulary, model))
+            if (foreign := out_of_vocabulary(ids, vocabulary)) is not None:
+                raise UserError(out_of_vocabulary_message(rollout_id, part, foreign, vocabulary, model))
 
 
 def with_context(chunk: RolloutChunk, rollouts: Mapping[int, PendingRollout]) -> RolloutChunk:

@@ -25,7 +25,7 @@ EosMode = Literal["raw", "merged", "mask"]
 LOG_FLOOR = math.log(2.0**-24)
 
 
-def widen(topk: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+def dequantise(topk: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Narrowed log-probabilities in float32, scaled so that the top k [N, k] and the tail add up to 1 again.
 
     `others` [N] are the tail and any further log-masses of the same distribution, held in full precision. Rounding
@@ -37,7 +37,7 @@ def widen(topk: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return topk - total[:, None], *(other.float() - total for other in others)
 
 
-def narrow(topk: Tensor, stop: Tensor, stop_in_topk: Tensor) -> tuple[Tensor, Tensor]:
+def quantise(topk: Tensor, stop: Tensor, stop_in_topk: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N, k] in float16, and the log-mass of all stop ids [N] that fits to them.
 
     Stop ids outside the top k hold `stop` less what of it lies in the top k: a small difference, which must not

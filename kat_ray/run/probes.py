@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from kat_ray.data.accounting import RolloutBooks
+from kat_ray.data.accounting import TokenCounts
 from kat_ray.errors import DataError
 from kat_ray.rewards.verifiers import Verifier, check_golds, grade
 from kat_ray.termination.settings import KatParameters, RuleSettings
@@ -41,7 +41,7 @@ class RolloutGrader:
 
 
 def seen_to_the_end(
-    joined: Sequence[tuple[RolloutOutcome, SampledRollout, RolloutBooks]], cuts: bool
+    joined: Sequence[tuple[RolloutOutcome, SampledRollout, TokenCounts]], cuts: bool
 ) -> list[SampledRollout]:
     """Rollouts that no rule touched: the probes of a rule that cuts, all of one that does not.
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kat_ray.data.accounting import RolloutBooks, kept_rows
+from kat_ray.data.accounting import TokenCounts, kept_rows
 from kat_ray.types.records import RolloutOutcome, SampledRollout, SamplerReport, ScoredChunk, StepStart, StopReason
 
-Joined = Sequence[tuple[RolloutOutcome, SampledRollout, RolloutBooks]]
+Joined = Sequence[tuple[RolloutOutcome, SampledRollout, TokenCounts]]
 _FEATURES = {
     "health/overlap": "overlap",
     "health/teacher_max": "teacher_max",
@@ -20,7 +20,7 @@ _FEATURES = {
 }
 
 
-def rollout_metrics(joined: Joined, begun: StepStart) -> dict[str, float]:
+def rollout_metrics(joined: Joined, step_start: StepStart) -> dict[str, float]:
     """Counts and shares of a step's rollouts. Shares of no rollouts are left out."""
     outcomes = [o for o, _, _ in joined]
     books = [b for _, _, b in joined]
@@ -40,10 +40,10 @@ def rollout_metrics(joined: Joined, begun: StepStart) -> dict[str, float]:
         "rollout/failed": ends[StopReason.FAILED],
         "rollout/probes": len(probes),
     }
-    if begun.threshold is not None:
-        figures["kat/threshold"] = begun.threshold
-    if begun.budget is not None:
-        figures["rollout/budget"] = begun.budget
+    if step_start.threshold is not None:
+        figures["kat/threshold"] = step_start.threshold
+    if step_start.budget is not None:
+        figures["rollout/budget"] = step_start.budget
     if minima:
         figures["kat/window_min_mean"] = sum(minima) / len(minima)
     return {k: float(v) for k, v in figures.items()}

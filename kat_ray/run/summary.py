@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kat_ray.config import Config
-from kat_ray.data.accounting import RolloutBooks
+from kat_ray.data.accounting import TokenCounts
 from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.types.records import StopReason
 
@@ -45,7 +45,7 @@ class Totals:
         *,
         started: int,
         ended: Sequence[StopReason],
-        books: Sequence[RolloutBooks],
+        books: Sequence[TokenCounts],
         scored_tokens: int,
         prompt_tokens: int,
     ) -> None:
@@ -72,7 +72,7 @@ class Totals:
         return {"steps": self.steps, "started": self.started, "ended": ended, "tokens": dict(self.tokens)}
 
     @classmethod
-    def of_state(cls, state: Mapping[str, Any]) -> Totals:
+    def from_state(cls, state: Mapping[str, Any]) -> Totals:
         """The counts that `state` gave."""
         totals = cls()
         totals.steps, totals.started = state["steps"], state["started"]

@@ -14,7 +14,7 @@ import numpy as np
 from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RunFacts
 from kat_ray.termination.kat import KatRule
 from kat_ray.termination.settings import KatParameters
-from kat_ray.termination.table import Followed, padded
+from kat_ray.termination.table import TrackerState, padded
 from kat_ray.types.records import FloatArray, IntArray
 
 
@@ -47,10 +47,10 @@ class KatTable:
             self._take(rows, n, padded(tokens.d, first, n))
         return self._cut[rows], self._confirmed[rows]
 
-    def followed(self, row: int) -> Followed:
+    def tracker_state(self, row: int) -> TrackerState:
         """What is known of a row now."""
         cut, minimum = int(self._cut[row]), float(self._minimum[row])
-        return Followed(
+        return TrackerState(
             threshold=self._threshold,
             cut=Cut(cut, int(self._confirmed[row])) if cut >= 0 else None,
             minimum=None if np.isnan(minimum) else minimum,

@@ -17,7 +17,7 @@ from kat_ray.types.records import FloatArray, IntArray
 
 
 @dataclass(frozen=True)
-class Followed:
+class TrackerState:
     """What is known of one rollout; the fields are those of a `RolloutTracker`."""
 
     threshold: float | None
@@ -37,7 +37,7 @@ class RolloutTable(Protocol):
         Returns the rows' cuts and confirmations [R], tokens; -1 where nothing is decided.
         """
 
-    def followed(self, row: int) -> Followed:
+    def tracker_state(self, row: int) -> TrackerState:
         """What is known of a row now."""
 
 
@@ -66,10 +66,10 @@ class TrackerTable:
                 cuts[i], confirmed[i] = cut.at, cut.confirmed
         return cuts, confirmed
 
-    def followed(self, row: int) -> Followed:
+    def tracker_state(self, row: int) -> TrackerState:
         """What the row's tracker says."""
         tracker = self._trackers[row]
-        return Followed(tracker.threshold, tracker.cut, tracker.minimum, tracker.weights)
+        return TrackerState(tracker.threshold, tracker.cut, tracker.minimum, tracker.weights)
 
 
 def make_table(rule: TerminationRule, starts: Sequence[RolloutStart]) -> RolloutTable:

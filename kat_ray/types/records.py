@@ -76,7 +76,7 @@ class RolloutSpec:
 
 
 @dataclass(frozen=True)
-class SamplingOrder:
+class GenerateRequest:
     """Rollouts given to one sampler, once: an attempt. Rollouts that it loses are ordered again under another
     number.
 
@@ -162,7 +162,7 @@ class ScoredChunk:
 class TeacherRows:
     """The teacher's side of the loss for one chunk; stays in the object store until the learner.
 
-    Narrowed by `kat_ray.losses.divergence.narrow`; `widen` gives distributions that add up to 1 again.
+    Narrowed by `kat_ray.losses.divergence.quantise`; `dequantise` gives distributions that add up to 1 again.
     """
 
     topk_logprobs: FloatArray  # [N, k] float16, log q at the student's top-k ids

@@ -50,7 +50,7 @@ def unpack_ids(low: NDArray[Any], high: NDArray[Any]) -> NDArray[np.int32]:
     return ids | high.astype(np.int32) << 16
 
 
-def foreign_id(ids: NDArray[Any], vocabulary: int) -> int | None:
+def out_of_vocabulary(ids: NDArray[Any], vocabulary: int) -> int | None:
     """An id outside 0..vocabulary - 1 if the array, of any shape, holds one."""
     if not ids.size:
         return None
@@ -60,7 +60,7 @@ def foreign_id(ids: NDArray[Any], vocabulary: int) -> int | None:
     return highest if highest >= vocabulary else None
 
 
-def foreign_words(rollout_id: int, part: str, foreign: int, vocabulary: int, model: str) -> str:
+def out_of_vocabulary_message(rollout_id: int, part: str, foreign: int, vocabulary: int, model: str) -> str:
     """What to tell a user of an id that `model`, a configuration field and its value, has no token for."""
     return (
         f"rollout {rollout_id}: its {part} holds the token id {foreign}, but {model} has a vocabulary of "

@@ -16,7 +16,7 @@ from actors.driver import run as job_module
 from actors.driver import train as job
 from actors.testing.stub_engine import StubEngine
 from actors.testing.stub_teacher import stub_teacher
-from kat_ray.cluster.heartbeat import Pulse
+from kat_ray.cluster.heartbeat import Heartbeat
 from kat_ray.config.cluster import ClusterConfig
 from kat_ray.errors import Stopped, UserError
 from tests.cluster.disturb import newest_of
@@ -74,12 +74,12 @@ class Fragile:
     """Cannot be made once the file is there."""
 
     def __init__(self, file):
-        self._pulse = Pulse()
+        self._heartbeat = Heartbeat()
         if Path(file).exists():
             raise OSError("no room on the device")
 
     def health(self):
-        return self._pulse.read()
+        return self._heartbeat.read()
 
 
 def test_an_actor_that_cannot_be_made_again_says_why_at_once(ray_local, tmp_path):

@@ -19,7 +19,7 @@ from kat_ray.data.accounting import join_outcomes, kept_rollouts
 from kat_ray.errors import UserError
 from kat_ray.run.step_metrics import rollout_metrics
 from kat_ray.termination import RunFacts
-from kat_ray.types.records import EngineEnd, EngineRows, KeptRollout, RolloutSpec, SamplingOrder
+from kat_ray.types.records import EngineEnd, EngineRows, GenerateRequest, KeptRollout, RolloutSpec
 from tests.cluster import test_run
 from tests.cluster.ranks import Group, step_of
 from tests.cluster.test_run import SINGLE, config_of
@@ -220,15 +220,15 @@ def test_generations_without_a_token_go_through_sampler_scorer_and_monitor(ray_l
     sampler.connect([scorer], monitor)
     for step, ids in enumerate(([0, 1, 2, 3], [4, 6])):  # in the second step nobody generates anything
         specs = [RolloutSpec(i, "p", (7,) * (1 + i), 0, False, step, 64) for i in ids]
-        begun = ray.get(monitor.start_step.remote(step))
-        report = sampler.generate(SamplingOrder(step + 1, step, 0, tuple(specs), {}))
+        step_start = ray.get(monitor.start_step.remote(step))
+        report = sampler.generate(GenerateRequest(step + 1, step, 0, tuple(specs), {}))
         joined = join_outcomes(report.rollouts, ray.get(monitor.end_step.remote()).outcomes)
         reasons = ["eos" if i % 2 else "failed" for i in ids]
         assert [o.stop_reason for o, _, _ in joined] == reasons
         assert [b.generated for _, _, b in joined] == [3 if i % 2 else 0 for i in ids]
         kept = kept_rollouts(joined, specs)
         assert [(k.rollout_id, k.prompt_length, k.kept) for k in kept] == [(i, 1 + i, 3) for i in ids if i % 2]
-        assert rollout_metrics(joined, begun)["rollout/failed"] == reasons.count("failed")
+        assert rollout_metrics(joined, step_start)["rollout/failed"] == reasons.count("failed")
     assert ray.get(scorer.stats.remote())["states"] == 0
     for handle in (scorer, monitor):
         ray.kill(handle)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from actors.teacher.transformers_backend import TransformersTeacher
-from kat_ray.errors import Forgotten
+from kat_ray.errors import StateLost
 from tests.conftest import chunk_of, make_config, random_rollouts
 
 pytestmark = pytest.mark.slow  # vLLM takes seconds to import
@@ -86,5 +86,5 @@ def test_both_engines_give_the_same_columns(models, block):
     assert engine.refused > 0 if block else engine.refused == 0
     ours.release(list(rollouts))
     assert ours.held == 0
-    with pytest.raises(Forgotten, match="is not held"):
+    with pytest.raises(StateLost, match="is not held"):
         ours.score(chunk)

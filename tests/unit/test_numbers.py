@@ -32,7 +32,7 @@ class Line:
 
     def step(self, chunk, rollouts, probes=()):
         """One chunk that holds all of a step; returns the scored chunk, the teacher's rows, outcomes and books."""
-        self.begun = self.monitor.start_step(self.steps, list(rollouts), [i in probes for i in rollouts])
+        self.step_start = self.monitor.start_step(self.steps, list(rollouts), [i in probes for i in rollouts])
         self.steps += 1
         scored, rows = self.scorer.score(chunk)
         self.monitor.observe(scored)
@@ -61,7 +61,7 @@ def break_teacher(line, rows):
 
 def figures_of(line, scored, joined):
     kept = {b.rollout_id: b.kept for _, _, b in joined}
-    return rollout_metrics(joined, line.begun) | score_metrics([scored], kept)
+    return rollout_metrics(joined, line.step_start) | score_metrics([scored], kept)
 
 
 def test_rows_without_a_teacher_leave_windows_means_and_calibration(models):
@@ -92,8 +92,8 @@ def test_a_teacher_without_a_finite_value_cuts_nothing_and_teaches_the_rule_noth
         scored, rows, joined = line.step(whole(models, rollouts), rollouts, probes=(1,))
         assert np.isnan(scored.d).all() and np.isnan(rows.tail_logprobs).all()
         assert [o.minimum for o, _, _ in joined] == [None] * 3 and all(o.cut is None for o, _, _ in joined)
-        threshold = threshold or line.begun.threshold
-        assert line.begun.threshold == threshold is not None
+        threshold = threshold or line.step_start.threshold
+        assert line.step_start.threshold == threshold is not None
         assert line.monitor.stats()["calibration_samples"] == samples
     figures = figures_of(line, scored, joined)
     figures |= probe_metrics([o for o, _, _ in joined], ScoredTokens([scored]).column("d"), {}, True)
@@ -177,7 +177,7 @@ def test_a_batch_that_is_cut_to_nothing_balances_and_gives_the_learner_no_work(m
     same.monitor = line.monitor
     same.steps = 1
     scored, _, joined = same.step(whole(models, rollouts), rollouts)
-    assert same.begun.threshold > 0.05 and np.abs(scored.d).max() < 1e-4
+    assert same.step_start.threshold > 0.05 and np.abs(scored.d).max() < 1e-4
     assert [(o.cut, o.confirmed) for o, _, _ in joined] == [(0, 4)] * 4
     assert kept_rollouts(joined, specs_of(rollouts)) == []
     figures = figures_of(same, scored, joined)

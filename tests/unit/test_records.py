@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kat_ray.config import RunConfig
-from kat_ray.data.accounting import join_outcomes, keep_books, kept_rows, traces_of
+from kat_ray.data.accounting import count_tokens, join_outcomes, kept_rows, traces_of
 from kat_ray.observability.metric_catalog import METRICS
 from kat_ray.records.traces import SCHEMA, TraceRow, read_traces
 from kat_ray.run import directory as records
@@ -148,14 +148,14 @@ def test_a_summary_replaces_the_last_one_whole(run):
 
 def test_where_the_tokens_of_a_rollout_went():
     # Cut at 3, confirmed at 8, 11 generated: 3 kept, 5 cut back, 3 overshoot.
-    books = keep_books(outcome(0, StopReason.TRAPPED, 8, cut=3, confirmed=8), 11)
+    books = count_tokens(outcome(0, StopReason.TRAPPED, 8, cut=3, confirmed=8), 11)
     assert (books.kept, books.cut_back, books.overshoot) == (3, 5, 3)
-    whole = keep_books(outcome(0, StopReason.EOS, 11), 11)
+    whole = count_tokens(outcome(0, StopReason.EOS, 11), 11)
     assert (whole.kept, whole.cut_back, whole.overshoot) == (11, 0, 0)
-    failed = keep_books(outcome(0, StopReason.FAILED, 4), 11)
+    failed = count_tokens(outcome(0, StopReason.FAILED, 4), 11)
     assert (failed.kept, failed.cut_back, failed.overshoot) == (0, 0, 11)
     with pytest.raises(AssertionError, match="generated 11 tokens, 10 were scored"):
-        keep_books(outcome(0, StopReason.EOS, 10), 11)
+        count_tokens(outcome(0, StopReason.EOS, 10), 11)
 
 
 def test_every_rollout_is_in_the_books_once():
@@ -170,7 +170,7 @@ def test_every_rollout_is_in_the_books_once():
 
 def test_totals_balance_or_say_so():
     totals = Totals()
-    books = [keep_books(outcome(0, StopReason.TRAPPED, 8, cut=3, confirmed=8), 11)]
+    books = [count_tokens(outcome(0, StopReason.TRAPPED, 8, cut=3, confirmed=8), 11)]
     totals.add_step(started=1, ended=[StopReason.TRAPPED], books=books, scored_tokens=9, prompt_tokens=4)
     totals.add_trained(3)
     summary = totals.as_dict()

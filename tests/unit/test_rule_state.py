@@ -66,7 +66,7 @@ def play(rule, steps):
             tokens = NewTokens(d, rng.integers(0, 2, n).astype(np.int32), shares)
             one = np.array([row])
             table.observe(one, tokens, np.zeros(1, np.int64), np.array([n]))
-            end = table.followed(row)
+            end = table.tracker_state(row)
             finished.append(Finished(end.minimum, end.cut is not None, start.probe, n, full=n == rule.budget))
             seen.append((end.threshold, end.cut, end.minimum, end.weights and list(end.weights)))
         rule.end_step(finished)

@@ -130,9 +130,9 @@ def test_monitors_that_share_a_calibration_do_what_one_does(source):
     probes = [i % 4 == 0 for i in range(30)]
     cut = 0
     for step in range(4):
-        begun = one.start_step(step, range(30), probes)
+        step_start = one.start_step(step, range(30), probes)
         for s, shard in enumerate(shards):
-            assert shard.start_step(step, range(s, 30, 3), probes[s::3]) == begun
+            assert shard.start_step(step, range(s, 30, 3), probes[s::3]) == step_start
         for chunk in chunks_of_a_step(30, 64, 16):
             chunk.d[:] *= (1.5 - 0.3 * step) * (1.1 + np.sin(np.arange(len(chunk.d))))
             one.observe(chunk)
@@ -144,4 +144,4 @@ def test_monitors_that_share_a_calibration_do_what_one_does(source):
         for shard in shards:
             shard.learn(step, [finished(o) for o in outcomes])
         cut += sum(o.cut is not None for o in expected)
-    assert cut > 10 and begun.threshold is not None
+    assert cut > 10 and step_start.threshold is not None

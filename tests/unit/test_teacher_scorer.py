@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from actors.teacher.scorer import TeacherScorer
-from kat_ray.errors import Forgotten
+from kat_ray.errors import StateLost
 from kat_ray.losses.divergence import full_reverse_kl
 from kat_ray.types.records import EngineEnd
 from tests.conftest import chunk_of, make_config, make_model, random_rollouts
@@ -112,7 +112,7 @@ def test_a_chunk_may_mix_new_continued_taken_over_and_silent_rollouts(models):
 def test_the_past_of_an_unknown_rollout_is_asked_for(models):
     student = models["student"][1]
     chunk = chunk_of(student, {7: ([5, 6], [8, 9, 10])}, start={7: 1})
-    with pytest.raises(Forgotten, match=r"the past of rollouts \[7\] is not held"):
+    with pytest.raises(StateLost, match=r"the past of rollouts \[7\] is not held"):
         scorer_of(models).score(chunk)
 
 

@@ -249,7 +249,7 @@ def test_rollouts_followed_together_end_as_each_alone_to_the_bit(data):
             cut = trackers[row].observe(NewTokens(piece))
             assert (cuts[i], confirmed[i]) == ((cut.at, cut.confirmed) if cut else (-1, -1))
     for row, tracker in enumerate(trackers):
-        followed = table.followed(row)
+        followed = table.tracker_state(row)
         assert (followed.cut, followed.minimum, followed.threshold) == (tracker.cut, tracker.minimum, threshold)
 
 
@@ -269,6 +269,6 @@ def test_rules_without_a_table_are_followed_one_by_one_with_all_features():
     tokens = NewTokens(d=np.zeros(5), token_ids=np.arange(5), overlap=np.array([1, 1, 1, 0.25, 1]))
     cuts, confirmed = table.observe(np.array([1, 0]), tokens, np.array([0, 2]), np.array([2, 3]))
     assert (cuts.tolist(), confirmed.tolist()) == ([-1, 1], [-1, 3])
-    assert table.followed(0).cut == Cut(1, 3) and table.followed(1).cut is None
+    assert table.tracker_state(0).cut == Cut(1, 3) and table.tracker_state(1).cut is None
     assert isinstance(make_table(KatTableRule(rule_of()), []), KatTable)
     assert isinstance(make_table(make_rule(NoneSettings(), FACTS), []), TrackerTable)
