@@ -205,7 +205,7 @@ class _Part:
 
 
 def _part(sampled: SampledStep) -> _Part:
-    tokens = sum(books.generated for _, _, books in sampled.joined)
+    tokens = sum(r.counts.generated for r in sampled.rollouts)
     refs = sampled.chunks[len(sampled.chunks) // 2]
     records = (*ray.get([refs.chunk, refs.teacher]), sampled.scored[len(sampled.chunks) // 2])
     return _Part(
@@ -214,8 +214,8 @@ def _part(sampled: SampledStep) -> _Part:
         # A score and an observe for every chunk; what the driver calls once a step is small and counted by hand.
         calls=2 * len(sampled.chunks) + 2 * len(sampled.reports) + 2,
         bytes_put=sum(nbytes(r) for r in records) / max(1, records[0].tokens) * tokens,
-        trapped=sum(o.cut is not None for o, _, _ in sampled.joined),
-        rollouts=len(sampled.joined),
+        trapped=sum(r.outcome.cut is not None for r in sampled.rollouts),
+        rollouts=len(sampled.rollouts),
         decision_seconds=np.concatenate([r.decision_seconds for r in sampled.reports]),
     )
 

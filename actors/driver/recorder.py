@@ -31,50 +31,50 @@ class StepRecorder:
 
     def record(self, step: int, sampled: SampledStep, totals: Totals) -> dict[str, float]:
         """Write the traces of a step, add to the totals, and return its metrics."""
-        kept = {b.rollout_id: b.kept for _, _, b in sampled.joined}
+        kept = {r.rollout_id: r.counts.kept for r in sampled.rollouts}
         tokens = ScoredTokens(sampled.scored)
         traces = tokens.column("d")
         features = self._features(tokens)
         prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
         active = is_active(self._config.termination, sampled.step_start.threshold)
-        untouched = seen_to_the_end(sampled.joined, cuts=self._config.termination.rule != "none")
+        untouched = seen_to_the_end(sampled.rollouts, cuts=self._config.termination.rule != "none")
         correct = self._grader.grade(
             {r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in untouched}
         )
         rows = [
             TraceRow(
-                rollout_id=outcome.rollout_id,
-                prompt_id=prompt_ids[outcome.rollout_id],
+                rollout_id=rollout.rollout_id,
+                prompt_id=prompt_ids[rollout.rollout_id],
                 step=step,
                 policy_version=sampled.version,
                 token_ids=rollout.token_ids,
-                d=traces[outcome.rollout_id],
-                stop_reason=outcome.stop_reason,
-                cut=outcome.cut,
-                confirmed=outcome.confirmed,
-                threshold=outcome.threshold,
-                probe=outcome.probe,
-                minimum=outcome.minimum,
-                would_cut=outcome.would_cut,
-                correct=correct.get(outcome.rollout_id),
-                weights=outcome.weights,
-                features=features(outcome.rollout_id),
+                d=traces[rollout.rollout_id],
+                stop_reason=rollout.outcome.stop_reason,
+                cut=rollout.outcome.cut,
+                confirmed=rollout.outcome.confirmed,
+                threshold=rollout.outcome.threshold,
+                probe=rollout.outcome.probe,
+                minimum=rollout.outcome.minimum,
+                would_cut=rollout.outcome.would_cut,
+                correct=correct.get(rollout.rollout_id),
+                weights=rollout.outcome.weights,
+                features=features(rollout.rollout_id),
             )
-            for outcome, rollout, _ in sampled.joined
+            for rollout in sampled.rollouts
         ]
         self._run.write_traces(step, rows)
         totals.add_step(
             started=len(sampled.specs),
-            ended=[o.stop_reason for o, _, _ in sampled.joined],
-            books=[b for _, _, b in sampled.joined],
+            ended=[r.outcome.stop_reason for r in sampled.rollouts],
+            books=[r.counts for r in sampled.rollouts],
             scored_tokens=sum(int(c.offsets[-1]) for c in sampled.scored),
             prompt_tokens=sum(len(s.prompt_ids) for s in sampled.specs),
         )
         return (
             {"policy_version": float(sampled.version)}
-            | rollout_metrics(sampled.joined, sampled.step_start)
+            | rollout_metrics(sampled.rollouts, sampled.step_start)
             | score_metrics(sampled.scored, kept)
-            | probe_metrics([o for o, _, _ in sampled.joined], traces, correct, active)
+            | probe_metrics([r.outcome for r in sampled.rollouts], traces, correct, active)
         )
 
     def _features(self, tokens: ScoredTokens) -> Callable[[int], TokenFeatures | None]:

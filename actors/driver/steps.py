@@ -19,34 +19,26 @@ from actors.cluster.waiting import LOST
 from actors.driver.dispatcher import Sampling
 from actors.driver.monitor_group import MonitorShards
 from kat_ray.config import Config
-from kat_ray.data.accounting import TokenCounts, join_outcomes, kept_rollouts
+from kat_ray.data.accounting import FinishedRollout, join_outcomes, kept_rollouts
 from kat_ray.data.batch import assign_ranks
 from kat_ray.data.prompts import PromptOrder, rollout_specs
 from kat_ray.observability.timeline import Span
 from kat_ray.run.batch_dump import StepBatch
 from kat_ray.termination import RunFacts, make_rule
-from kat_ray.types.records import (
-    ChunkRefs,
-    RolloutOutcome,
-    RolloutSpec,
-    SampledRollout,
-    SamplerReport,
-    ScoredChunk,
-    StepStart,
-)
+from kat_ray.types.records import ChunkRefs, RolloutSpec, SamplerReport, ScoredChunk, StepStart
 
 log = logging.getLogger("kat_ray.trainer")
 
 
 @dataclass(frozen=True)
 class SampledStep:
-    """One step's rollouts, ended and booked."""
+    """One step's rollouts, each at its end."""
 
     step: int
     version: int  # of the weights they were sampled from
     specs: Sequence[RolloutSpec]
     step_start: StepStart
-    joined: list[tuple[RolloutOutcome, SampledRollout, TokenCounts]]
+    rollouts: list[FinishedRollout]  # in the order of ids
     chunks: list[ChunkRefs]
     scored: list[ScoredChunk]
     reports: list[SamplerReport]
@@ -98,7 +90,7 @@ class Trainer:
             version=sampling.version,
             specs=sampling.specs,
             step_start=sampling.step_start,
-            joined=join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes),
+            rollouts=join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes),
             chunks=chunks,
             scored=scored,
             reports=reports,
@@ -112,7 +104,7 @@ class Trainer:
         Nothing is learnt yet: `ObjectLostError` says that records were lost with a node, and the step's rollouts
         must be sampled again.
         """
-        kept = kept_rollouts(sampled.joined, sampled.specs)
+        kept = kept_rollouts(sampled.rollouts, sampled.specs)
         learners = self._pools.learners
         pending = []
         for learner, share in zip(learners, assign_ranks(kept, len(learners)), strict=True):
@@ -133,7 +125,7 @@ class Trainer:
                 chunks=self._pools.wait([c.chunk for c in sampled.chunks], "the batch"),
                 teacher=self._pools.wait([c.teacher for c in sampled.chunks], "the batch"),
                 scored=sampled.scored,
-                kept=kept_rollouts(sampled.joined, sampled.specs),
+                kept=kept_rollouts(sampled.rollouts, sampled.specs),
                 prompt_ids={s.rollout_id: s.prompt_id for s in sampled.specs},
             )
         except ObjectLostError:

@@ -1,4 +1,4 @@
-"""From what samplers and monitor report to the books of a step: every rollout once, every token once."""
+"""From what samplers and monitor report to the token counts of a step: every rollout once, every token once."""
 
 from __future__ import annotations
 
@@ -28,25 +28,37 @@ class TokenCounts:
     the decision was on its way. A failed rollout keeps nothing: all its tokens count as overshoot.
     """
 
-    rollout_id: int
     generated: int
     kept: int
     cut_back: int
     overshoot: int
 
 
+@dataclass(frozen=True)
+class FinishedRollout:
+    """A rollout that reached its end: the monitor's outcome, what the engine generated, and where that went."""
+
+    outcome: RolloutOutcome
+    token_ids: IntArray  # [T] int32, every token the engine generated, overshoot included
+    counts: TokenCounts
+
+    @property
+    def rollout_id(self) -> int:
+        """Unique in a run."""
+        return self.outcome.rollout_id
+
+
 def count_tokens(outcome: RolloutOutcome, generated: int) -> TokenCounts:
     """Split `generated` tokens of a rollout by its outcome."""
     if outcome.stop_reason is StopReason.FAILED:
-        return TokenCounts(outcome.rollout_id, generated, 0, 0, generated)
+        return TokenCounts(generated, kept=0, cut_back=0, overshoot=generated)
     if outcome.cut is None or outcome.confirmed is None:
         assert outcome.scored == generated, (
             f"rollout {outcome.rollout_id} generated {generated} tokens, {outcome.scored} were scored"
         )
-        return TokenCounts(outcome.rollout_id, generated, generated, 0, 0)
+        return TokenCounts(generated, kept=generated, cut_back=0, overshoot=0)
     assert outcome.cut <= outcome.confirmed <= generated
     return TokenCounts(
-        outcome.rollout_id,
         generated,
         kept=outcome.cut,
         cut_back=outcome.confirmed - outcome.cut,
@@ -54,9 +66,7 @@ def count_tokens(outcome: RolloutOutcome, generated: int) -> TokenCounts:
     )
 
 
-def join_outcomes(
-    sampled: Iterable[SampledRollout], outcomes: Sequence[RolloutOutcome]
-) -> list[tuple[RolloutOutcome, SampledRollout, TokenCounts]]:
+def join_outcomes(sampled: Iterable[SampledRollout], outcomes: Sequence[RolloutOutcome]) -> list[FinishedRollout]:
     """Match samplers' rollouts with the monitor's outcomes, in the order of ids.
 
     Both must name the same rollouts, each once.
@@ -66,23 +76,22 @@ def join_outcomes(
         assert rollout.rollout_id not in by_id, f"rollout {rollout.rollout_id} was generated twice"
         by_id[rollout.rollout_id] = rollout
     assert len(by_id) == len(outcomes), f"{len(by_id)} rollouts generated, {len(outcomes)} ended"
-    joined = []
-    for outcome in outcomes:
-        rollout = by_id[outcome.rollout_id]
-        joined.append((outcome, rollout, count_tokens(outcome, len(rollout.token_ids))))
-    return joined
+    token_ids = {outcome.rollout_id: by_id[outcome.rollout_id].token_ids for outcome in outcomes}
+    return [
+        FinishedRollout(o, token_ids[o.rollout_id], count_tokens(o, len(token_ids[o.rollout_id]))) for o in outcomes
+    ]
 
 
-def kept_rollouts(
-    joined: Sequence[tuple[RolloutOutcome, SampledRollout, TokenCounts]], specs: Iterable[RolloutSpec]
-) -> list[KeptRollout]:
+def kept_rollouts(rollouts: Sequence[FinishedRollout], specs: Iterable[RolloutSpec]) -> list[KeptRollout]:
     """The learner's work list of a step: every rollout of which a token is kept, in the order of ids."""
     prompts = {s.rollout_id: len(s.prompt_ids) for s in specs}
-    return [
-        KeptRollout(b.rollout_id, prompts[b.rollout_id], b.kept, None if o.weights is None else o.weights[: b.kept])
-        for o, _, b in joined
-        if b.kept
-    ]
+    kept = []
+    for rollout in rollouts:
+        count, weights = rollout.counts.kept, rollout.outcome.weights
+        if count:
+            weights = None if weights is None else weights[:count]
+            kept.append(KeptRollout(rollout.rollout_id, prompts[rollout.rollout_id], count, weights))
+    return kept
 
 
 def finished(outcome: RolloutOutcome) -> Finished:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from kat_ray.data.accounting import TokenCounts
+from kat_ray.data.accounting import FinishedRollout
 from kat_ray.errors import DataError
 from kat_ray.rewards.verifiers import Verifier, check_golds, grade
 from kat_ray.termination.settings import KatParameters, RuleSettings
-from kat_ray.types.records import FloatArray, Prompt, RolloutOutcome, SampledRollout, StopReason
+from kat_ray.types.records import FloatArray, Prompt, RolloutOutcome, StopReason
 
 log = logging.getLogger("kat_ray.probes")
 
@@ -40,14 +40,13 @@ class RolloutGrader:
         return dict(zip(known, verdicts, strict=True))
 
 
-def seen_to_the_end(
-    joined: Sequence[tuple[RolloutOutcome, SampledRollout, TokenCounts]], cuts: bool
-) -> list[SampledRollout]:
+def seen_to_the_end(rollouts: Sequence[FinishedRollout], cuts: bool) -> list[FinishedRollout]:
     """Rollouts that no rule touched: the probes of a rule that cuts, all of one that does not.
 
     A rollout that a rule let pass is not among them: those that pass are a choice of the rule's.
     """
-    return [r for o, r, _ in joined if (o.probe or not cuts) and o.stop_reason is not StopReason.FAILED]
+    whole = [r for r in rollouts if r.outcome.stop_reason is not StopReason.FAILED]
+    return [r for r in whole if r.outcome.probe or not cuts]
 
 
 def is_active(settings: RuleSettings, threshold: float | None) -> bool:

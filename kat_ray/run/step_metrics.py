@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from kat_ray.data.accounting import TokenCounts, kept_rows
-from kat_ray.types.records import RolloutOutcome, SampledRollout, SamplerReport, ScoredChunk, StepStart, StopReason
+from kat_ray.data.accounting import FinishedRollout, kept_rows
+from kat_ray.types.records import SamplerReport, ScoredChunk, StepStart, StopReason
 
-Joined = Sequence[tuple[RolloutOutcome, SampledRollout, TokenCounts]]
 _FEATURES = {
     "health/overlap": "overlap",
     "health/teacher_max": "teacher_max",
@@ -20,20 +19,20 @@ _FEATURES = {
 }
 
 
-def rollout_metrics(joined: Joined, step_start: StepStart) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[FinishedRollout], step_start: StepStart) -> dict[str, float]:
     """Counts and shares of a step's rollouts. Shares of no rollouts are left out."""
-    outcomes = [o for o, _, _ in joined]
-    books = [b for _, _, b in joined]
+    outcomes = [r.outcome for r in rollouts]
+    counts = [r.counts for r in rollouts]
     ends = Counter(o.stop_reason for o in outcomes)
     probes = [o for o in outcomes if o.probe]
     minima = [o.minimum for o in outcomes if o.minimum is not None]
     n = len(outcomes)
     figures = {
-        "rollout/generated_tokens": sum(b.generated for b in books),
-        "rollout/kept_tokens": sum(b.kept for b in books),
-        "rollout/overshoot_tokens": sum(b.overshoot for b in books),
-        "rollout/cut_back_tokens": sum(b.cut_back for b in books),
-        "rollout/mean_length": sum(b.generated for b in books) / n,
+        "rollout/generated_tokens": sum(c.generated for c in counts),
+        "rollout/kept_tokens": sum(c.kept for c in counts),
+        "rollout/overshoot_tokens": sum(c.overshoot for c in counts),
+        "rollout/cut_back_tokens": sum(c.cut_back for c in counts),
+        "rollout/mean_length": sum(c.generated for c in counts) / n,
         "rollout/eos_share": ends[StopReason.EOS] / n,
         "rollout/max_tokens_share": ends[StopReason.MAX_TOKENS] / n,
         "rollout/trapped_share": ends[StopReason.TRAPPED] / n,

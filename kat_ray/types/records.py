@@ -10,6 +10,8 @@ Its first chunk (two tokens) has `start = 0`, `token_ids = [9, 4]`, `context_ids
 the student's top-k after `[5, 6]`, row 1 after `[5, 6, 9]`. Its second chunk has `start = 2`,
 `token_ids = [2]`, an empty context, and one row: the top-k after `[5, 6, 9, 4]`. `d[i]` of the rollout
 belongs to generated token i and is KL(student || teacher) on the prefix *before* that token.
+
+Where a rollout is not cut, its `cut` is None; where cuts lie in an integer array, -1.
 """
 
 from __future__ import annotations

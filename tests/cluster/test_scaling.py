@@ -26,11 +26,12 @@ def outcomes_of(fleet, samplers, scorers, shards, steps=3):
     trainer = Trainer(bench_config(40), pools, PromptOrder(fleet._prompts, 0, shuffle=False))
     sampled = [trainer.sample(step) for step in range(steps)]
     for s in sampled:
-        for books in (b for _, _, b in s.joined):
-            assert books.generated == books.kept + books.cut_back + books.overshoot
+        for counts in (r.counts for r in s.rollouts):
+            assert counts.generated == counts.kept + counts.cut_back + counts.overshoot
         assert all(len(r.decision_seconds) == len(r.chunks) for r in s.reports)
         assert all(len(r.chunks) and r.control_seconds > 0 for r in s.reports)
-    return [(o.rollout_id, o.cut, o.confirmed, o.threshold, o.minimum) for s in sampled for o, _, _ in s.joined]
+    outcomes = [r.outcome for s in sampled for r in s.rollouts]
+    return [(o.rollout_id, o.cut, o.confirmed, o.threshold, o.minimum) for o in outcomes]
 
 
 def test_two_monitors_do_what_one_does_and_the_benchmark_reports(fleet):

@@ -222,13 +222,13 @@ def test_generations_without_a_token_go_through_sampler_scorer_and_monitor(ray_l
         specs = [RolloutSpec(i, "p", (7,) * (1 + i), 0, False, step, 64) for i in ids]
         step_start = ray.get(monitor.start_step.remote(step))
         report = sampler.generate(GenerateRequest(step + 1, step, 0, tuple(specs), {}))
-        joined = join_outcomes(report.rollouts, ray.get(monitor.end_step.remote()).outcomes)
+        finished = join_outcomes(report.rollouts, ray.get(monitor.end_step.remote()).outcomes)
         reasons = ["eos" if i % 2 else "failed" for i in ids]
-        assert [o.stop_reason for o, _, _ in joined] == reasons
-        assert [b.generated for _, _, b in joined] == [3 if i % 2 else 0 for i in ids]
-        kept = kept_rollouts(joined, specs)
+        assert [r.outcome.stop_reason for r in finished] == reasons
+        assert [r.counts.generated for r in finished] == [3 if i % 2 else 0 for i in ids]
+        kept = kept_rollouts(finished, specs)
         assert [(k.rollout_id, k.prompt_length, k.kept) for k in kept] == [(i, 1 + i, 3) for i in ids if i % 2]
-        assert rollout_metrics(joined, step_start)["rollout/failed"] == reasons.count("failed")
+        assert rollout_metrics(finished, step_start)["rollout/failed"] == reasons.count("failed")
     assert ray.get(scorer.stats.remote())["states"] == 0
     for handle in (scorer, monitor):
         ray.kill(handle)

@@ -1,4 +1,4 @@
-"""Numbers and inputs at the edge, through the real scorer, monitor and books; the learner's part: tests/cluster."""
+"""Numbers and inputs at the edge, through scorer, monitor and token counts; the learner's part: tests/cluster."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ class Line:
         self.steps = 0
 
     def step(self, chunk, rollouts, probes=()):
-        """One chunk that holds all of a step; returns the scored chunk, the teacher's rows, outcomes and books."""
+        """One chunk that holds all of a step; returns the scored chunk, the teacher's rows, finished rollouts."""
         self.step_start = self.monitor.start_step(self.steps, list(rollouts), [i in probes for i in rollouts])
         self.steps += 1
         scored, rows = self.scorer.score(chunk)
@@ -59,9 +59,9 @@ def break_teacher(line, rows):
     line.scorer._teacher.logprobs = broken
 
 
-def figures_of(line, scored, joined):
-    kept = {b.rollout_id: b.kept for _, _, b in joined}
-    return rollout_metrics(joined, line.step_start) | score_metrics([scored], kept)
+def figures_of(line, scored, rollouts):
+    kept = {r.rollout_id: r.counts.kept for r in rollouts}
+    return rollout_metrics(rollouts, line.step_start) | score_metrics([scored], kept)
 
 
 def test_rows_without_a_teacher_leave_windows_means_and_calibration(models):
@@ -70,13 +70,13 @@ def test_rows_without_a_teacher_leave_windows_means_and_calibration(models):
     whole_d = line.step(whole(models, rollouts), rollouts)[0].d.astype(np.float64)
     line = Line(models)
     break_teacher(line, [3, 4])
-    scored, rows, joined = line.step(whole(models, rollouts), rollouts)
+    scored, rows, finished = line.step(whole(models, rollouts), rollouts)
     assert np.isnan(scored.d).nonzero()[0].tolist() == [3, 4], "two tokens of rollout 0, no others"
     assert np.isnan(rows.topk_logprobs[3:5]).all() and np.isfinite(rows.topk_logprobs[5:]).all()
     # Windows of 4 tokens of rollout 0 that hold neither token 3 nor 4: those that end at 9 to 12.
     clean = min(whole_d[e - 4 : e].mean() for e in range(9, 13))
-    assert joined[0][0].minimum == pytest.approx(clean, rel=1e-5)
-    figures = figures_of(line, scored, joined)
+    assert finished[0].outcome.minimum == pytest.approx(clean, rel=1e-5)
+    figures = figures_of(line, scored, finished)
     assert figures["kl/mean"] == pytest.approx(np.delete(whole_d, [3, 4]).mean(), rel=1e-5)
     assert figures["rollout/kept_tokens"] == 24, "they are kept; the loss drops and counts them"
     assert np.isfinite(list(figures.values())).all()
@@ -89,16 +89,16 @@ def test_a_teacher_without_a_finite_value_cuts_nothing_and_teaches_the_rule_noth
     samples, threshold = line.monitor.stats()["calibration_samples"], None
     break_teacher(line, slice(None))
     for _ in range(2):
-        scored, rows, joined = line.step(whole(models, rollouts), rollouts, probes=(1,))
+        scored, rows, finished = line.step(whole(models, rollouts), rollouts, probes=(1,))
         assert np.isnan(scored.d).all() and np.isnan(rows.tail_logprobs).all()
-        assert [o.minimum for o, _, _ in joined] == [None] * 3 and all(o.cut is None for o, _, _ in joined)
+        assert [(r.outcome.minimum, r.outcome.cut) for r in finished] == [(None, None)] * 3
         threshold = threshold or line.step_start.threshold
         assert line.step_start.threshold == threshold is not None
         assert line.monitor.stats()["calibration_samples"] == samples
-    figures = figures_of(line, scored, joined)
-    figures |= probe_metrics([o for o, _, _ in joined], ScoredTokens([scored]).column("d"), {}, True)
+    figures = figures_of(line, scored, finished)
+    figures |= probe_metrics([r.outcome for r in finished], ScoredTokens([scored]).column("d"), {}, True)
     assert "kl/mean" not in figures and "health/overlap" in figures
-    assert [k.kept for k in kept_rollouts(joined, specs_of(rollouts))] == [len(t) for _, t in rollouts.values()]
+    assert [k.kept for k in kept_rollouts(finished, specs_of(rollouts))] == [len(t) for _, t in rollouts.values()]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_top_k_id_beyond_the_teachers_vocabulary_is_named(models):
 @pytest.mark.parametrize("prompt", [(4,), (4, 5, 6)])
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("end", [EngineEnd.EOS, EngineEnd.FAILED])
-def test_a_rollout_without_a_token_ends_and_is_in_the_books_and_in_no_batch(models, tmp_path, prompt, alone, end):
+def test_a_rollout_without_a_token_ends_and_is_counted_and_in_no_batch(models, tmp_path, prompt, alone, end):
     rollouts = {4: (list(prompt), [])} | ({} if alone else {5: ([7, 8], list(range(30, 42)))})
     line = Line(models)
     pending = [PendingRollout(i, tuple(p), scorer=0) for i, (p, _) in rollouts.items()]
@@ -142,16 +142,16 @@ def test_a_rollout_without_a_token_ends_and_is_in_the_books_and_in_no_batch(mode
         rollout.add(rollouts[5][1], ids, np.full(ids.shape, -5.0, np.float32))
         rollout.end = EngineEnd.EOS
     chunk = build_chunk(pending, [], sampler="s", attempt=0, policy_version=0, top_k=64, vocabulary=200)
-    scored, _, joined = line.step(chunk, rollouts, probes=(4,))
+    scored, _, finished = line.step(chunk, rollouts, probes=(4,))
     assert line.scorer.stats()["states"] == 0
-    outcome, _, books = joined[0]
+    outcome, counts = finished[0].outcome, finished[0].counts
     assert outcome.stop_reason == (StopReason.EOS if end is EngineEnd.EOS else StopReason.FAILED)
-    assert (books.generated, books.kept, outcome.minimum) == (0, 0, None)
-    figures = figures_of(line, scored, joined)
+    assert (counts.generated, counts.kept, outcome.minimum) == (0, 0, None)
+    figures = figures_of(line, scored, finished)
     assert figures["rollout/mean_length"] == (0 if alone else 6) and ("kl/mean" in figures) is not alone
     d = ScoredTokens([scored]).column("d")
     assert d[4].shape == (0,) and probe_metrics([outcome], d, {}, True) == {"probe/would_cut_share": 0.0}
-    assert [k.rollout_id for k in kept_rollouts(joined, specs_of(rollouts))] == list(rollouts)[1:]
+    assert [k.rollout_id for k in kept_rollouts(finished, specs_of(rollouts))] == list(rollouts)[1:]
     tail = (
         None,
         None,
@@ -176,11 +176,11 @@ def test_a_batch_that_is_cut_to_nothing_balances_and_gives_the_learner_no_work(m
     same = Line(models, teacher="student")  # agrees: every window is below the threshold
     same.monitor = line.monitor
     same.steps = 1
-    scored, _, joined = same.step(whole(models, rollouts), rollouts)
+    scored, _, finished = same.step(whole(models, rollouts), rollouts)
     assert same.step_start.threshold > 0.05 and np.abs(scored.d).max() < 1e-4
-    assert [(o.cut, o.confirmed) for o, _, _ in joined] == [(0, 4)] * 4
-    assert kept_rollouts(joined, specs_of(rollouts)) == []
-    figures = figures_of(same, scored, joined)
+    assert [(r.outcome.cut, r.outcome.confirmed) for r in finished] == [(0, 4)] * 4
+    assert kept_rollouts(finished, specs_of(rollouts)) == []
+    figures = figures_of(same, scored, finished)
     assert figures["rollout/kept_tokens"] == 0 and figures["rollout/trapped_share"] == 1
     generated, rest = figures["rollout/generated_tokens"], ("overshoot", "cut_back")
     assert generated == sum(figures[f"rollout/{name}_tokens"] for name in rest) > 0

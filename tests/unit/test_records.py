@@ -1,4 +1,4 @@
-"""A run's records: nothing overwritten, nothing half-written, books that balance."""
+"""A run's records: nothing overwritten, nothing half-written, counts that balance."""
 
 import errno
 import json
@@ -158,10 +158,10 @@ def test_where_the_tokens_of_a_rollout_went():
         count_tokens(outcome(0, StopReason.EOS, 10), 11)
 
 
-def test_every_rollout_is_in_the_books_once():
+def test_every_rollout_is_counted_once():
     outcomes = [outcome(1, StopReason.EOS, 4), outcome(2, StopReason.MAX_TOKENS, 5)]
-    joined = join_outcomes([sampled(2, 5), sampled(1, 4)], outcomes)
-    assert [(o.rollout_id, r.rollout_id, b.kept) for o, r, b in joined] == [(1, 1, 4), (2, 2, 5)]
+    rollouts = join_outcomes([sampled(2, 5), sampled(1, 4)], outcomes)
+    assert [(r.rollout_id, len(r.token_ids), r.counts.kept) for r in rollouts] == [(1, 4, 4), (2, 5, 5)]
     with pytest.raises(AssertionError, match="generated twice"):
         join_outcomes([sampled(1, 4), sampled(1, 4)], outcomes)
     with pytest.raises(AssertionError, match="1 rollouts generated, 2 ended"):
@@ -204,7 +204,7 @@ def test_chunks_of_two_scorers_may_interleave():
 
 
 def test_metrics_of_a_step_by_hand():
-    joined = join_outcomes(
+    rollouts = join_outcomes(
         [sampled(0, 11), sampled(1, 4), sampled(2, 5)],
         [
             outcome(0, StopReason.TRAPPED, 8, cut=3, confirmed=8, minimum=0.2),
@@ -212,7 +212,7 @@ def test_metrics_of_a_step_by_hand():
             outcome(2, StopReason.MAX_TOKENS, 5, minimum=None),
         ],
     )
-    figures = rollout_metrics(joined, StepStart(0.25, 40))
+    figures = rollout_metrics(rollouts, StepStart(0.25, 40))
     expected = {
         "rollout/generated_tokens": 20, "rollout/kept_tokens": 12, "rollout/overshoot_tokens": 3,
         "rollout/cut_back_tokens": 5, "rollout/mean_length": 20 / 3, "rollout/trapped_share": 1 / 3,
@@ -220,7 +220,7 @@ def test_metrics_of_a_step_by_hand():
         "kat/window_min_mean": 0.3,
     }  # fmt: skip
     assert {k: figures[k] for k in expected} == pytest.approx(expected)
-    assert "kat/threshold" not in rollout_metrics(joined, StepStart(None, None))
+    assert "kat/threshold" not in rollout_metrics(rollouts, StepStart(None, None))
     assert set(figures) | set(score_metrics([chunk([0], [0], [[1.0]])], {0: 1})) <= set(METRICS)
 
 
@@ -259,7 +259,7 @@ def test_a_step_without_a_would_be_cut_counts_unless_the_rule_waits():
 
 
 def test_only_rollouts_that_no_rule_touched_are_graded():
-    joined = join_outcomes(
+    rollouts = join_outcomes(
         [sampled(0, 4), sampled(1, 4), sampled(2, 4)],
         [
             outcome(0, StopReason.EOS, 4, probe=True),
@@ -267,8 +267,8 @@ def test_only_rollouts_that_no_rule_touched_are_graded():
             outcome(2, StopReason.FAILED, 4),
         ],
     )
-    assert [r.rollout_id for r in seen_to_the_end(joined, cuts=True)] == [0]
-    assert [r.rollout_id for r in seen_to_the_end(joined, cuts=False)] == [0, 1]
+    assert [r.rollout_id for r in seen_to_the_end(rollouts, cuts=True)] == [0]
+    assert [r.rollout_id for r in seen_to_the_end(rollouts, cuts=False)] == [0, 1]
     grader = RolloutGrader(
         [Prompt("a", (1,), "42"), Prompt("b", (1,), None)], lambda ids: f"answer {ids[0]}", "integer"
     )
