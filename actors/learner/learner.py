@@ -13,7 +13,6 @@ import math
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,33 +33,10 @@ from kat_ray.models.load import DTYPES
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
 from kat_ray.run.checkpoint import FileDigest
+from kat_ray.run.step_result import LearnerReport
 from kat_ray.types.records import KeptRollout, RolloutChunk, TeacherRows, WeightUpdate
 
 log = logging.getLogger("kat_ray.learner")
-
-
-@dataclass(frozen=True)
-class LearnerReport:
-    """One optimiser step, summed over all ranks. `loss` is the (weighted) mean KL over the kept tokens, nats.
-
-    A step is `skipped` if its loss or gradient is not finite, or none of its tokens has a finite KL: weights and
-    optimiser stay as they were, to the bit, on all ranks. A step without kept tokens is not: nothing was wrong.
-    """
-
-    policy_version: int
-    loss: float  # nan where tokens were kept and none has a finite KL
-    grad_norm: float  # before clipping; inf where the step was skipped
-    lr: float
-    tokens: int  # tokens in the loss
-    dropped_tokens: int  # kept, but without a finite KL
-    logprob_diff_mean: float  # mean |log p learner - log p sampler| of the sampled tokens
-    logprob_diff_max: float
-    entropy: float  # nats, of the student's events
-    tail_mass: float
-    stop_mass: float
-    micro_batches: int
-    seconds: float
-    skipped: bool
 
 
 class Learner:

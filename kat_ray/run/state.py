@@ -1,0 +1,87 @@
+"""What a checkpoint holds of a run beside the learner: `training/state.json`.
+
+Whatever an earlier version did not write has a default here, which is its value before the first step.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kat_ray.rewards.verifiers import EvalResult
+from kat_ray.run.checkpoint import Loaded
+from kat_ray.types.records import StopReason
+
+Count = Annotated[int, Field(strict=True, ge=0)]
+Seconds = Annotated[float, Field(strict=True, ge=0)]
+
+
+class _Saved(BaseModel):
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+
+
+class TotalsState(_Saved):
+    """`kat_ray.run.summary.Totals`."""
+
+    steps: Count = 0
+    started: Count = 0
+    ended: dict[StopReason, Count] = {}
+    tokens: dict[str, Count] = {}
+
+
+class GuardsState(_Saved):
+    """`CollapseGuards`: values of the first steps by metric, and three counts by guard."""
+
+    first: dict[str, list[float]] = {}
+    beyond: dict[str, Count] = {}
+    within: dict[str, Count] = {}
+    said: dict[str, Count] = {}
+
+
+class SkipsState(_Saved):
+    """`SkipGuard`."""
+
+    in_a_row: Count = 0
+    total: Count = 0
+
+
+class WatchState(_Saved):
+    """`StepWatch`."""
+
+    guards: GuardsState = GuardsState()
+    skips: SkipsState = SkipsState()
+
+
+class RunState(_Saved):
+    """A run between two steps.
+
+    A checkpoint of an earlier version has no `version`; one that is not listed here is refused.
+    """
+
+    version: Literal[1] = 1
+    done: Count = 0  # optimiser steps
+    rule: dict[str, Any] | None = None  # the termination rule's calibration; None: an empty one
+    totals: TotalsState = TotalsState()
+    evaluations: dict[str, EvalResult] = {}  # "before", "after", "teacher"
+    evaluated: Count | None = None  # steps done at the last evaluation
+    positions: dict[str, Count] = {}  # bytes of the records that grow, by file name
+    watch: WatchState = WatchState()
+    seconds: Seconds = 0.0  # that the run has taken, all its processes together
+    prompts: dict[str, str] = {}  # digests, by the section of the configuration that names the file
+
+    @classmethod
+    def of(cls, loaded: Loaded | None) -> RunState:
+        """As a checkpoint holds it, or as before the first step; `CheckpointError` names file and key."""
+        return cls() if loaded is None else loaded.state_as(cls)
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> RunState:
+        """What `to_json` gave; pydantic's `ValidationError` where it is something else."""
+        return cls.model_validate(state)
+
+    def to_json(self) -> dict[str, Any]:
+        """A copy of everything, which does not change when the run goes on."""
+        # The rule's part as it is: what JSON would change of it is its author's fault, and is refused by `commit`.
+        return self.model_dump(mode="json") | {"rule": copy.deepcopy(self.rule)}

@@ -1,0 +1,180 @@
+"""What one step came to, as values that the guards and the pools decide by; metric names only in `to_metrics`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from kat_ray.types.records import SamplerReport, ScoredChunk
+
+
+@dataclass(frozen=True)
+class LearnerReport:
+    """One optimiser step, summed over all ranks. `loss` is the (weighted) mean KL over the kept tokens, nats.
+
+    A step is `skipped` if its loss or gradient is not finite, or none of its tokens has a finite KL: weights and
+    optimiser stay as they were, to the bit, on all ranks. A step without kept tokens is not: nothing was wrong.
+    """
+
+    policy_version: int
+    loss: float  # nan where tokens were kept and none has a finite KL
+    grad_norm: float  # before clipping; inf where the step was skipped
+    lr: float
+    tokens: int  # tokens in the loss
+    dropped_tokens: int  # kept, but without a finite KL
+    logprob_diff_mean: float  # mean |log p learner - log p sampler| of the sampled tokens
+    logprob_diff_max: float
+    entropy: float  # nats, of the student's events
+    tail_mass: float
+    stop_mass: float
+    micro_batches: int
+    seconds: float
+    skipped: bool
+
+    def to_metrics(self) -> dict[str, float]:
+        """All fields but the version, which other metrics give."""
+        figures = asdict(self)
+        del figures["policy_version"]
+        return {f"learner/{name}": float(value) for name, value in figures.items()}
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """What the replicas of one stage did in a step."""
+
+    tokens: int
+    seconds: float  # at work, all replicas together
+    replicas: int
+
+    @property
+    def busy(self) -> float:
+        """Seconds at work, mean over the replicas."""
+        return self.seconds / max(1, self.replicas)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one replica, while it is at work."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Where the seconds of one step went. The first four are the driver's clock."""
+
+    step: float  # the whole step
+    sample: float  # that the driver waited for rollouts
+    learn: float
+    publish: float
+    sampling: float  # of the slowest sampler, waiting included
+    score_wait: float  # the longest that a sampler waited for decisions
+    control: float  # CPU time of the busiest sampler in sending chunks and applying decisions
+    monitor: float  # CPU time of the busiest monitor
+    sampler: StageWork
+    scorer: StageWork
+    decisions: tuple[float, float] | None  # mean and longest, from building a chunk to applying the decision on it
+
+    @classmethod
+    def of(
+        cls,
+        reports: Sequence[SamplerReport],
+        scored: Sequence[ScoredChunk],
+        monitor: float,
+        *,
+        step: float,
+        sample: float,
+        learn: float,
+        publish: float,
+    ) -> StepTimes:
+        """The driver's clock, and what samplers, scorers and monitors say of themselves."""
+        decisions = np.concatenate([r.decision_seconds for r in reports])
+        return cls(
+            step=step,
+            sample=sample,
+            learn=learn,
+            publish=publish,
+            sampling=max(r.seconds for r in reports),
+            score_wait=max(r.wait_seconds for r in reports),
+            control=max(r.control_seconds for r in reports),
+            monitor=monitor,
+            sampler=StageWork(
+                tokens=sum(len(rollout.token_ids) for r in reports for rollout in r.rollouts),
+                seconds=sum(r.seconds - r.wait_seconds for r in reports),
+                replicas=len(reports),
+            ),
+            scorer=StageWork(
+                tokens=sum(len(c.d) for c in scored),
+                seconds=sum(c.seconds for c in scored),
+                replicas=len({c.scorer for c in scored}),
+            ),
+            decisions=(float(decisions.mean()), float(decisions.max())) if len(decisions) else None,
+        )
+
+    def to_metrics(self) -> dict[str, float]:
+        """Without chunks there are no decisions to say anything of."""
+        figures = {
+            "time/step": self.step,
+            "time/sample": self.sample,
+            "time/learn": self.learn,
+            "time/publish": self.publish,
+            "time/sampling": self.sampling,
+            "time/sampler_busy": self.sampler.busy,
+            "time/scorer_busy": self.scorer.busy,
+            "time/monitor": self.monitor,
+            "time/score_wait": self.score_wait,
+            "time/control": self.control,
+            "throughput/tokens_per_second": self.sampler.tokens / self.step,
+            "throughput/sampler": self.sampler.tokens_per_second,
+            "throughput/scorer": self.scorer.tokens_per_second,
+        }
+        if self.decisions is not None:
+            figures["time/decision_mean"], figures["time/decision_max"] = self.decisions
+        return figures
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step that is done."""
+
+    done: int  # steps, this one included: `step` of metrics.jsonl
+    learner: LearnerReport
+    times: StepTimes
+    staleness: int  # versions that the learner's weights were newer than the samplers'
+    restarts: int  # actors lost since the step before
+    recorded: Mapping[str, float] = field(default_factory=dict)  # metrics of the rollouts and their scores
+    store: Mapping[str, float] = field(default_factory=dict)  # and of the object stores
+
+    @property
+    def kl_mean(self) -> float | None:
+        """Of all scored tokens, nats; None where none was scored."""
+        return self.recorded.get("kl/mean")
+
+    @property
+    def max_tokens_share(self) -> float | None:
+        """Rollouts that ran to `rollout.max_tokens`."""
+        return self.recorded.get("rollout/max_tokens_share")
+
+    @property
+    def budget(self) -> float | None:
+        """Longest rollout that the rule allowed, tokens; None where it set none."""
+        return self.recorded.get("rollout/budget")
+
+    @property
+    def idle_share(self) -> float:
+        """Of the step, that its busiest stage idled."""
+        busiest = max(self.times.sampler.busy, self.times.scorer.busy, self.learner.seconds)
+        return max(0.0, 1.0 - busiest / self.times.step)
+
+    def to_metrics(self) -> dict[str, float]:
+        """All metrics of the step but those of what is decided after it (guards, pools, checkpoint)."""
+        return {
+            **self.recorded,
+            **self.learner.to_metrics(),
+            "rollout/staleness": float(self.staleness),
+            **self.times.to_metrics(),
+            "time/idle_share": self.idle_share,
+            "throughput/learner": self.learner.tokens / max(self.learner.seconds, 1e-9),
+            **self.store,
+            "pool/restarts": float(self.restarts),
+        }
