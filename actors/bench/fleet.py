@@ -1,6 +1,6 @@
 """The real actors with stub engines on a local Ray, and what they cost.
 
-`StudentSampler`, `TeacherScorer`, `TrapMonitor`, `Trainer.sample` and the object store are those of every run; only
+`StudentSampler`, `TeacherScorer`, `TrapMonitor`, `Steps.sample` and the object store are those of every run; only
 the models are stubs, whose own CPU time is taken off. Learner ranks are left out: without a model they do nothing.
 """
 
@@ -17,10 +17,14 @@ import numpy as np
 import psutil
 import ray
 
-from actors.cluster.pools import Pools, connect
-from actors.cluster.sampler_pool import SamplerPool
-from actors.cluster.waiting import StopRequest, remote_class
-from actors.driver.steps import SampledStep, Trainer
+from actors.cluster.actor_groups import ActorGroup
+from actors.cluster.learners import LearnerGroup
+from actors.cluster.replica import Replica, remote_class
+from actors.cluster.run_actors import RunActors
+from actors.cluster.samplers import SamplerGroup
+from actors.cluster.signals import StopRequest
+from actors.cluster.supervisor import Supervisor
+from actors.driver.steps import SampledStep, Steps
 from actors.testing.stub_engine import PlainMonitor, StubSampler, stub_engine
 from actors.testing.stub_teacher import StubScorer, stub_teacher
 from kat_ray.config import Config
@@ -127,16 +131,15 @@ def local_ray(store_gib: float = 3.0) -> Iterator[None]:
         ray.shutdown()
 
 
-class FleetPools(Pools):
-    """Pools of actors that stand already, without learners."""
-
-    def __init__(
-        self, config: Config, samplers: Sequence[Any], scorers: Sequence[Any], monitors: Sequence[Any]
-    ) -> None:
-        nowhere: Any = None
-        SamplerPool.__init__(self, config, nowhere, nowhere, StopRequest(config.run.grace_seconds))
-        self.samplers, self.scorers, self.monitors = list(samplers), list(scorers), list(monitors)
-        self.learners = []
+def fleet_actors(config: Config, handles: Mapping[str, Sequence[Any]]) -> RunActors:
+    """Actors that are ready already, by role, without learners."""
+    nowhere: Any = None  # they have no places: none is made or given back here
+    supervisor = Supervisor(config.cluster, StopRequest(config.run.grace_seconds))
+    samplers = SamplerGroup(config, nowhere, supervisor, nowhere)
+    scorers, monitors = (ActorGroup(role, supervisor, nowhere, nowhere) for role in ("scorer", "monitor"))
+    for group in (samplers, scorers, monitors):
+        group.replicas = tuple(Replica(group.role, i, h, nowhere) for i, h in enumerate(handles[group.role]))
+    return RunActors(supervisor, samplers, scorers, monitors, LearnerGroup("learner", supervisor, nowhere, nowhere))
 
 
 class Fleet:
@@ -173,22 +176,22 @@ class Fleet:
             "scorer": self.scorers[: setting.scorers],
             "monitor": self.monitors[setting.shards],
         }
-        connect(used["sampler"], used["scorer"], used["monitor"], 60.0)
+        actors = fleet_actors(bench_config(64), used)
+        actors.wire()
         rate = None if setting.rate is None else setting.rate / setting.samplers
         ray.get([s.set_rate.remote(rate) for s in used["sampler"]])
-        pools = FleetPools(bench_config(64), used["sampler"], used["scorer"], used["monitor"])
         order = PromptOrder(self._prompts, seed=0, shuffle=False)
-        self._one_step(Trainer(bench_config(max(64, setting.samplers)), pools, order))
-        trainer = Trainer(bench_config(setting.rollouts, max_tokens=setting.max_tokens), pools, order)
+        self._one_step(Steps(bench_config(max(64, setting.samplers)), actors, order))
+        steps = Steps(bench_config(setting.rollouts, max_tokens=setting.max_tokens), actors, order)
         parts: list[_Part] = []
         before, started = _usage(used), time.monotonic()
         while not parts or sum(p.tokens for p in parts) < tokens:
-            parts.append(_part(self._one_step(trainer)))
+            parts.append(_part(self._one_step(steps)))
         return _measured(setting, parts, before, _usage(used), time.monotonic() - started)
 
-    def _one_step(self, trainer: Trainer) -> SampledStep:
+    def _one_step(self, steps: Steps) -> SampledStep:
         self._step += 1
-        return trainer.sample(self._step)
+        return steps.sample(self._step)
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,10 @@ class StoreWatch:
         limit: float,
         note: Callable[[str], None],
         ahead: int = 0,
-        look: Callable[[], StoreUsage] = store_usage,
+        ask: Callable[[], StoreUsage] = store_usage,
     ) -> None:
         """`ahead` is how many steps' records are made while one's are held."""
-        self._limit, self._note, self._ahead, self._ask = limit, note, ahead, look
+        self._limit, self._note, self._ahead, self._ask = limit, note, ahead, ask
         self._usage = StoreUsage(0.0, 0.0)
         self._before = 0.0
         self._first_spilled: float | None = None  # what others on the cluster had spilled before
@@ -70,7 +70,7 @@ class StoreWatch:
         used = self._usage.used_share
         return used + self._ahead * max(0.0, used - self._before)
 
-    def look(self) -> dict[str, float]:
+    def sample(self) -> dict[str, float]:
         """The metrics of now; call it when a step's records are all there."""
         if time.monotonic() - self._looked >= _EVERY:
             self._usage, self._looked = self._ask(), time.monotonic()

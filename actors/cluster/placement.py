@@ -1,4 +1,4 @@
-"""Ray: started or joined, and every role placed before anything heavy is loaded.
+"""Every role placed before anything heavy is loaded.
 
 A role is reserved as a placement group first: what cannot be placed is known by name in seconds, before
 models are read, and a learner's ranks are placed all or not at all.
@@ -9,18 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import ray
-from ray._private import ray_constants
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.cluster.preflight import check_cluster, named_address
-from kat_ray.cluster.roles import Node, Role, cpus_asked, place, roles_of
+from kat_ray.cluster.roles import Node, Role, place, roles_of
 from kat_ray.config import Config
 from kat_ray.config.cluster import PlacementConfig
 from kat_ray.errors import UserError
@@ -75,89 +73,18 @@ def _sampler_env(config: Config) -> dict[str, str]:
     return env
 
 
-@contextmanager
-def ray_session(config: Config) -> Iterator[bool]:
-    """A Ray cluster to run on: the one named, the one of the environment, or a local one of our own.
+@dataclass(frozen=True)
+class Place:
+    """Where one replica lives: a bundle of a placement group."""
 
-    Yields whether its size is fixed: a local one cannot grow.
-    """
-    cluster = config.cluster
-    named = named_address(config)
-    if ray.is_initialized():  # a test's or a notebook's
-        yield False
-        return
-    common: dict[str, Any] = {
-        "namespace": "kat-ray",
-        "log_to_driver": bool(os.environ.get("KAT_DEBUG")),
-        "logging_level": "warning",
-    }
-    if named is not None:
-        address, name = named
-        check_cluster(config)
-        try:
-            ray.init(address=address, **common)
-        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(
-                f"{name} = {address!r}: cannot be joined: {reason}. This runs on one of the cluster's nodes; from "
-                "outside send it as a job: kat-ray submit --address http://HOST:8265"
-            ) from error
-    else:
-        # The command line has chosen token mode before ray was imported, which is when ray reads it; a program
-        # that calls this as a library chooses for itself.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        store = cluster.object_store_gib
-        with _bound_to(cluster.bind):
-            ray.init(
-                address="local",
-                num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, cpus_asked(roles_of(config))),
-                object_store_memory=int(store * 2**30) if store else None,
-                include_dashboard=cluster.dashboard,
-                dashboard_host="127.0.0.1",
-                **common,
-            )
-    try:
-        yield named is None
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _bound_to(bind: Literal["loopback", "all"]) -> Iterator[None]:
-    """Where the ports of a Ray that is started inside listen; `UserError` for all interfaces without a token.
-
-    Ray takes the address of the network for its node, `_node_ip_address="127.0.0.1"` included, and then listens on
-    all interfaces. Only where it believes that there are no clusters is its node 127.0.0.1, and every one of its
-    servers, the workers' own among them, listens on loopback. That belief is its switch for Windows and macOS; its
-    environment variable (RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER) is read when ray is imported, which is too early.
-    """
-    if bind == "all":
-        if os.environ.get("RAY_AUTH_MODE") != "token":
-            raise UserError(
-                "cluster.bind = all: the ports would run code for anyone who reaches them; leave RAY_AUTH_MODE "
-                "unset or set it to token, or keep cluster.bind = loopback"
-            )
-        yield
-        return
-    switch = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
-    before = ray_constants.ENABLE_RAY_CLUSTER, os.environ.get(switch)
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    os.environ[switch] = "0"  # for what the cluster starts: a job looks for its node on loopback, too
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before[0]
-        if before[1] is None:
-            del os.environ[switch]
-        else:
-            os.environ[switch] = before[1]
+    group: PlacementGroup
+    bundle: int
 
 
 class Placement:
     """What a run has reserved: for each role the places of its replicas.
 
-    A learner's ranks are one placement group, all or none. Where a pool can change its size every replica has a
+    A learner's ranks are one placement group, all or none. Where a role can change its size every replica has a
     group of its own, which is given back with it.
     """
 
@@ -170,16 +97,16 @@ class Placement:
         timeout = config.cluster.placement_timeout
         self._roles, self._env, self._run = roles, environments(config), run
         self._namespace = uuid.uuid4().hex  # two runs on one cluster do not meet
-        self._places: dict[str, list[tuple[PlacementGroup, int]]] = {}
-        self._asked: list[PlacementGroup] = []  # of replicas that are to come, or to go
-        self._numbers = {role.name: role.replicas for role in roles.values()}  # of the next replica
+        self._places: dict[str, tuple[Place, ...]] = {}
+        self._held: dict[Any, PlacementGroup] = {}  # by id: all groups that are to be given back
         if fixed_size and (shortage := _shortage(roles)):
             raise UserError(shortage)
         try:
             for role in roles.values():
                 self._places[role.name] = _reserve(role)
+                self._held |= {place.group.id: place.group for place in self._places[role.name]}
             for name, places in self._places.items():
-                self._wait(roles[name], [group for group, _ in places], timeout)
+                self._wait(roles[name], [place.group for place in places], timeout)
         except BaseException:
             self.remove()
             raise
@@ -197,67 +124,52 @@ class Placement:
                 "add nodes, or raise cluster.placement_timeout where an autoscaler brings them"
             ) from error
 
-    def options(self, role: str, index: int) -> dict[str, Any]:
-        """Options for replica `index` of a role: its bundle, its environment, a telling name."""
-        return self._options(role, index, *self._places[role][index])
+    def places(self, role: str) -> tuple[Place, ...]:
+        """The places reserved at the start, one for each replica."""
+        return self._places[role]
 
-    def _options(self, role: str, number: int, group: PlacementGroup, place: int) -> dict[str, Any]:
+    def options(self, role: str, number: int, place: Place, label: str = "") -> dict[str, Any]:
+        """Options of replica `number` of a role: its bundle, its environment, a telling name.
+
+        `label` stands in the name instead of the role.
+        """
         bundle = dict(self._roles[role].bundle)
-        name = f"{role}:{number}"
         return {
-            "name": f"kat:{name}",
+            "name": f"kat:{label or role}:{number}",
             "namespace": self._namespace,
             "num_cpus": bundle.pop("CPU", 0),
             "num_gpus": bundle.pop("GPU", 0),
             "resources": bundle,
             "max_restarts": -1,  # how often is counted by the driver: `cluster.max_restarts`
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, place),
-            "runtime_env": {"env_vars": self._env[role] | labels(self._run, name)},
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(place.group, place.bundle),
+            "runtime_env": {"env_vars": self._env[role] | labels(self._run, f"{role}:{number}")},
         }
 
-    def ask(self, role: str) -> tuple[PlacementGroup, Any]:
+    def request(self, role: str) -> tuple[Place, Any]:
         """Ask for one more replica's place; an autoscaler sees it. The reference is there once it is reserved."""
         asks = self._roles[role]
         group = _group([asks.bundle], asks.labels)
-        self._asked.append(group)
-        return group, group.ready()
+        self._held[group.id] = group
+        return Place(group, 0), group.ready()
 
-    def spare_options(self, role: str, group: PlacementGroup) -> tuple[int, dict[str, Any]]:
-        """Number and options of a replica in a place that was asked for; no number is given twice."""
-        number = self._numbers[role]
-        self._numbers[role] += 1
-        return number, self._options(role, number, group, 0)
-
-    def take(self, role: str, group: PlacementGroup) -> None:
-        """The place that was asked for is the last replica's now."""
-        self._asked.remove(group)
-        self._places[role].append((group, 0))
-
-    def detach(self, role: str, index: int) -> PlacementGroup:
-        """Replica `index` is not counted any more; `forget` gives its place back."""
-        group, _ = self._places[role].pop(index)
-        self._asked.append(group)
-        return group
-
-    def forget(self, group: PlacementGroup) -> None:
-        """Give a place back; an actor in it ends."""
-        self._asked.remove(group)
-        remove_placement_group(group)
+    def release(self, place: Place) -> None:
+        """Give a replica's own place back; an actor in it ends."""
+        del self._held[place.group.id]
+        remove_placement_group(place.group)
 
     def remove(self) -> None:
         """Give everything back; actors placed in it end."""
-        groups = {group.id: group for places in self._places.values() for group, _ in places}
-        for group in (*groups.values(), *self._asked):
+        for group in self._held.values():
             remove_placement_group(group)
+        self._held.clear()
         self._places.clear()
-        self._asked.clear()
 
 
-def _reserve(role: Role) -> list[tuple[PlacementGroup, int]]:
+def _reserve(role: Role) -> tuple[Place, ...]:
     if role.elastic:
-        return [(_group([role.bundle], role.labels), 0) for _ in range(role.replicas)]
+        return tuple(Place(_group([role.bundle], role.labels), 0) for _ in range(role.replicas))
     group = _group([role.bundle] * role.replicas, role.labels)
-    return [(group, i) for i in range(role.replicas)]
+    return tuple(Place(group, i) for i in range(role.replicas))
 
 
 def _group(bundles: Sequence[Mapping[str, float]], labels: Mapping[str, str]) -> PlacementGroup:

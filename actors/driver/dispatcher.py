@@ -1,142 +1,122 @@
-"""A step's rollouts while they are generated: which sampler has which, and what must be given out again.
-
-A sampler's rollouts are one order, under an attempt number of their own. If it dies, its records die with it, those
-of rollouts that had ended too: all of them are ordered again, under the same ids, prompts and seeds, from whichever
-sampler is idle first. What other samplers made is kept.
-"""
+"""A step's rollouts while they are generated: carries out what `actors.driver.dispatch` decides, on Ray."""
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Event
 from typing import Any
 
 import ray
 from ray.exceptions import ObjectLostError
 
-from actors.cluster.pools import Pools, shard_of
-from actors.cluster.waiting import LOST, get, slices
+from actors.cluster.replica import Replica
+from actors.cluster.revival import ReplicaRevival
+from actors.cluster.run_actors import RunActors, shard_of
+from actors.cluster.waiting import ACTOR_LOST, SLICE, Limit, get
+from actors.driver.dispatch import Abandon, Assign, CountRecordLoss, Dispatch, Drop, Instruction, Revive
 from kat_ray.types.records import GenerateRequest, RolloutSpec, SamplerReport, StepStart
-
-log = logging.getLogger("kat_ray.sampling")
 
 
 @dataclass(frozen=True)
-class Done:
-    """An order that was carried out, and the monitor that saw it."""
+class CompletedRequest:
+    """A request that was carried out, and the monitor that saw it."""
 
-    order: GenerateRequest
+    request: GenerateRequest
     report: SamplerReport
     monitor: int
 
 
-class Sampling:
-    """The orders of one step."""
+class RolloutDispatcher:
+    """The requests of one step, from the moment that it is made."""
 
     def __init__(
         self,
-        pools: Pools,
+        actors: RunActors,
         step: int,
         specs: Sequence[RolloutSpec],
         step_start: StepStart,
         rule_state: Mapping[str, Any],
         attempts: Iterator[int],
     ) -> None:
-        """Set all samplers going: the i-th of n on `specs[i::n]`."""
-        self.step, self.specs, self.step_start, self.version = step, specs, step_start, pools.version
-        self.rule_state = rule_state
-        self.lost = 0  # samplers
-        self._pools, self._attempts = pools, attempts
-        self._running: dict[Any, tuple[int, GenerateRequest]] = {}
-        self._pending: list[RolloutSpec] = []
-        self._idle: set[int] = set()
-        self._reviving: dict[Future[bool], int] = {}
-        self._done: list[Done] = []
-        self._over = Event()  # nobody waits for lost samplers any more
-        self._lost_records: Counter[int] = Counter()  # orders whose records were lost, by sampler
-        n = len(pools.samplers)
-        for i in range(n):
-            self._give(i, specs[i::n])
+        """Set all samplers going."""
+        self.step, self.specs, self.step_start = step, specs, step_start
+        self.version, self.rule_state = actors.samplers.version, rule_state
+        self._actors = actors
+        self._replicas: dict[int, Replica] = {r.number: r for r in actors.samplers.replicas}
+        # A sampler's place among all, which says whose its monitor is. It changes between two steps only.
+        self._position = {r.number: i for i, r in enumerate(actors.samplers.replicas)}
+        self._running: dict[Any, tuple[int, GenerateRequest]] = {}  # by reference: sampler, request
+        self._requests: dict[int, GenerateRequest] = {}  # by attempt
+        self._revivals: dict[int, ReplicaRevival] = {}
+        self._completed: list[CompletedRequest] = []
+        self._dispatch = Dispatch(specs, list(self._replicas), attempts)
+        self._carry_out(self._dispatch.begin())
 
-    def finish(self) -> list[Done]:
+    def finish(self) -> list[CompletedRequest]:
         """Wait until every rollout of the step has ended, every chunk was answered, and lost samplers are back."""
-        waiting = slices(self._pools.limits.step_timeout, "rollouts")
-        threads = ThreadPoolExecutor(max(1, len(self._pools.samplers)), "revive")
-        try:
-            while self._running or self._pending or (self._reviving and not self._can_do_without()):
-                self._give_out()
-                seconds = next(waiting)
-                if self._running:
-                    for ref in ray.wait(list(self._running), timeout=seconds)[0]:
-                        self._take(ref, threads)
-                else:
-                    futures.wait(self._reviving, seconds, futures.FIRST_COMPLETED)
-                self._welcome()
-                self._pools.tick(interruptible=True)
-        finally:
-            self._over.set()
-            threads.shutdown()  # who recovers from what ended this must be the only one to revive anything
-        return self._done
+        limit = Limit.of(self._actors.supervisor.limits, "step_timeout")
+        deadline, checked = time.monotonic() + limit.seconds, time.monotonic()
+        while not self._dispatch.is_over:
+            self._wait_a_while()
+            for ref in ray.wait(list(self._running), num_returns=len(self._running), timeout=0)[0]:
+                self._take(ref)
+            for number, revival in tuple(self._revivals.items()):
+                if revival.poll():
+                    del self._revivals[number]
+                    self._carry_out(self._dispatch.ready(number))
+            now = time.monotonic()
+            if now - checked >= SLICE:
+                checked = now
+                self._tick()
+                if now > deadline:
+                    raise limit.error("rollouts")
+        return self._completed
 
-    def _give(self, sampler: int, specs: Sequence[RolloutSpec]) -> None:
-        self._idle.discard(sampler)
-        if specs:
-            order = GenerateRequest(next(self._attempts), self.step, self.version, tuple(specs), self.rule_state)
-            self._running[self._pools.samplers[sampler].generate.remote(order)] = (sampler, order)
+    def _wait_a_while(self) -> None:
+        """Until something of what is waited for is there, or somebody has to be looked at."""
+        refs = [*self._running, *(ref for revival in self._revivals.values() for ref in revival.pending)]
+        patience = min((revival.patience for revival in self._revivals.values()), default=SLICE)
+        if refs:
+            ray.wait(refs, timeout=patience)
+        else:
+            time.sleep(patience)
 
-    def _give_out(self) -> None:
-        idle = sorted(self._idle)
-        if self._pending and idle:
-            pending, self._pending = self._pending, []
-            for i, sampler in enumerate(idle):
-                self._give(sampler, pending[i :: len(idle)])
+    def _tick(self) -> None:
+        self._actors.supervisor.check(interruptible=True)
+        if self._revivals:
+            expendable = [r.number for r in self._actors.samplers.expendable_lost()]
+            self._carry_out(self._dispatch.tick(expendable))
 
-    def _take(self, ref: Any, threads: ThreadPoolExecutor) -> None:
-        sampler, order = self._running.pop(ref)
+    def _take(self, ref: Any) -> None:
+        sampler, request = self._running.pop(ref)
         try:
             (report,) = get([ref], "rollouts")
-        except LOST as error:
-            self._pools.note_loss("sampler", sampler, error)
-            self.lost += 1
-            self._again(order)
-            self._reviving[threads.submit(self._pools.revive_sampler, sampler, self._over.is_set)] = sampler
-        except ObjectLostError as error:  # scores that a new monitor would have to see: the sampler is as it was
-            self._note_lost_records(sampler, error)
-            self._again(order)
-            self._idle.add(sampler)
+        except ACTOR_LOST as error:
+            self._actors.supervisor.lost(self._replicas[sampler], error)
+            self._carry_out(self._dispatch.sampler_lost(sampler))
+        except ObjectLostError as error:
+            self._carry_out(self._dispatch.records_lost(sampler), error)
         else:
-            self._idle.add(sampler)
-            self._done.append(Done(order, report, shard_of(sampler, len(self._pools.monitors))))
+            monitor = shard_of(self._position[sampler], len(self._actors.monitors.replicas))
+            self._completed.append(CompletedRequest(request, report, monitor))
+            self._carry_out(self._dispatch.generated(sampler))
 
-    def _can_do_without(self) -> bool:
-        """Whether all else is done, and the lost samplers find no place and are not needed."""
-        if self._running or self._pending:
-            return False
-        spare = self._pools.spare_lost("sampler")
-        if {*spare} != {*self._reviving.values()}:
-            return False
-        self._pools.drop("sampler", spare)
-        return True
-
-    def _note_lost_records(self, sampler: int, error: ObjectLostError) -> None:
-        """A node that is lost may cost every sampler's order its records: that counts once."""
-        before = max(self._lost_records.values(), default=0)
-        self._lost_records[sampler] += 1
-        if self._lost_records[sampler] > before:
-            self._pools.note_loss("record", self.step, error)
-
-    def _again(self, order: GenerateRequest) -> None:
-        """Nothing that was made of an order is used: its rollouts wait for a sampler."""
-        self._pools.abandon(order)
-        self._pending += order.specs
-
-    def _welcome(self) -> None:
-        """Samplers that have come back are idle."""
-        for revived in [r for r in self._reviving if r.done()]:
-            self._idle.add(self._reviving.pop(revived))
-            revived.result()
+    def _carry_out(self, instructions: Sequence[Instruction], error: BaseException | None = None) -> None:
+        for instruction in instructions:
+            match instruction:
+                case Assign(sampler, attempt, specs):
+                    request = GenerateRequest(attempt, self.step, self.version, specs, self.rule_state)
+                    self._requests[attempt] = request
+                    reference = self._replicas[sampler].handle.generate.remote(request)
+                    self._running[reference] = (sampler, request)
+                case Abandon(attempt):
+                    self._actors.abandon(self._requests.pop(attempt))
+                case Revive(sampler):
+                    self._revivals[sampler] = self._actors.samplers.begin_revival(self._replicas[sampler])
+                case CountRecordLoss():
+                    assert error is not None
+                    self._actors.supervisor.count_loss(f"record:{self.step}", error)
+                case Drop(sampler):
+                    del self._revivals[sampler]
+                    self._actors.samplers.drop([self._replicas[sampler]])

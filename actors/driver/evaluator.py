@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from actors.cluster.sampler_pool import SamplerPool
+from actors.cluster.samplers import SamplerGroup
 from kat_ray.config import Config
 from kat_ray.rewards.verifiers import EvalResult, evaluate_answers
 from kat_ray.types.records import Prompt, SamplingSettings
@@ -42,17 +42,17 @@ class Evaluator:
         generator = np.random.default_rng([config.run.seed, 0x6576616C])  # "eval"
         self._seeds = generator.integers(0, 2**31, size=count).tolist()
 
-    def run(self, pools: SamplerPool) -> EvalResult:
+    def run(self, samplers: SamplerGroup) -> EvalResult:
         """Deal k copies of every problem to the samplers and grade what comes back."""
         k = self._config.evaluation.k
         prompts = [p.token_ids for p in self._problems for _ in range(k)]
-        n = len(pools.samplers)
+        n = len(samplers.replicas)
 
         def complete(i: int, sampler: Any) -> Any:
-            return sampler.complete.remote(prompts[i::n], self._seeds[i::n], self._settings, pools.version)
+            return sampler.complete.remote(prompts[i::n], self._seeds[i::n], self._settings, samplers.version)
 
         answers: list[list[int]] = [[] for _ in prompts]
-        for i, part in enumerate(pools.on_samplers(complete, "evaluation", interruptible=True)):
+        for i, part in enumerate(samplers.call(complete, "evaluation", interruptible=True)):
             answers[i::n] = part
         texts = [self._tokenizer.decode(a, skip_special_tokens=True) for a in answers]
         return evaluate_answers(

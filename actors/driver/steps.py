@@ -1,4 +1,4 @@
-"""The training loop's verbs: sample, score and monitor; learn; publish; save.
+"""The verbs of a training step: sample, score and monitor; hand over; learn.
 
 Rollouts are sampled from the weights that the samplers hold when sampling starts. With staleness 0 these are the
 learner's; with staleness 1 sampling starts while the learner works, and they are one version older.
@@ -7,17 +7,16 @@ learner's; with staleness 1 sampling starts while the learner works, and they ar
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ray.exceptions import ObjectLostError
 
-from actors.cluster.pools import Pools
-from actors.cluster.waiting import LOST
-from actors.driver.dispatcher import Sampling
-from actors.driver.monitor_group import MonitorShards
+from actors.cluster.run_actors import RunActors
+from actors.cluster.waiting import ACTOR_LOST
+from actors.driver.dispatcher import RolloutDispatcher
+from actors.driver.monitor_group import MonitorGroup
 from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, join_outcomes, kept_rollouts
 from kat_ray.data.batch import assign_ranks
@@ -26,8 +25,6 @@ from kat_ray.observability.timeline import Span
 from kat_ray.run.batch_dump import StepBatch
 from kat_ray.termination import RunFacts, make_rule
 from kat_ray.types.records import ChunkRefs, RolloutSpec, SamplerReport, ScoredChunk, StepStart
-
-log = logging.getLogger("kat_ray.trainer")
 
 
 @dataclass(frozen=True)
@@ -46,17 +43,17 @@ class SampledStep:
     ended_with: Mapping[str, Any]  # the rule's calibration
 
 
-class Trainer:
-    """Drives one run's actors. It moves references; no token or logit passes through it but for the books."""
+class Steps:
+    """The verbs of a step. They move references; no token or logit passes through but for the accounting."""
 
-    def __init__(self, config: Config, pools: Pools, order: PromptOrder) -> None:
+    def __init__(self, config: Config, actors: RunActors, order: PromptOrder) -> None:
         self._config = config
-        self._pools = pools
+        self._actors = actors
         self._order = order
         self._attempts = itertools.count(1)
         facts = RunFacts(config.run.seed, config.rollout.max_tokens)
         self._initial = make_rule(config.termination, facts).state()
-        self._monitors = MonitorShards(pools, self._initial)
+        self._monitors = MonitorGroup(actors.monitors, self._initial)
 
     @property
     def rule_state(self) -> Mapping[str, Any]:
@@ -71,20 +68,20 @@ class Trainer:
         """Generate, score and monitor the rollouts of one step, each to its end."""
         return self.finish_sampling(self.start_sampling(step, self.rule_state))
 
-    def start_sampling(self, step: int, rule_state: Mapping[str, Any]) -> Sampling:
+    def start_sampling(self, step: int, rule_state: Mapping[str, Any]) -> RolloutDispatcher:
         """Set the samplers going on the rollouts of one step, which begins with this calibration."""
         specs = rollout_specs(self._order, self._config, step)
-        step_start = self._monitors.start_step(step, rule_state)
-        specs = [s if s.probe else replace(s, max_tokens=_within(step_start.budget, s.max_tokens)) for s in specs]
-        return Sampling(self._pools, step, specs, step_start, rule_state, self._attempts)
+        start = self._monitors.start_step(step, rule_state)
+        specs = [s if s.probe else replace(s, max_tokens=_within(start.budget, s.max_tokens)) for s in specs]
+        return RolloutDispatcher(self._actors, step, specs, start, rule_state, self._attempts)
 
-    def finish_sampling(self, sampling: Sampling) -> SampledStep:
-        """Wait until every rollout of a step has ended and is scored; close its books."""
-        done = sampling.finish()
-        reports = [d.report for d in done]
-        closed = self._monitors.end_step(sampling.step, done, sampling.rule_state)
+    def finish_sampling(self, sampling: RolloutDispatcher) -> SampledStep:
+        """Wait until every rollout of a step has ended and is scored; count its tokens."""
+        completed = sampling.finish()
+        reports = [done.report for done in completed]
+        closed = self._monitors.end_step(sampling.step, completed, sampling.rule_state)
         chunks = [c for report in reports for c in report.chunks]
-        scored: list[ScoredChunk] = self._pools.wait([c.scored for c in chunks], "scores")
+        scored: list[ScoredChunk] = self._actors.supervisor.wait([c.scored for c in chunks], "scores")
         return SampledStep(
             step=sampling.step,
             version=sampling.version,
@@ -105,25 +102,28 @@ class Trainer:
         must be sampled again.
         """
         kept = kept_rollouts(sampled.rollouts, sampled.specs)
-        learners = self._pools.learners
+        learners = self._actors.learners
         pending = []
-        for learner, share in zip(learners, assign_ranks(kept, len(learners)), strict=True):
+        shares = assign_ranks(kept, len(learners.replicas))
+        for rank, share in zip(learners.handles, shares, strict=True):
             ids = {k.rollout_id for k in share}
             needed = [c for c in sampled.chunks if not ids.isdisjoint(c.rollout_ids)]
-            pending.append(learner.collect.remote([c.chunk for c in needed], [c.teacher for c in needed], share))
-        self._pools.wait_learners(pending, "the batch to reach the learner")
+            pending.append(rank.collect.remote([c.chunk for c in needed], [c.teacher for c in needed], share))
+        learners.wait(pending, "the batch to reach the learner")
         return sum(k.weight for k in kept)
 
     def learn(self, weight: float) -> list[Any]:
         """Start one optimiser step on what was handed over; returns the ranks' pending reports."""
-        return [rank.learn.remote(weight, self._pools.version) for rank in self._pools.learners]
+        version = self._actors.samplers.version
+        return [rank.learn.remote(weight, version) for rank in self._actors.learners.handles]
 
     def batch_of(self, sampled: SampledStep) -> StepBatch | None:
         """Fetch all that the learner was given of a step; None if records were lost since."""
+        wait = self._actors.supervisor.wait
         try:
             return StepBatch(
-                chunks=self._pools.wait([c.chunk for c in sampled.chunks], "the batch"),
-                teacher=self._pools.wait([c.teacher for c in sampled.chunks], "the batch"),
+                chunks=wait([c.chunk for c in sampled.chunks], "the batch"),
+                teacher=wait([c.teacher for c in sampled.chunks], "the batch"),
                 scored=sampled.scored,
                 kept=kept_rollouts(sampled.rollouts, sampled.specs),
                 prompt_ids={s.rollout_id: s.prompt_id for s in sampled.specs},
@@ -136,12 +136,12 @@ class Trainer:
 
         No actor may be at work.
         """
-        refs = {name: actor.spans.remote() for name, actor in self._pools.named().items()}
+        refs = {name: actor.spans.remote() for name, actor in self._actors.by_name().items()}
         drained: dict[str, tuple[Span, ...]] = {}
         for name, ref in refs.items():
             try:
-                (drained[name],) = self._pools.wait([ref], "the timeline")
-            except LOST:
+                (drained[name],) = self._actors.supervisor.wait([ref], "the timeline")
+            except ACTOR_LOST:
                 continue
         return drained
 

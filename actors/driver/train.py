@@ -8,52 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from actors.cluster.placement import Placement, ray_session
-from actors.cluster.sampler_pool import Engines, ModelPaths, SamplerPool
-from actors.cluster.waiting import Preempted, StopRequest
-from actors.driver.run import Job, Prepared, checkpoints_of, make_evaluator
-from kat_ray.config import Config, DataConfig
+from actors.cluster.placement import Placement
+from actors.cluster.samplers import Engines, SamplerGroup
+from actors.cluster.session import ray_session
+from actors.cluster.signals import Preempted, StopRequest
+from actors.cluster.supervisor import Supervisor
+from actors.driver.preparation import Prepared, checkpoints_of, make_evaluator, prepare
+from actors.driver.training_run import TrainingRun
+from kat_ray.config import Config
 from kat_ray.config.load import config_yaml
 from kat_ray.config.rule_warnings import RunScale, warnings_of
-from kat_ray.data.prompts import PromptSet, load_prompts
 from kat_ray.errors import Stopped
-from kat_ray.models.inspect import check_models, resolve_model
 from kat_ray.observability.logs import name_driver
 from kat_ray.observability.progress import Progress
-from kat_ray.rewards.verifiers import EvalResult, check_golds
+from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.checkpoint import Loaded
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.resume import check_prompts, unfinished_run
-from kat_ray.termination import RunFacts, make_rule
 
 log = logging.getLogger("kat_ray.run")
-
-
-def prepare(config: Config) -> Prepared:
-    """Check models and data; `UserError` names what is wrong."""
-    facts = check_models(config)
-    # A rule that cannot be made says so now, not in the monitor.
-    make_rule(config.termination, RunFacts(config.run.seed, config.rollout.max_tokens))
-
-    def prompts(data: DataConfig, max_tokens: int, graded: bool) -> PromptSet:
-        return load_prompts(data, facts.tokenizer, facts.max_prompt_tokens(max_tokens), graded=graded)
-
-    train = prompts(config.data, config.rollout.max_tokens, False)
-    heldout = None
-    longest = train.longest + config.rollout.max_tokens
-    if config.evaluation.data is not None:
-        heldout = prompts(config.evaluation.data, config.eval_max_tokens, True)
-        check_golds(heldout.prompts, config.evaluation.verifier)
-        longest = max(longest, heldout.longest + config.eval_max_tokens)
-    paths = ModelPaths(
-        student_dir=resolve_model(config.student),
-        teacher_dir=resolve_model(config.teacher),
-        stop_ids=facts.stop_ids,
-        student_stop_ids=facts.student.stop_ids,
-        vocabulary=facts.student.vocabulary,
-        max_model_len=longest,
-    )
-    return Prepared(facts, train, heldout, paths)
 
 
 def train(config: Config, resume: Path | None = None, engines: Engines | None = None) -> Path:
@@ -84,9 +57,9 @@ def train(config: Config, resume: Path | None = None, engines: Engines | None = 
         log.info("run %s: %d prompts", run.path, len(prepared.train.prompts))
         progress.phase("starting Ray")
         with _placement(config, run.path.name, progress) as placement:
-            job = Job(config, prepared, placement, run, progress, stop, engines or Engines())
+            training = TrainingRun(config, prepared, placement, run, progress, stop, engines or Engines())
             try:
-                job.run_all(started, loaded)
+                training.run(started, loaded)
             except Preempted:
                 assert stop.signal is not None
                 words = f"stopped; go on with: kat-ray train --resume {run.path}"
@@ -114,8 +87,9 @@ def evaluate_model(config: Config, model_dir: str) -> EvalResult:
     with ray_session(config) as fixed_size:
         placement = Placement(config, fixed_size, config.run.name, only=["sampler"])
         try:
-            samplers = SamplerPool(config, prepared.paths, placement, StopRequest(config.run.grace_seconds))
-            samplers.use_samplers(config.student, prepared.paths.student_dir, "sampler")
+            supervisor = Supervisor(config.cluster, StopRequest(config.run.grace_seconds))
+            samplers = SamplerGroup(config, prepared.paths, supervisor, placement)
+            samplers.use_student()
             return evaluator.run(samplers)
         finally:
             placement.remove()

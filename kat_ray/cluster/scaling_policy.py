@@ -1,4 +1,4 @@
-"""When a pool of samplers or scorers should grow or shrink: arithmetic on measured stage times, no Ray.
+"""When samplers or scorers should become more or fewer: arithmetic on measured stage times, no Ray.
 
 Two stages make a step's rollouts at the same time, sampling and scoring, and the learner waits for the slower. A
 pool grows where the learner waits long and this stage is the busier; it shrinks where what would be left of it
@@ -25,6 +25,14 @@ class StageTimes:
     waiting: float
     busy: Mapping[str, float]
 
+    @classmethod
+    def of(cls, *, step: float, waited: float, sampling: float, busy: Mapping[str, float]) -> StageTimes:
+        """From seconds: of the step, that the learner waited, of the sampling, and that each role was at work."""
+        return cls(
+            waiting=min(1.0, waited / step),
+            busy={role: min(1.0, seconds / max(sampling, 1e-9)) for role, seconds in busy.items()},
+        )
+
 
 @dataclass(frozen=True)
 class Change:
@@ -35,7 +43,7 @@ class Change:
     reason: str
 
 
-class PoolPlanner:
+class ScalingPolicy:
     """Counts evidence, step by step."""
 
     def __init__(self, settings: PoolsConfig, bounds: Mapping[str, tuple[int, int]]) -> None:
@@ -44,11 +52,11 @@ class PoolPlanner:
         self._grow = dict.fromkeys(bounds, 0)  # steps in a row that spoke for it
         self._shrink = dict.fromkeys(bounds, 0)
 
-    def look(self, times: StageTimes, sizes: Mapping[str, int]) -> Change | None:
+    def observe(self, times: StageTimes, sizes: Mapping[str, int]) -> Change | None:
         """What one more step says; `sizes` count replicas that were asked for, too."""
         busiest = max(self._bounds, key=lambda role: times.busy[role])
         for role in self._bounds:
-            grows, shrinks = self._speaks(role, times, sizes[role], busiest)
+            grows, shrinks = self._evidence(role, times, sizes[role], busiest)
             self._grow[role] = self._grow[role] + 1 if grows else 0
             self._shrink[role] = self._shrink[role] + 1 if shrinks else 0
         change = self._due(times, sizes, busiest)
@@ -56,7 +64,7 @@ class PoolPlanner:
             self._grow, self._shrink = dict.fromkeys(self._bounds, 0), dict.fromkeys(self._bounds, 0)
         return change
 
-    def _speaks(self, role: str, times: StageTimes, size: int, busiest: str) -> tuple[bool, bool]:
+    def _evidence(self, role: str, times: StageTimes, size: int, busiest: str) -> tuple[bool, bool]:
         """Whether the step speaks for a larger pool, and for a smaller one."""
         s, (fewest, most) = self._settings, self._bounds[role]
         grows = (
@@ -90,21 +98,12 @@ class PoolPlanner:
         return Change(role, -1, reason)
 
 
-def stage_times(metrics: Mapping[str, float]) -> StageTimes:
-    """Stage times from a step's metrics (`kat_ray.observability.metric_catalog`)."""
-    sampling = max(metrics["time/sampling"], 1e-9)
-    return StageTimes(
-        waiting=min(1.0, metrics["time/sample"] / metrics["time/step"]),
-        busy={role: min(1.0, metrics[f"time/{role}_busy"] / sampling) for role in ("sampler", "scorer")},
-    )
-
-
 def size_metrics(sizes: Mapping[str, int]) -> dict[str, float]:
     """Replicas at work in the step to come."""
     return {f"pools/{role}_replicas": float(size) for role, size in sizes.items()}
 
 
-def pool_metrics(pending: Mapping[str, int], times: StageTimes, change: Change | None) -> dict[str, float]:
+def scaling_metrics(pending: Mapping[str, int], times: StageTimes, change: Change | None) -> dict[str, float]:
     """The decision of a step and what it was made from."""
     figures = {"pools/waiting_share": times.waiting}
     for role, count in pending.items():

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from actors.cluster.sampler_pool import Engines
+from actors.cluster.samplers import Engines
 from actors.driver import train as job
 from actors.testing.stub_engine import StubEngine
 from actors.testing.stub_teacher import stub_teacher

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.cluster.sampler_pool import Engines
+from actors.cluster.samplers import Engines
 from actors.driver import train as job
 from actors.testing.stub_engine import StubEngine, fast_stub_engine
 from actors.testing.stub_teacher import StubTeacher, stub_teacher

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from actors.cluster.object_store import store_usage
-from actors.cluster.sampler_pool import Engines
+from actors.cluster.samplers import Engines
 from actors.driver import train as job
 from actors.testing.stub_teacher import stub_teacher
 from tests.cluster.disturb import role_of

@@ -141,7 +141,7 @@ assert os.environ["RAY_AUTH_MODE"] == "token"
 with open("token", "w") as file:
     file.write(os.environ["RAY_AUTH_TOKEN"])
 import ray
-from actors.cluster.placement import ray_session
+from actors.cluster.session import ray_session
 
 with ray_session(config):
     context = ray.get_runtime_context()
@@ -233,7 +233,7 @@ def test_with_the_token_a_job_runs(cluster):
 
 
 def test_open_ports_demand_a_token(monkeypatch):
-    from actors.cluster.placement import _bound_to
+    from actors.cluster.session import _bound_to
     from kat_ray.errors import UserError
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")

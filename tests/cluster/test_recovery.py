@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from actors.cluster.sampler_pool import Engines
-from actors.driver import run as job_module
+from actors.cluster.samplers import Engines
 from actors.driver import train as job
+from actors.driver import training_run as job_module
 from actors.testing.stub_engine import STUB_RATE, small_stub_engine
 from actors.testing.stub_teacher import stub_teacher
 from kat_ray.data.prompts import PromptOrder, load_prompts

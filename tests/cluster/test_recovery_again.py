@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import ray
 
-from actors.cluster.pools import Pools
-from actors.cluster.sampler_pool import Engines
-from actors.cluster.waiting import StopRequest, Watch, remote_class
-from actors.driver import run as job_module
+from actors.cluster.actor_groups import ActorGroup
+from actors.cluster.replica import Replica, remote_class
+from actors.cluster.run_actors import RunActors
+from actors.cluster.samplers import Engines
+from actors.cluster.signals import StopRequest
+from actors.cluster.supervisor import Supervisor
 from actors.driver import train as job
+from actors.driver import training_run as job_module
+from actors.driver.history import RunHistory
 from actors.testing.stub_engine import StubEngine
 from actors.testing.stub_teacher import stub_teacher
 from kat_ray.cluster.heartbeat import Heartbeat
@@ -52,8 +56,8 @@ def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path
         newest_of("learner").kill()
 
     before(monkeypatch, job_module.StepRecorder, "record", lambda n: kill("step") if n == 3 else None)
-    before(monkeypatch, job_module.Job, "_restore", lambda n: kill("restore") if n == 0 else None)
-    before(monkeypatch, Pools, "publish", lambda n: kill("publish") if killed == ["step", "restore"] else None)
+    before(monkeypatch, RunHistory, "restore", lambda n: kill("restore") if n == 0 else None)
+    before(monkeypatch, RunActors, "publish", lambda n: kill("publish") if killed == ["step", "restore"] else None)
     path = job.train(config, engines=QUICK)
     assert killed == ["step", "restore", "publish"]
     check_books(config, path)
@@ -64,7 +68,7 @@ def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path
 
 def test_a_rank_that_dies_before_the_ranks_have_met(ray_local, files, tmp_path, monkeypatch):  # noqa: F811
     config = stub_config(files, tmp_path, steps=2, **SINGLE | {"learner": {"world_size": 2}})
-    before(monkeypatch, Pools, "join", lambda n: newest_of("learner").kill())
+    before(monkeypatch, RunActors, "wait_until_ready", lambda n: newest_of("learner").kill())
     path = job.train(config, engines=QUICK)
     check_books(config, path)
     assert "learner:0 was lost" in (path / "run.log").read_text()
@@ -82,23 +86,31 @@ class Fragile:
         return self._heartbeat.read()
 
 
+def group_of(actor, stop):
+    """A group of one sampler that is there already, and the sampler."""
+    supervisor = Supervisor(ClusterConfig(start_timeout=1e6, hang_timeout=1e6), stop)
+    group, replica = ActorGroup("sampler", supervisor, None, None), Replica("sampler", 0, actor, None)
+    group.replicas = (replica,)
+    return group, replica
+
+
 def test_an_actor_that_cannot_be_made_again_says_why_at_once(ray_local, tmp_path):
-    watch = Watch(ClusterConfig(start_timeout=1e6, hang_timeout=1e6), StopRequest(60))
     actor = remote_class(Fragile).options(max_restarts=-1, num_cpus=0).remote(str(tmp_path / "file"))
-    watch.pids["sampler:0"] = ray.get(actor.health.remote()).pid
-    assert watch.until_new("sampler:0", actor), "one that can be made comes back"
+    group, replica = group_of(actor, StopRequest(60))
+    group.supervisor.watch([replica])
+    assert group.revive(replica), "one that can be made comes back"
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"sampler:0 to come back: .*no room on the device"):
-        watch.until_new("sampler:0", actor)
+        group.revive(replica)
 
 
 def test_who_waits_for_an_actor_hears_that_the_run_is_to_end(ray_local):
     stop = StopRequest(0.0)
-    watch = Watch(ClusterConfig(start_timeout=1e6, hang_timeout=1e6), stop)
     actor = remote_class(Fragile).options(resources={"nowhere": 1}).remote("/nothing")
+    group, replica = group_of(actor, stop)
     stop._take(signal.SIGTERM, None)
     with pytest.raises(UserError, match=r"told to end, and 0 s later \(run.grace_seconds\)"):
-        watch.until_new("sampler:0", actor)
+        group.revive(replica)
     ray.kill(actor)
 
 

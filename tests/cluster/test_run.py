@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from actors.cluster.sampler_pool import Engines
-from actors.cluster.waiting import started
+from actors.cluster.samplers import Engines
+from actors.cluster.waiting import Limit, wait_for_start
 from actors.driver import train as job
 from actors.testing.stub_engine import fast_stub_engine
 from actors.testing.stub_teacher import stub_teacher
@@ -326,5 +326,5 @@ def test_a_deadline_names_what_was_waited_for(ray_local):
 
     ref = sleep.remote()
     with pytest.raises(UserError, match=r"waited 0.2 s for a nap"):
-        started([lambda: ref], 0.2, "a nap")
+        wait_for_start([lambda: ref], "a nap", Limit(0.2, "a limit"))
     ray.cancel(ref, force=True)

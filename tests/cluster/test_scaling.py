@@ -3,10 +3,9 @@
 import pytest
 import ray
 
-from actors.bench.fleet import Fleet, FleetPools, Setting, bench_config
+from actors.bench.fleet import Fleet, Setting, bench_config, fleet_actors
 from actors.bench.scaling import costs_of, flood, report
-from actors.cluster.pools import connect
-from actors.driver.steps import Trainer
+from actors.driver.steps import Steps
 from kat_ray.data.prompts import PromptOrder
 
 
@@ -20,11 +19,15 @@ def fleet(ray_local):
 
 def outcomes_of(fleet, samplers, scorers, shards, steps=3):
     """What every rollout of a few steps came to."""
-    monitors = fleet.monitors[shards]
-    connect(fleet.samplers[:samplers], fleet.scorers[:scorers], monitors, 60.0)
-    pools = FleetPools(bench_config(40), fleet.samplers[:samplers], fleet.scorers[:scorers], monitors)
-    trainer = Trainer(bench_config(40), pools, PromptOrder(fleet._prompts, 0, shuffle=False))
-    sampled = [trainer.sample(step) for step in range(steps)]
+    used = {
+        "sampler": fleet.samplers[:samplers],
+        "scorer": fleet.scorers[:scorers],
+        "monitor": fleet.monitors[shards],
+    }
+    actors = fleet_actors(bench_config(40), used)
+    actors.wire()
+    verbs = Steps(bench_config(40), actors, PromptOrder(fleet._prompts, 0, shuffle=False))
+    sampled = [verbs.sample(step) for step in range(steps)]
     for s in sampled:
         for counts in (r.counts for r in s.rollouts):
             assert counts.generated == counts.kept + counts.cut_back + counts.overshoot

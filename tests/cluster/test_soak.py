@@ -7,7 +7,7 @@ import psutil
 import pytest
 import ray
 
-from actors.cluster.sampler_pool import Engines
+from actors.cluster.samplers import Engines
 from actors.driver import train as job
 from actors.testing.stub_engine import fast_stub_engine
 from actors.testing.stub_teacher import stub_teacher

@@ -7,9 +7,9 @@ import pytest
 import ray
 
 from actors.cluster import object_store
-from actors.cluster.sampler_pool import Engines
-from actors.driver import run as job_module
+from actors.cluster.samplers import Engines
 from actors.driver import train as job
+from actors.driver import training_run as job_module
 from actors.testing.stub_engine import fast_stub_engine
 from actors.testing.stub_teacher import stub_teacher
 from tests.cluster.test_recovery import check_books, stub_config

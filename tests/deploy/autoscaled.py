@@ -49,7 +49,8 @@ class Node:
 
 def actors(placement: Placement, role: str) -> list[Any]:
     """One in each place of a role, with its options."""
-    options = [placement.options(role, i) for i in range(REPLICAS[role])]
+    options = [placement.options(role, i, place) for i, place in enumerate(placement.places(role))]
+    assert len(options) == REPLICAS[role]
     return [ray.remote(Node).options(**o, max_task_retries=-1).remote() for o in options]
 
 

@@ -46,12 +46,12 @@ def test_a_role_grows_alone_and_as_far_as_it_may(cluster, placed):
     samplers = actors(placement, "sampler")
     before = where(samplers)
     assert len({node for node, _ in before}) == 2
-    _, more = placement.ask("sampler")  # as a pool does that grows
+    _, more = placement.request("sampler")  # as a pool does that grows
     cluster.looked_again()
     assert ray.wait([more], timeout=0) == ([], [more])
     assert where(samplers) == before
     cluster.settled(sampler=2)
-    placement.forget(placement.detach("sampler", 0))  # as one that shrinks
+    placement.release(placement.places("sampler")[0])  # as one that shrinks
     cluster.until(lambda: ray.wait([more], timeout=0)[0], "the third has the place of the first")
 
 
@@ -94,8 +94,8 @@ def test_idle_nodes_are_given_back(cluster, placed):
     cluster.settled(sampler=2, scorer=1)
     cluster.until(lambda: len(cluster.pods("sampler")) == 2, "no pod is on its way out")
     idle, before = set(cluster.pods("sampler")), cluster.deleted()
-    for _ in range(2):
-        placement.forget(placement.detach("sampler", 0))
+    for place in placement.places("sampler"):
+        placement.release(place)
     cluster.settled(scorer=1)
     given_back = cluster.deleted() - before
     assert idle <= given_back and not given_back & {*cluster.pods("scorer")}

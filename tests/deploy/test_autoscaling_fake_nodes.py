@@ -20,7 +20,7 @@ def test_fake_nodes_come_and_go_with_the_work(tmp_path):
         (scorer,) = actors(scoring, "scorer")
         first = where([scorer])
 
-        _, more = placement.ask("sampler")
+        _, more = placement.request("sampler")
         lost = lose_node(scorer)
         cluster.until(lambda: lost not in {n["NodeID"] for n in workers()}, "the node is lost")
         cluster.settled(sampler=2, scorer=1)

@@ -14,7 +14,7 @@ import helm_python as helm
 import pytest
 import ray
 
-from actors.cluster.sampler_pool import Engines
+from actors.cluster.samplers import Engines
 from actors.driver import train as job
 from actors.testing.stub_teacher import stub_teacher
 from kat_ray.cluster.roles import ROLE_LABEL

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from actors.cluster.sampler_pool import Engines
+from actors.cluster.samplers import Engines
 from actors.driver.train import train
 from actors.testing.stub_engine import fast_stub_engine
 from actors.testing.stub_teacher import stub_teacher

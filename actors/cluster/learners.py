@@ -1,0 +1,58 @@
+"""The learner's ranks: one group that starts, waits and is lost as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ray.exceptions import ObjectLostError
+
+from actors.cluster.actor_groups import ActorGroup
+from actors.cluster.waiting import ACTOR_LOST, LearnersLost, last_line
+
+
+class LearnerGroup(ActorGroup):
+    """Ranks that meet at the first one's address. What one of them loses all of them have lost."""
+
+    def begin_start(self) -> list[Any]:
+        """Have the ranks meet and load the student; pending answers."""
+        calls = [self.replicas[0].handle.address.remote]
+        ((host, port),) = self.supervisor.wait_for_start(calls, "learner 0 to start")
+        return [rank.start.remote(host, port) for rank in self.handles]
+
+    def wait(
+        self, refs: Sequence[Any], what: str, interruptible: bool = False, limit: str = "step_timeout"
+    ) -> list[Any]:
+        """Results of ranks, within `cluster.<limit>`; `LearnersLost` if one of them died.
+
+        A lost record is no lost learner, and passes through.
+        """
+        try:
+            return self.supervisor.wait(refs, what, limit, interruptible)
+        except ObjectLostError:
+            raise
+        except ACTOR_LOST as error:
+            raise LearnersLost(last_line(error)) from error
+
+    def on_all(self, request: Callable[[Any], Any], what: str) -> list[Any]:
+        """`request(rank)` on all ranks at once."""
+        return self.wait([request(rank) for rank in self.handles], what)
+
+    def restart(self, error: LearnersLost) -> None:
+        """End all ranks, and have a new group meet; it holds the student as it was given."""
+        lost: LearnersLost | None = error
+        while lost is not None:
+            self.supervisor.lost(self.replicas[0], lost)
+            for replica in self.replicas:
+                self.revive(replica)
+            try:
+                self.wait(self.begin_start(), "the learner to start again", limit="start_timeout")
+                lost = None
+            except LearnersLost as again:
+                lost = again
+
+    def weights(self, version: int) -> Any:
+        """Reference to the weights under this version, once the first rank has put them into the object store."""
+        pairs = [rank.weights.options(num_returns=2).remote(version) for rank in self.handles]
+        self.wait([done for _, done in pairs], "the learner's weights")
+        return pairs[0][0]

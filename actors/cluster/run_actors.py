@@ -1,0 +1,163 @@
+"""The actors of a run: four groups, and what they know of one another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError
+
+from actors.cluster.actor_groups import ActorGroup
+from actors.cluster.learners import LearnerGroup
+from actors.cluster.placement import Placement
+from actors.cluster.replica import Replica, remote_class
+from actors.cluster.samplers import Engines, ModelPaths, SamplerGroup
+from actors.cluster.signals import StopRequest
+from actors.cluster.supervisor import Supervisor
+from actors.cluster.waiting import LearnersLost
+from actors.monitor.trap_monitor import TrapMonitor
+from actors.teacher.scorer import TeacherScorer
+from kat_ray.config import Config
+from kat_ray.termination import RunFacts
+from kat_ray.types.records import GenerateRequest
+
+
+def shard_of(sampler: int, shards: int) -> int:
+    """The monitor that all rollouts of the `sampler`-th sampler belong to."""
+    return sampler % shards
+
+
+@dataclass
+class RunActors:
+    """Samplers send chunks to scorers and scores to their monitor; learners hand weights to samplers."""
+
+    supervisor: Supervisor
+    samplers: SamplerGroup
+    scorers: ActorGroup
+    monitors: ActorGroup
+    learners: LearnerGroup
+
+    def __post_init__(self) -> None:
+        self._loading: list[Any] = []  # learners that begin
+
+    @classmethod
+    def make(
+        cls, config: Config, paths: ModelPaths, placement: Placement, stop: StopRequest, engines: Engines
+    ) -> RunActors:
+        """Start the actors but for the samplers, which `samplers.use_student` starts."""
+        supervisor = Supervisor(config.cluster, stop)
+        facts = RunFacts(config.run.seed, config.rollout.max_tokens)
+
+        def scorer(name: str, options: dict[str, Any]) -> Any:
+            actor = remote_class(TeacherScorer).options(**options)
+            return actor.remote(
+                name, config, paths.teacher_dir, paths.stop_ids, paths.max_model_len, engines.scorer
+            )
+
+        def monitor(name: str, options: dict[str, Any]) -> Any:
+            return remote_class(TrapMonitor).options(**options).remote(config.termination, facts)
+
+        def learner(name: str, options: dict[str, Any]) -> Any:
+            rank = int(name.partition(":")[2])
+            actor = remote_class(engines.learner).options(**options)
+            return actor.remote(rank, config.learner.world_size, config, paths.student_dir, paths.stop_ids)
+
+        actors = cls(
+            supervisor,
+            SamplerGroup(config, paths, supervisor, placement, engines.sampler),
+            ActorGroup("scorer", supervisor, placement, scorer, config.scorer.bounds[0]),
+            ActorGroup("monitor", supervisor, placement, monitor),
+            LearnerGroup("learner", supervisor, placement, learner),
+        )
+        for group in (actors.monitors, actors.learners, actors.scorers):
+            group.start()
+        return actors
+
+    @property
+    def groups(self) -> tuple[ActorGroup, ...]:
+        """All four."""
+        return self.samplers, self.scorers, self.monitors, self.learners
+
+    def by_name(self) -> dict[str, Any]:
+        """All actors, as `sampler:0`."""
+        return {replica.name: replica.handle for group in self.groups for replica in group.replicas}
+
+    # --- before the first step --------------------------------------------------------------------------------
+
+    def begin_loading(self) -> None:
+        """Begin to load the models of scorers and learners."""
+        self.supervisor.watch(self.learners.replicas)
+        self._loading = self.learners.begin_start()
+        for scorer in self.scorers.handles:
+            scorer.ready.remote()
+
+    def wait_until_ready(self) -> None:
+        """Wait until every model is loaded, and wire samplers, scorers and monitors."""
+        ready = [scorer.ready.remote for scorer in self.scorers.handles]
+        self.supervisor.wait_for_start(ready, "scorers to load", interruptible=True)
+        try:
+            self.learners.wait(self._loading, "the learner to start", interruptible=True, limit="start_timeout")
+        except LearnersLost as error:
+            self.restart_learners(error)
+        self.wire()
+        self.supervisor.watch(replica for group in self.groups for replica in group.replicas)
+
+    def wire(self) -> None:
+        """Tell every sampler of its scorers and its monitor."""
+        self.samplers.wiring = self._wire_one
+        calls = [partial(self._wire_one, replica) for replica in self.samplers.replicas]
+        self.supervisor.wait_for_start(calls, "samplers to be connected")
+
+    def _wire_one(self, replica: Replica) -> Any:
+        index = self.samplers.replicas.index(replica)
+        return wire_sampler(
+            replica.handle, index, len(self.samplers.replicas), self.scorers.handles, self.monitors.handles
+        )
+
+    # --- weights ----------------------------------------------------------------------------------------------
+
+    def publish(self, version: int) -> None:
+        """Give every sampler the learner's weights under this version."""
+        weights = self.learners.weights(version)
+        try:
+            self.samplers.load_weights(version, weights)
+        except ObjectLostError as error:
+            raise LearnersLost("the weights were lost with the node that held them") from error
+
+    # --- when something is lost -------------------------------------------------------------------------------
+
+    def abandon(self, request: GenerateRequest) -> None:
+        """Have the scorers forget a request whose sampler was lost, before its rollouts are given out again."""
+        ids = [spec.rollout_id for spec in request.specs]
+        left = [scorer.abandon.remote(request.attempt, ids) for scorer in self.scorers.handles]
+        limit = self.supervisor.limits.hang_timeout  # a scorer that is lost has forgotten it too
+        slices = max(1, round(limit))
+        for _ in range(slices):
+            _, left = ray.wait(left, num_returns=len(left), timeout=limit / slices)
+            if not left:
+                return
+            self.supervisor.check(interruptible=True)
+
+    def abandon_sampling(self) -> None:
+        """End whatever the samplers are at, by ending them; they come back with the current weights."""
+        for handle in self.samplers.handles:
+            ray.kill(handle, no_restart=False)
+        for replica in self.samplers.replicas:
+            if not self.samplers.revive(replica):
+                self.samplers.drop([replica])
+
+    def restart_learners(self, error: LearnersLost) -> None:
+        """A new group of ranks, which holds the student as it was given.
+
+        The weights last published may be gone with the old one: who comes back is given none until the next are.
+        """
+        self.samplers.forget_weights()
+        self.learners.restart(error)
+
+
+def wire_sampler(sampler: Any, index: int, samplers: int, scorers: Sequence[Any], monitors: Sequence[Any]) -> Any:
+    """Tell the `index`-th of `samplers` whom its chunks go to; reference of its answer."""
+    return sampler.connect.remote(scorers, monitors[shard_of(index, len(monitors))], index, samplers)

@@ -1,0 +1,110 @@
+"""The samplers' places, taken by one set of engines at a time: the teacher's, to evaluate it, or the student's."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from actors.cluster.actor_groups import ActorGroup
+from actors.cluster.placement import Placement
+from actors.cluster.replica import Replica, remote_class
+from actors.cluster.supervisor import Supervisor
+from actors.learner.learner import Learner
+from actors.sampler.student_sampler import EngineMaker, StudentSampler, vllm_engine
+from actors.teacher.scorer import TeacherMaker, make_teacher
+from kat_ray.config import Config, ModelConfig
+
+
+@dataclass(frozen=True)
+class ModelPaths:
+    """What the actors need to know of the two models, resolved once by the driver."""
+
+    student_dir: str
+    teacher_dir: str
+    stop_ids: tuple[int, ...]  # of both models: the stop event of the KL
+    student_stop_ids: tuple[int, ...]  # those that end a student's rollout
+    vocabulary: int  # the student's
+    max_model_len: int  # longest prompt and answer together
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What makes the engines of samplers and scorers, and the learner's class.
+
+    Others than the real ones are for tests and benchmarks.
+    """
+
+    sampler: EngineMaker = vllm_engine
+    scorer: TeacherMaker = make_teacher
+    learner: type = Learner
+
+
+class SamplerGroup(ActorGroup):
+    """Samplers, and the weights that they hold. Evaluation needs no other actors."""
+
+    def __init__(
+        self,
+        config: Config,
+        paths: ModelPaths,
+        supervisor: Supervisor,
+        placement: Placement,
+        make_engine: EngineMaker = vllm_engine,
+    ) -> None:
+        super().__init__("sampler", supervisor, placement, self._make_sampler, config.sampler.bounds[0])
+        self._config, self._paths, self._make_engine = config, paths, make_engine
+        self._model, self._model_dir = config.student, ""  # `_use` says which
+        self.version = 0
+        self.weights: Any = None  # reference to those of this version; None: as the model was given
+        self.wiring: Callable[[Replica], Any] | None = None  # tells a sampler of its scorers and its monitor
+
+    def use_student(self) -> None:
+        """Put engines of the student in the samplers' places; those that held them end."""
+        self._use(self._config.student, self._paths.student_dir, "")
+
+    def use_teacher(self) -> None:
+        """Put engines of the teacher in the samplers' places, until `use_student`."""
+        self._use(self._config.teacher, self._paths.teacher_dir, "teacher-sampler")
+
+    def _use(self, model: ModelConfig, model_dir: str, label: str) -> None:
+        for replica in self.replicas:
+            self._remove(replica)
+            ray.kill(replica.handle)
+        self._model, self._model_dir, self._label = model, model_dir, label
+        self.forget_weights()
+        self._numbers = itertools.count()  # none of the old ones is left
+        self.start()
+        ready = [handle.ready.remote for handle in self.handles]
+        self.supervisor.wait_for_start(ready, "samplers to load", interruptible=True)
+        self.supervisor.watch(self.replicas)
+
+    def forget_weights(self) -> None:
+        """Samplers that come back get none until the next are published."""
+        self.version, self.weights = 0, None
+
+    def briefing(self, replica: Replica) -> list[Any]:
+        """Tell a new process whom it works with, and hand it the current weights."""
+        told = [] if self.wiring is None else [self.wiring(replica)]
+        if self.weights is not None:
+            told.append(replica.handle.load_weights.remote(self.weights))
+        return told
+
+    def load_weights(self, version: int, weights: Any) -> None:
+        """Have every sampler hold these weights. No sampler may be at work."""
+        self.version, self.weights = version, weights
+        loaded = self.call(lambda _, s: s.load_weights.remote(weights), "weights to be published")
+        assert all(v == version for v in loaded), f"samplers hold versions {loaded}, published was {version}"
+
+    def _make_sampler(self, name: str, options: Mapping[str, Any]) -> Any:
+        return (
+            remote_class(StudentSampler)
+            .options(**options)
+            .remote(
+                name, self._config, self._model, self._model_dir, stop_ids=self._paths.student_stop_ids,
+                vocabulary=self._paths.vocabulary, max_model_len=self._paths.max_model_len,
+                make_engine=self._make_engine,
+            )
+        )  # fmt: skip

@@ -1,0 +1,62 @@
+"""When a run is evaluated, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from kat_ray.rewards.verifiers import EvalResult
+
+
+class EvaluationSchedule:
+    """Before training, every so many steps, and after the last one."""
+
+    def __init__(
+        self,
+        evaluate: Callable[[], EvalResult] | None,
+        *,
+        every: int,
+        steps: int,
+        phase: Callable[[str], object],
+        note: Callable[[str], object],
+        on_result: Callable[[int, EvalResult], object],
+    ) -> None:
+        """`evaluate` scores what the samplers hold; None: there is nothing to evaluate on.
+
+        `phase` and `note` show what is done and what came out; `on_result(step, result)` records it.
+        """
+        self._evaluate, self._every, self._steps = evaluate, every, steps
+        self._phase, self._note, self._on_result = phase, note, on_result
+        self.results: dict[str, EvalResult] = {}  # "before", "after" and "teacher"
+        self.evaluated: int | None = None  # steps done at the last one
+
+    def teacher(self, evaluate: Callable[[], EvalResult]) -> None:
+        """The teacher's own score: a wrong template or grader shows there."""
+        self._phase("evaluating the teacher")
+        result = self.results["teacher"] = evaluate()
+        self._note(f"evaluation of the teacher: avg@{result.k} {result.avg_at_k:.1%}")
+
+    def run_if_due(self, done: int) -> None:
+        """Evaluate the student after `done` steps, where that is due and was not done."""
+        last = done == self._steps
+        due = done == 0 or last or bool(self._every and done % self._every == 0)
+        if self._evaluate is None or not due or self.evaluated == done:
+            return
+        when = "after training" if last else f"after step {done}" if done else "before training"
+        self._phase(f"evaluating {when}")
+        result = self.results["after"] = self._evaluate()
+        if done == 0:
+            self.results["before"] = result
+        self.evaluated = done
+        self._on_result(done, result)
+        self._note(
+            f"evaluation {when}: avg@{result.k} {result.avg_at_k:.1%}, pass@{result.k} {result.pass_at_k:.1%}, "
+            f"mean length {result.mean_length:.0f}"
+        )
+
+    def metric(self, done: int) -> float | None:
+        """What the best checkpoint is chosen by; None where these weights were not evaluated."""
+        return self.results["after"].avg_at_k if self.evaluated == done and "after" in self.results else None
+
+    def go_back(self, results: Mapping[str, EvalResult], evaluated: int | None) -> None:
+        """The run goes on from a checkpoint that had these."""
+        self.results, self.evaluated = dict(results), evaluated

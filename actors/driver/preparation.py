@@ -1,0 +1,70 @@
+"""What a run reads and checks before it starts anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.cluster.samplers import ModelPaths
+from actors.driver.evaluator import Evaluator
+from kat_ray.config import Config, DataConfig, RunConfig
+from kat_ray.data.prompts import PromptSet, load_prompts
+from kat_ray.models.inspect import ModelFacts, check_models, resolve_model
+from kat_ray.rewards.verifiers import check_golds
+from kat_ray.run.checkpoint import Checkpoints
+from kat_ray.termination import RunFacts, make_rule
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run reads before it starts anything."""
+
+    facts: ModelFacts
+    train: PromptSet
+    heldout: PromptSet | None
+    paths: ModelPaths
+
+    def prompt_sets(self) -> dict[str, PromptSet]:
+        """What the run reads prompts from, by the section of the configuration that names it."""
+        sets = {"data": self.train, "evaluation.data": self.heldout}
+        return {section: prompts for section, prompts in sets.items() if prompts is not None}
+
+
+def checkpoints_of(run: Path, config: RunConfig) -> Checkpoints:
+    """The checkpoints in a run's directory."""
+    return Checkpoints(run / "checkpoints", config.keep_checkpoints, config.keep_best)
+
+
+def make_evaluator(config: Config, prepared: Prepared) -> Evaluator | None:
+    """What evaluates on the held-out problems, if there are any."""
+    if prepared.heldout is None:
+        return None
+    paths = prepared.paths
+    return Evaluator(config, prepared.heldout.prompts, prepared.facts.tokenizer, paths.student_stop_ids)
+
+
+def prepare(config: Config) -> Prepared:
+    """Check models and data; `UserError` names what is wrong."""
+    facts = check_models(config)
+    # A rule that cannot be made says so now, not in the monitor.
+    make_rule(config.termination, RunFacts(config.run.seed, config.rollout.max_tokens))
+
+    def prompts(data: DataConfig, max_tokens: int, graded: bool) -> PromptSet:
+        return load_prompts(data, facts.tokenizer, facts.max_prompt_tokens(max_tokens), graded=graded)
+
+    train = prompts(config.data, config.rollout.max_tokens, False)
+    heldout = None
+    longest = train.longest + config.rollout.max_tokens
+    if config.evaluation.data is not None:
+        heldout = prompts(config.evaluation.data, config.eval_max_tokens, True)
+        check_golds(heldout.prompts, config.evaluation.verifier)
+        longest = max(longest, heldout.longest + config.eval_max_tokens)
+    paths = ModelPaths(
+        student_dir=resolve_model(config.student),
+        teacher_dir=resolve_model(config.teacher),
+        stop_ids=facts.stop_ids,
+        student_stop_ids=facts.student.stop_ids,
+        vocabulary=facts.student.vocabulary,
+        max_model_len=longest,
+    )
+    return Prepared(facts, train, heldout, paths)

@@ -1,0 +1,254 @@
+"""The steps of one run: who waits for whom.
+
+    samplers                scorers, monitors        driver                      learner
+    rollouts of step k  ->  scores, decisions   ->   wait for all of them
+                                                     hand over k            ->   collect
+    rollouts of k + 1                                record k                    learn k
+    (staleness 1 only)                               wait for k             <-   report
+                                                     wait for k + 1
+    load weights        <-                           publish k + 1          <-   weights
+                                                     resize, guard, log; checkpoint and evaluation where due
+
+After each step everything that the next one depends on is in two places: with the learner, and in `RunState`. A
+checkpoint is both. A step's rollouts can be sampled again at any time, since the order of prompts, seeds and probes
+are functions of the step; a step that the learner did not finish never happened.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from functools import partial
+
+from ray.exceptions import ObjectLostError
+
+from actors.cluster.object_store import StoreWatch
+from actors.cluster.placement import Placement
+from actors.cluster.resizing import Resizing
+from actors.cluster.run_actors import RunActors
+from actors.cluster.samplers import Engines
+from actors.cluster.signals import Preempted, StopRequest
+from actors.cluster.waiting import LearnersLost
+from actors.driver.dispatcher import RolloutDispatcher
+from actors.driver.evaluation import EvaluationSchedule
+from actors.driver.history import RunHistory
+from actors.driver.prefetch import Prefetch
+from actors.driver.preparation import Prepared, make_evaluator
+from actors.driver.ray_metrics import RayMetrics
+from actors.driver.recorder import StepRecorder
+from actors.driver.steps import SampledStep, Steps
+from kat_ray.cluster.scaling_policy import StageTimes
+from kat_ray.config import Config
+from kat_ray.data.prompts import PromptOrder
+from kat_ray.observability.progress import Progress, StepLine
+from kat_ray.observability.timeline import ChromeTrace, Timeline
+from kat_ray.rewards.verifiers import EvalResult
+from kat_ray.run.checkpoint import Loaded
+from kat_ray.run.directory import RunDirectory
+from kat_ray.run.step_result import StepResult, StepTimes
+from kat_ray.run.summary import run_summary
+
+
+class TrainingRun:
+    """One run, from loading the models to the summary."""
+
+    def __init__(
+        self,
+        config: Config,
+        prepared: Prepared,
+        placement: Placement,
+        run: RunDirectory,
+        progress: Progress,
+        stop: StopRequest,
+        engines: Engines,
+    ) -> None:
+        self._config, self._prepared = config, prepared
+        self._run, self._progress, self._stop = run, progress, stop
+        self._actors = RunActors.make(config, prepared.paths, placement, stop, engines)
+        order = PromptOrder(prepared.train.prompts, config.run.seed, config.data.shuffle)
+        self._steps = Steps(config, self._actors, order)
+        self._prefetch: Prefetch[RolloutDispatcher, SampledStep] = Prefetch(
+            self._steps.start_sampling, self._steps.finish_sampling, self._records_lost
+        )
+        self._recorder = StepRecorder(config, run, prepared.train, prepared.facts)
+        self._resizing = Resizing(config, self._actors, placement, progress.note)
+        self._store = StoreWatch(config.cluster.store_share, progress.note, config.rollout.staleness)
+        self._gauges = RayMetrics(run.path.name, config.run.steps)
+        self._evaluator = make_evaluator(config, prepared)
+        self._evaluation = EvaluationSchedule(
+            self._evaluate if self._evaluator else None, every=config.evaluation.every, steps=config.run.steps,
+            phase=progress.phase, note=progress.note, on_result=self._log_evaluation,
+        )  # fmt: skip
+        self._history = RunHistory(config, prepared, run, progress, self._actors, self._steps, self._evaluation)
+        self._history.writer.on_commit = self._gauges.checkpoint
+        self._timeline = Timeline()
+        self._trace = ChromeTrace(run.path / "timeline.json") if config.run.profile else None
+        self._furthest = 0  # step that this driver completed
+        self._counted_restarts = 0  # in the metrics of a step
+
+    # --- the run on one page ----------------------------------------------------------------------------------
+
+    def run(self, started: float, loaded: Loaded | None) -> None:
+        """Load, evaluate, train, evaluate, save, summarise; from a checkpoint where there is one."""
+        with self._stop.listening():
+            try:
+                self._load(started, loaded)
+                self._train(loaded)
+            except Preempted:
+                self._history.save_and_leave()
+                raise
+        self._summarise()
+
+    def _load(self, started: float, loaded: Loaded | None) -> None:
+        self._progress.phase("loading models")
+        self._store.start()
+        self._actors.begin_loading()
+        self._history.begin(started, loaded)
+        if self._evaluator and self._config.evaluation.teacher and "teacher" not in self._evaluation.results:
+            self._actors.samplers.use_teacher()
+            self._evaluation.teacher(self._evaluate)
+        self._actors.samplers.use_student()
+        self._actors.wait_until_ready()
+
+    def _train(self, loaded: Loaded | None) -> None:
+        history, lost = self._history, None
+        while True:
+            try:
+                if lost is not None:
+                    self._roll_back(lost)
+                elif loaded is not None:
+                    history.restore(loaded)
+                lost = loaded = None
+                self._evaluation.run_if_due(history.done)
+                history.save_if_due()
+                if history.done == self._config.run.steps:
+                    return history.writer.finish()
+                self._stop.check()
+                self._step(history.done)
+            except LearnersLost as error:  # while it goes back, too
+                lost = error
+
+    def _roll_back(self, error: LearnersLost) -> None:
+        """A learner died: start a new group, and go back to what is saved."""
+        self._progress.note(f"the learner was lost after step {self._history.done} ({error}): starting it again")
+        self._history.writer.forget_pending()
+        self._actors.restart_learners(error)
+        if self._prefetch.cancel():
+            self._actors.abandon_sampling()
+        self._history.roll_back()
+
+    def _step(self, step: int) -> None:
+        started = time.monotonic()
+        self._progress.training()
+        with self._timeline.span("sample"):
+            sampled, weight = self._rollouts(step)
+        sampled_at = time.monotonic()
+        pending = self._steps.learn(weight)
+        store = self._store.sample()
+        if self._config.rollout.staleness and step + 1 < self._config.run.steps and self._store.has_room:
+            self._prefetch.start(step + 1, sampled.ended_with)
+        with self._timeline.span("record"):
+            recorded = self._recorder.record(step, sampled, self._history.totals)  # while the learner works
+        with self._timeline.span("learn"):
+            report, *_ = self._actors.learners.wait(pending, "the learner")
+        learnt_at = time.monotonic()
+        with self._timeline.span("sample ahead"):
+            goes_on = self._prefetch.wait()
+        ready_at = time.monotonic()
+        if goes_on:
+            with self._timeline.span("publish"):
+                self._actors.publish(step + 1)
+        ended = time.monotonic()
+        times = StepTimes.of(
+            sampled.reports, sampled.scored, sampled.monitor_seconds, step=ended - started,
+            sample=sampled_at - started + ready_at - learnt_at, learn=learnt_at - sampled_at,
+            publish=ended - ready_at,
+        )  # fmt: skip
+        result = StepResult(
+            done=step + 1, learner=report, times=times, staleness=report.policy_version - sampled.version,
+            restarts=self._uncounted_restarts() + sum(r.recovered for r in sampled.reports), recorded=recorded,
+            store=store,
+        )  # fmt: skip
+        self._finish_step(result, sampled, goes_on)
+        if not goes_on:
+            raise Preempted
+
+    def _rollouts(self, step: int) -> tuple[SampledStep, float]:
+        """The step's rollouts, handed over to the learner, and their weight; sampled again if records were lost."""
+        while True:
+            try:
+                sampled = self._prefetch.get(step, self._history.rule_state)
+                return sampled, self._steps.hand_over(sampled)
+            except ObjectLostError as error:
+                self._records_lost(step, error)
+                self._prefetch.cancel()
+
+    def _finish_step(self, result: StepResult, sampled: SampledStep, goes_on: bool) -> None:
+        """Judge, resize, log. The step is done from here on; it may be the last."""
+        history = self._history
+        history.totals.add_trained(0 if result.learner.skipped else result.learner.tokens)
+        metrics = result.to_metrics() | history.guards.look(result.done, result.to_metrics())
+        if goes_on:
+            metrics |= self._resizing.between_steps(_stage_times(result.times))
+        history.writer.finish()
+        metrics["time/checkpoint"] = history.writer.take_stall_seconds()
+        self._run.log_metrics(result.done, metrics)
+        self._gauges.step(result.done, metrics)
+        if self._trace is not None:
+            self._trace.add({"driver": self._timeline.drain(), **self._steps.spans()}, result.done)
+        history.step_done(result.done, sampled.ended_with)
+        if result.done > self._furthest:
+            self._furthest = result.done
+            self._actors.supervisor.step_done()
+        self._progress.step(
+            StepLine(
+                step=result.done,
+                kl=result.kl_mean,
+                generated_tokens=int(metrics["rollout/generated_tokens"]),
+                trapped_share=metrics["rollout/trapped_share"],
+                threshold=sampled.step_start.threshold,
+                tokens_per_second=metrics["throughput/tokens_per_second"],
+            )
+        )
+        history.guards.end_if_due(partial(self._steps.batch_of, sampled), history.save)
+
+    def _records_lost(self, step: int, error: BaseException) -> None:
+        self._actors.supervisor.count_loss(f"record:{step}", error)
+
+    def _uncounted_restarts(self) -> int:
+        """Actors lost since the last call; also between steps and in a step that is taken again."""
+        total = self._actors.supervisor.restarts
+        new, self._counted_restarts = total - self._counted_restarts, total
+        return new
+
+    # --- evaluation -------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> EvalResult:
+        assert self._evaluator is not None
+        return self._evaluator.run(self._actors.samplers)
+
+    def _log_evaluation(self, done: int, result: EvalResult) -> None:
+        figures = asdict(result)
+        self._run.log_evaluation(done, figures)
+        values = {f"eval/{name}": figures[name] for name in ("avg_at_k", "pass_at_k", "mean_length")}
+        self._run.log_metrics(done, values)
+        self._gauges.evaluation(values)
+
+    def _summarise(self) -> None:
+        facts = self._prepared.facts
+        parameters = {"student": facts.student.parameters, "teacher": facts.teacher.parameters}
+        results = self._evaluation.results
+        evaluations = {f"eval_{name}": results.get(name) for name in ("before", "after", "teacher")}
+        summary = run_summary(self._config, self._history.totals, evaluations, parameters, self._history.seconds())
+        self._run.write_summary(summary)
+        newest = self._history.writer.newest or self._run.path / "checkpoints"
+        self._progress.finish(summary, self._run.paths(newest))
+
+
+def _stage_times(times: StepTimes) -> StageTimes:
+    return StageTimes.of(
+        step=times.step,
+        waited=times.sample,
+        sampling=times.sampling,
+        busy={"sampler": times.sampler.busy, "scorer": times.scorer.busy},
+    )
