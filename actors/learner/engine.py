@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,32 +12,27 @@ from torch import Tensor, nn
 
 from actors.learner.model import load_student
 from kat_ray.config import Config
-from kat_ray.losses.distillation import TeacherTargets, distillation_loss
+from kat_ray.losses.fused_head import head_loss
+from kat_ray.losses.term import LossTerm, TermSums, TokenRows
 
 
 class StudentWithLoss(nn.Module):
     """The student and its loss in one module: ZeRO 3 gathers parameters by module, on entering `forward`."""
 
-    def __init__(self, student: Any, stop_ids: Sequence[int], config: Config) -> None:
+    def __init__(self, student: Any, term: LossTerm, chunk_tokens: int) -> None:
         super().__init__()
         self.student = student
-        self._stop_ids = tuple(stop_ids)
-        self._eos = config.rollout.eos
-        self._chunk = config.learner.logits_chunk_tokens
+        self._term = term
+        self._chunk_tokens = chunk_tokens
 
-    def forward(
-        self, input_ids: Tensor, mask: Tensor, positions: Tensor, targets: TeacherTargets, chunks: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The fields of `LossSums` for the tokens at `positions` [T, 2] of a padded batch [B, L].
+    def forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, rows: TokenRows, chunks: int) -> TermSums:
+        """The term for the tokens whose hidden states stand at `positions` [T, 2] of a padded batch [B, L].
 
-        A plain tuple: ZeRO 3 looks for tensors in it to hook its backward pass to.
+        Inputs and result are tuples of tensors: ZeRO 3 looks there for the tensors to hook its passes to.
         """
         hidden_BLH = self.student.model(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
         hidden_TH = hidden_BLH[positions[:, 0], positions[:, 1]]
-        result = distillation_loss(
-            hidden_TH, self.student.lm_head, targets, self._stop_ids, self._eos, self._chunk, chunks
-        )
-        return result.loss, result.sums, result.logprob_diff_max
+        return head_loss(hidden_TH, self.student.lm_head, rows, self._term, self._chunk_tokens, chunks)
 
 
 def meet(host: str, port: int, door: socket.socket | None, rank: int, world_size: int) -> None:
@@ -71,11 +65,11 @@ def meet(host: str, port: int, door: socket.socket | None, rank: int, world_size
     deepspeed.init_distributed(backend, verbose=False)
 
 
-def make_engine(config: Config, student_dir: str, stop_ids: Sequence[int]) -> Any:
+def make_engine(config: Config, student_dir: str, term: LossTerm) -> Any:
     """The student with its loss, in DeepSpeed's hands. The ranks must have met."""
     import deepspeed
 
-    module = StudentWithLoss(load_student(config, student_dir), stop_ids, config)
+    module = StudentWithLoss(load_student(config, student_dir), term, config.learner.logits_chunk_tokens)
     engine, *_ = deepspeed.initialize(
         model=module, model_parameters=list(module.parameters()), config=_deepspeed_config(config)
     )

@@ -28,8 +28,9 @@ from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.config import Config
 from kat_ray.data.batch import MicroBatch, TrainRow, check_row_vocabulary, collect_rows, micro_batches
 from kat_ray.errors import StateLost
-from kat_ray.losses.distillation import SUMS, LossSums, TeacherTargets
+from kat_ray.losses.distillation import Distillation
 from kat_ray.losses.divergence import dequantise
+from kat_ray.losses.term import LossTerm, TermSums, TokenRows
 from kat_ray.models.load import DTYPES
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
@@ -73,7 +74,7 @@ class Learner:
         self._rank, self._world_size = rank, world_size
         self._config = config
         self._student_dir = student_dir
-        self._stop_ids = stop_ids
+        self._term: LossTerm = Distillation(stop_ids, config.rollout.eos)
         self._engine: Any = None
         self._snapshots: Any = None
         self._optimizer_steps = 0
@@ -108,7 +109,7 @@ class Learner:
         torch.manual_seed(config.run.seed)
         door, self._door = self._door, None
         meet(host, port, door, self._rank, self._world_size)
-        self._engine = make_engine(config, self._student_dir, self._stop_ids)
+        self._engine = make_engine(config, self._student_dir, self._term)
         if clips_itself(config):
             self._engine.basic_optimizer.register_step_pre_hook(self._clip)
         self._vocabulary = self._engine.module.student.config.get_text_config().vocab_size
@@ -166,7 +167,7 @@ class Learner:
         started = time.monotonic()
         lr = self._set_lr()
         chunks = self._chunks_of_passes(batches)
-        totals, worst = self._pass_over(batches, chunks, global_weight)
+        totals, maxima = self._pass_over(batches, chunks, global_weight)
         grad_norm = 0.0 if global_weight == 0 else self._update(totals, global_weight)
         self._optimizer_steps += 1  # a skipped step too: the schedule goes by the steps of the run
         skipped = not math.isfinite(grad_norm)
@@ -179,7 +180,7 @@ class Learner:
             tokens=int(totals["tokens"]),
             dropped_tokens=int(totals["dropped"]),
             logprob_diff_mean=totals["logprob_diff"] / count,
-            logprob_diff_max=worst,
+            logprob_diff_max=maxima["logprob_diff"],
             entropy=totals["entropy"] / count,
             tail_mass=totals["tail_mass"] / count,
             stop_mass=totals["stop_mass"] / count,
@@ -190,13 +191,13 @@ class Learner:
 
     def _pass_over(
         self, batches: Sequence[MicroBatch], chunks: Sequence[int], global_weight: float
-    ) -> tuple[dict[str, float], float]:
-        """All forward and backward passes; sums over all ranks by name, and the largest log-probability difference.
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """All forward and backward passes; the term's sums and maxima over all ranks by name.
 
         A global weight of 0 leaves nothing to learn, and one that is not finite no mean: no pass is made then.
         """
-        totals = np.zeros(len(SUMS) + 1)
-        worst = 0.0
+        totals = np.zeros(len(self._term.sum_names) + 1)
+        maxima = np.zeros(len(self._term.max_names))
         if math.isfinite(global_weight) and global_weight > 0:
             for i, n in enumerate(chunks):
                 with self._timeline.span("forward and backward"):
@@ -204,10 +205,13 @@ class Learner:
                 self._heartbeat.beat()
                 if sums is not None:
                     totals += [float(sums.loss), *sums.sums.tolist()]
-                    worst = max(worst, float(sums.logprob_diff_max))
+                    maxima = np.maximum(maxima, sums.maxima.numpy())
         totals = self._reduce(totals, torch.distributed.ReduceOp.SUM)
-        worst = float(self._reduce([worst], torch.distributed.ReduceOp.MAX)[0])
-        return dict(zip(("loss", *SUMS), totals.tolist(), strict=True)), worst
+        maxima = self._reduce(maxima, torch.distributed.ReduceOp.MAX)
+        return (
+            dict(zip(("loss", *self._term.sum_names), totals.tolist(), strict=True)),
+            dict(zip(self._term.max_names, maxima.tolist(), strict=True)),
+        )
 
     def _update(self, totals: Mapping[str, float], global_weight: float) -> float:
         """Take the optimiser step, or skip it on all ranks; returns the gradient norm, inf where it was skipped."""
@@ -234,10 +238,10 @@ class Learner:
         own = [-(-len(b.positions) // size) for b in batches]
         return [int(n) for n in self._reduce(own + [1] * (passes - len(own)), maximum)]
 
-    def _backward(self, batch: MicroBatch | None, chunks: int, global_weight: float) -> LossSums | None:
+    def _backward(self, batch: MicroBatch | None, chunks: int, global_weight: float) -> TermSums | None:
         device = self._engine.device
         inputs = _dummy_batch(self._config.rollout.top_k_logprobs) if batch is None else batch
-        loss, sums, worst = self._engine(
+        result: TermSums = self._engine(
             torch.from_numpy(inputs.input_ids).to(device),
             torch.from_numpy(inputs.attention_mask).to(device),
             torch.from_numpy(inputs.positions).to(device),
@@ -247,8 +251,8 @@ class Learner:
         # DeepSpeed averages over ranks; the mean is over the tokens of all ranks together. A dummy counts nothing,
         # unless it is there to spoil the gradient.
         weight = 0.0 if batch is None and math.isfinite(global_weight) else self._world_size / global_weight
-        self._engine.backward(loss * weight)
-        return None if batch is None else LossSums(loss.detach(), sums, worst)
+        self._engine.backward(result.loss * weight)
+        return None if batch is None else result._replace(loss=result.loss.detach())
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Clip reduced gradients before an fp32 step without ZeRO, and skip the step where ZeRO would."""
@@ -346,7 +350,7 @@ def _fetch(records: Sequence[Any]) -> Sequence[Any]:
     return fetched
 
 
-def _targets(batch: MicroBatch, top_k: int, device: torch.device) -> TeacherTargets:
+def _targets(batch: MicroBatch, top_k: int, device: torch.device) -> TokenRows:
     def join(field: str, dtype: type[np.generic], width: tuple[int, ...] = ()) -> Tensor:
         parts = [getattr(row, field).astype(dtype) for row in batch.rows]
         return torch.from_numpy(np.concatenate([np.zeros((0, *width), dtype), *parts])).to(device)
@@ -356,11 +360,11 @@ def _targets(batch: MicroBatch, top_k: int, device: torch.device) -> TeacherTarg
         join("teacher_tail", np.float32),
         join("teacher_stop", np.float32),
     )
-    return TeacherTargets(
+    return TokenRows(
         topk_ids=join("topk_ids", np.int64, (top_k,)),
-        topk_logprobs=topk,
-        tail=tail,
-        stop=stop,
+        teacher_topk=topk,
+        teacher_tail=tail,
+        teacher_stop=stop,
         token_ids=join("token_ids", np.int64),
         sampled_logprobs=join("sampled_logprobs", np.float32),
         weights=join("weights", np.float32),
