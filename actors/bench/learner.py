@@ -149,10 +149,12 @@ def _linear_layers(model: Any) -> Counter[tuple[int, int, bool]]:
 
 
 def _count(learner: Any, linear: Counter[tuple[int, int, bool]], chunks: Any, teacher: Any, kept: Any) -> Counts:
-    from kat_ray.data.batch import collect_rows, micro_batches
+    from kat_ray.data.batch import collect_samples
+    from kat_ray.data.collate import PaddedCollator
 
-    batches = micro_batches(collect_rows(chunks, teacher, kept), learner._config.learner.micro_batch_tokens)
-    sizes = [b.input_ids.size for b in batches]
+    collator = PaddedCollator(learner._config.learner.micro_batch_tokens)
+    batches = collator.micro_batches(collect_samples(chunks, teacher, kept))
+    sizes = [b.inputs.input_ids.size for b in batches]
     return Counts(
         body=sum(o * i * n for (o, i, head), n in linear.items() if not head),
         head=sum(o * i * n for (o, i, head), n in linear.items() if head),

@@ -25,12 +25,12 @@ class StudentWithLoss(nn.Module):
         self._term = term
         self._chunk_tokens = chunk_tokens
 
-    def forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, rows: TokenRows, chunks: int) -> TermSums:
-        """The term for the tokens whose hidden states stand at `positions` [T, 2] of a padded batch [B, L].
+    def forward(self, arguments: dict[str, Tensor], positions: Tensor, rows: TokenRows, chunks: int) -> TermSums:
+        """The term for the tokens whose hidden states lie at `positions` [T, 2]; see `ModelInputs`.
 
         Inputs and result are tuples of tensors: ZeRO 3 looks there for the tensors to hook its passes to.
         """
-        hidden_BLH = self.student.model(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
+        hidden_BLH = self.student.model(**arguments, use_cache=False)[0]
         hidden_TH = hidden_BLH[positions[:, 0], positions[:, 1]]
         return head_loss(hidden_TH, self.student.lm_head, rows, self._term, self._chunk_tokens, chunks)
 

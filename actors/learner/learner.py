@@ -26,7 +26,8 @@ from actors.learner.model import weight_update
 from actors.learner.snapshots import Snapshots
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.config import Config
-from kat_ray.data.batch import MicroBatch, TrainRow, check_row_vocabulary, collect_rows, micro_batches
+from kat_ray.data.batch import TrainingSample, check_vocabulary, collect_samples
+from kat_ray.data.collate import Collator, MicroBatch, PaddedCollator, pad
 from kat_ray.errors import StateLost
 from kat_ray.losses.distillation import Distillation
 from kat_ray.losses.divergence import dequantise
@@ -75,6 +76,7 @@ class Learner:
         self._config = config
         self._student_dir = student_dir
         self._term: LossTerm = Distillation(stop_ids, config.rollout.eos)
+        self._collator: Collator = PaddedCollator(config.learner.micro_batch_tokens)
         self._engine: Any = None
         self._snapshots: Any = None
         self._optimizer_steps = 0
@@ -133,9 +135,9 @@ class Learner:
         self._check_started()
         started = time.monotonic()
         with self._timeline.span("collect"), self._heartbeat.busy("collect"):
-            rows = collect_rows(_fetch(chunks), _fetch(teacher), kept)
-            check_row_vocabulary(rows, self._vocabulary, f"student.path = {self._config.student.path!r}")
-            self._batches = micro_batches(rows, self._config.learner.micro_batch_tokens)
+            samples = collect_samples(_fetch(chunks), _fetch(teacher), kept)
+            check_vocabulary(samples, self._vocabulary, f"student.path = {self._config.student.path!r}")
+            self._batches = self._collator.micro_batches(samples)
         self._collect_seconds = time.monotonic() - started
 
     def learn(self, global_weight: float, policy_version: int) -> LearnerReport:
@@ -235,17 +237,17 @@ class Learner:
         maximum = torch.distributed.ReduceOp.MAX
         passes = int(self._reduce([len(batches)], maximum)[0])
         size = self._config.learner.logits_chunk_tokens
-        own = [-(-len(b.positions) // size) for b in batches]
+        own = [-(-len(b.inputs.positions) // size) for b in batches]
         return [int(n) for n in self._reduce(own + [1] * (passes - len(own)), maximum)]
 
     def _backward(self, batch: MicroBatch | None, chunks: int, global_weight: float) -> TermSums | None:
         device = self._engine.device
-        inputs = _dummy_batch(self._config.rollout.top_k_logprobs) if batch is None else batch
+        top_k = self._config.rollout.top_k_logprobs
+        given = _dummy_batch(top_k) if batch is None else batch
         result: TermSums = self._engine(
-            torch.from_numpy(inputs.input_ids).to(device),
-            torch.from_numpy(inputs.attention_mask).to(device),
-            torch.from_numpy(inputs.positions).to(device),
-            _targets(inputs, self._config.rollout.top_k_logprobs, device),
+            {name: torch.from_numpy(array).to(device) for name, array in given.inputs.arguments().items()},
+            torch.from_numpy(given.inputs.positions).to(device),
+            _token_rows(given, top_k, device),
             chunks,
         )
         # DeepSpeed averages over ranks; the mean is over the tokens of all ranks together. A dummy counts nothing,
@@ -350,9 +352,9 @@ def _fetch(records: Sequence[Any]) -> Sequence[Any]:
     return fetched
 
 
-def _targets(batch: MicroBatch, top_k: int, device: torch.device) -> TokenRows:
+def _token_rows(batch: MicroBatch, top_k: int, device: torch.device) -> TokenRows:
     def join(field: str, dtype: type[np.generic], width: tuple[int, ...] = ()) -> Tensor:
-        parts = [getattr(row, field).astype(dtype) for row in batch.rows]
+        parts = [getattr(sample, field).astype(dtype) for sample in batch.samples]
         return torch.from_numpy(np.concatenate([np.zeros((0, *width), dtype), *parts])).to(device)
 
     topk, tail, stop = dequantise(
@@ -379,5 +381,5 @@ def _dummy_batch(top_k: int) -> MicroBatch:
     uniform = np.full((1, top_k), -math.log(2 * top_k), dtype=np.float32)
     half = np.full(1, -math.log(2), dtype=np.float32)
     zero = np.zeros(1, dtype=np.int32)
-    row = TrainRow(-1, zero, zero, np.arange(top_k)[None], uniform, half, half, half, half * 0 + 1)
-    return micro_batches([row], budget=1)[0]
+    sample = TrainingSample(-1, zero, zero, np.arange(top_k)[None], uniform, half, half, half, half * 0 + 1)
+    return pad([sample])

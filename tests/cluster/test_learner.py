@@ -9,7 +9,7 @@ import torch
 
 from actors.learner.learner import lr_factor
 from actors.learner.model import switch_dropout_off, weight_update
-from kat_ray.data.batch import collect_rows
+from kat_ray.data.batch import collect_samples
 from kat_ray.losses.divergence import event_logprobs, is_stop, reverse_kl, stop_mass, tail_from_logprobs
 from kat_ray.models.load import check_output_layer
 from tests.cluster.ranks import Group, step_of
@@ -70,7 +70,7 @@ def test_one_rank_does_what_plain_torch_does(one_rank, models, tmp_path):
     for s, report in enumerate(reports):
         chunk, teacher, kept = step_of(models, random_rollouts(7, seed=s))
         total = torch.zeros(())
-        for row in collect_rows([chunk], [teacher], kept):
+        for row in collect_samples([chunk], [teacher], kept):
             ids = torch.from_numpy(np.concatenate([row.prompt_ids, row.token_ids]).astype(np.int64))[None]
             p = torch.log_softmax(student(ids).logits[0, len(row.prompt_ids) - 1 : -1], -1)
             top = torch.from_numpy(row.topk_ids.astype(np.int64))
