@@ -15,6 +15,7 @@ from actors.cluster.placement import Placement
 from actors.cluster.sampler_pool import Engines, LearnersLost, ModelPaths, SamplerPool, new_sampler
 from actors.cluster.waiting import LOST, StopRequest, get, remote_class, slices, started
 from actors.learner.learner import Learner
+from actors.learner.settings import LearnerSettings
 from actors.monitor.trap_monitor import TrapMonitor
 from actors.teacher.scorer import TeacherScorer
 from kat_ray.config import Config
@@ -239,10 +240,8 @@ class Pools(SamplerPool):
         )  # fmt: skip
 
     def _learner(self, rank: int) -> Any:
-        config, paths = self._config, self._paths
-        return self._make(
-            "learner", rank, Learner, rank, config.learner.world_size, config, paths.student_dir, paths.stop_ids
-        )
+        settings = LearnerSettings.from_config(self._config, self._paths.student_dir, self._paths.stop_ids)
+        return self._make("learner", rank, Learner, rank, settings)
 
     def _make(self, role: str, index: int, cls: type, *args: Any) -> Any:
         return remote_class(cls).options(**self.placement.options(role, index)).remote(*args)

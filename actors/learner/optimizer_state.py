@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from actors.learner.model import StudentModel
 from kat_ray.run.checkpoint import TRAINING, CheckpointError
 
 FORMAT = 1
@@ -51,17 +52,17 @@ class Piece:
         return flat.detach().view(-1)[self.offset : self.offset + self.size]
 
 
-def held_pieces(engine: Any, student: torch.nn.Module, rank: int, world_size: int) -> list[Piece]:
+def held_pieces(engine: Any, student: StudentModel, rank: int, world_size: int) -> list[Piece]:
     """What this rank saves and restores. With stage 0 every rank holds all, and saves an equal share of it."""
     stage = engine.zero_optimization_stage()
     make = {0: _replicated, 1: _partitioned, 2: _partitioned, 3: _sharded}[stage]
     return list(make(engine, student, rank, world_size))
 
 
-def _replicated(engine: Any, student: torch.nn.Module, rank: int, world_size: int) -> Iterator[Piece]:
-    total = sum(p.numel() for p in student.parameters())
+def _replicated(engine: Any, student: StudentModel, rank: int, world_size: int) -> Iterator[Piece]:
+    total = sum(p.numel() for _, p in student.trained_parameters())
     first, last, begin = total * rank // world_size, total * (rank + 1) // world_size, 0
-    for (name, parameter), flat in zip(student.named_parameters(), _flats(engine), strict=True):
+    for (name, parameter), flat in zip(student.trained_parameters(), _flats(engine), strict=True):
         end = begin + parameter.numel()
         low, high = max(first, begin), min(last, end)
         if low < high:
@@ -69,9 +70,9 @@ def _replicated(engine: Any, student: torch.nn.Module, rank: int, world_size: in
         begin = end
 
 
-def _partitioned(engine: Any, student: torch.nn.Module, rank: int, world_size: int) -> Iterator[Piece]:
+def _partitioned(engine: Any, student: StudentModel, rank: int, world_size: int) -> Iterator[Piece]:
     groups = _flats(engine)
-    for name, parameter in student.named_parameters():
+    for name, parameter in student.trained_parameters():
         held: Any = parameter._hp_mapping  # type: ignore[attr-defined]
         if held is not None:
             own, place = held.lp_fragment_address, held.hp_fragment_address
@@ -79,9 +80,9 @@ def _partitioned(engine: Any, student: torch.nn.Module, rank: int, world_size: i
             yield Piece(name, tuple(parameter.shape), own.start, own.numel, flat, place.start)
 
 
-def _sharded(engine: Any, student: torch.nn.Module, rank: int, world_size: int) -> Iterator[Piece]:
+def _sharded(engine: Any, student: StudentModel, rank: int, world_size: int) -> Iterator[Piece]:
     zero: Any = engine.optimizer
-    for name, parameter in student.named_parameters():
+    for name, parameter in student.trained_parameters():
         sharded: Any = parameter
         group, offset, size = zero.grad_position[zero.get_param_id(sharded)]
         start = rank * size  # the last ranks' shards end in padding
@@ -268,7 +269,7 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
 @torch.no_grad()
 def restore_optimizer(
     engine: Any,
-    student: torch.nn.Module,
+    student: StudentModel,
     saved: SavedOptimizer,
     rank: int,
     world: int,
@@ -279,7 +280,7 @@ def restore_optimizer(
     `beat` is called after each parameter.
     """
     stage = engine.zero_optimization_stage()
-    saved.check({n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in student.named_parameters()})
+    saved.check({n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in student.trained_parameters()})
     # With stage 0 a rank saves a share, and needs all.
     pieces = held_pieces(engine, student, *((0, 1) if stage == 0 else (rank, world)))
     _make_adam_state(engine, pieces, saved)
@@ -291,7 +292,7 @@ def restore_optimizer(
                 saved.fill(piece.of(adam[kind]), kind, piece)
         beat()
     if stage == 0:
-        for parameter, flat in zip(student.parameters(), _flats(engine), strict=True):
+        for (_, parameter), flat in zip(student.trained_parameters(), _flats(engine), strict=True):
             parameter.copy_(flat)  # in fp32 they are the same tensor
     elif stage < 3:
         engine.optimizer.update_lp_params()

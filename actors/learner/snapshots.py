@@ -6,15 +6,14 @@ Rank 0 also writes the Hugging Face model directory. The driver makes the direct
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from actors.learner.model import StudentModel
 from actors.learner.optimizer_state import (
     HostCopy,
     copy_optimizer,
@@ -31,10 +30,16 @@ class Snapshots:
     """One rank's snapshots. At most one is being written."""
 
     def __init__(
-        self, engine: Any, rank: int, world_size: int, dtype: torch.dtype, trust_remote_code: bool
+        self,
+        engine: Any,
+        student: StudentModel,
+        rank: int,
+        world_size: int,
+        dtype: torch.dtype,
+        trust_remote_code: bool,
     ) -> None:
         self._engine = engine
-        self._student: Any = engine.module.student
+        self._student = student
         self._rank, self._world_size = rank, world_size
         self._dtype = dtype
         self._trust_remote_code = trust_remote_code
@@ -86,30 +91,17 @@ class Snapshots:
             return saved.optimizer_steps
 
     def _model_writer(self, path: Path, tokenizer_dir: str) -> Callable[[], dict[str, FileDigest]]:
-        weights = self._weights()
-        # Saving changes the configuration of what it saves; the student in training keeps its own.
-        student = copy.copy(self._student)
-        student.config = copy.deepcopy(self._student.config)
-        student.config.use_cache = True
+        save_student = self._student.copy_for_saving(
+            lambda name, tensor: self._copy.take(f"model/{name}", tensor), self._dtype
+        )
 
         def save() -> dict[str, FileDigest]:
-            save_model(student, weights, path)
+            save_student(path)
             self._save_tokenizer(tokenizer_dir, path)
             names = [f for f in path.rglob("*") if f.is_file() and (path / TRAINING) not in f.parents]
             return {name.relative_to(path).as_posix(): FileDigest.synced(name) for name in names}
 
         return save
-
-    def _weights(self) -> dict[str, Tensor]:
-        """The student's state dict on the host; tied weights stay one tensor under both names."""
-        copies: dict[tuple[int, torch.Size], Tensor] = {}
-        weights = {}
-        for name, tensor in self._student.state_dict().items():
-            where = (tensor.data_ptr(), tensor.shape)
-            if where not in copies:
-                copies[where] = self._copy.take(f"model/{name}", tensor.to(self._dtype))
-            weights[name] = copies[where]
-        return weights
 
     def _save_tokenizer(self, tokenizer_dir: str, path: Path) -> None:
         from transformers import AutoTokenizer
@@ -119,13 +111,3 @@ class Snapshots:
                 tokenizer_dir, trust_remote_code=self._trust_remote_code
             )
         self._tokenizer.save_pretrained(path)
-
-
-def save_model(student: Any, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Configuration and weights in Hugging Face format; a full disk is an `OSError` that names the directory."""
-    from safetensors import SafetensorError
-
-    try:
-        student.save_pretrained(path, state_dict=dict(weights))
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error

@@ -60,15 +60,15 @@ class PaddedCollator:
         kept = (s for s in samples if len(s.token_ids))
         for sample in sorted(kept, key=lambda s: (s.input_length, s.rollout_id)):
             if group and (len(group) + 1) * sample.input_length > self.max_tokens:
-                batches.append(pad(group))
+                batches.append(_pad(group))
                 group = []
             group.append(sample)
         if group:
-            batches.append(pad(group))
+            batches.append(_pad(group))
         return batches
 
 
-def pad(samples: Sequence[TrainingSample]) -> MicroBatch:
+def _pad(samples: Sequence[TrainingSample]) -> MicroBatch:
     """One micro-batch of these samples, a sequence for each; at least one."""
     width = max(s.input_length for s in samples)
     input_ids = np.zeros((len(samples), width), dtype=np.int64)
