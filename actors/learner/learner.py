@@ -1,7 +1,7 @@
 """The learner: one DeepSpeed rank per actor, gloo on a CPU, NCCL on a GPU.
 
-A step is one optimiser step on the kept tokens of the whole batch. Checkpoints hold all that a later process needs
-to take the next step bit for bit. NCCL and several GPUs have not been run by this project.
+A step is one optimiser step on the kept tokens of the whole batch. A checkpoint holds all that another process
+needs to take the next step bit for bit. NCCL and several GPUs have not been run by this project.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ log = logging.getLogger("kat_ray.learner")
 
 
 class _Loaded(NamedTuple):
-    """What a rank has once it is started."""
+    """What a rank has once it has started."""
 
     engine: Any  # DeepSpeed's
     student: StudentModel
@@ -66,7 +66,7 @@ class Learner:
         return self._heartbeat.read()
 
     def spans(self) -> tuple[Span, ...]:
-        """What was done since this was last asked."""
+        """What this rank did since the last call."""
         return self._timeline.drain()
 
     def address(self) -> tuple[str, int]:
@@ -101,8 +101,7 @@ class Learner:
         (dummy,) = self._collator.micro_batches([dummy_sample(settings.top_k)])
         beat = self._heartbeat.beat
         trainer = StudentTrainer(engine, term, learner, settings.steps, dummy, self._timeline, beat)
-        remote_code = settings.student.trust_remote_code
-        snapshots = Snapshots(engine, student, self._rank, learner.world_size, DTYPES[learner.dtype], remote_code)
+        snapshots = Snapshots(engine, student, self._rank, settings)
         return _Loaded(engine, student, trainer, snapshots)
 
     def _ready(self) -> _Loaded:
@@ -133,7 +132,7 @@ class Learner:
         self._batches = self._collator.micro_batches(samples)
 
     def learn(self, global_weight: float, policy_version: int) -> LearnerReport:
-        """One optimiser step on what was collected; `StateLost` if nothing was. All ranks must call it.
+        """Take one optimiser step on what was collected; `StateLost` if nothing was. All ranks must call it.
 
         `global_weight` is the sum of the kept tokens' weights over all ranks, their number where the rule does not
         weigh. If it is 0 nothing is updated; `LearnerReport` says what makes a step skipped.
@@ -156,7 +155,7 @@ class Learner:
         global_weight: float,
         policy_version: int,
     ) -> LearnerReport:
-        """`collect` and `learn` at once, of records instead of references to them."""
+        """`collect` and `learn` in one, from records instead of references to them."""
         self._take(chunks, teacher, kept)
         return self.learn(global_weight, policy_version)
 
@@ -188,10 +187,10 @@ class Learner:
             return loaded.snapshots.written(self._heartbeat.beat)
 
     def restore(self, path: str) -> None:
-        """Go on from the checkpoint `path`, bit for bit. All ranks must call it, after `start` and before a step.
+        """Continue from the checkpoint `path`, bit for bit. All ranks must call it after `start`, before a step.
 
-        Another number of ranks or ZeRO stage finds the same weights and moments; `CheckpointError` where they are
-        of another student.
+        Weights and moments are the same with another number of ranks or ZeRO stage. `CheckpointError` where the
+        checkpoint is of another student.
         """
         loaded = self._ready()
         with self._heartbeat.busy("restore"):

@@ -1,11 +1,11 @@
-"""What a learner rank saves of its optimiser and puts back: in fp32, by parameter, whatever the ZeRO stage.
+"""What a learner rank saves of its optimiser and restores: in fp32, by parameter, whatever the ZeRO stage.
 
 DeepSpeed holds master weights and Adam's moments in flat tensors of its own, whole (stage 0) or a rank's part
 (stages 1 to 3). A rank saves, of each parameter, the elements that it holds: ranks exchange nothing, and together
 they write everything once. Another stage or number of ranks reads the elements that it needs from all files.
 
 `deepspeed.utils.safe_get_full_*` would gather every parameter on every rank; a test compares with it. DeepSpeed's
-low-precision weights are always its master weights rounded, so they are not saved but made from them again.
+low-precision weights are always its master weights rounded, so they are not saved but derived again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Piece:
     offset: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """Its elements of the flat tensor or of a moment of it: a view, [size]."""
+        """The piece's elements of the flat tensor or of one of its moments: a view, [size]."""
         return flat.detach().view(-1)[self.offset : self.offset + self.size]
 
 
@@ -101,7 +101,7 @@ def _flats(engine: Any) -> list[Tensor]:
 
 
 class HostCopy:
-    """A rank's part of the optimiser, in host memory that is kept from one snapshot to the next.
+    """Host memory that is kept from one snapshot to the next.
 
     Touching fresh memory takes up to three times the CPU of copying into it.
     """
@@ -110,7 +110,7 @@ class HostCopy:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, source: Tensor) -> Tensor:
-        """Copy a tensor; the copy is good until the next of that name."""
+        """Copy a tensor; the copy is valid until the next of the same name."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
             pinned = source.device.type == "cuda"
@@ -173,7 +173,7 @@ class _Content(BaseModel):
 
 
 class SavedOptimizer:
-    """The learner's files of a checkpoint, read where they are needed. Use as a context manager's value."""
+    """The learner's files of a checkpoint, read on demand; made by `open_saved`."""
 
     def __init__(self, files: Sequence[Any], contents: Sequence[_Content], path: Path) -> None:
         self._files = files
@@ -187,7 +187,7 @@ class SavedOptimizer:
                 self._where.setdefault(name, []).append((part, file))
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse what was saved of another model."""
+        """`CheckpointError` where another model was saved; `shapes` are the parameters' by name."""
         saved = {name: parts[0][0].shape for name, parts in self._where.items()}
         wrong = [f"{n} is missing" for n in shapes if n not in saved]
         wrong += [f"{n} is not of this model" for n in saved if n not in shapes]
@@ -208,7 +208,7 @@ class SavedOptimizer:
                 raise CheckpointError(f"{self._path}: holds {held} elements of {name}, which has {list(shape)}")
 
     def step(self, name: str) -> int:
-        """Adam's steps of a parameter."""
+        """Steps that Adam had taken for a parameter."""
         return max(part.step for part, _ in self._where[name])
 
     def fill(self, target: Tensor, kind: str, piece: Piece) -> None:
@@ -222,7 +222,7 @@ class SavedOptimizer:
                 target[low - piece.start : high - piece.start].copy_(values)
 
     def restore_rng(self, rank: int, world_size: int) -> None:
-        """Put torch's random state back; of another number of ranks there is none to put back."""
+        """Restore torch's random state; nothing is done where the number of ranks has changed."""
         if world_size == self.world_size:
             with _as_checkpoint_error(self._path):
                 file = self._files[rank]
@@ -275,7 +275,7 @@ def restore_optimizer(
     world: int,
     beat: Callable[[], object] = lambda: None,
 ) -> None:
-    """Put master weights, moments and steps back, and the weights that are made from them. All ranks call it.
+    """Restore master weights, moments and steps, and the weights made from them. All ranks must call it.
 
     `beat` is called after each parameter.
     """
@@ -305,7 +305,7 @@ def restore_optimizer(
 
 
 def _make_adam_state(engine: Any, pieces: Sequence[Piece], saved: SavedOptimizer) -> None:
-    """AdamW makes its state in its first step; a resumed one has to find it there, as it would have made it.
+    """AdamW makes its state in its first step; a resumed one has to find the state that it would have made.
 
     One flat tensor has one step count. Only stage 0 could have saved several, of parameters that had no gradient
     in some steps: then the largest is taken.

@@ -1,4 +1,4 @@
-"""Checkpoints of a learner rank: copied to host memory between two steps, written while training goes on.
+"""Checkpoints of a learner rank: copied to host memory between two steps, written while training continues.
 
 Rank 0 also writes the Hugging Face model directory. The driver makes the directory and completes it
 (`kat_ray.run.checkpoint`).
@@ -11,8 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from actors.learner.model import StudentModel
 from actors.learner.optimizer_state import (
     HostCopy,
@@ -23,26 +21,20 @@ from actors.learner.optimizer_state import (
     restore_optimizer,
     write_tensors,
 )
+from actors.learner.settings import LearnerSettings
+from kat_ray.models.load import DTYPES
 from kat_ray.run.checkpoint import TRAINING, FileDigest
 
 
 class Snapshots:
-    """One rank's snapshots. At most one is being written."""
+    """At most one snapshot is being written at a time."""
 
-    def __init__(
-        self,
-        engine: Any,
-        student: StudentModel,
-        rank: int,
-        world_size: int,
-        dtype: torch.dtype,
-        trust_remote_code: bool,
-    ) -> None:
+    def __init__(self, engine: Any, student: StudentModel, rank: int, settings: LearnerSettings) -> None:
         self._engine = engine
         self._student = student
-        self._rank, self._world_size = rank, world_size
-        self._dtype = dtype
-        self._trust_remote_code = trust_remote_code
+        self._rank, self._world_size = rank, settings.learner.world_size
+        self._dtype = DTYPES[settings.learner.dtype]
+        self._trust_remote_code = settings.student.trust_remote_code
         self._copy = HostCopy()
         self._tokenizer: Any = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -51,7 +43,7 @@ class Snapshots:
     def take(
         self, path: Path, tokenizer_dir: str, optimizer_steps: int, beat: Callable[[], object] = lambda: None
     ) -> None:
-        """Copy what is to be saved, and start to write it below `path`. Rank 0 must see the whole student."""
+        """Copy the state, and start to write it below `path`. On rank 0 the parameters must be `gathered`."""
         if self._writing is not None:
             self.written(beat)  # its buffers are about to be overwritten
         pieces = held_pieces(self._engine, self._student, self._rank, self._world_size)
@@ -70,9 +62,9 @@ class Snapshots:
         self._writing = self._thread.submit(write)
 
     def written(self, beat: Callable[[], object] = lambda: None) -> dict[str, FileDigest]:
-        """Wait for the files of the last snapshot; its errors are raised here.
+        """Wait for the files of the last snapshot; errors of writing them are raised here.
 
-        `beat` is called every second: who writes a large file to a slow disk is not stuck.
+        `beat` is called every second: a rank that writes a large file to a slow disk is not stuck.
         """
         assert self._writing is not None, "no snapshot is being written"
         writing, self._writing = self._writing, None
@@ -81,7 +73,7 @@ class Snapshots:
         return writing.result()
 
     def restore(self, path: Path, beat: Callable[[], object] = lambda: None) -> int:
-        """Put a checkpoint's state back; returns the optimiser steps it was saved after. All ranks must call it.
+        """Restore a checkpoint; returns the optimiser steps that it was saved after. All ranks must call it.
 
         `beat` is called after each tensor.
         """

@@ -1,9 +1,9 @@
 """The output layer and the loss in one, a chunk of tokens at a time: value and gradients of a `LossTerm`.
 
 Logits [tokens, vocabulary] exist for a chunk of tokens only. A term depends on them through k + 3 numbers a token,
-so its gradient in the logits is written over them in a few passes. Where the output layer's weight is at hand, its
-gradients are computed in the forward pass too and no product is computed twice; elsewhere the layer is called as a
-module and again in the backward pass (ZeRO 3 gathers a weight while its module is called).
+so its gradient in the logits is written over them in a few passes. Where the output layer is a plain, whole matrix,
+its gradients are computed in the forward pass too and no product is computed twice; elsewhere the layer is called
+as a module, and again in the backward pass (ZeRO 3 gathers a weight while its module is called).
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def head_loss(
     chunks, empty ones if need be: under ZeRO 3 each call is a collective operation, and all ranks must make the
     same number of them.
     """
-    weight = _weight_at_hand(lm_head)
+    weight = _plain_weight(lm_head)
     if weight is not None:
         return TermSums(*_FusedHead.apply(hidden_TH, weight, rows, term, chunk_tokens))
-    total = _nothing(hidden_TH, term)
+    total = _zero(hidden_TH, term)
     chunks = max(min_chunks, -(-hidden_TH.shape[0] // chunk_tokens))
     for start in range(0, chunks * chunk_tokens, chunk_tokens):
         part = checkpoint(
@@ -49,13 +49,13 @@ def head_loss(
     return total
 
 
-def _weight_at_hand(lm_head: Any) -> Tensor | None:
-    """The weight that `lm_head` is, if it is nothing else and the weight is whole: ZeRO 3 marks those in pieces."""
+def _plain_weight(lm_head: Any) -> Tensor | None:
+    """The weight of a linear layer without bias, if this rank holds all of it: ZeRO 3 marks those in pieces."""
     is_plain = type(lm_head) is nn.Linear and lm_head.bias is None and not hasattr(lm_head.weight, "ds_id")
     return lm_head.weight if is_plain else None
 
 
-def _nothing(hidden_TH: Tensor, term: LossTerm) -> TermSums:
+def _zero(hidden_TH: Tensor, term: LossTerm) -> TermSums:
     loss = hidden_TH.new_zeros((), dtype=torch.float32)
     return TermSums(loss, torch.zeros(len(term.sum_names), dtype=torch.float64), torch.zeros(len(term.max_names)))
 
@@ -73,7 +73,7 @@ class _FusedHead(torch.autograd.Function):
         ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, rows: TokenRows, term: LossTerm, chunk_tokens: int
     ) -> TermSums:
         d_hidden, d_weight = torch.empty_like(hidden_TH), torch.zeros_like(weight_VH)
-        total = _nothing(hidden_TH, term)
+        total = _zero(hidden_TH, term)
         for start in range(0, len(hidden_TH), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             logits = (hidden_TH[part] @ weight_VH.t()).float()
