@@ -51,6 +51,7 @@ def _goal(pair: str) -> float | None:
 def learner_of(student: Path, threads: int) -> Any:
     """A learner of one rank in this process, ready to take steps."""
     from actors.learner.learner import Learner
+    from actors.learner.settings import LearnerSettings
     from kat_ray.config import Config
 
     config = Config.model_validate(
@@ -61,7 +62,7 @@ def learner_of(student: Path, threads: int) -> Any:
             "learner": {"dtype": "float32", "threads": threads},
         }
     )
-    learner = Learner(0, 1, config, str(student), (1,))
+    learner = Learner(0, LearnerSettings.from_config(config, str(student), (1,)))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -93,7 +94,7 @@ class Counts:
 def measure(pair: Pair, threads: int) -> list[Figure]:
     """The figure of one pair, in this process."""
     learner = learner_of(pair.student, threads)
-    model = learner._engine.module.student
+    model = learner._loaded.student.network
     count, lengths = _WORK[pair.name]
     rollouts = random_rollouts(count, lengths, model.config.vocab_size)
     chunks = list(chunks_of(rollouts, 1 << 30, model.config.vocab_size))
@@ -107,7 +108,7 @@ def measure(pair: Pair, threads: int) -> list[Figure]:
     step()  # warms up
     linear = _linear_layers(model)
     counts = _count(learner, linear, chunks, teacher, kept)
-    products, product_flops = _products(linear, counts.wide, learner._config.learner.logits_chunk_tokens)
+    products, product_flops = _products(linear, counts.wide, learner._settings.learner.logits_chunk_tokens)
     products()
     own, other = alternate([step, products], _TURNS[pair.name])
     share = counts.useful / product_flops  # of a step's products in those timed alone
@@ -149,10 +150,12 @@ def _linear_layers(model: Any) -> Counter[tuple[int, int, bool]]:
 
 
 def _count(learner: Any, linear: Counter[tuple[int, int, bool]], chunks: Any, teacher: Any, kept: Any) -> Counts:
-    from kat_ray.data.batch import collect_rows, micro_batches
+    from kat_ray.data.batch import collect_samples
+    from kat_ray.data.collate import PaddedCollator
 
-    batches = micro_batches(collect_rows(chunks, teacher, kept), learner._config.learner.micro_batch_tokens)
-    sizes = [b.input_ids.size for b in batches]
+    collator = PaddedCollator(learner._settings.learner.micro_batch_tokens)
+    batches = collator.micro_batches(collect_samples(chunks, teacher, kept))
+    sizes = [b.inputs.input_ids.size for b in batches]
     return Counts(
         body=sum(o * i * n for (o, i, head), n in linear.items() if not head),
         head=sum(o * i * n for (o, i, head), n in linear.items() if head),

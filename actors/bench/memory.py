@@ -66,7 +66,7 @@ def _measure(role: str, vocabulary: int, folder: Path, times: int) -> Figure:
 
         learner = learner_of(model, 2)
         learner.train_step([chunk], [teacher_rows(chunk)], all_kept(rollouts), float(chunk.tokens), 0)
-        weights = sum(p.numel() * 4 for p in learner._engine.module.parameters())
+        weights = sum(p.numel() * 4 for p in learner._loaded.student.network.parameters())
     else:
         from actors.bench.teacher import scorer_of
 

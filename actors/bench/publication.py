@@ -11,7 +11,7 @@ from typing import Any
 from actors.bench.child import print_figures
 from actors.bench.figure import Figure
 from actors.bench.pairs import random_model
-from actors.learner.model import weight_update
+from actors.learner.model import StudentModel
 
 _NODES, _SAMPLERS = 2, 3  # sampler nodes, samplers on each
 _NAME = "bytes that arrive at a node of samplers per byte of weights"
@@ -22,17 +22,17 @@ class _Publisher:
     """Holds the student and hands it out as the learner does."""
 
     def __init__(self, vocabulary: int) -> None:
-        self._student = random_model("student", vocabulary)
+        self._student = StudentModel(random_model("student", vocabulary))
 
     def weight_bytes(self) -> int:
         """Bytes of the parameters, each tied one once."""
-        return sum(p.numel() * p.element_size() for p in self._student.parameters())
+        return sum(p.numel() * p.element_size() for _, p in self._student.trained_parameters())
 
     def weights(self, version: int) -> Any:
         """The record that travels."""
         import torch
 
-        return weight_update(self._student, version, torch.float32)
+        return self._student.weight_update(version, torch.float32)
 
 
 class _Reader:

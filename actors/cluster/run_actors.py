@@ -18,6 +18,7 @@ from actors.cluster.samplers import Engines, ModelPaths, SamplerGroup
 from actors.cluster.signals import StopRequest
 from actors.cluster.supervisor import Supervisor
 from actors.cluster.waiting import LearnersLost
+from actors.learner.settings import LearnerSettings
 from actors.monitor.trap_monitor import TrapMonitor
 from actors.teacher.scorer import TeacherScorer
 from kat_ray.config import Config
@@ -50,6 +51,7 @@ class RunActors:
         """Start the actors but for the samplers, which `samplers.use_student` starts."""
         supervisor = Supervisor(config.cluster, stop)
         facts = RunFacts(config.run.seed, config.rollout.max_tokens)
+        ranks = LearnerSettings.from_config(config, paths.student_dir, paths.stop_ids)
 
         def scorer(name: str, options: dict[str, Any]) -> Any:
             actor = remote_class(TeacherScorer).options(**options)
@@ -62,8 +64,7 @@ class RunActors:
 
         def learner(name: str, options: dict[str, Any]) -> Any:
             rank = int(name.partition(":")[2])
-            actor = remote_class(engines.learner).options(**options)
-            return actor.remote(rank, config.learner.world_size, config, paths.student_dir, paths.stop_ids)
+            return remote_class(engines.learner).options(**options).remote(rank, ranks)
 
         actors = cls(
             supervisor,

@@ -1,1 +1,1 @@
-"""DeepSpeed ranks: the student with its loss, one optimiser step, its state saved and restored."""
+"""DeepSpeed ranks: the student with its loss, optimiser steps, what is published, saved and restored."""

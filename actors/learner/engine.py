@@ -1,99 +1,73 @@
-"""A learner rank's engine: ranks that meet, the student with its loss, and DeepSpeed around both."""
+"""A learner rank's engine: the student with its loss, and DeepSpeed around both."""
 
 from __future__ import annotations
 
-import logging
-import os
-import socket
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from actors.learner.model import load_student
-from kat_ray.config import Config
-from kat_ray.losses.distillation import TeacherTargets, distillation_loss
+from actors.learner.model import StudentModel
+from kat_ray.config import LearnerConfig
+from kat_ray.losses.fused_head import head_loss
+from kat_ray.losses.term import LossTerm, TermSums, TokenRows
 
 
 class StudentWithLoss(nn.Module):
     """The student and its loss in one module: ZeRO 3 gathers parameters by module, on entering `forward`."""
 
-    def __init__(self, student: Any, stop_ids: Sequence[int], config: Config) -> None:
+    def __init__(self, student: StudentModel, term: LossTerm, chunk_tokens: int) -> None:
         super().__init__()
-        self.student = student
-        self._stop_ids = tuple(stop_ids)
-        self._eos = config.rollout.eos
-        self._chunk = config.learner.logits_chunk_tokens
+        self.network = student.network  # a submodule, for DeepSpeed to find
+        self._student = student
+        self._term = term
+        self._chunk_tokens = chunk_tokens
 
-    def forward(
-        self, input_ids: Tensor, mask: Tensor, positions: Tensor, targets: TeacherTargets, chunks: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The fields of `LossSums` for the tokens at `positions` [T, 2] of a padded batch [B, L].
+    def forward(self, arguments: dict[str, Tensor], positions: Tensor, rows: TokenRows, chunks: int) -> TermSums:
+        """The term for the tokens whose hidden states lie at `positions` [T, 2]; see `ModelInputs`.
 
-        A plain tuple: ZeRO 3 looks for tensors in it to hook its backward pass to.
+        Inputs and result are tuples of tensors: ZeRO 3 looks there for the tensors to hook its passes to.
         """
-        hidden_BLH = self.student.model(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
+        hidden_BLH = self._student.hidden_states(arguments)
         hidden_TH = hidden_BLH[positions[:, 0], positions[:, 1]]
-        result = distillation_loss(
-            hidden_TH, self.student.lm_head, targets, self._stop_ids, self._eos, self._chunk, chunks
-        )
-        return result.loss, result.sums, result.logprob_diff_max
+        return head_loss(hidden_TH, self._student.output_layer, rows, self._term, self._chunk_tokens, chunks)
 
 
-def meet(host: str, port: int, door: socket.socket | None, rank: int, world_size: int) -> None:
-    """Join the other ranks at this address; the first listens at `door`, which is closed with its store."""
-    on_gpu = torch.cuda.is_available()
-    os.environ.update(
-        MASTER_ADDR=host,
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        LOCAL_RANK="0",  # Ray shows an actor its own GPUs only
-        WORLD_SIZE=str(world_size),
-    )
+def make_engine(student: StudentModel, term: LossTerm, learner: LearnerConfig) -> Any:
+    """The student with its loss, in DeepSpeed's hands. The process group must exist."""
     import deepspeed
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not on_gpu:
-        # Its shared-memory collective needs a compiler and a minute at the first start; gloo needs neither.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    backend = "nccl" if on_gpu else "gloo"
-    listening = None if door is None else door.detach()
-    torch.distributed.init_process_group(
-        backend,
-        store=torch.distributed.TCPStore(host, port, world_size, is_master=rank == 0, master_listen_fd=listening),
-        rank=rank,
-        world_size=world_size,
-        timeout=deepspeed.constants.default_pg_timeout,
-        # As DeepSpeed does it: NCCL connects now, not in the first collective.
-        device_id=torch.device("cuda", 0) if on_gpu and world_size > 1 else None,
-    )
-    deepspeed.init_distributed(backend, verbose=False)
-
-
-def make_engine(config: Config, student_dir: str, stop_ids: Sequence[int]) -> Any:
-    """The student with its loss, in DeepSpeed's hands. The ranks must have met."""
-    import deepspeed
-
-    module = StudentWithLoss(load_student(config, student_dir), stop_ids, config)
     engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=list(module.parameters()), config=_deepspeed_config(config)
+        model=StudentWithLoss(student, term, learner.logits_chunk_tokens),
+        model_parameters=[parameter for _, parameter in student.trained_parameters()],
+        config=_deepspeed_config(learner),
     )
-    if config.learner.zero_stage == 0:
+    if learner.zero_stage == 0:
         # In bf16 DeepSpeed has just run AdamW on zero gradients, which puts its bias correction one step ahead
         # (the first update half as large).
         engine.basic_optimizer.state.clear()
     return engine
 
 
-def clips_itself(config: Config) -> bool:
+@contextlib.contextmanager
+def gathered(engine: Any) -> Iterator[None]:
+    """Whole parameters inside, which ZeRO 3 holds in pieces. All ranks must call it."""
+    if engine.zero_optimization_stage() < 3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        yield
+
+
+def clips_itself(learner: LearnerConfig) -> bool:
     """Whether gradients are for the caller to clip: in fp32 without ZeRO DeepSpeed does not keep their norm."""
-    return config.learner.zero_stage == 0 and config.learner.dtype == "float32"
+    return learner.zero_stage == 0 and learner.dtype == "float32"
 
 
-def _deepspeed_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's own configuration of a run."""
-    learner = config.learner
+def _deepspeed_config(learner: LearnerConfig) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # not used: micro-batches are ours, budgeted by tokens
         "gradient_accumulation_steps": 1,
@@ -108,7 +82,7 @@ def _deepspeed_config(config: Config) -> dict[str, Any]:
                 "torch_adam": True,  # the fused one has to be compiled
             },
         },
-        "gradient_clipping": 0.0 if clips_itself(config) else learner.clip,
+        "gradient_clipping": 0.0 if clips_itself(learner) else learner.clip,
         "zero_optimization": {"stage": learner.zero_stage},
         # Without the check ZeRO 1 and 2 would take a step in bf16 on a gradient that is not finite.
         "bf16": {"enabled": learner.dtype == "bfloat16", "check_grad_overflow": True},

@@ -1,61 +1,120 @@
-"""The student as the learner holds it: loaded, made equal to what the sampler runs, and handed out as arrays."""
+"""The student as the learner holds it; all that depends on how it is made up of parameters is here."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kat_ray.config import Config
+from kat_ray.config import LearnerConfig, ModelConfig
 from kat_ray.models.load import load_causal_lm
 from kat_ray.types.records import WeightUpdate
 
 
-def load_student(config: Config, student_dir: str) -> Any:
-    """The model of `student_dir` in the learner's data type, in training mode, without dropout."""
-    student = load_causal_lm(config.student, student_dir, config.learner.dtype, "student")
-    student.config.use_cache = False
-    if config.learner.gradient_checkpointing:
-        student.gradient_checkpointing_enable()
-    student.train()
-    switch_dropout_off(student)
-    learn_every_embedding(student)
-    return student
+class StudentModel:
+    """A causal language model of transformers of which every parameter is trained."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network  # for DeepSpeed; who trains, publishes or saves goes through the methods
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the output layer."""
+        return int(self.network.config.get_text_config().vocab_size)
+
+    @property
+    def output_layer(self) -> Any:
+        """The module that makes logits [*, V] of hidden states [*, H]."""
+        return self.network.lm_head
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What the optimiser updates and a checkpoint holds, by the names that it has there; tied ones once."""
+        parameters: Iterator[tuple[str, nn.Parameter]] = self.network.named_parameters()
+        return parameters
+
+    def hidden_states(self, arguments: Mapping[str, Tensor]) -> Tensor:
+        """Last hidden states [B, L, H] of a batch; see `ModelInputs.arguments`."""
+        hidden_BLH: Tensor = self.network.model(**arguments, use_cache=False)[0]
+        return hidden_BLH
+
+    def weight_update(self, policy_version: int, dtype: torch.dtype) -> WeightUpdate:
+        """The whole student as contiguous arrays, in the data type in which samplers run it."""
+        state = dict(self.network.state_dict())
+        if "lm_head.weight" not in state and self.network.get_output_embeddings() is not None:
+            state["lm_head.weight"] = self.network.get_output_embeddings().weight
+        names, dtypes, arrays = [], [], []
+        copies: dict[tuple[int, torch.Size], Any] = {}
+        for name, tensor in state.items():
+            # Tied weights share one array under both names: an array that a record holds twice travels once.
+            where = (tensor.data_ptr(), tensor.shape)
+            if where not in copies:
+                # A copy in any case: the record is frozen, the learner's parameters are not.
+                plain = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+                copies[where] = (plain.view(torch.uint16) if dtype == torch.bfloat16 else plain).numpy()
+            names.append(name)
+            dtypes.append(str(dtype).removeprefix("torch."))
+            arrays.append(copies[where])
+        return WeightUpdate(policy_version, tuple(names), tuple(dtypes), tuple(arrays))
+
+    def copy_for_saving(
+        self, copy_to_host: Callable[[str, Tensor], Tensor], dtype: torch.dtype
+    ) -> Callable[[Path], None]:
+        """Copy the weights; returns what writes the copy to a directory, in Hugging Face format.
+
+        `copy_to_host` is called with a name and a tensor. Tied weights stay one tensor under both names.
+        """
+        copies: dict[tuple[int, torch.Size], Tensor] = {}
+        weights = {}
+        for name, tensor in self.network.state_dict().items():
+            where = (tensor.data_ptr(), tensor.shape)
+            if where not in copies:
+                copies[where] = copy_to_host(name, tensor.to(dtype))
+            weights[name] = copies[where]
+        # Saving changes the configuration of what it saves; the student in training keeps its own.
+        network = copy.copy(self.network)
+        network.config = copy.deepcopy(self.network.config)
+        network.config.use_cache = True
+        return lambda path: _save(network, weights, path)
 
 
-def learn_every_embedding(student: nn.Module) -> None:
+def _save(network: Any, weights: Mapping[str, Tensor], path: Path) -> None:
+    """A full disk is an `OSError` that names the directory."""
+    from safetensors import SafetensorError
+
+    try:
+        network.save_pretrained(path, state_dict=dict(weights))
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def load_student(model: ModelConfig, directory: str, learner: LearnerConfig) -> StudentModel:
+    """The model of a directory or hub id in the learner's data type, in training mode, without dropout."""
+    network = load_causal_lm(model, directory, learner.dtype, "student")
+    network.config.use_cache = False
+    if learner.gradient_checkpointing:
+        network.gradient_checkpointing_enable()
+    network.train()
+    switch_dropout_off(network)
+    train_every_embedding(network)
+    return StudentModel(network)
+
+
+def train_every_embedding(network: nn.Module) -> None:
     """Torch gives the padding id's embedding no gradient; here no id is padding, and a prompt may hold that one."""
-    for layer in student.modules():
+    for layer in network.modules():
         if isinstance(layer, nn.Embedding):
             layer.padding_idx = None
 
 
-def switch_dropout_off(student: nn.Module) -> None:
-    """Dropout would make the student another one than the sampler's. Attention keeps its rate as a number."""
-    for layer in student.modules():
+def switch_dropout_off(network: nn.Module) -> None:
+    """With dropout the student would not be the sampler's. Attention layers keep their rate as a plain number."""
+    for layer in network.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
         for name, value in vars(layer).items():
             if isinstance(value, float) and "dropout" in name:
                 setattr(layer, name, 0.0)
-
-
-def weight_update(student: Any, policy_version: int, dtype: torch.dtype) -> WeightUpdate:
-    """A whole state dict as contiguous arrays, in the data type in which samplers run it."""
-    state = dict(student.state_dict())
-    if "lm_head.weight" not in state and student.get_output_embeddings() is not None:
-        state["lm_head.weight"] = student.get_output_embeddings().weight
-    names, dtypes, arrays = [], [], []
-    copies: dict[tuple[int, torch.Size], Any] = {}
-    for name, tensor in state.items():
-        # Tied weights share one array under both names, and an array that stands twice in a record travels once.
-        where = (tensor.data_ptr(), tensor.shape)
-        if where not in copies:
-            # A copy in any case: the record is frozen, the learner's parameters are not.
-            plain = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
-            copies[where] = (plain.view(torch.uint16) if dtype == torch.bfloat16 else plain).numpy()
-        names.append(name)
-        dtypes.append(str(dtype).removeprefix("torch."))
-        arrays.append(copies[where])
-    return WeightUpdate(policy_version, tuple(names), tuple(dtypes), tuple(arrays))

@@ -1,11 +1,11 @@
-"""What a learner rank saves of its optimiser and puts back: in fp32, by parameter, whatever the ZeRO stage.
+"""What a learner rank saves of its optimiser and restores: in fp32, by parameter, whatever the ZeRO stage.
 
 DeepSpeed holds master weights and Adam's moments in flat tensors of its own, whole (stage 0) or a rank's part
 (stages 1 to 3). A rank saves, of each parameter, the elements that it holds: ranks exchange nothing, and together
 they write everything once. Another stage or number of ranks reads the elements that it needs from all files.
 
 `deepspeed.utils.safe_get_full_*` would gather every parameter on every rank; a test compares with it. DeepSpeed's
-low-precision weights are always its master weights rounded, so they are not saved but made from them again.
+low-precision weights are always its master weights rounded, so they are not saved but derived again.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from actors.learner.model import StudentModel
 from kat_ray.run.checkpoint import TRAINING, CheckpointError
 
 FORMAT = 1
@@ -47,21 +48,21 @@ class Piece:
     offset: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """Its elements of the flat tensor or of a moment of it: a view, [size]."""
+        """The piece's elements of the flat tensor or of one of its moments: a view, [size]."""
         return flat.detach().view(-1)[self.offset : self.offset + self.size]
 
 
-def held_pieces(engine: Any, student: torch.nn.Module, rank: int, world_size: int) -> list[Piece]:
+def held_pieces(engine: Any, student: StudentModel, rank: int, world_size: int) -> list[Piece]:
     """What this rank saves and restores. With stage 0 every rank holds all, and saves an equal share of it."""
     stage = engine.zero_optimization_stage()
     make = {0: _replicated, 1: _partitioned, 2: _partitioned, 3: _sharded}[stage]
     return list(make(engine, student, rank, world_size))
 
 
-def _replicated(engine: Any, student: torch.nn.Module, rank: int, world_size: int) -> Iterator[Piece]:
-    total = sum(p.numel() for p in student.parameters())
+def _replicated(engine: Any, student: StudentModel, rank: int, world_size: int) -> Iterator[Piece]:
+    total = sum(p.numel() for _, p in student.trained_parameters())
     first, last, begin = total * rank // world_size, total * (rank + 1) // world_size, 0
-    for (name, parameter), flat in zip(student.named_parameters(), _flats(engine), strict=True):
+    for (name, parameter), flat in zip(student.trained_parameters(), _flats(engine), strict=True):
         end = begin + parameter.numel()
         low, high = max(first, begin), min(last, end)
         if low < high:
@@ -69,9 +70,9 @@ def _replicated(engine: Any, student: torch.nn.Module, rank: int, world_size: in
         begin = end
 
 
-def _partitioned(engine: Any, student: torch.nn.Module, rank: int, world_size: int) -> Iterator[Piece]:
+def _partitioned(engine: Any, student: StudentModel, rank: int, world_size: int) -> Iterator[Piece]:
     groups = _flats(engine)
-    for name, parameter in student.named_parameters():
+    for name, parameter in student.trained_parameters():
         held: Any = parameter._hp_mapping  # type: ignore[attr-defined]
         if held is not None:
             own, place = held.lp_fragment_address, held.hp_fragment_address
@@ -79,9 +80,9 @@ def _partitioned(engine: Any, student: torch.nn.Module, rank: int, world_size: i
             yield Piece(name, tuple(parameter.shape), own.start, own.numel, flat, place.start)
 
 
-def _sharded(engine: Any, student: torch.nn.Module, rank: int, world_size: int) -> Iterator[Piece]:
+def _sharded(engine: Any, student: StudentModel, rank: int, world_size: int) -> Iterator[Piece]:
     zero: Any = engine.optimizer
-    for name, parameter in student.named_parameters():
+    for name, parameter in student.trained_parameters():
         sharded: Any = parameter
         group, offset, size = zero.grad_position[zero.get_param_id(sharded)]
         start = rank * size  # the last ranks' shards end in padding
@@ -100,7 +101,7 @@ def _flats(engine: Any) -> list[Tensor]:
 
 
 class HostCopy:
-    """A rank's part of the optimiser, in host memory that is kept from one snapshot to the next.
+    """Host memory that is kept from one snapshot to the next.
 
     Touching fresh memory takes up to three times the CPU of copying into it.
     """
@@ -109,7 +110,7 @@ class HostCopy:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, source: Tensor) -> Tensor:
-        """Copy a tensor; the copy is good until the next of that name."""
+        """Copy a tensor; the copy is valid until the next of the same name."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != source.shape or buffer.dtype != source.dtype:
             pinned = source.device.type == "cuda"
@@ -172,7 +173,7 @@ class _Content(BaseModel):
 
 
 class SavedOptimizer:
-    """The learner's files of a checkpoint, read where they are needed. Use as a context manager's value."""
+    """The learner's files of a checkpoint, read on demand; made by `open_saved`."""
 
     def __init__(self, files: Sequence[Any], contents: Sequence[_Content], path: Path) -> None:
         self._files = files
@@ -186,7 +187,7 @@ class SavedOptimizer:
                 self._where.setdefault(name, []).append((part, file))
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse what was saved of another model."""
+        """`CheckpointError` where another model was saved; `shapes` are the parameters' by name."""
         saved = {name: parts[0][0].shape for name, parts in self._where.items()}
         wrong = [f"{n} is missing" for n in shapes if n not in saved]
         wrong += [f"{n} is not of this model" for n in saved if n not in shapes]
@@ -207,7 +208,7 @@ class SavedOptimizer:
                 raise CheckpointError(f"{self._path}: holds {held} elements of {name}, which has {list(shape)}")
 
     def step(self, name: str) -> int:
-        """Adam's steps of a parameter."""
+        """Steps that Adam had taken for a parameter."""
         return max(part.step for part, _ in self._where[name])
 
     def fill(self, target: Tensor, kind: str, piece: Piece) -> None:
@@ -221,7 +222,7 @@ class SavedOptimizer:
                 target[low - piece.start : high - piece.start].copy_(values)
 
     def restore_rng(self, rank: int, world_size: int) -> None:
-        """Put torch's random state back; of another number of ranks there is none to put back."""
+        """Restore torch's random state; nothing is done where the number of ranks has changed."""
         if world_size == self.world_size:
             with _as_checkpoint_error(self._path):
                 file = self._files[rank]
@@ -268,18 +269,18 @@ def _as_checkpoint_error(path: Path) -> Iterator[None]:
 @torch.no_grad()
 def restore_optimizer(
     engine: Any,
-    student: torch.nn.Module,
+    student: StudentModel,
     saved: SavedOptimizer,
     rank: int,
     world: int,
     beat: Callable[[], object] = lambda: None,
 ) -> None:
-    """Put master weights, moments and steps back, and the weights that are made from them. All ranks call it.
+    """Restore master weights, moments and steps, and the weights made from them. All ranks must call it.
 
     `beat` is called after each parameter.
     """
     stage = engine.zero_optimization_stage()
-    saved.check({n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in student.named_parameters()})
+    saved.check({n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in student.trained_parameters()})
     # With stage 0 a rank saves a share, and needs all.
     pieces = held_pieces(engine, student, *((0, 1) if stage == 0 else (rank, world)))
     _make_adam_state(engine, pieces, saved)
@@ -291,7 +292,7 @@ def restore_optimizer(
                 saved.fill(piece.of(adam[kind]), kind, piece)
         beat()
     if stage == 0:
-        for parameter, flat in zip(student.parameters(), _flats(engine), strict=True):
+        for (_, parameter), flat in zip(student.trained_parameters(), _flats(engine), strict=True):
             parameter.copy_(flat)  # in fp32 they are the same tensor
     elif stage < 3:
         engine.optimizer.update_lp_params()
@@ -304,7 +305,7 @@ def restore_optimizer(
 
 
 def _make_adam_state(engine: Any, pieces: Sequence[Piece], saved: SavedOptimizer) -> None:
-    """AdamW makes its state in its first step; a resumed one has to find it there, as it would have made it.
+    """AdamW makes its state in its first step; a resumed one has to find the state that it would have made.
 
     One flat tensor has one step count. Only stage 0 could have saved several, of parameters that had no gradient
     in some steps: then the largest is taken.

@@ -1,4 +1,4 @@
-"""Checkpoints of a learner rank: copied to host memory between two steps, written while training goes on.
+"""Checkpoints of a learner rank: copied to host memory between two steps, written while training continues.
 
 Rank 0 also writes the Hugging Face model directory. The driver makes the directory and completes it
 (`kat_ray.run.checkpoint`).
@@ -6,15 +6,12 @@ Rank 0 also writes the Hugging Face model directory. The driver makes the direct
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from actors.learner.model import StudentModel
 from actors.learner.optimizer_state import (
     HostCopy,
     copy_optimizer,
@@ -24,20 +21,20 @@ from actors.learner.optimizer_state import (
     restore_optimizer,
     write_tensors,
 )
+from actors.learner.settings import LearnerSettings
+from kat_ray.models.load import DTYPES
 from kat_ray.run.checkpoint import TRAINING, FileDigest
 
 
 class Snapshots:
-    """One rank's snapshots. At most one is being written."""
+    """At most one snapshot is being written at a time."""
 
-    def __init__(
-        self, engine: Any, rank: int, world_size: int, dtype: torch.dtype, trust_remote_code: bool
-    ) -> None:
+    def __init__(self, engine: Any, student: StudentModel, rank: int, settings: LearnerSettings) -> None:
         self._engine = engine
-        self._student: Any = engine.module.student
-        self._rank, self._world_size = rank, world_size
-        self._dtype = dtype
-        self._trust_remote_code = trust_remote_code
+        self._student = student
+        self._rank, self._world_size = rank, settings.learner.world_size
+        self._dtype = DTYPES[settings.learner.dtype]
+        self._trust_remote_code = settings.student.trust_remote_code
         self._copy = HostCopy()
         self._tokenizer: Any = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -46,7 +43,7 @@ class Snapshots:
     def take(
         self, path: Path, tokenizer_dir: str, optimizer_steps: int, beat: Callable[[], object] = lambda: None
     ) -> None:
-        """Copy what is to be saved, and start to write it below `path`. Rank 0 must see the whole student."""
+        """Copy the state, and start to write it below `path`. On rank 0 the parameters must be `gathered`."""
         if self._writing is not None:
             self.written(beat)  # its buffers are about to be overwritten
         pieces = held_pieces(self._engine, self._student, self._rank, self._world_size)
@@ -65,9 +62,9 @@ class Snapshots:
         self._writing = self._thread.submit(write)
 
     def written(self, beat: Callable[[], object] = lambda: None) -> dict[str, FileDigest]:
-        """Wait for the files of the last snapshot; its errors are raised here.
+        """Wait for the files of the last snapshot; errors of writing them are raised here.
 
-        `beat` is called every second: who writes a large file to a slow disk is not stuck.
+        `beat` is called every second: a rank that writes a large file to a slow disk is not stuck.
         """
         assert self._writing is not None, "no snapshot is being written"
         writing, self._writing = self._writing, None
@@ -76,7 +73,7 @@ class Snapshots:
         return writing.result()
 
     def restore(self, path: Path, beat: Callable[[], object] = lambda: None) -> int:
-        """Put a checkpoint's state back; returns the optimiser steps it was saved after. All ranks must call it.
+        """Restore a checkpoint; returns the optimiser steps that it was saved after. All ranks must call it.
 
         `beat` is called after each tensor.
         """
@@ -86,30 +83,17 @@ class Snapshots:
             return saved.optimizer_steps
 
     def _model_writer(self, path: Path, tokenizer_dir: str) -> Callable[[], dict[str, FileDigest]]:
-        weights = self._weights()
-        # Saving changes the configuration of what it saves; the student in training keeps its own.
-        student = copy.copy(self._student)
-        student.config = copy.deepcopy(self._student.config)
-        student.config.use_cache = True
+        save_student = self._student.copy_for_saving(
+            lambda name, tensor: self._copy.take(f"model/{name}", tensor), self._dtype
+        )
 
         def save() -> dict[str, FileDigest]:
-            save_model(student, weights, path)
+            save_student(path)
             self._save_tokenizer(tokenizer_dir, path)
             names = [f for f in path.rglob("*") if f.is_file() and (path / TRAINING) not in f.parents]
             return {name.relative_to(path).as_posix(): FileDigest.synced(name) for name in names}
 
         return save
-
-    def _weights(self) -> dict[str, Tensor]:
-        """The student's state dict on the host; tied weights stay one tensor under both names."""
-        copies: dict[tuple[int, torch.Size], Tensor] = {}
-        weights = {}
-        for name, tensor in self._student.state_dict().items():
-            where = (tensor.data_ptr(), tensor.shape)
-            if where not in copies:
-                copies[where] = self._copy.take(f"model/{name}", tensor.to(self._dtype))
-            weights[name] = copies[where]
-        return weights
 
     def _save_tokenizer(self, tokenizer_dir: str, path: Path) -> None:
         from transformers import AutoTokenizer
@@ -119,13 +103,3 @@ class Snapshots:
                 tokenizer_dir, trust_remote_code=self._trust_remote_code
             )
         self._tokenizer.save_pretrained(path)
-
-
-def save_model(student: Any, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Configuration and weights in Hugging Face format; a full disk is an `OSError` that names the directory."""
-    from safetensors import SafetensorError
-
-    try:
-        student.save_pretrained(path, state_dict=dict(weights))
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error

@@ -1,1 +1,1 @@
-"""Prompts, the order they are drawn in, and the batches made of rollouts: chunks, rows, token accounting."""
+"""Prompts and their order, and what rollouts become: chunks, token accounting, samples, micro-batches."""

@@ -1,4 +1,4 @@
-"""From chunks in the object store to padded micro-batches. numpy only; lengths make the masks, never ids."""
+"""A step's kept rollouts, dealt to the learner's ranks, and each rank's as samples to train on. numpy only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kat_ray.types.token_ids import out_of_vocabulary, out_of_vocabulary_message
 
 
 @dataclass(frozen=True)
-class TrainRow:
+class TrainingSample:
     """The kept part of one rollout, T tokens, with the teacher's targets."""
 
     rollout_id: int
@@ -27,23 +27,9 @@ class TrainRow:
     weights: FloatArray  # [T] in the loss
 
     @property
-    def inputs(self) -> int:
-        """Tokens of the forward pass: the last token predicts nothing that is kept."""
+    def input_length(self) -> int:
+        """Tokens of the forward pass: the last one predicts nothing that is kept."""
         return len(self.prompt_ids) + len(self.token_ids) - 1
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rows of one forward pass, right-padded with zeros.
-
-    `positions` [T, 2] lists (row, column) of the hidden states that predict the T kept tokens of all rows, in
-    the order in which the targets are concatenated.
-    """
-
-    rows: tuple[TrainRow, ...]
-    input_ids: IntArray  # [B, L] int64
-    attention_mask: IntArray  # [B, L] int64
-    positions: IntArray  # [T, 2] int64
 
 
 def assign_ranks(kept: Sequence[KeptRollout], world_size: int) -> list[list[KeptRollout]]:
@@ -57,9 +43,9 @@ def assign_ranks(kept: Sequence[KeptRollout], world_size: int) -> list[list[Kept
     return shares
 
 
-def collect_rows(
+def collect_samples(
     chunks: Sequence[RolloutChunk], teacher: Sequence[TeacherRows], kept: Sequence[KeptRollout]
-) -> list[TrainRow]:
+) -> list[TrainingSample]:
     """Gather the first `kept` tokens of each rollout from its chunks, in the order of `kept`.
 
     ValueError if a rollout's rows are missing, out of order or not contiguous.
@@ -85,7 +71,7 @@ def _join(
     pieces: Sequence[tuple[int, int, slice]],
     chunks: Sequence[RolloutChunk],
     teacher: Sequence[TeacherRows],
-) -> TrainRow:
+) -> TrainingSample:
     have, spans = 0, []
     for start, c, rows in pieces:
         if start != have:
@@ -100,7 +86,7 @@ def _join(
         raise ValueError(
             f"rollout {kept.rollout_id}: its prompt has {kept.prompt_length} tokens, the chunks hold {held}"
         )
-    return TrainRow(
+    return TrainingSample(
         rollout_id=kept.rollout_id,
         prompt_ids=prompt,
         token_ids=np.concatenate([chunks[c].token_ids[s] for c, s in spans]),
@@ -113,43 +99,13 @@ def _join(
     )
 
 
-def check_row_vocabulary(rows: Sequence[TrainRow], vocabulary: int, model: str) -> None:
-    """UserError where a row holds an id that `model`, a field and its value, has no token for.
+def check_vocabulary(samples: Sequence[TrainingSample], vocabulary: int, model: str) -> None:
+    """UserError where a sample holds an id that `model`, a field and its value, has no token for.
 
-    The model would end in an index error, on a GPU in one that names neither tensor nor row.
+    The model would end in an index error, on a GPU in one that names neither tensor nor sample.
     """
-    for row in rows:
-        for name, ids in (("prompt", row.prompt_ids), ("answer", row.token_ids), ("top k", row.topk_ids)):
+    for sample in samples:
+        parts = (("prompt", sample.prompt_ids), ("answer", sample.token_ids), ("top k", sample.topk_ids))
+        for name, ids in parts:
             if (foreign := out_of_vocabulary(ids, vocabulary)) is not None:
-                raise UserError(out_of_vocabulary_message(row.rollout_id, name, foreign, vocabulary, model))
-
-
-def micro_batches(rows: Sequence[TrainRow], budget: int) -> list[MicroBatch]:
-    """Group rows of similar length so that B x L <= budget tokens, padding included.
-
-    A row longer than the budget is a micro-batch of its own; a row of which no token is kept is in none.
-    """
-    batches: list[MicroBatch] = []
-    group: list[TrainRow] = []
-    for row in sorted((r for r in rows if len(r.token_ids)), key=lambda r: (r.inputs, r.rollout_id)):
-        if group and (len(group) + 1) * row.inputs > budget:
-            batches.append(_pad(group))
-            group = []
-        group.append(row)
-    if group:
-        batches.append(_pad(group))
-    return batches
-
-
-def _pad(rows: Sequence[TrainRow]) -> MicroBatch:
-    width = max(r.inputs for r in rows)
-    input_ids = np.zeros((len(rows), width), dtype=np.int64)
-    mask = np.zeros((len(rows), width), dtype=np.int64)
-    positions = []
-    for b, row in enumerate(rows):
-        input_ids[b, : row.inputs] = np.concatenate([row.prompt_ids, row.token_ids])[:-1]
-        mask[b, : row.inputs] = 1
-        first = len(row.prompt_ids) - 1
-        columns = np.arange(first, first + len(row.token_ids), dtype=np.int64)
-        positions.append(np.stack([np.full_like(columns, b), columns], axis=-1))
-    return MicroBatch(tuple(rows), input_ids, mask, np.concatenate(positions))
+                raise UserError(out_of_vocabulary_message(sample.rollout_id, name, foreign, vocabulary, model))

@@ -1,1 +1,1 @@
-"""The distillation loss and the (k + 1)-way divergence beneath it, in torch."""
+"""The loss in torch: the divergence of two models, the terms built on it, the output layer with its gradients."""

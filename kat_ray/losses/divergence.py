@@ -26,7 +26,7 @@ LOG_FLOOR = math.log(2.0**-24)
 
 
 def dequantise(topk: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Narrowed log-probabilities in float32, scaled so that the top k [N, k] and the tail add up to 1 again.
+    """Quantised log-probabilities in float32, rescaled so that the top k [N, k] and the tail sum to 1 again.
 
     `others` [N] are the tail and any further log-masses of the same distribution, held in full precision. Rounding
     moved the sum by some 1e-4; what KL would make of that does not vanish where both models agree, and can be
@@ -38,7 +38,7 @@ def dequantise(topk: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 
 def quantise(topk: Tensor, stop: Tensor, stop_in_topk: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N, k] in float16, and the log-mass of all stop ids [N] that fits to them.
+    """Log-probabilities [N, k] in float16, and the log-mass of all stop ids [N] consistent with them.
 
     Stop ids outside the top k hold `stop` less what of it lies in the top k: a small difference, which must not
     take up the rounding of the latter.

@@ -2,7 +2,7 @@
 
 Sizes come from config.json and the headers of the safetensors files; a broken download, a pickle, code in the
 model directory, or two models that do not fit together are refused here, in seconds. Left out: context lengths
-stretched by rope scaling; `max_position_embeddings` is taken as it stands.
+stretched by rope scaling; `max_position_embeddings` is taken as it is.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def check_models(config: Config) -> ModelFacts:
-    """Look at both models; `ModelError` says what does not fit, with field names and what to do."""
+    """Inspect both models; `ModelError` says what does not fit, names the field and what to do."""
     infos: dict[str, ModelInfo] = {}
     tokenizers: dict[str, Any] = {}
     for role, model in (("student", config.student), ("teacher", config.teacher)):
@@ -179,7 +179,7 @@ def stop_ids(
 
 
 def stop_id_warnings(config: Config, student: ModelInfo, teacher: ModelInfo, tokenizer: Any) -> tuple[str, ...]:
-    """What to know where the two models end their texts on different ids."""
+    """One where the two models end their texts on different ids, with what `rollout.eos` makes of it."""
     if student.stop_ids == teacher.stop_ids:
         return ()
     words = [

@@ -23,8 +23,10 @@ from torch import Tensor
 from kat_ray.config import Config
 from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import UserError
-from kat_ray.losses.distillation import TeacherTargets, distillation_loss
+from kat_ray.losses.distillation import Distillation
 from kat_ray.losses.divergence import stop_mass, tail_from_logprobs
+from kat_ray.losses.fused_head import head_loss
+from kat_ray.losses.term import TokenRows
 from kat_ray.models.inspect import check_models, resolve_model
 from kat_ray.models.load import load_causal_lm
 from kat_ray.report.phases import PHASES, Phases
@@ -173,18 +175,17 @@ def _add_gradient(
     with torch.no_grad():
         top = torch.log_softmax(student.lm_head(hidden), -1).topk(config.rollout.top_k_logprobs, dim=-1).indices
     zeros = torch.zeros(len(tokens), device=device)
-    targets = TeacherTargets(
+    rows = TokenRows(
         topk_ids=top,
-        topk_logprobs=q.gather(-1, top),
-        tail=tail_from_logprobs(q, top),
-        stop=stop_mass(q, stop_ids),
+        teacher_topk=q.gather(-1, top),
+        teacher_tail=tail_from_logprobs(q, top),
+        teacher_stop=stop_mass(q, stop_ids),
         token_ids=torch.tensor(tokens, device=device),
         sampled_logprobs=zeros,
         weights=torch.from_numpy(mask.astype(np.float32)).to(device),
     )
-    loss = distillation_loss(
-        hidden, student.lm_head, targets, stop_ids, config.rollout.eos, config.learner.logits_chunk_tokens
-    ).loss
+    term = Distillation(tuple(stop_ids), config.rollout.eos)
+    loss = head_loss(hidden, student.lm_head, rows, term, config.learner.logits_chunk_tokens).loss
     student.zero_grad(set_to_none=True)
     loss.backward()
     for name, parameter in student.named_parameters():

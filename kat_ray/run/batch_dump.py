@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from kat_ray.data.accounting import traces_of
-from kat_ray.data.batch import TrainRow, collect_rows
+from kat_ray.data.batch import TrainingSample, collect_samples
 from kat_ray.errors import UserError
 from kat_ray.types.records import KeptRollout, RolloutChunk, ScoredChunk, TeacherRows
 
@@ -37,10 +37,10 @@ def dump_batch(folder: Path, step: int, batch: StepBatch, report: Mapping[str, f
     `report` holds the step's figures by name. An older dump of this step is replaced; UserError if the files cannot
     be written.
     """
-    rows = collect_rows(batch.chunks, batch.teacher, batch.kept)
+    rows = collect_samples(batch.chunks, batch.teacher, batch.kept)
     # The student's columns lie in the chunks as the teacher's do in its rows, and are gathered the same way.
     own = [TeacherRows(c.topk_logprobs, c.tail_logprobs, c.sampled_logprobs) for c in batch.chunks]
-    students = collect_rows(batch.chunks, own, batch.kept)
+    students = collect_samples(batch.chunks, own, batch.kept)
     d = traces_of(batch.scored)
     tensors = _tensors(rows, students, [d[r.rollout_id][: len(r.token_ids)] for r in rows])
     odd = sorted(n for n, v in report.items() if not math.isfinite(v))
@@ -67,7 +67,7 @@ def dump_batch(folder: Path, step: int, batch: StepBatch, report: Mapping[str, f
 
 
 def _tensors(
-    rows: Sequence[TrainRow], students: Sequence[TrainRow], d: Sequence[np.ndarray]
+    rows: Sequence[TrainingSample], students: Sequence[TrainingSample], d: Sequence[np.ndarray]
 ) -> dict[str, np.ndarray]:
     def join(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
         return np.ascontiguousarray(np.concatenate(parts or [np.zeros(0, dtype)]).astype(dtype))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from actors.learner.learner import Learner
+from actors.learner.settings import LearnerSettings
 from kat_ray.data.batch import assign_ranks
 from kat_ray.types.records import KeptRollout, TeacherRows
 from tests.conftest import chunk_of, make_config, random_rollouts
@@ -32,7 +33,7 @@ class Opened(Learner):
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         state = {}
-        for name, parameter in self._engine.module.student.named_parameters():
+        for name, parameter in self._loaded.student.trained_parameters():
             state[f"master/{name}"] = safe_get_full_fp32_param(parameter).flatten().numpy().copy()
             for kind in ("exp_avg", "exp_avg_sq"):
                 state[f"{kind}/{name}"] = safe_get_full_optimizer_state(parameter, kind).flatten().numpy().copy()
@@ -40,7 +41,7 @@ class Opened(Learner):
 
     def state(self):
         """The optimiser's own copies of the weights, moments and step counts, as bytes."""
-        optimizer = self._engine.basic_optimizer
+        optimizer = self._loaded.engine.basic_optimizer
         masters = [p for group in optimizer.param_groups for p in group["params"]]
         moments = [v for p, state in optimizer.state.items() for v in (p, *state.values())]
         return [v.detach().float().numpy().tobytes() for v in (*masters, *moments) if isinstance(v, torch.Tensor)]
@@ -48,7 +49,7 @@ class Opened(Learner):
     def hold(self):
         """Nothing is written until `release`."""
         self.released = threading.Event()
-        self._snapshots._thread.submit(self.released.wait)
+        self._loaded.snapshots._thread.submit(self.released.wait)
 
     def release(self):
         self.released.set()
@@ -108,11 +109,12 @@ class Group:
     """All ranks of a learner."""
 
     def __init__(self, models, world_size, **learner):
-        settings = {"world_size": world_size, "lr": 1e-3, "micro_batch_tokens": 64, "logits_chunk_tokens": 16}
+        given = {"world_size": world_size, "lr": 1e-3, "micro_batch_tokens": 64, "logits_chunk_tokens": 16}
         self.config = make_config(
-            models["student"][0], models["teacher"][0], learner=settings | learner, run={"steps": 10}
+            models["student"][0], models["teacher"][0], learner=given | learner, run={"steps": 10}
         )
-        self.ranks = [Rank(r, world_size, self.config, models["student"][0], (1,)) for r in range(world_size)]
+        settings = LearnerSettings.from_config(self.config, models["student"][0], (1,))
+        self.ranks = [Rank(r, settings) for r in range(world_size)]
         try:
             self.all("start", *self.ranks[0].call("address"))
         except BaseException:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.learner.learner import lr_factor
-from actors.learner.model import switch_dropout_off, weight_update
-from kat_ray.data.batch import collect_rows
+from actors.learner.model import StudentModel, switch_dropout_off
+from actors.learner.schedule import lr_factor
+from kat_ray.data.batch import collect_samples
 from kat_ray.losses.divergence import event_logprobs, is_stop, reverse_kl, stop_mass, tail_from_logprobs
 from kat_ray.models.load import check_output_layer
 from tests.cluster.ranks import Group, step_of
@@ -70,7 +70,7 @@ def test_one_rank_does_what_plain_torch_does(one_rank, models, tmp_path):
     for s, report in enumerate(reports):
         chunk, teacher, kept = step_of(models, random_rollouts(7, seed=s))
         total = torch.zeros(())
-        for row in collect_rows([chunk], [teacher], kept):
+        for row in collect_samples([chunk], [teacher], kept):
             ids = torch.from_numpy(np.concatenate([row.prompt_ids, row.token_ids]).astype(np.int64))[None]
             p = torch.log_softmax(student(ids).logits[0, len(row.prompt_ids) - 1 : -1], -1)
             top = torch.from_numpy(row.topk_ids.astype(np.int64))
@@ -141,7 +141,7 @@ def test_a_step_without_kept_tokens_changes_nothing(models):
 
 
 def test_weights_hold_the_output_layer_of_tied_models(models):
-    update = weight_update(models["student"][1], 3, torch.bfloat16)
+    update = StudentModel(models["student"][1]).weight_update(3, torch.bfloat16)
     assert update.policy_version == 3 and "lm_head.weight" in update.names
     embedding = update.arrays[update.names.index("model.embed_tokens.weight")]
     assert (update.arrays[update.names.index("lm_head.weight")] == embedding).all()
@@ -152,7 +152,7 @@ def test_weights_hold_the_output_layer_of_tied_models(models):
 
 def test_weights_do_not_change_with_the_learner(models):
     student = models["student"][1]
-    update = weight_update(student, 1, torch.float32)
+    update = StudentModel(student).weight_update(1, torch.float32)
     assert not any(np.shares_memory(a, p.detach().numpy()) for a in update.arrays for p in student.parameters())
 
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.driver import train as job
-from actors.learner.learner import lr_factor
 from actors.learner.model import load_student
+from actors.learner.schedule import lr_factor
 from actors.monitor.trap_monitor import TrapMonitor
 from actors.sampler.student_sampler import StudentSampler
 from actors.teacher.scorer import TeacherScorer
@@ -155,7 +155,7 @@ def test_a_prompt_of_padding_ids_trains_like_one_of_any_other_id(models, tmp_pat
 
 def test_no_embedding_is_left_out_for_its_id(models):
     config = make_config(models["student"][0], models["teacher"][0])
-    student = load_student(config, models["student"][0])
+    student = load_student(config.student, models["student"][0], config.learner).network
     student(torch.zeros((1, 4), dtype=torch.long)).logits[..., 5].sum().backward()
     plain = models["student"][1].model.embed_tokens.weight
     assert plain.shape == student.model.embed_tokens.weight.shape

@@ -1,12 +1,13 @@
-"""Chunks to rows to micro-batches: nothing lost, nothing past the cut, padding by length."""
+"""Chunks to samples to micro-batches: nothing lost, nothing past the cut, padding by length."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_ray.data.batch import assign_ranks, collect_rows, micro_batches
+from kat_ray.data.batch import assign_ranks, collect_samples
 from kat_ray.data.chunks import PendingRollout, build_chunk, tail_logprobs
+from kat_ray.data.collate import PaddedCollator
 from kat_ray.types.records import EngineEnd, KeptRollout, TeacherRows
 
 K = 3
@@ -38,50 +39,51 @@ rollout = st.tuples(
 
 @given(st.lists(rollout, min_size=1, max_size=6), st.integers(1, 14), st.data())
 @settings(max_examples=150, deadline=None)
-def test_rows_hold_the_kept_tokens_and_their_targets_whatever_the_chunks(rollouts, size, data):
+def test_samples_hold_the_kept_tokens_and_their_targets_whatever_the_chunks(rollouts, size, data):
     rollouts = dict(enumerate(rollouts))
     chunks, teacher = stream(rollouts, size)
     kept = [
         KeptRollout(i, len(p), data.draw(st.integers(1, len(t)), label=f"kept of {i}"))
         for i, (p, t) in rollouts.items()
     ]
-    rows = collect_rows(chunks, teacher, kept)
-    for k, row in zip(kept, rows, strict=True):
+    samples = collect_samples(chunks, teacher, kept)
+    for k, sample in zip(kept, samples, strict=True):
         prompt, tokens = rollouts[k.rollout_id]
         expected = tokens[: k.kept]
-        assert row.prompt_ids.tolist() == prompt and row.token_ids.tolist() == expected
-        assert row.topk_ids[:, 0].tolist() == [t + 1 for t in expected]
-        assert row.teacher_topk[:, -1].tolist() == expected
-        assert row.teacher_tail.tolist() == [t + 0.25 for t in expected]
-        np.testing.assert_allclose(row.sampled_logprobs, -np.array(expected) / 10, rtol=1e-6)
+        assert sample.prompt_ids.tolist() == prompt and sample.token_ids.tolist() == expected
+        assert sample.topk_ids[:, 0].tolist() == [t + 1 for t in expected]
+        assert sample.teacher_topk[:, -1].tolist() == expected
+        assert sample.teacher_tail.tolist() == [t + 0.25 for t in expected]
+        np.testing.assert_allclose(sample.sampled_logprobs, -np.array(expected) / 10, rtol=1e-6)
     for budget in (1, 20, 1000):
-        batches = micro_batches(rows, budget)
-        assert sorted(r.rollout_id for b in batches for r in b.rows) == sorted(rollouts)
+        batches = PaddedCollator(budget).micro_batches(samples)
+        assert sorted(s.rollout_id for b in batches for s in b.samples) == sorted(rollouts)
         for batch in batches:
-            assert batch.input_ids.size <= max(budget, batch.input_ids.shape[1])
-            assert batch.attention_mask.sum() == sum(r.inputs for r in batch.rows)
-            at = [int(batch.input_ids[b, c]) for b, c in batch.positions]
+            ids, inputs = batch.inputs.input_ids, batch.inputs
+            assert ids.size <= max(budget, ids.shape[1])
+            assert inputs.attention_mask.sum() == sum(s.input_length for s in batch.samples)
+            at = [int(ids[b, c]) for b, c in inputs.positions]
             before = [
                 x
-                for r in batch.rows
-                for x in [*r.prompt_ids.tolist(), *r.token_ids.tolist()][len(r.prompt_ids) - 1 : -1]
+                for s in batch.samples
+                for x in [*s.prompt_ids.tolist(), *s.token_ids.tolist()][len(s.prompt_ids) - 1 : -1]
             ]
             assert at == before, "a position is the one before the token it predicts"
 
 
 def test_a_token_equal_to_the_padding_is_not_padding():
     chunks, teacher = stream({0: ([0, 0], [0, 0, 0]), 1: ([5], [6])}, 2)
-    rows = collect_rows(chunks, teacher, [KeptRollout(0, 2, 3), KeptRollout(1, 1, 1)])
-    (batch,) = micro_batches(rows, 1000)
-    assert batch.attention_mask.sum(axis=1).tolist() == [1, 4]
+    samples = collect_samples(chunks, teacher, [KeptRollout(0, 2, 3), KeptRollout(1, 1, 1)])
+    (batch,) = PaddedCollator(1000).micro_batches(samples)
+    assert batch.inputs.attention_mask.sum(axis=1).tolist() == [1, 4]
 
 
 def test_missing_rows_are_refused():
     chunks, teacher = stream({0: ([5], list(range(10, 20)))}, 4)
     with pytest.raises(ValueError, match="starts at token 8, expected 4"):
-        collect_rows([chunks[0], chunks[2]], [teacher[0], teacher[2]], [KeptRollout(0, 1, 9)])
+        collect_samples([chunks[0], chunks[2]], [teacher[0], teacher[2]], [KeptRollout(0, 1, 9)])
     with pytest.raises(ValueError, match="9 tokens are kept, the chunks hold 4"):
-        collect_rows(chunks[:1], teacher[:1], [KeptRollout(0, 1, 9)])
+        collect_samples(chunks[:1], teacher[:1], [KeptRollout(0, 1, 9)])
 
 
 def test_a_take_over_context_is_not_taken_for_the_prompt():
@@ -91,8 +93,8 @@ def test_a_take_over_context_is_not_taken_for_the_prompt():
     taken_over = type(second)(
         **{**second.__dict__, "context_ids": context, "context_offsets": np.array([0, 4], np.int32)}
     )
-    (row,) = collect_rows([chunks[0], taken_over], teacher, [KeptRollout(0, 2, 3)])
-    assert row.prompt_ids.tolist() == [5, 6]
+    (sample,) = collect_samples([chunks[0], taken_over], teacher, [KeptRollout(0, 2, 3)])
+    assert sample.prompt_ids.tolist() == [5, 6]
 
 
 @given(st.lists(st.integers(1, 100), max_size=30), st.integers(1, 5))
@@ -113,14 +115,14 @@ def test_ranks_are_balanced_by_tokens_not_by_rollouts():
 def test_a_prompt_of_another_length_is_refused():
     chunks, teacher = stream({0: ([5, 6], [10, 11])}, 2)
     with pytest.raises(ValueError, match="its prompt has 3 tokens, the chunks hold 2"):
-        collect_rows(chunks, teacher, [KeptRollout(0, 3, 1)])
+        collect_samples(chunks, teacher, [KeptRollout(0, 3, 1)])
 
 
 def test_a_rollout_of_which_nothing_is_kept_is_in_no_micro_batch():
     chunks, teacher = stream({0: ([5], [6]), 1: ([7], [8])}, 2)
-    rows = collect_rows(chunks, teacher, [KeptRollout(0, 1, 0), KeptRollout(1, 1, 1)])
-    assert [r.rollout_id for b in micro_batches(rows, 1000) for r in b.rows] == [1]
-    assert micro_batches(rows[:1], 1000) == []
+    samples = collect_samples(chunks, teacher, [KeptRollout(0, 1, 0), KeptRollout(1, 1, 1)])
+    assert [s.rollout_id for b in PaddedCollator(1000).micro_batches(samples) for s in b.samples] == [1]
+    assert PaddedCollator(1000).micro_batches(samples[:1]) == []
 
 
 def test_an_end_without_tokens_is_news_once():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from kat_ray.config import GuardsConfig
-from kat_ray.data.batch import collect_rows
+from kat_ray.data.batch import collect_samples
 from kat_ray.errors import UserError
 from kat_ray.observability.metric_catalog import METRICS
 from kat_ray.run.batch_dump import StepBatch, dump_batch
@@ -206,7 +206,7 @@ def test_a_dump_holds_what_the_learner_was_given(tmp_path):
     assert (t["prompt_token_ids"].tolist(), t["prompt_offsets"].tolist()) == ([5, 6, 7], [0, 2, 3])
     assert t["token_ids"].tolist() == [9, 4, 11, 12] and t["weights"].tolist() == [1, math.inf, 1, 1]
     assert t["d"].tolist() == [9 / 8, 4 / 8, 11 / 8, 12 / 8]
-    for row, at in zip(collect_rows(batch.chunks, batch.teacher, batch.kept), (0, 2), strict=True):
+    for row, at in zip(collect_samples(batch.chunks, batch.teacher, batch.kept), (0, 2), strict=True):
         rows = slice(at, at + 2)
         np.testing.assert_array_equal(t["teacher_topk_logprobs"][rows], row.teacher_topk)
         np.testing.assert_array_equal(t["teacher_tail_logprobs"][rows], row.teacher_tail)

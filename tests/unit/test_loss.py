@@ -1,12 +1,11 @@
-"""The distillation loss: gradient, chunks, masks; and that it moves the student to the teacher."""
+"""Head and distillation term: gradient, chunks, masks; and that descent moves the student to the teacher."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from kat_ray.losses.distillation import SUMS, TeacherTargets, distillation_loss
+from kat_ray.losses.distillation import Distillation
 from kat_ray.losses.divergence import (
     event_logprobs,
     full_reverse_kl,
@@ -15,8 +14,11 @@ from kat_ray.losses.divergence import (
     stop_mass,
     tail_from_logprobs,
 )
+from kat_ray.losses.fused_head import head_loss
+from kat_ray.losses.term import TermSums, TokenRows
 
 V, H, K, T = 50, 8, 6, 11
+RAW = Distillation((), "raw")
 
 
 def problem(seed=0, teacher_nan=()):
@@ -38,23 +40,23 @@ def problem(seed=0, teacher_nan=()):
     return (
         head,
         hidden,
-        TeacherTargets(ids, topk, tail, torch.full((T,), -9.0), tokens, sampled, torch.ones(T)),
+        TokenRows(ids, topk, tail, torch.full((T,), -9.0), tokens, sampled, torch.ones(T)),
         teacher_logits,
     )
 
 
-def run(head, hidden, targets, chunk=1000, eos="raw", stop_ids=(), as_module=False):
+def run(head, hidden, rows, chunk=1000, eos="raw", stop_ids=(), as_module=False):
     """Result and gradients; `as_module` takes the way that ZeRO 3 needs, on which the head is called."""
     hidden = hidden.clone().requires_grad_()
     head.zero_grad()
     layer = (lambda x: head(x)) if as_module else head
-    result = distillation_loss(hidden, layer, targets, stop_ids, eos, chunk)
+    result = head_loss(hidden, layer, rows, Distillation(tuple(stop_ids), eos), chunk)
     result.loss.backward()
     return result, hidden.grad.clone(), head.weight.grad.clone()
 
 
 def sums(result):
-    return dict(zip(SUMS, result.sums.tolist(), strict=True))
+    return dict(zip(Distillation.sum_names, result.sums.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("as_module", [False, True])
@@ -66,8 +68,8 @@ def test_value_and_gradient_equal_a_float64_autograd_of_the_definition(as_module
     p = torch.softmax(h @ w.T, -1)
     top = p.gather(-1, t.topk_ids)
     rest = 1 - top.sum(-1)
-    q = t.topk_logprobs.double()
-    kl = (top * (top.log() - q)).sum(-1) + rest * (rest.log() - t.tail.double())
+    q = t.teacher_topk.double()
+    kl = (top * (top.log() - q)).sum(-1) + rest * (rest.log() - t.teacher_tail.double())
     kl.sum().backward()
     assert result.loss.item() == pytest.approx(kl.sum().item(), rel=1e-5)
     torch.testing.assert_close(dh.double(), h.grad, atol=1e-4, rtol=1e-3)
@@ -98,14 +100,14 @@ def test_gradient_in_the_logits_equals_autograd_through_all_log_probabilities(eo
     logits[4, 9] = -math.inf
     logits[6, [3, 4]] = -math.inf
     ids = logits.topk(k, dim=-1).indices
-    t = replace(t, topk_ids=ids, topk_logprobs=q.gather(-1, ids), tail=tail_from_logprobs(q, ids))
+    t = t._replace(topk_ids=ids, teacher_topk=q.gather(-1, ids), teacher_tail=tail_from_logprobs(q, ids))
     ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    result = distillation_loss(ours, lambda x: x, t, stop_ids, eos, 4)
+    result = head_loss(ours, lambda x: x, t, Distillation(stop_ids, eos), 4)
     result.loss.backward()
     p = torch.log_softmax(theirs, -1)
     stops = is_stop(ids, stop_ids)
     student = event_logprobs(p.gather(-1, ids), tail_from_logprobs(p, ids), stop_mass(p, stop_ids), stops, eos)
-    teacher = event_logprobs(t.topk_logprobs, t.tail, t.stop, stops, eos)
+    teacher = event_logprobs(t.teacher_topk, t.teacher_tail, t.teacher_stop, stops, eos)
     kl = reverse_kl(student, teacher)
     kl.sum().backward()
     assert result.loss.item() == pytest.approx(kl.sum().item(), rel=1e-5)
@@ -115,11 +117,42 @@ def test_gradient_in_the_logits_equals_autograd_through_all_log_probabilities(eo
     torch.testing.assert_close(ours.grad[keep], theirs.grad[keep], atol=2e-6, rtol=1e-4)
 
 
+class FourWeights:
+    """A term that depends on all four log-probabilities of a token, by weights of their own."""
+
+    stop_ids, sum_names, max_names = (3, 4), ("rows",), ()
+
+    def __call__(self, student, rows):
+        loss = student.topk.sum() + 2 * student.tail.sum() + 3 * student.stop.sum() - 5 * student.sampled.sum()
+        count = torch.tensor([float(len(student.sampled))], dtype=torch.float64)
+        return TermSums(loss, count, torch.zeros(0))
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_any_term_has_the_gradient_of_autograd_through_all_log_probabilities(as_module):
+    head, hidden, t, _ = problem(seed=7)
+    tokens = t.topk_ids[:, 2].clone()  # in the top k, outside it, and a stop id
+    tokens[::2] = head(hidden)[::2].argmin(dim=-1)
+    tokens[1] = 3
+    h, o = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    layer = (lambda x: head(x)) if as_module else head
+    result = head_loss(h, layer, t._replace(token_ids=tokens), FourWeights(), 4)
+    result.loss.backward()
+    found, head.weight.grad = head.weight.grad, None
+    p = torch.log_softmax(head(o), -1)
+    tails, stops = tail_from_logprobs(p, t.topk_ids), stop_mass(p, (3, 4))
+    loss = p.gather(-1, t.topk_ids).sum() + (2 * tails + 3 * stops - 5 * p.gather(-1, tokens[:, None])[:, 0]).sum()
+    loss.backward()
+    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5) and result.sums.tolist() == [T]
+    torch.testing.assert_close(h.grad, o.grad, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, head.weight.grad, atol=1e-4, rtol=1e-4)
+
+
 def test_a_masked_nan_adds_nothing_to_value_and_gradient():
     head, hidden, t, _ = problem(teacher_nan=(2, 7))
     result, dh, dw = run(head, hidden, t)
     keep = [i for i in range(T) if i not in (2, 7)]
-    fewer = TeacherTargets(*(f[keep] for f in t.rows(0, T)))
+    fewer = TokenRows(*(column[keep] for column in t))
     expected, eh, ew = run(head, hidden[keep], fewer)
     assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     torch.testing.assert_close(dw, ew)
@@ -132,8 +165,8 @@ def test_a_weight_of_zero_leaves_a_token_out():
     head, hidden, t, _ = problem()
     keep = [i for i in range(T) if i not in (2, 7)]
     weights = torch.ones(T).index_fill(0, torch.tensor([2, 7]), 0.0)
-    fewer = TeacherTargets(*(f[keep] for f in t.rows(0, T)))
-    result, dh, dw = run(head, hidden, replace(t, weights=weights))
+    fewer = TokenRows(*(column[keep] for column in t))
+    result, dh, dw = run(head, hidden, t._replace(weights=weights))
     expected, eh, ew = run(head, hidden[keep], fewer)
     assert result.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
     torch.testing.assert_close(dw, ew)
@@ -144,7 +177,7 @@ def test_a_weight_of_zero_leaves_a_token_out():
 def test_weights_scale_value_and_gradient_and_nothing_else():
     head, hidden, t, _ = problem()
     whole, dh, _ = run(head, hidden, t)
-    half, hh, _ = run(head, hidden, replace(t, weights=torch.full((T,), 0.5)), chunk=4)
+    half, hh, _ = run(head, hidden, t._replace(weights=torch.full((T,), 0.5)), chunk=4)
     assert half.loss.item() == pytest.approx(whole.loss.item() / 2, rel=1e-5)
     torch.testing.assert_close(hh, dh / 2)
     figures, other = sums(whole), sums(half)
@@ -162,8 +195,8 @@ def test_a_student_that_diverged_is_dropped_not_repaired():
 def test_logprob_difference_is_zero_for_the_same_weights_and_counts_otherwise():
     head, hidden, t, _ = problem()
     result, *_ = run(head, hidden, t)
-    assert sums(result)["logprob_diff"] < 1e-4 and result.logprob_diff_max < 1e-5
-    shifted = replace(t, sampled_logprobs=t.sampled_logprobs - 0.5)
+    assert sums(result)["logprob_diff"] < 1e-4 and result.maxima.item() < 1e-5
+    shifted = t._replace(sampled_logprobs=t.sampled_logprobs - 0.5)
     assert sums(run(head, hidden, shifted)[0])["logprob_diff"] == pytest.approx(0.5 * T, rel=1e-4)
 
 
@@ -172,7 +205,7 @@ def test_empty_chunks_change_nothing():
     h = hidden.clone().requires_grad_()
     calls = []
     counted = lambda x: calls.append(len(x)) or head(x)  # noqa: E731
-    padded = distillation_loss(h, counted, t, (), "raw", 4, min_chunks=5)
+    padded = head_loss(h, counted, t, RAW, 4, min_chunks=5)
     assert calls == [4, 4, 3, 0, 0]
     padded.loss.backward()
     whole, dh, _ = run(head, hidden, t, chunk=4)
@@ -181,8 +214,8 @@ def test_empty_chunks_change_nothing():
 
 def test_no_tokens():
     head, hidden, t, _ = problem()
-    none = TeacherTargets(*t.rows(0, 0))
-    assert distillation_loss(hidden[:0], head, none, (), "raw", 4).loss.item() == 0.0
+    none = t.part(0, 0)
+    assert head_loss(hidden[:0], head, none, RAW, 4).loss.item() == 0.0
 
 
 def test_descent_brings_the_student_to_the_teacher_over_the_whole_vocabulary():
@@ -194,8 +227,8 @@ def test_descent_brings_the_student_to_the_teacher_over_the_whole_vocabulary():
     q = torch.log_softmax(teacher_logits, -1)
     for _ in range(150):
         ids = logits.detach().topk(K, dim=-1).indices
-        now = replace(t, topk_ids=ids, topk_logprobs=q.gather(-1, ids), tail=tail_from_logprobs(q, ids))
+        now = t._replace(topk_ids=ids, teacher_topk=q.gather(-1, ids), teacher_tail=tail_from_logprobs(q, ids))
         optimiser.zero_grad()
-        distillation_loss(logits, lambda x: x, now, (), "raw", 100).loss.backward()
+        head_loss(logits, lambda x: x, now, RAW, 100).loss.backward()
         optimiser.step()
     assert full_reverse_kl(logits.detach(), teacher_logits).mean() < 0.25 * before

@@ -1,0 +1,37 @@
+"""What a learner rank is told of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kat_ray.config import Config, LearnerConfig, ModelConfig
+from kat_ray.losses.divergence import EosMode
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """The same for all ranks of a learner."""
+
+    learner: LearnerConfig
+    student: ModelConfig
+    student_dir: str  # where the student's files are: a directory, or a hub id
+    stop_ids: tuple[int, ...]  # of both models
+    eos: EosMode
+    top_k: int  # of `rollout.top_k_logprobs`
+    seed: int
+    steps: int  # of the whole run: the learning rate goes by them
+
+    @classmethod
+    def from_config(cls, config: Config, student_dir: str, stop_ids: Sequence[int]) -> LearnerSettings:
+        """The sections of `config` that concern a rank."""
+        return cls(
+            learner=config.learner,
+            student=config.student,
+            student_dir=student_dir,
+            stop_ids=tuple(stop_ids),
+            eos=config.rollout.eos,
+            top_k=config.rollout.top_k_logprobs,
+            seed=config.run.seed,
+            steps=config.run.steps,
+        )

@@ -1,0 +1,143 @@
+"""One rank's part in an optimiser step: its passes, the collectives around them, and AdamW.
+
+The loss is the mean over the *global* number of kept tokens, so that two ranks do what one does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from actors.learner.collectives import max_over_ranks, sum_over_ranks
+from actors.learner.engine import clips_itself
+from actors.learner.report import OptimizerStep
+from actors.learner.schedule import learning_rate
+from actors.learner.tensors import model_arguments, token_rows
+from kat_ray.config import LearnerConfig
+from kat_ray.data.collate import MicroBatch
+from kat_ray.losses.term import LossTerm, TermSums
+from kat_ray.observability.timeline import Timeline
+
+
+class StudentTrainer:
+    """Takes optimiser steps with a DeepSpeed engine of `make_engine`; `beat` is called after each pass."""
+
+    def __init__(
+        self,
+        engine: Any,
+        term: LossTerm,
+        learner: LearnerConfig,
+        steps: int,
+        dummy: MicroBatch,
+        timeline: Timeline,
+        beat: Callable[[], object],
+    ) -> None:
+        self.steps_taken = 0  # skipped ones too: the schedule goes by the steps of the run
+        self._engine = engine
+        self._term = term
+        self._learner = learner
+        self._steps = steps
+        self._dummy = dummy  # touches every parameter, for a rank that has run out of work
+        self._timeline = timeline
+        self._beat = beat
+        self._clip = GradientClip(engine, learner.clip) if clips_itself(learner) else None
+
+    def step(self, batches: Sequence[MicroBatch], global_weight: float) -> OptimizerStep:
+        """One step on this rank's micro-batches; all ranks call it, with the same `global_weight`."""
+        lr = self._set_lr()
+        chunks = self._chunks_of_passes(batches)
+        loss, sums, maxima = self._run_passes(batches, chunks, global_weight)
+        grad_norm = 0.0 if global_weight == 0 else self._update(loss, sums, global_weight)
+        self.steps_taken += 1
+        return OptimizerStep(loss, sums, maxima, grad_norm, lr, micro_batches=len(chunks))
+
+    def _chunks_of_passes(self, batches: Sequence[MicroBatch]) -> list[int]:
+        """For every pass of the busiest rank, the chunks of logits of its largest micro-batch.
+
+        ZeRO gathers parameters and reduces gradients on the way: all ranks must do as many of both.
+        """
+        device, size = self._engine.device, self._learner.logits_chunk_tokens
+        passes = int(max_over_ranks([len(batches)], device)[0])
+        own = [-(-len(b.inputs.positions) // size) for b in batches]
+        return [int(n) for n in max_over_ranks(own + [1] * (passes - len(own)), device)]
+
+    def _run_passes(
+        self, batches: Sequence[MicroBatch], chunks: Sequence[int], global_weight: float
+    ) -> tuple[float, dict[str, float], dict[str, float]]:
+        """All forward and backward passes; the term's loss, sums and maxima over all ranks.
+
+        A global weight of 0 leaves nothing to learn, and one that is not finite no mean: no pass is made then.
+        """
+        totals = np.zeros(1 + len(self._term.sum_names))
+        maxima = np.zeros(len(self._term.max_names))
+        if math.isfinite(global_weight) and global_weight > 0:
+            # DeepSpeed averages over ranks; the mean is over the tokens of all ranks together.
+            scale = self._learner.world_size / global_weight
+            for i, n in enumerate(chunks):
+                with self._timeline.span("forward and backward"):
+                    if i < len(batches):
+                        result = self._forward_backward(batches[i], n, scale)
+                        totals += [float(result.loss), *result.sums.tolist()]
+                        maxima = np.maximum(maxima, result.maxima.numpy())
+                    else:
+                        # Without it ZeRO's collectives on the other ranks would wait for ever.
+                        self._forward_backward(self._dummy, n, 0.0)
+                self._beat()
+        device = self._engine.device
+        loss, *sums = sum_over_ranks(totals, device).tolist()
+        return (
+            loss,
+            dict(zip(self._term.sum_names, sums, strict=True)),
+            dict(zip(self._term.max_names, max_over_ranks(maxima, device).tolist(), strict=True)),
+        )
+
+    def _forward_backward(self, batch: MicroBatch, chunks: int, scale: float) -> TermSums:
+        device = self._engine.device
+        positions = torch.from_numpy(batch.inputs.positions).to(device)
+        result: TermSums = self._engine(
+            model_arguments(batch, device), positions, token_rows(batch, device), chunks
+        )
+        self._engine.backward(result.loss * scale)
+        return result._replace(loss=result.loss.detach())
+
+    def _update(self, loss: float, sums: Mapping[str, float], global_weight: float) -> float:
+        """Take the optimiser step, or skip it on all ranks; returns the gradient norm, inf where it was skipped."""
+        if not math.isfinite(global_weight):
+            return math.inf
+        with self._timeline.span("optimiser"):
+            if not math.isfinite(loss) or not sums["tokens"]:
+                # Gradients may be finite all the same, and zeros would still move AdamW. DeepSpeed skips a step,
+                # and forgets its gradients, where their norm is not finite: so make it that. The sums are those of
+                # all ranks, which makes this pass, a collective operation, one that all make or none.
+                self._forward_backward(self._dummy, 1, math.nan)
+            self._engine.step()
+        norm = self._clip.norm if self._clip else self._engine.get_global_grad_norm()
+        return float(norm)
+
+    def _set_lr(self) -> float:
+        lr = learning_rate(self.steps_taken, self._steps, self._learner)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+
+class GradientClip:
+    """Clips reduced gradients before a step of AdamW, and skips the step where ZeRO would."""
+
+    def __init__(self, engine: Any, limit: float) -> None:
+        self.norm = 0.0  # before clipping, of the last step; inf where it was skipped
+        self._limit = limit
+        engine.basic_optimizer.register_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.norm = float(nn.utils.clip_grad_norm_(parameters, self._limit))
+        if not math.isfinite(self.norm):
+            self.norm = math.inf
+            for parameter in parameters:
+                parameter.grad = None  # AdamW leaves parameters without a gradient alone

@@ -1,0 +1,63 @@
+"""A term of the loss: what it gets of the student, what it gives back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class TokenRows(NamedTuple):
+    """What is given for T tokens, a row each; the student's top-k ids define the events."""
+
+    topk_ids: Tensor  # [T, k] int64
+    teacher_topk: Tensor  # [T, k] float32, log-probabilities at these ids
+    teacher_tail: Tensor  # [T] float32, log of the mass outside them
+    teacher_stop: Tensor  # [T] float32, log of the mass of all stop ids
+    token_ids: Tensor  # [T] int64, the sampled tokens
+    sampled_logprobs: Tensor  # [T] float32, the sampler's, at generation time
+    weights: Tensor  # [T] float32, what each token counts in the loss; 0 leaves it out
+
+    def part(self, start: int, end: int) -> TokenRows:
+        """Rows `start` to `end` of every column; fewer where there are no more."""
+        return TokenRows(*(column[start:end] for column in self))
+
+
+class StudentLogprobs(NamedTuple):
+    """All that a term may depend on: four kinds of log-probabilities of C tokens, each with its gradient."""
+
+    topk: Tensor  # [C, k] at `TokenRows.topk_ids`
+    tail: Tensor  # [C] of the mass outside the top k; -inf where there is none
+    stop: Tensor  # [C] of the mass of all stop ids; -inf where there is none
+    sampled: Tensor  # [C] at `TokenRows.token_ids`
+
+
+class TermSums(NamedTuple):
+    """A term over some tokens. `loss` is a sum over tokens, with gradient; the rest is for metrics, detached."""
+
+    loss: Tensor  # scalar float32, nats
+    sums: Tensor  # float64, one for each of `LossTerm.sum_names`
+    maxima: Tensor  # float32, >= 0, one for each of `LossTerm.max_names`
+
+
+class LossTerm(Protocol):
+    """A loss that is a sum over tokens, and what is counted along with it.
+
+    The head calls it chunk by chunk and adds up. Autograd runs from the loss to the `StudentLogprobs` only; the
+    gradient in the logits is the head's.
+    """
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids whose mass `StudentLogprobs.stop` is."""
+
+    @property
+    def sum_names(self) -> tuple[str, ...]:
+        """Names of `TermSums.sums`."""
+
+    @property
+    def max_names(self) -> tuple[str, ...]:
+        """Names of `TermSums.maxima`."""
+
+    def __call__(self, student: StudentLogprobs, rows: TokenRows) -> TermSums:
+        """The term over C tokens; C may be 0."""
