@@ -39,7 +39,7 @@ from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.checkpoint import Checkpoints, Loaded
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.step_guards import StepWatch
-from kat_ray.run.step_metrics import busy_metrics, decision_metrics
+from kat_ray.run.step_result import StepResult, StepTimes
 from kat_ray.run.summary import Totals, run_summary
 
 log = logging.getLogger("kat_ray.job")
@@ -212,7 +212,7 @@ class Job:
         if self._config.rollout.staleness and step + 1 < self._config.run.steps and self._store.has_room:
             self._sampling = self._trainer.start_sampling(step + 1, sampled.ended_with)
         with self._timeline.span("record"):
-            metrics = self._recorder.record(step, sampled, self._totals)  # while the learner works
+            recorded = self._recorder.record(step, sampled, self._totals)  # while the learner works
         with self._timeline.span("learn"):
             report, *_ = self._pools.wait_learners(pending, "the learner")
         learnt_at = time.monotonic()
@@ -223,21 +223,24 @@ class Job:
                 self._pools.publish(step + 1)
         ended = time.monotonic()
         self._totals.add_trained(0 if report.skipped else report.tokens)
-        metrics |= {f"learner/{name}": float(value) for name, value in asdict(report).items()}
-        del metrics["learner/policy_version"]
-        metrics |= {
-            "rollout/staleness": float(report.policy_version - sampled.version),
-            "time/step": ended - started,
-            "time/sample": sampled_at - started + ready_at - learnt_at,
-            "time/control": max(r.control_seconds for r in sampled.reports),
-            **decision_metrics(sampled.reports),
-            "time/learn": learnt_at - sampled_at,
-            "time/publish": ended - ready_at,
-            **store,
-            "pool/restarts": float(self._uncounted_restarts() + sum(r.recovered for r in sampled.reports)),
-        }
-        metrics |= busy_metrics(sampled.reports, sampled.scored, sampled.monitor_seconds, metrics)
-        metrics |= self._step_watch.look(step + 1, metrics)
+        result = StepResult(
+            done=step + 1,
+            learner=report,
+            times=StepTimes.of(
+                sampled.reports,
+                sampled.scored,
+                sampled.monitor_seconds,
+                step=ended - started,
+                sample=sampled_at - started + ready_at - learnt_at,
+                learn=learnt_at - sampled_at,
+                publish=ended - ready_at,
+            ),
+            staleness=report.policy_version - sampled.version,
+            restarts=self._uncounted_restarts() + sum(r.recovered for r in sampled.reports),
+            recorded=recorded,
+            store=store,
+        )
+        metrics = result.to_metrics() | self._step_watch.check(result)
         if not stopping:
             metrics |= self._elastic.between_steps(metrics)
         self._finish_step(step, metrics, sampled)

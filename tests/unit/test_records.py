@@ -16,12 +16,12 @@ from kat_ray.records.traces import SCHEMA, TraceRow, read_traces
 from kat_ray.run import directory as records
 from kat_ray.run.directory import RecordError, RunDirectory
 from kat_ray.run.probes import RolloutGrader, is_active, probe_metrics, seen_to_the_end
-from kat_ray.run.step_metrics import busy_metrics, rollout_metrics, score_metrics
+from kat_ray.run.step_metrics import rollout_metrics, score_metrics
 from kat_ray.run.summary import Totals, git_commit, package_versions
 from kat_ray.termination.fixed_prefix import FixedPrefixSettings
 from kat_ray.termination.kat_stages import KatStagesSettings
 from kat_ray.termination.settings import KatSettings
-from kat_ray.types.records import Prompt, RolloutOutcome, SampledRollout, SamplerReport, StepStart, StopReason
+from kat_ray.types.records import Prompt, RolloutOutcome, SampledRollout, StepStart, StopReason
 from tests.unit.test_termination import chunk
 
 
@@ -280,22 +280,3 @@ def test_what_a_run_ran_on():
     assert {"ray", "torch", "transformers", "deepspeed"} <= set(package_versions())
     commit = git_commit()
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
-
-
-def test_the_busiest_stage_tells_what_a_step_failed_to_overlap():
-    reports = [
-        SamplerReport(f"sampler:{i}", i, 0, (), (), 1, 5.0, wait, 0.0, np.zeros(0))
-        for i, wait in enumerate((1.0, 2.0))
-    ]
-    chunks = [
-        replace(chunk([0], [0], [[1.0]]), scorer=name, seconds=s)
-        for name, s in (("a", 1.0), ("a", 1.5), ("b", 0.5))
-    ]
-    step = {"time/step": 10.0, "learner/seconds": 4.0, "rollout/generated_tokens": 50.0, "learner/tokens": 30.0}
-    figures = busy_metrics(reports, chunks, 0.25, step)
-    assert figures["time/sampler_busy"] == 3.5 and figures["time/scorer_busy"] == 1.5
-    assert figures["time/score_wait"] == 2.0 and figures["throughput/tokens_per_second"] == 5.0
-    assert figures["throughput/sampler"] == pytest.approx(50 / 7), "3 and 4 of their 5 seconds they were busy"
-    assert figures["throughput/scorer"] == 1.0 and figures["throughput/learner"] == 7.5
-    assert figures["time/idle_share"] == pytest.approx(0.6), "the learner was busy for 4 of 10 seconds"
-    assert set(figures) <= set(METRICS)
