@@ -33,11 +33,13 @@ from kat_ray.config import Config, RunConfig
 from kat_ray.data.prompts import PromptOrder, PromptSet
 from kat_ray.errors import UserError
 from kat_ray.models.inspect import ModelFacts
-from kat_ray.observability.progress import Progress, StepLine
+from kat_ray.observability.progress import Progress
 from kat_ray.observability.timeline import ChromeTrace, Timeline
+from kat_ray.observability.trackers import ConsoleTracker, TensorBoardTracker, Tracker, Trackers
 from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.checkpoint import Checkpoints, Loaded
 from kat_ray.run.directory import RunDirectory
+from kat_ray.run.jsonl_tracker import JsonlTracker
 from kat_ray.run.step_guards import StepWatch
 from kat_ray.run.step_result import StepResult, StepTimes
 from kat_ray.run.summary import Totals, run_summary
@@ -112,7 +114,11 @@ class Job:
         self._step_watch = StepWatch(config, run.path, progress.note)
         self._elastic = ElasticPools(config, self._pools, progress.note)
         self._store = StoreWatch(config.cluster.store_share, progress.note, config.rollout.staleness)
-        self._gauges = RayMetrics(run.path.name, config.run.steps)
+        own: list[Tracker] = [JsonlTracker(run.path)]
+        if config.run.tensorboard:
+            own.append(TensorBoardTracker(run.path / "tensorboard"))
+        gauges, console = RayMetrics(run.path.name, config.run.steps), ConsoleTracker(progress, config.run.steps)
+        self._trackers = Trackers([*own, gauges, console])
         self._evaluations: dict[str, EvalResult] = {}
         self._evaluated: int | None = None  # after how many steps it was last evaluated
 
@@ -121,19 +127,19 @@ class Job:
     def run_all(self, started: float, loaded: Loaded | None) -> None:
         """Load, evaluate, train, evaluate, save, summarise; from a checkpoint where there is one."""
         self._started = started
-        with self._stop.listening():
+        with self._trackers, self._stop.listening():
             try:
                 self._load(loaded)
                 self._steps(loaded)
             except Preempted:
                 self._save_and_leave()
                 raise
-        facts = self._prepared.facts
-        parameters = {"student": facts.student.parameters, "teacher": facts.teacher.parameters}
-        evaluations = {f"eval_{name}": self._evaluations.get(name) for name in ("before", "after", "teacher")}
-        summary = run_summary(self._config, self._totals, evaluations, parameters, self._seconds())
-        self._run.write_summary(summary)
-        self._progress.finish(summary, self._run.paths(self._newest))
+            facts = self._prepared.facts
+            parameters = {"student": facts.student.parameters, "teacher": facts.teacher.parameters}
+            evaluations = {f"eval_{name}": self._evaluations.get(name) for name in ("before", "after", "teacher")}
+            summary = run_summary(self._config, self._totals, evaluations, parameters, self._seconds())
+            self._run.write_summary(summary)
+            self._trackers.finish(summary, self._run.paths(self._newest))
 
     def _load(self, loaded: Loaded | None) -> None:
         self._progress.phase("loading models")
@@ -179,15 +185,7 @@ class Job:
         if done == 0:
             self._evaluations["before"] = result
         self._evaluated = done
-        figures = asdict(result)
-        self._run.log_evaluation(done, figures)
-        values = {f"eval/{name}": figures[name] for name in ("avg_at_k", "pass_at_k", "mean_length")}
-        self._run.log_metrics(done, values)
-        self._gauges.evaluation(values)
-        self._progress.note(
-            f"evaluation {when}: avg@{result.k} {result.avg_at_k:.1%}, pass@{result.k} {result.pass_at_k:.1%}, "
-            f"mean length {result.mean_length:.0f}"
-        )
+        self._trackers.evaluation(done, asdict(result))
 
     def _evaluate_teacher(self) -> None:
         """The teacher's own score: a wrong template or grader shows there. Its sampler is gone afterwards."""
@@ -287,8 +285,7 @@ class Job:
     def _finish_step(self, step: int, metrics: dict[str, float], sampled: SampledStep) -> None:
         self._finish_checkpoint()
         metrics["time/checkpoint"] = self._stood_still
-        self._run.log_metrics(step + 1, metrics)
-        self._gauges.step(step + 1, metrics)
+        self._trackers.step(step + 1, metrics)
         if self._trace is not None:
             self._trace.add({"driver": self._timeline.drain(), **self._trainer.spans()}, step + 1)
         self._done, self._rule_state = step + 1, sampled.ended_with
@@ -296,16 +293,6 @@ class Job:
         if step >= self._furthest:
             self._furthest = step + 1
             self._pools.step_done()
-        self._progress.step(
-            StepLine(
-                step=step + 1,
-                kl=metrics.get("kl/mean"),
-                generated_tokens=int(metrics["rollout/generated_tokens"]),
-                trapped_share=metrics["rollout/trapped_share"],
-                threshold=sampled.step_start.threshold,
-                tokens_per_second=metrics["throughput/tokens_per_second"],
-            )
-        )
 
     # --- checkpoints and what they are good for ----------------------------------------------------------------
 
@@ -342,6 +329,7 @@ class Job:
         if "watch" in state:
             self._step_watch.load_state(state["watch"])
         self._run.rewind(self._done, state.get("positions", {}))
+        self._trackers.start(self._done)
 
     def _restore(self, loaded: Loaded) -> None:
         self._progress.phase(f"restoring step {self._done}")
@@ -400,7 +388,7 @@ class Job:
         parts = self._pools.wait_learners(refs, f"the checkpoint of step {step} to be written")
         files = {name: digest for part in parts for name, digest in part.items()}
         self._newest = self._checkpoints.commit(step, state, files, metric)
-        self._gauges.checkpoint()
+        self._trackers.checkpoint(step, self._newest)
         self._stood_still += time.monotonic() - started
 
     def _save(self) -> None:
