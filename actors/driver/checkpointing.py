@@ -20,14 +20,14 @@ class CheckpointWriter:
         run: RunConfig,
         snapshot: Callable[[Path], object],
         written: Callable[[int], Mapping[str, FileDigest]],
+        on_commit: Callable[[int, Path], object],
     ) -> None:
         """`snapshot(folder)` copies the learner's state, `written(step)` waits for its files, and returns digests.
 
-        Both may raise `LearnersLost`.
+        Both may raise `LearnersLost`. `on_commit(step, path)` is told of each one that is complete.
         """
         self._checkpoints, self._run = checkpoints, run
-        self._snapshot, self._written = snapshot, written
-        self.on_commit: Callable[[], object] = lambda: None  # a checkpoint is complete
+        self._snapshot, self._written, self._on_commit = snapshot, written, on_commit
         self._pending: tuple[int, Mapping[str, Any], float | None] | None = None
         self._stall_seconds = 0.0
         self.saved: int | None = None  # steps done in the newest one, which may still be on its way to disk
@@ -54,7 +54,7 @@ class CheckpointWriter:
         started = time.monotonic()
         (step, state, metric), self._pending = self._pending, None
         self.newest = self._checkpoints.commit(step, state, self._written(step), metric)
-        self.on_commit()
+        self._on_commit(step, self.newest)
         self._stall_seconds += time.monotonic() - started
 
     def forget_pending(self) -> None:

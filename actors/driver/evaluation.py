@@ -17,23 +17,21 @@ class EvaluationSchedule:
         every: int,
         steps: int,
         phase: Callable[[str], object],
-        note: Callable[[str], object],
         on_result: Callable[[int, EvalResult], object],
     ) -> None:
         """`evaluate` scores what the samplers hold; None: there is nothing to evaluate on.
 
-        `phase` and `note` show what is done and what came out; `on_result(step, result)` records it.
+        `phase` shows what is done; `on_result(step, result)` takes what came out.
         """
         self._evaluate, self._every, self._steps = evaluate, every, steps
-        self._phase, self._note, self._on_result = phase, note, on_result
+        self._phase, self._on_result = phase, on_result
         self.results: dict[str, EvalResult] = {}  # "before", "after" and "teacher"
         self.evaluated: int | None = None  # steps done at the last one
 
     def teacher(self, evaluate: Callable[[], EvalResult]) -> None:
         """The teacher's own score: a wrong template or grader shows there."""
         self._phase("evaluating the teacher")
-        result = self.results["teacher"] = evaluate()
-        self._note(f"evaluation of the teacher: avg@{result.k} {result.avg_at_k:.1%}")
+        self.results["teacher"] = evaluate()
 
     def run_if_due(self, done: int) -> None:
         """Evaluate the student after `done` steps, where that is due and was not done."""
@@ -48,10 +46,6 @@ class EvaluationSchedule:
             self.results["before"] = result
         self.evaluated = done
         self._on_result(done, result)
-        self._note(
-            f"evaluation {when}: avg@{result.k} {result.avg_at_k:.1%}, pass@{result.k} {result.pass_at_k:.1%}, "
-            f"mean length {result.mean_length:.0f}"
-        )
 
     def metric(self, done: int) -> float | None:
         """What the best checkpoint is chosen by; None where these weights were not evaluated."""

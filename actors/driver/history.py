@@ -16,6 +16,7 @@ from actors.driver.steps import Steps
 from kat_ray.config import Config
 from kat_ray.errors import UserError
 from kat_ray.observability.progress import Progress
+from kat_ray.observability.trackers import Trackers
 from kat_ray.run.checkpoint import FileDigest, Loaded
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.state import RunState
@@ -32,15 +33,18 @@ class RunHistory:
         prepared: Prepared,
         run: RunDirectory,
         progress: Progress,
+        trackers: Trackers,
         actors: RunActors,
         steps: Steps,
         evaluation: EvaluationSchedule,
     ) -> None:
         self._config, self._prepared = config, prepared
-        self._run, self._progress = run, progress
+        self._run, self._progress, self._trackers = run, progress, trackers
         self._actors, self._steps, self._evaluation = actors, steps, evaluation
         self._checkpoints = checkpoints_of(run.path, config.run)
-        self.writer = CheckpointWriter(self._checkpoints, config.run, self._snapshot, self._written)
+        self.writer = CheckpointWriter(
+            self._checkpoints, config.run, self._snapshot, self._written, trackers.checkpoint
+        )
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of earlier processes of this run
         self._take(RunState())
@@ -123,6 +127,7 @@ class RunHistory:
         state = RunState.of(loaded)
         self._take(state)
         self._run.rewind(state.done, state.positions)
+        self._trackers.start(state.done)
 
     def _take(self, state: RunState) -> None:
         self.done = state.done

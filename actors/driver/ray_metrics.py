@@ -12,19 +12,22 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import ray
 from ray.util.metrics import Gauge
 
-from kat_ray.observability.metric_catalog import METRICS, check_names
+from kat_ray.observability.metric_catalog import METRICS
 from kat_ray.observability.prometheus import LABELS, RUN_METRICS, gauge_name
+from kat_ray.observability.trackers import Tracker
 
 _EVERY = (
     5.0  # seconds between two times that all are set; Ray's export interval is 10 s unless it is told otherwise
 )
 
 
-class RayMetrics:
+class RayMetrics(Tracker):
     """Gauges of one run; `role` says whose process sets them."""
 
     def __init__(self, run: str, steps: int, role: str = "driver") -> None:
@@ -46,24 +49,21 @@ class RayMetrics:
         # By a weak reference: the gauges of a run that has ended are not kept.
         threading.Thread(target=_keep_set, args=(weakref.ref(self),), name="gauges", daemon=True).start()
 
-    def step(self, done: int, values: Mapping[str, float | None]) -> None:
-        """After a step: `done` steps are finished, the last one with these metrics (None: it had none)."""
-        check_names(values)
-        for name, value in values.items():
-            if value is not None:
-                self._set(name, value)
-        self._restarts += values.get("pool/restarts") or 0
+    def step(self, done: int, metrics: Mapping[str, float]) -> None:
+        """After a step: `done` steps are finished, the last one with these metrics."""
+        for name, value in metrics.items():
+            self._set(name, value)
+        self._restarts += metrics.get("pool/restarts", 0.0)
         self._set("run/restarts", self._restarts)
         self._set("run/step", done)
         self._set("run/step_time", time.time())
 
-    def evaluation(self, values: Mapping[str, float]) -> None:
+    def evaluation(self, done: int, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """After an evaluation, with its metrics."""
-        check_names(values)
-        for name, value in values.items():
+        for name, value in metrics.items():
             self._set(name, value)
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, done: int, path: Path) -> None:
         """A checkpoint is complete."""
         self._set("run/checkpoint_time", time.time())
 

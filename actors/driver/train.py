@@ -49,7 +49,7 @@ def train(config: Config, resume: Path | None = None, engines: Engines | None = 
         )
         if loaded is not None:
             check_prompts(resume, loaded.state.get("prompts", {}), prepared.prompt_sets())
-        run = RunDirectory.reopen(resume, config.run, config_yaml(config))
+        run = RunDirectory.reopen(resume, config_yaml(config))
     stop = StopRequest(config.run.grace_seconds)
     with run, Progress(config.run.steps) as progress:
         for note in (*notes, *_notes(config, prepared)):

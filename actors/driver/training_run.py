@@ -40,11 +40,13 @@ from actors.driver.steps import SampledStep, Steps
 from kat_ray.cluster.scaling_policy import StageTimes
 from kat_ray.config import Config
 from kat_ray.data.prompts import PromptOrder
-from kat_ray.observability.progress import Progress, StepLine
+from kat_ray.observability.progress import Progress
 from kat_ray.observability.timeline import ChromeTrace, Timeline
+from kat_ray.observability.trackers import ConsoleTracker, TensorBoardTracker, Tracker, Trackers
 from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.checkpoint import Loaded
 from kat_ray.run.directory import RunDirectory
+from kat_ray.run.jsonl_tracker import JsonlTracker
 from kat_ray.run.step_result import StepResult, StepTimes
 from kat_ray.run.summary import run_summary
 
@@ -65,6 +67,7 @@ class TrainingRun:
         self._config, self._prepared = config, prepared
         self._run, self._progress, self._stop = run, progress, stop
         self._actors = RunActors.make(config, prepared.paths, placement, stop, engines)
+        self._trackers = _trackers(config, run, progress)
         order = PromptOrder(prepared.train.prompts, config.run.seed, config.data.shuffle)
         self._steps = Steps(config, self._actors, order)
         self._prefetch: Prefetch[RolloutDispatcher, SampledStep] = Prefetch(
@@ -73,14 +76,14 @@ class TrainingRun:
         self._recorder = StepRecorder(config, run, prepared.train, prepared.facts)
         self._resizing = Resizing(config, self._actors, placement, progress.note)
         self._store = StoreWatch(config.cluster.store_share, progress.note, config.rollout.staleness)
-        self._gauges = RayMetrics(run.path.name, config.run.steps)
         self._evaluator = make_evaluator(config, prepared)
         self._evaluation = EvaluationSchedule(
             self._evaluate if self._evaluator else None, every=config.evaluation.every, steps=config.run.steps,
-            phase=progress.phase, note=progress.note, on_result=self._log_evaluation,
+            phase=progress.phase, on_result=lambda done, result: self._trackers.evaluation(done, asdict(result)),
         )  # fmt: skip
-        self._history = RunHistory(config, prepared, run, progress, self._actors, self._steps, self._evaluation)
-        self._history.writer.on_commit = self._gauges.checkpoint
+        self._history = RunHistory(
+            config, prepared, run, progress, self._trackers, self._actors, self._steps, self._evaluation
+        )
         self._timeline = Timeline()
         self._trace = ChromeTrace(run.path / "timeline.json") if config.run.profile else None
         self._furthest = 0  # step that this driver completed
@@ -90,14 +93,14 @@ class TrainingRun:
 
     def run(self, started: float, loaded: Loaded | None) -> None:
         """Load, evaluate, train, evaluate, save, summarise; from a checkpoint where there is one."""
-        with self._stop.listening():
+        with self._trackers, self._stop.listening():
             try:
                 self._load(started, loaded)
                 self._train(loaded)
             except Preempted:
                 self._history.save_and_leave()
                 raise
-        self._summarise()
+            self._summarise()
 
     def _load(self, started: float, loaded: Loaded | None) -> None:
         self._progress.phase("loading models")
@@ -107,6 +110,8 @@ class TrainingRun:
         if self._evaluator and self._config.evaluation.teacher and "teacher" not in self._evaluation.results:
             self._actors.samplers.use_teacher()
             self._evaluation.teacher(self._evaluate)
+            result = self._evaluation.results["teacher"]
+            self._progress.note(f"evaluation of the teacher: avg@{result.k} {result.avg_at_k:.1%}")
         self._actors.samplers.use_student()
         self._actors.wait_until_ready()
 
@@ -187,29 +192,18 @@ class TrainingRun:
         """Judge, resize, log. The step is done from here on; it may be the last."""
         history = self._history
         history.totals.add_trained(0 if result.learner.skipped else result.learner.tokens)
-        metrics = result.to_metrics() | history.guards.look(result.done, result.to_metrics())
+        metrics = result.to_metrics() | history.guards.check(result)
         if goes_on:
             metrics |= self._resizing.between_steps(_stage_times(result.times))
         history.writer.finish()
         metrics["time/checkpoint"] = history.writer.take_stall_seconds()
-        self._run.log_metrics(result.done, metrics)
-        self._gauges.step(result.done, metrics)
+        self._trackers.step(result.done, metrics)
         if self._trace is not None:
             self._trace.add({"driver": self._timeline.drain(), **self._steps.spans()}, result.done)
         history.step_done(result.done, sampled.ended_with)
         if result.done > self._furthest:
             self._furthest = result.done
             self._actors.supervisor.step_done()
-        self._progress.step(
-            StepLine(
-                step=result.done,
-                kl=result.kl_mean,
-                generated_tokens=int(metrics["rollout/generated_tokens"]),
-                trapped_share=metrics["rollout/trapped_share"],
-                threshold=sampled.step_start.threshold,
-                tokens_per_second=metrics["throughput/tokens_per_second"],
-            )
-        )
         history.guards.end_if_due(partial(self._steps.batch_of, sampled), history.save)
 
     def _records_lost(self, step: int, error: BaseException) -> None:
@@ -227,13 +221,6 @@ class TrainingRun:
         assert self._evaluator is not None
         return self._evaluator.run(self._actors.samplers)
 
-    def _log_evaluation(self, done: int, result: EvalResult) -> None:
-        figures = asdict(result)
-        self._run.log_evaluation(done, figures)
-        values = {f"eval/{name}": figures[name] for name in ("avg_at_k", "pass_at_k", "mean_length")}
-        self._run.log_metrics(done, values)
-        self._gauges.evaluation(values)
-
     def _summarise(self) -> None:
         facts = self._prepared.facts
         parameters = {"student": facts.student.parameters, "teacher": facts.teacher.parameters}
@@ -242,7 +229,16 @@ class TrainingRun:
         summary = run_summary(self._config, self._history.totals, evaluations, parameters, self._history.seconds())
         self._run.write_summary(summary)
         newest = self._history.writer.newest or self._run.path / "checkpoints"
-        self._progress.finish(summary, self._run.paths(newest))
+        self._trackers.finish(summary, self._run.paths(newest))
+
+
+def _trackers(config: Config, run: RunDirectory, progress: Progress) -> Trackers:
+    """Where the run's figures go."""
+    own: list[Tracker] = [JsonlTracker(run.path)]
+    if config.run.tensorboard:
+        own.append(TensorBoardTracker(run.path / "tensorboard"))
+    steps = config.run.steps
+    return Trackers([*own, RayMetrics(run.path.name, steps), ConsoleTracker(progress, steps)])
 
 
 def _stage_times(times: StepTimes) -> StageTimes:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+T = TypeVar("T")
+
+# A field, or a section with all its fields, that a resumed run may change: it says where and how a run is carried
+# out, or how far it goes. The steps so far would have been the same under any other value.
+Resumable = Annotated[T, Field(json_schema_extra={"resumable": True})]
+
+
+def is_resumable(field: FieldInfo) -> bool:
+    """Whether a field of a section is declared as `Resumable`."""
+    extra: Any = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("resumable"))
 
 
 class Section(BaseModel):
@@ -16,15 +29,15 @@ class Section(BaseModel):
 class PlacementConfig(Section):
     """What one replica of a role asks of the cluster."""
 
-    num_cpus: float = Field(1.0, ge=0)
+    num_cpus: Resumable[float] = Field(1.0, ge=0)
     """CPUs a replica reserves in Ray."""
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: Resumable[float] = Field(0.0, ge=0)
     """GPUs a replica reserves in Ray."""
-    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    resources: Resumable[dict[str, Annotated[float, Field(gt=0)]]] = {}
     """Further resources that a replica reserves, by the names that the cluster's nodes give them."""
-    labels: dict[str, str] = {}
+    labels: Resumable[dict[str, str]] = {}
     """Node labels that a replica needs, such as {ray.io/accelerator-type: H100}."""
-    threads: int = Field(1, ge=1)
+    threads: Resumable[int] = Field(1, ge=1)
     """Threads of a replica's CPU arithmetic."""
 
     @model_validator(mode="after")
@@ -119,9 +132,9 @@ class MonitorConfig(PlacementConfig):
 class LearnerConfig(PlacementConfig):
     """The student's trainer: DeepSpeed, one actor per rank."""
 
-    world_size: int = Field(1, ge=1)
+    world_size: Resumable[int] = Field(1, ge=1)
     """Number of ranks."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Resumable[Literal[0, 1, 2, 3]] = 1
     """DeepSpeed ZeRO stage."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of the forward and backward pass; the optimiser keeps fp32 master weights."""
@@ -137,13 +150,13 @@ class LearnerConfig(PlacementConfig):
     """AdamW betas."""
     clip: float = Field(1.0, gt=0)
     """Gradient norm above which gradients are scaled down."""
-    micro_batch_tokens: int = Field(16384, ge=16)
+    micro_batch_tokens: Resumable[int] = Field(16384, ge=16)
     """Tokens of one micro-batch, prompt and padding included."""
-    logits_chunk_tokens: int = Field(1024, ge=1)
+    logits_chunk_tokens: Resumable[int] = Field(1024, ge=1)
     """Tokens whose vocabulary log-softmax exists at once."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Resumable[bool] = False
     """Recompute activations in the backward pass: less memory, more time."""
-    max_skipped_steps: int = Field(5, ge=1)
+    max_skipped_steps: Resumable[int] = Field(5, ge=1)
     """Steps in a row whose loss or gradient is not finite, each of them skipped, after which the run stops and
     writes the last one's batch to `dumps/`."""
 

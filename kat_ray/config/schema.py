@@ -27,6 +27,8 @@ A configuration is one YAML file. Every field can be overridden on the command l
 take their default. Unknown fields, fields given twice and values out of range are refused before anything
 is started. Relative paths are relative to the working directory. Overriding `termination.rule` with another
 rule drops the file's other `termination` fields, which belong to the file's rule.
+
+`--resume` can change the fields that say "yes" under "resume"; all others are part of what the run is.
 """
 
 
@@ -119,23 +121,24 @@ def _sections() -> Iterator[str]:
         else:
             (schema,) = (v for v in variants(field) if v.get("type") == "object")
             yield f"## {name}\n\n{_one_line(schema)}\n"
-            yield _table(name, schema)
+            yield _table(name, schema, resumable=bool(field.get("resumable")))
 
 
-def _table(section: str, schema: Schema) -> str:
-    rows = ["| field | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+def _table(section: str, schema: Schema, resumable: bool = False) -> str:
+    """The fields of a section; `resumable` where a resume may change them all."""
+    rows = ["| field | default | allowed | resume | meaning |", "| --- | --- | --- | --- | --- |"]
     for name, field in schema["properties"].items():
         if field.get("const") is not None:
             continue
         default = f"`{json.dumps(field['default'])}`" if "default" in field else "required"
-        allowed = allowed_at([section, name]) if section != "termination" else _words_of(field)
-        rows.append(
-            f"| `{section}.{name}` | {default} | {allowed.replace('|', chr(92) + '|')} | {_one_line(field)} |"
-        )
+        allowed = allowed_at([section, name]) if section != "termination" else _allowed_of(field)
+        allowed = allowed.replace("|", chr(92) + "|")
+        resume = "yes" if resumable or field.get("resumable") else ""
+        rows.append(f"| `{section}.{name}` | {default} | {allowed} | {resume} | {_one_line(field)} |")
     return "\n".join(rows) + "\n"
 
 
-def _words_of(field: Schema) -> str:
+def _allowed_of(field: Schema) -> str:
     return " or ".join(dict.fromkeys(filter(None, map(_allowed, variants(field)))))
 
 

@@ -16,6 +16,7 @@ from kat_ray.config.cluster import (
     LearnerConfig,
     MonitorConfig,
     PoolsConfig,
+    Resumable,
     SamplerConfig,
     ScorerConfig,
     Section,
@@ -29,17 +30,17 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class RunConfig(Section):
     """Where a run's records go and what seeds it."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Resumable[str] = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run directory. `latest` is reserved."""
-    dir: str = "runs"
+    dir: Resumable[str] = "runs"
     """Folder that holds run directories; a relative path is relative to the working directory."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seeds data order, sampling, probes and the learner."""
-    steps: int = Field(100, ge=1)
+    steps: Resumable[int] = Field(100, ge=1)
     """Number of optimiser steps."""
-    overwrite: bool = False
+    overwrite: Resumable[bool] = False
     """Replace an existing run directory of this name; otherwise a number is appended to the name."""
-    tensorboard: bool = True
+    tensorboard: Resumable[bool] = True
     """Also write metrics as TensorBoard events."""
     trace_features: bool = True
     """Record, beside the KL of every scored token, the teacher's top token and the health features: about
@@ -48,19 +49,19 @@ class RunConfig(Section):
     """Decisions of the rule take hold at fixed tokens instead of as soon as they arrive: on the same machine,
     without a GPU, the same command then gives the same bits. Costs waiting and overshoot; needs rollout.staleness =
     0."""
-    profile: bool = False
+    profile: Resumable[bool] = False
     """Write timeline.json, a Chrome trace of what every actor did in each step."""
-    grace_seconds: float = Field(60.0, gt=0)
+    grace_seconds: Resumable[float] = Field(60.0, gt=0)
     """Seconds in which a run that is told to end (SIGTERM, Ctrl-C) finishes what cannot be interrupted and writes a
     checkpoint."""
-    resume: Literal["auto", "never"] = "auto"
+    resume: Resumable[Literal["auto", "never"]] = "auto"
     """`auto`: inside a Ray job, an unfinished run of the same name and configuration is gone on with, as after a
     retry of the job; elsewhere, and with `never`, a run is always a new one unless `--resume` names it."""
-    checkpoint_every: int = Field(10, ge=0)
+    checkpoint_every: Resumable[int] = Field(10, ge=0)
     """Steps between checkpoints, each with all that a resume needs; 0 writes only the last one."""
-    keep_checkpoints: int = Field(3, ge=1)
+    keep_checkpoints: Resumable[int] = Field(3, ge=1)
     """Checkpoints that are kept, the newest ones; older ones are removed when the next is complete."""
-    keep_best: bool = True
+    keep_best: Resumable[bool] = True
     """Also keep the checkpoint with the highest eval/avg_at_k."""
 
     @model_validator(mode="after")
@@ -132,7 +133,7 @@ class RolloutConfig(Section):
     """Student tokens whose log-probabilities enter the KL; the rest is one tail event."""
     chunk_tokens: int = Field(16, ge=1)
     """Engine steps between two chunks to the scorers: small reacts sooner, large costs less."""
-    max_chunks_ahead: int = Field(2, ge=1)
+    max_chunks_ahead: Resumable[int] = Field(2, ge=1)
     """Chunks a sampler may have at each scorer without an answer before it waits; bounds overshoot."""
     staleness: Literal[0, 1] = 0
     """0 samples each step from the weights that the step before it produced. 1 samples it while that step is
@@ -180,7 +181,7 @@ class EvaluationConfig(Section):
     """`integer`: the last `answer N` or integer of the text, exactly; `math`: math-verify (LaTeX)."""
     k: int = Field(4, ge=1)
     """Samples per problem."""
-    every: int = Field(0, ge=0)
+    every: Resumable[int] = Field(0, ge=0)
     """Steps between evaluations; 0 evaluates only before and after."""
     max_tokens: int | None = Field(None, ge=1)
     """Tokens of an answer; null takes `rollout.max_tokens`."""
@@ -207,14 +208,14 @@ class Config(Section):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     termination: TerminationConfig = KatSettings()
-    sampler: SamplerConfig = SamplerConfig()
-    scorer: ScorerConfig = ScorerConfig()
-    monitor: MonitorConfig = MonitorConfig()
-    pools: PoolsConfig = PoolsConfig()
+    sampler: Resumable[SamplerConfig] = SamplerConfig()
+    scorer: Resumable[ScorerConfig] = ScorerConfig()
+    monitor: Resumable[MonitorConfig] = MonitorConfig()
+    pools: Resumable[PoolsConfig] = PoolsConfig()
     learner: LearnerConfig = LearnerConfig()
-    guards: GuardsConfig = GuardsConfig()
+    guards: Resumable[GuardsConfig] = GuardsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: Resumable[ClusterConfig] = ClusterConfig()
 
     @model_validator(mode="after")
     def _work_for_every_rank(self) -> Config:

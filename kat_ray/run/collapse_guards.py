@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kat_ray.config import GuardsConfig
+from kat_ray.run.step_result import StepResult
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class _Guard:
     """One limit: `field` of `GuardsConfig` sets it, `limit(setting, reference)` is it, in the metric's unit."""
 
     field: str
-    metric: str
+    metric: str  # for messages, and for the state of a checkpoint
+    value: Callable[[StepResult], float | None]  # None: it says nothing in this step
     above: bool  # the limit is an upper one
     limit: Callable[[float, float], float]
     advice: str
@@ -33,10 +35,27 @@ def _share(setting: float, reference: float) -> float:
     return setting * reference
 
 
+def _stop_mass(step: StepResult) -> float | None:
+    return step.learner.stop_mass if step.learner.tokens else None
+
+
+def _entropy(step: StepResult) -> float | None:
+    return step.learner.entropy if step.learner.tokens else None
+
+
+def _max_tokens_share(step: StepResult) -> float | None:
+    return step.max_tokens_share if step.budget is None else None
+
+
+def _kl(step: StepResult) -> float | None:
+    return step.kl_mean
+
+
 _GUARDS = (
     _Guard(
         "stop_mass_fall",
         "learner/stop_mass",
+        _stop_mass,
         False,
         _share,
         "the student unlearns to end its answers: use rollout.eos = merged, compare the two models' stop ids "
@@ -46,6 +65,7 @@ _GUARDS = (
     _Guard(
         "stop_mass_rise",
         "learner/stop_mass",
+        _stop_mass,
         True,
         lambda setting, reference: reference + setting * (1.0 - reference),
         "the student ends its answers at once: check data.chat_template and what the teacher says to an empty "
@@ -55,6 +75,7 @@ _GUARDS = (
     _Guard(
         "entropy_fall",
         "learner/entropy",
+        _entropy,
         False,
         _share,
         "the student has become sure of everything: lower learner.lr, raise rollout.top_p or rollout.temperature, "
@@ -64,6 +85,7 @@ _GUARDS = (
     _Guard(
         "max_tokens_share",
         "rollout/max_tokens_share",
+        _max_tokens_share,
         True,
         lambda setting, _: setting,
         "nearly all rollouts run to the cap: look for loops (kat-ray report), raise rollout.max_tokens if answers "
@@ -72,6 +94,7 @@ _GUARDS = (
     _Guard(
         "kl_rise",
         "kl/mean",
+        _kl,
         True,
         _share,
         "the student moves away from the teacher: lower learner.lr, look at learner/logprob_diff_max and "
@@ -81,6 +104,7 @@ _GUARDS = (
     _Guard(
         "kl_fall",
         "kl/mean",
+        _kl,
         False,
         _share,
         "the teacher agrees with everything: look for loops that it follows (kat-ray report); if answers are good, "
@@ -100,7 +124,7 @@ class Verdict:
 
 
 class CollapseGuards:
-    """Call `observe` once a step, in order. A guard says at most two lines each time its metric leaves its limit.
+    """Call `observe` once a step, in order. A guard says at most two lines each time its metric passes its limit.
 
     The first when it has been beyond it for half of `patience`, the second when it fires. It can speak again once
     the metric has been within its limit for `patience` steps in a row.
@@ -113,13 +137,14 @@ class CollapseGuards:
         self._within = {g.field: 0 for g in _GUARDS}  # and within it
         self._said = {g.field: 0 for g in _GUARDS}  # lines since the metric was last within it for long
 
-    def observe(self, step: int, metrics: Mapping[str, float]) -> Verdict:
-        """Take a step's metrics; `step` as in metrics.jsonl.
+    def observe(self, step: StepResult) -> Verdict:
+        """Take the next step.
 
-        A metric that is missing or not finite, and the learner's where no token was in its loss, neither fires nor
-        calms a guard. Where a rule sets `rollout/budget` rollouts are meant to reach it: no length is looked at.
+        A value that is missing or not finite, and the learner's where no token was in its loss, neither fires nor
+        calms a guard. Where a rule sets a budget, rollouts are meant to reach it, and their length is not guarded.
         """
-        seen = {n: v for n in {g.metric for g in _GUARDS} if (v := _value(n, metrics)) is not None}
+        values = {g.metric: g.value(step) for g in _GUARDS}
+        seen = {name: v for name, v in values.items() if v is not None and math.isfinite(v)}
         notes: list[str] = []
         fired: list[str] = []
         for guard in _GUARDS:
@@ -127,7 +152,7 @@ class CollapseGuards:
                 continue
             value = seen[guard.metric]
             lines = self._count(guard, value > limit if guard.above else value < limit)
-            text = self._words(guard, step, value, limit)
+            text = self._message(guard, step.done, value, limit)
             notes += [text] * lines
             if self._beyond[guard.field] >= self._config.patience:
                 fired.append(text)
@@ -177,7 +202,7 @@ class CollapseGuards:
         self._said[name] = due
         return 1
 
-    def _words(self, guard: _Guard, step: int, value: float, limit: float) -> str:
+    def _message(self, guard: _Guard, step: int, value: float, limit: float) -> str:
         setting = getattr(self._config, guard.field)
         count, origin = self._beyond[guard.field], ""
         if guard.least is not None:
@@ -188,15 +213,3 @@ class CollapseGuards:
             f"{'above' if guard.above else 'below'} {limit:.4g}{origin}, for {count} step{'s' * (count > 1)} in a "
             f"row; {guard.advice}"
         )
-
-
-def _value(name: str, metrics: Mapping[str, float]) -> float | None:
-    """A metric as far as it says something in this step."""
-    value = metrics.get(name)
-    if value is None or not math.isfinite(value):
-        return None
-    if name.startswith("learner/") and not metrics.get("learner/tokens", 1.0):
-        return None
-    if name == "rollout/max_tokens_share" and "rollout/budget" in metrics:
-        return None
-    return value

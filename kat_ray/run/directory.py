@@ -10,10 +10,8 @@ import errno
 import fcntl
 import json
 import logging
-import math
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +21,6 @@ from typing import Any
 from kat_ray.config import RunConfig
 from kat_ray.errors import UserError
 from kat_ray.observability.logs import line_format, name_driver
-from kat_ray.observability.metric_catalog import check_names
 from kat_ray.observability.redact import RedactingFormatter
 from kat_ray.records.traces import TraceRow, write_traces
 
@@ -31,7 +28,7 @@ from kat_ray.records.traces import TraceRow, write_traces
 MIN_FREE_BYTES = 64 * 2**20
 
 
-_GROWING = ("metrics.jsonl", "evaluations.jsonl")  # appended to, line by line
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"  # appended to, line by line
 
 
 class RecordError(UserError):
@@ -39,27 +36,24 @@ class RecordError(UserError):
 
 
 class RunDirectory:
-    """One run's records, open for writing."""
+    """One run's directory, locked for this process. What is appended to its growing files: `JsonlTracker`."""
 
-    def __init__(self, path: Path, tensorboard: bool) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = _locked(path)
-        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        (path / METRICS).touch()
         self._log = logging.FileHandler(path / "run.log", encoding="utf-8")
         self._log.setFormatter(RedactingFormatter(line_format(path.name, "driver")))
         root = logging.getLogger("kat_ray")
         root.addHandler(self._log)
         root.setLevel(logging.INFO)
         name_driver(path.name)
-        self._tensorboard = tensorboard
-        self._events: Any = None  # opened with the first metrics
-        self._purge_step: int | None = None  # from which on TensorBoard is to forget what was written before
 
     @classmethod
     def create(cls, run: RunConfig, config_yaml: str) -> RunDirectory:
         """Make `<dir>/<name>` (or `<name>-2`, ... if it exists) and point `<dir>/latest` to it."""
         root = Path(run.dir)
-        with _named(root):
+        with naming(root):
             root.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(root).free
             if free < MIN_FREE_BYTES:
@@ -71,20 +65,20 @@ class RunDirectory:
             link.unlink(missing_ok=True)
             link.symlink_to(path.name)
             link.replace(root / "latest")
-            return cls(path, run.tensorboard)
+            return cls(path)
 
     @classmethod
-    def reopen(cls, path: Path, run: RunConfig, config_yaml: str) -> RunDirectory:
+    def reopen(cls, path: Path, config_yaml: str) -> RunDirectory:
         """Go on with the records of a run; call `rewind` before anything is written."""
-        with _named(path):
+        with naming(path):
             (path / "traces").mkdir(exist_ok=True)
-            records = cls(path, run.tensorboard)
+            records = cls(path)
             _replace(path / "config.yaml", config_yaml)
         return records
 
     def positions(self) -> dict[str, int]:
         """Bytes of the files that grow: what `rewind` takes."""
-        files = {name: self.path / name for name in _GROWING}
+        files = {name: self.path / name for name in (METRICS, EVALUATIONS)}
         return {name: file.stat().st_size if file.is_file() else 0 for name, file in files.items()}
 
     def rewind(self, step: int, positions: Mapping[str, int]) -> None:
@@ -92,8 +86,8 @@ class RunDirectory:
 
         A file that is shorter than that lost its end, and stays as it is.
         """
-        with _named(self.path):
-            for name in _GROWING:
+        with naming(self.path):
+            for name in (METRICS, EVALUATIONS):
                 file = self.path / name
                 if file.is_file() and file.stat().st_size > positions.get(name, 0):
                     os.truncate(file, positions.get(name, 0))
@@ -101,8 +95,6 @@ class RunDirectory:
                 if int(trace.stem.removeprefix("step-")) >= step:
                     trace.unlink()
             (self.path / "summary.json").unlink(missing_ok=True)
-        self._close_events()
-        self._purge_step = step + 1 if step else 0
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -117,59 +109,24 @@ class RunDirectory:
         log.removeHandler(self._log)
         name_driver()
         self._log.close()
-        self._metrics.close()
         os.close(self._lock)
-        self._close_events()
-
-    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line: step, time and values. What is not finite becomes null and is named."""
-        check_names(values)
-        odd = sorted(name for name, value in values.items() if not math.isfinite(value))
-        line: dict[str, Any] = {"step": step, "time": time.time()}
-        line |= {name: None if name in odd else value for name, value in values.items()}
-        if odd:
-            line["non_finite"] = odd
-        with _named(self.path / "metrics.jsonl"):
-            self._metrics.write(json.dumps(line) + "\n")
-            self._metrics.flush()
-        if self._tensorboard:
-            self._open_events()
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
-
-    def _open_events(self) -> None:
-        if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._purge_step)
-
-    def _close_events(self) -> None:
-        if self._events is not None:
-            self._events.close()
-            self._events = None
-
-    def log_evaluation(self, step: int, record: Mapping[str, Any]) -> None:
-        """Append one evaluation to evaluations.jsonl."""
-        path = self.path / "evaluations.jsonl"
-        with _named(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **record}) + "\n")
 
     def write_traces(self, step: int, rows: Sequence[TraceRow]) -> None:
         """Write the traces of a step."""
-        with _named(self.path / "traces"):
+        with naming(self.path / "traces"):
             write_traces(self.path / "traces", step, rows)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json in one piece."""
         path = self.path / "summary.json"
-        with _named(path):
+        with naming(path):
             _replace(path, json.dumps(summary, indent=2) + "\n")
 
     def paths(self, checkpoint: Path) -> dict[str, Path]:
         """What a user looks for after a run."""
         return {
             "checkpoint": checkpoint,
-            "metrics": self.path / "metrics.jsonl",
+            "metrics": self.path / METRICS,
             "traces": self.path / "traces",
             "summary": self.path / "summary.json",
             "log": self.path / "run.log",
@@ -210,7 +167,8 @@ def _locked(path: Path) -> int:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
+    """An `OSError` in this `with` becomes a `RecordError` that names the path."""
     try:
         yield
     except OSError as error:

@@ -10,45 +10,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kat_ray.config import Config
+from pydantic import BaseModel
+
+from kat_ray.config import Config, Section
+from kat_ray.config.cluster import is_resumable
 from kat_ray.config.load import load_config
 from kat_ray.data.prompts import PromptSet
 from kat_ray.errors import UserError
 from kat_ray.records.json_records import SUMMARY, read_json
 
-# Fields and sections that say where and how a run is carried out, or how far it goes.
-CHANGEABLE = (
-    "run.name",
-    "run.dir",
-    "run.steps",
-    "run.overwrite",
-    "run.tensorboard",
-    "run.profile",
-    "run.resume",
-    "run.checkpoint_every",
-    "run.keep_checkpoints",
-    "run.keep_best",
-    "run.grace_seconds",
-    "rollout.max_chunks_ahead",
-    "sampler",
-    "scorer",
-    "monitor",
-    "learner.world_size",
-    "learner.zero_stage",
-    "learner.num_cpus",
-    "learner.num_gpus",
-    "learner.resources",
-    "learner.labels",
-    "learner.threads",
-    "learner.micro_batch_tokens",
-    "learner.logits_chunk_tokens",
-    "learner.gradient_checkpointing",
-    "learner.max_skipped_steps",
-    "evaluation.every",
-    "guards",
-    "pools",
-    "cluster",
-)
+
+def resumable(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the fields and whole sections that a resume may change: those declared as `Resumable`."""
+    for name, field in model.model_fields.items():
+        if is_resumable(field):
+            yield prefix + name
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from resumable(field.annotation, f"{prefix}{name}.")
 
 
 def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
@@ -86,7 +64,8 @@ def changes(before: Config, after: Config) -> list[str]:
     """Dotted names of the fields that differ and may not."""
     old, new = dict(_leaves(before.model_dump())), dict(_leaves(after.model_dump()))
     differ = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return [name for name in differ if not any(name == c or name.startswith(f"{c}.") for c in CHANGEABLE)]
+    free = tuple(resumable())
+    return [name for name in differ if not any(name == f or name.startswith(f"{f}.") for f in free)]
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""What is looked at after every step: skipped steps in a row, and the collapse guards. Ends a run that is lost."""
+"""Checks after every step: skipped steps in a row, and the collapse guards. Ends a run that is lost."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from kat_ray.errors import UserError
 from kat_ray.run.batch_dump import StepBatch, dump_batch
 from kat_ray.run.collapse_guards import CollapseGuards
 from kat_ray.run.skipped_steps import SkipGuard
+from kat_ray.run.step_result import StepResult
 
 
 class StepWatch:
-    """Call order for each step: `look` before its metrics are written, `end_if_due` after."""
+    """Call order for each step: `check` before its metrics are written, `end_if_due` after."""
 
     def __init__(self, config: Config, run_dir: Path, note: Callable[[str], None]) -> None:
         self._dumps = run_dir / "dumps"
         self._note = note  # shows a line that stays
         self._guards = CollapseGuards(config.guards)
         self._skips = SkipGuard(config.learner.max_skipped_steps)
-        self._step = 0
-        self._report: dict[str, float] = {}
+        self._step: StepResult | None = None  # the one that was checked last
         self._stop: str | None = None
         self._skips_due = False
 
@@ -31,15 +31,14 @@ class StepWatch:
         """Steps of the run that were skipped."""
         return self._skips.total
 
-    def look(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Take a step's metrics, `step` as in metrics.jsonl; returns the metric to write with them."""
+    def check(self, step: StepResult) -> dict[str, float]:
+        """Take the next step; returns the metric to write with its own."""
         self._step = step
-        self._report = {n: v for n, v in metrics.items() if n.startswith("learner/")}
-        skipped = bool(metrics["learner/skipped"])
-        self._skips_due = self._skips.observe(skipped, int(metrics["learner/tokens"]))
-        if skipped and self._skips.in_a_row == 1:
-            self._note(f"step {step} was skipped: its loss or gradient was not finite")
-        verdict = self._guards.observe(step, metrics)
+        report = step.learner
+        self._skips_due = self._skips.observe(report.skipped, report.tokens)
+        if report.skipped and self._skips.in_a_row == 1:
+            self._note(f"step {step.done} was skipped: its loss or gradient was not finite")
+        verdict = self._guards.observe(step)
         for text in verdict.notes:
             self._note(text)
         self._stop = verdict.stop
@@ -51,13 +50,14 @@ class StepWatch:
         Before it, `save` is called for a checkpoint of the weights, which no skipped step has touched, and `batch`
         for the batch to be dumped, if there still is one.
         """
-        if not self._skips_due and self._stop is None:
+        if self._step is None or (not self._skips_due and self._stop is None):
             return
         save()
         if self._skips_due:
             content = batch()
-            dump = None if content is None else dump_batch(self._dumps, self._step, content, self._report)
-            raise self._skips.error(self._step, dump)
+            done, report = self._step.done, self._step.learner.to_metrics()
+            dump = None if content is None else dump_batch(self._dumps, done, content, report)
+            raise self._skips.error(done, dump)
         raise UserError(f"{self._stop}. The run was ended for guards.action = stop, after a checkpoint")
 
     def state(self) -> dict[str, Any]:

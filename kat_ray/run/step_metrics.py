@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kat_ray.data.accounting import FinishedRollout, kept_rows
-from kat_ray.types.records import SamplerReport, ScoredChunk, StepStart, StopReason
+from kat_ray.types.records import ScoredChunk, StepStart, StopReason
 
 _FEATURES = {
     "health/overlap": "overlap",
@@ -61,42 +61,6 @@ def score_metrics(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> dic
     for name, field in _FEATURES.items():
         figures[name] = _mean(np.concatenate([getattr(c, field) for c in scored])[mask])
     return {k: v for k, v in figures.items() if v is not None}
-
-
-def busy_metrics(
-    reports: Sequence[SamplerReport], scored: Sequence[ScoredChunk], monitor: float, step: Mapping[str, float]
-) -> dict[str, float]:
-    """How busy each stage was in a step, seconds, what it handled in them, and what share of the step the busiest
-    one idled.
-
-    Samplers and scorers are means over their replicas; `step` holds the step's other figures.
-    """
-    scorers = {c.scorer for c in scored}
-    figures = {
-        "time/sampling": max(r.seconds for r in reports),
-        "time/sampler_busy": sum(r.seconds - r.wait_seconds for r in reports) / len(reports),
-        "time/scorer_busy": sum(c.seconds for c in scored) / max(1, len(scorers)),
-        "time/monitor": monitor,
-        "time/score_wait": max(r.wait_seconds for r in reports),
-        "throughput/tokens_per_second": step["rollout/generated_tokens"] / step["time/step"],
-    }
-    handled = {
-        "sampler": (step["rollout/generated_tokens"], sum(r.seconds - r.wait_seconds for r in reports)),
-        "scorer": (sum(len(c.d) for c in scored), sum(c.seconds for c in scored)),
-        "learner": (step["learner/tokens"], step["learner/seconds"]),
-    }
-    for stage, (tokens, seconds) in handled.items():
-        figures[f"throughput/{stage}"] = tokens / max(seconds, 1e-9)
-    busiest = max(figures["time/sampler_busy"], figures["time/scorer_busy"], step["learner/seconds"])
-    return figures | {"time/idle_share": max(0.0, 1.0 - busiest / step["time/step"])}
-
-
-def decision_metrics(reports: Sequence[SamplerReport]) -> dict[str, float]:
-    """How long decisions took, over all chunks of a step; nothing without chunks."""
-    seconds = np.concatenate([r.decision_seconds for r in reports])
-    if not len(seconds):
-        return {}
-    return {"time/decision_mean": float(seconds.mean()), "time/decision_max": float(seconds.max())}
 
 
 def _mean(values: np.ndarray) -> float | None:

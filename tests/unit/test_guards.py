@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from kat_ray.run.step_guards import StepWatch
 from kat_ray.types.records import KeptRollout
 from tests.conftest import make_config
 from tests.unit.test_batch import stream
+from tests.unit.test_step_result import REPORT, a_step
 from tests.unit.test_termination import chunk as scored_chunk
 
 HEALTHY = {
@@ -28,16 +30,26 @@ HEALTHY = {
     "learner/entropy": 0.2,
     "rollout/max_tokens_share": 0.1,
     "kl/mean": 0.4,
-    "learner/tokens": 100.0,
-    "learner/skipped": 0.0,
+    "learner/tokens": 100,
+    "learner/skipped": False,
 }
+
+
+def step(done, metrics):
+    """A step of which no more is known than these metrics."""
+    report = replace(
+        REPORT,
+        **{n.removeprefix("learner/"): v for n, v in metrics.items() if n.startswith("learner/")},
+    )
+    recorded = {n: v for n, v in metrics.items() if not n.startswith("learner/")}
+    return a_step(done=done, learner=report, recorded=recorded)
 
 
 def watch(series, guards=None, start=4, **settings):
     """Verdicts for a start of `start` healthy steps and then `series`, metrics that change from them."""
     config = GuardsConfig(**{"patience": 4, "reference_steps": start} | settings)
     guards = guards or CollapseGuards(config)
-    return [guards.observe(i, HEALTHY | m) for i, m in enumerate([{}] * start + list(series), 1)]
+    return [guards.observe(step(i, HEALTHY | m)) for i, m in enumerate([{}] * start + list(series), 1)]
 
 
 # Just beyond and just within each limit, by hand: the reference is the healthy value.
@@ -57,9 +69,9 @@ def test_each_guard_by_hand(field, metric, beyond, within):
     verdicts = watch([{metric: beyond}] * 9)
     lines = {i: v.notes for i, v in enumerate(verdicts, 1) if v.notes}
     assert sorted(lines) == [6, 8], "after half of four steps, and after four; not every step"
-    for step, (line,) in lines.items():
-        assert line.startswith(f"guards.{field} = ") and f"{metric} is {beyond:.4g} at step {step}, " in line
-        assert f"for {step - 4} steps in a row; " in line
+    for number, (line,) in lines.items():
+        assert line.startswith(f"guards.{field} = ") and f"{metric} is {beyond:.4g} at step {number}, " in line
+        assert f"for {number - 4} steps in a row; " in line
     assert [v.fired for v in verdicts] == [0] * 7 + [1] * 6
     assert all(not v.notes and not v.fired for v in watch([{metric: within}] * 9))
     assert all(not v.notes and not v.fired for v in watch([{metric: beyond}] * 9, **{field: None}))
@@ -95,7 +107,7 @@ def test_what_is_missing_neither_fires_nor_calms():
     for nothing in ({"kl/mean": math.nan}, {"kl/mean": math.inf}):
         assert [v.fired for v in watch([low, low, nothing, low, low])][4:] == [0, 0, 0, 0, 1]
     zero = {"learner/entropy": 0.0, "learner/stop_mass": 0.0}
-    empty = zero | {"learner/tokens": 0.0}  # as the learner reports a batch that was cut to nothing
+    empty = zero | {"learner/tokens": 0}  # as the learner reports a batch that was cut to nothing
     assert not any(v.notes for v in watch([empty] * 9))
     assert watch([zero] * 9)[-1].fired == 2
     assert not any(v.notes for v in watch([{"rollout/max_tokens_share": 1.0, "rollout/budget": 60.0}] * 9))
@@ -104,10 +116,12 @@ def test_what_is_missing_neither_fires_nor_calms():
 def test_relative_limits_wait_for_their_reference_and_need_one():
     config = GuardsConfig(reference_steps=3, patience=1)
     guards = CollapseGuards(config)
-    assert [guards.observe(i, HEALTHY | {"kl/mean": k}).fired for i, k in enumerate((0.4, 9, 0.2, 9))] == [0] * 4
-    assert guards.observe(5, HEALTHY | {"kl/mean": 9.7}).fired == 1, "3 x (0.4 + 9 + 0.2) / 3 = 9.6"
+    assert [guards.observe(step(i, HEALTHY | {"kl/mean": k})).fired for i, k in enumerate((0.4, 9, 0.2, 9))] == [
+        0
+    ] * 4
+    assert guards.observe(step(5, HEALTHY | {"kl/mean": 9.7})).fired == 1, "3 x (0.4 + 9 + 0.2) / 3 = 9.6"
     same = CollapseGuards(config)  # teacher and student are one model: noise has no scale
-    assert not any(same.observe(i, HEALTHY | {"kl/mean": 1e-7 * (-1) ** i}).fired for i in range(20))
+    assert not any(same.observe(step(i, HEALTHY | {"kl/mean": 1e-7 * (-1) ** i})).fired for i in range(20))
 
 
 @given(
@@ -120,20 +134,20 @@ def test_a_resumed_run_says_what_an_unbroken_one_says(values, at, patience, refe
     config = GuardsConfig(patience=patience, reference_steps=reference)
     metrics = [HEALTHY | {"kl/mean": v} for v in values]
     whole = CollapseGuards(config)
-    expected = [whole.observe(i, m) for i, m in enumerate(metrics)]
+    expected = [whole.observe(step(i, m)) for i, m in enumerate(metrics)]
     first, second = CollapseGuards(config), CollapseGuards(config)
-    got = [first.observe(i, m) for i, m in enumerate(metrics[:at])]
+    got = [first.observe(step(i, m)) for i, m in enumerate(metrics[:at])]
     second.load_state(json.loads(json.dumps(first.state(), allow_nan=False)))
-    got += [second.observe(i, m) for i, m in enumerate(metrics[at:], min(at, len(metrics)))]
+    got += [second.observe(step(i, m)) for i, m in enumerate(metrics[at:], min(at, len(metrics)))]
     assert got == expected and second.state() == whole.state()
 
 
 def test_a_state_that_was_taken_stays_as_it_was():
     guards = CollapseGuards(GuardsConfig(reference_steps=5))
-    guards.observe(1, HEALTHY)
+    guards.observe(step(1, HEALTHY))
     state = guards.state()
     before = json.dumps(state)
-    guards.observe(2, HEALTHY | {"kl/mean": 9.0})
+    guards.observe(step(2, HEALTHY | {"kl/mean": 9.0}))
     assert json.dumps(state) == before != json.dumps(guards.state())
 
 
@@ -149,14 +163,14 @@ def like_a_run(steps=150):
             "learner/entropy": (0.105 if start else (0.1 + 0.15 * math.exp(-i / 30)) * scatter()),
             "rollout/max_tokens_share": (0.48 if start else float(rng.binomial(48, 0.02)) / 48),
             "kl/mean": (0.22 if start else 0.5 * falls * scatter()),
-            "learner/tokens": 2200.0,
+            "learner/tokens": 2200,
         }
 
 
 def test_a_run_like_those_recorded_is_left_alone():
     for config in (GuardsConfig(), GuardsConfig(patience=1)):
         guards = CollapseGuards(config)
-        assert not any((v := guards.observe(i, m)).notes or v.fired for i, m in enumerate(like_a_run(), 1))
+        assert not any((v := guards.observe(step(i, m))).notes or v.fired for i, m in enumerate(like_a_run(), 1))
 
 
 def test_stop_ids_that_are_unlearnt_are_noticed_before_all_rollouts_run_to_the_cap():
@@ -165,7 +179,7 @@ def test_stop_ids_that_are_unlearnt_are_noticed_before_all_rollouts_run_to_the_c
     for i, m in enumerate(like_a_run(), 1):
         m["learner/stop_mass"] *= 0.5 ** (max(0, i - 40) / 5)
         m["rollout/max_tokens_share"] = min(1.0, max(0, i - 50) / 40)
-        for line in guards.observe(i, m).notes:
+        for line in guards.observe(step(i, m)).notes:
             lines.setdefault(line.split(" ")[0], i)
     assert list(lines) == ["guards.stop_mass_fall", "guards.max_tokens_share"]
     assert 55 < lines["guards.stop_mass_fall"] < 65 < lines["guards.max_tokens_share"]
@@ -227,14 +241,14 @@ def test_a_dump_that_cannot_be_written_says_so(tmp_path):
 def test_the_watch_says_the_first_skip_and_ends_the_run_with_a_dump(tmp_path):
     lines, saved = [], []
     watched = StepWatch(make_config("s", "t", learner={"max_skipped_steps": 3}), tmp_path, lines.append)
-    bad = HEALTHY | {"learner/skipped": 1.0, "learner/loss": math.nan}
-    for step in (1, 2):
-        assert watched.look(step, bad) == {"guards/fired": 0.0}
-        watched.end_if_due(a_batch, functools.partial(saved.append, step))
+    bad = HEALTHY | {"learner/skipped": True, "learner/loss": math.nan}
+    for number in (1, 2):
+        assert watched.check(step(number, bad)) == {"guards/fired": 0.0}
+        watched.end_if_due(a_batch, functools.partial(saved.append, number))
     assert lines == ["step 1 was skipped: its loss or gradient was not finite"] and not saved
     resumed = StepWatch(make_config("s", "t", learner={"max_skipped_steps": 3}), tmp_path, lines.append)
     resumed.load_state(json.loads(json.dumps(watched.state(), allow_nan=False)))
-    resumed.look(3, bad)
+    resumed.check(step(3, bad))
     with pytest.raises(UserError) as error:
         resumed.end_if_due(a_batch, lambda: saved.append(3))
     words, file = str(error.value), tmp_path / "dumps" / "step-3.safetensors"
@@ -245,7 +259,7 @@ def test_the_watch_says_the_first_skip_and_ends_the_run_with_a_dump(tmp_path):
 
 def test_a_batch_that_is_lost_does_not_hide_why_the_run_ends(tmp_path):
     watched = StepWatch(make_config("s", "t", learner={"max_skipped_steps": 1}), tmp_path, print)
-    watched.look(1, HEALTHY | {"learner/skipped": 1.0, "learner/loss": math.nan})
+    watched.check(step(1, HEALTHY | {"learner/skipped": True, "learner/loss": math.nan}))
     with pytest.raises(UserError, match=r"max_skipped_steps = 1: step 1 .*Its batch was lost with the node"):
         watched.end_if_due(lambda: None, lambda: None)
     assert not (tmp_path / "dumps").exists()
@@ -256,9 +270,9 @@ def test_the_watch_ends_the_run_for_a_guard_after_a_checkpoint(tmp_path):
     guards = {"action": "stop", "patience": 2, "max_tokens_share": 0.5}
     watched = StepWatch(make_config("s", "t", guards=guards), tmp_path, lines.append)
     full = HEALTHY | {"rollout/max_tokens_share": 0.75}
-    assert watched.look(1, full) == {"guards/fired": 0.0} and len(lines) == 1
+    assert watched.check(step(1, full)) == {"guards/fired": 0.0} and len(lines) == 1
     watched.end_if_due(a_batch, lambda: saved.append(1))
-    assert watched.look(2, full) == {"guards/fired": 1.0} and len(lines) == 1
+    assert watched.check(step(2, full)) == {"guards/fired": 1.0} and len(lines) == 1
     with pytest.raises(
         UserError, match=r"max_tokens_share is 0.75 at step 2, above 0.5, for 2 steps.*after a checkpoin"
     ):

@@ -9,8 +9,10 @@ from actors.teacher.scorer import TeacherScorer
 from kat_ray.data.accounting import ScoredTokens, join_outcomes, kept_rollouts
 from kat_ray.data.chunks import PendingRollout, build_chunk
 from kat_ray.errors import UserError
+from kat_ray.observability.trackers import Trackers
 from kat_ray.records.traces import TraceRow, read_traces
 from kat_ray.run.directory import RunDirectory
+from kat_ray.run.jsonl_tracker import JsonlTracker
 from kat_ray.run.probes import probe_metrics
 from kat_ray.run.step_metrics import rollout_metrics, score_metrics
 from kat_ray.termination import RunFacts
@@ -163,9 +165,9 @@ def test_a_rollout_without_a_token_ends_and_is_counted_and_in_no_batch(models, t
     )  # cut, confirmed, threshold, probe, minimum, would_cut, correct
     row = TraceRow(4, "p", 0, 0, np.zeros(0, np.int32), d[4], outcome.stop_reason, *tail)
     (tmp_path / "traces").mkdir()
-    with RunDirectory(tmp_path, tensorboard=False) as run:
+    with RunDirectory(tmp_path) as run, Trackers([JsonlTracker(tmp_path)]) as trackers:
         run.write_traces(0, [row])
-        run.log_metrics(1, figures)
+        trackers.step(1, figures)
     assert read_traces(tmp_path).to_pylist()[0]["token_ids"] == []
 
 

@@ -15,13 +15,14 @@ from kat_ray.observability.metric_catalog import METRICS
 from kat_ray.records.traces import SCHEMA, TraceRow, read_traces
 from kat_ray.run import directory as records
 from kat_ray.run.directory import RecordError, RunDirectory
+from kat_ray.run.jsonl_tracker import JsonlTracker
 from kat_ray.run.probes import RolloutGrader, is_active, probe_metrics, seen_to_the_end
-from kat_ray.run.step_metrics import busy_metrics, rollout_metrics, score_metrics
+from kat_ray.run.step_metrics import rollout_metrics, score_metrics
 from kat_ray.run.summary import Totals, git_commit, package_versions
 from kat_ray.termination.fixed_prefix import FixedPrefixSettings
 from kat_ray.termination.kat_stages import KatStagesSettings
 from kat_ray.termination.settings import KatSettings
-from kat_ray.types.records import Prompt, RolloutOutcome, SampledRollout, SamplerReport, StepStart, StopReason
+from kat_ray.types.records import Prompt, RolloutOutcome, SampledRollout, StepStart, StopReason
 from tests.unit.test_termination import chunk
 
 
@@ -74,25 +75,6 @@ def test_an_early_end_goes_to_the_log_and_not_to_the_terminal(tmp_path, capfd):
     assert "out of luck" not in "".join(capfd.readouterr())
 
 
-def test_metrics_are_whole_lines_and_odd_numbers_are_named(run):
-    run.log_metrics(1, {"kl/mean": 0.5, "learner/grad_norm": math.inf})
-    run.log_metrics(2, {"kl/mean": 0.25})
-    first, second = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
-    assert (first["step"], first["kl/mean"], first["learner/grad_norm"]) == (1, 0.5, None)
-    assert first["non_finite"] == ["learner/grad_norm"] and "non_finite" not in second
-    with pytest.raises(AssertionError, match="no/such"):
-        run.log_metrics(3, {"no/such": 1.0})
-
-
-def test_tensorboard_gets_the_same_values(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with RunDirectory.create(RunConfig(dir=str(tmp_path)), "") as run:
-        run.log_metrics(4, {"kl/mean": 0.5})
-    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("kl/mean")] == [(4, 0.5)]
-
-
 def test_traces_come_back_as_they_were_written(run):
     run.write_traces(3, [trace(), trace(8, cut=None, confirmed=None, threshold=None, probe=True, would_cut=2)])
     run.write_traces(2, [trace(1, step=2, stop_reason=StopReason.EOS)])
@@ -112,7 +94,9 @@ def test_no_traces_is_an_empty_table(tmp_path):
 
 def test_a_full_disk_is_one_message_and_loses_nothing(run, monkeypatch):
     run.write_traces(1, [trace()])
-    run.log_metrics(1, {"kl/mean": 0.5})
+    jsonl = JsonlTracker(run.path)
+    jsonl.step(1, {"kl/mean": 0.5})
+    jsonl.close()
 
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -122,15 +106,6 @@ def test_a_full_disk_is_one_message_and_loses_nothing(run, monkeypatch):
         run.write_traces(2, [trace(9)])
     assert read_traces(run.path).num_rows == 1
     assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 1
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_metrics_on_a_full_device(run):
-    run._metrics.close()
-    run._metrics = open("/dev/full", "a")  # noqa: SIM115 - the run closes it
-    with pytest.raises(RecordError, match="No space left"):
-        run.log_metrics(1, {"kl/mean": 0.5})
-    run._metrics = open(os.devnull, "a")  # noqa: SIM115
 
 
 def test_too_little_room_is_said_before_anything_starts(tmp_path, monkeypatch):
@@ -280,22 +255,3 @@ def test_what_a_run_ran_on():
     assert {"ray", "torch", "transformers", "deepspeed"} <= set(package_versions())
     commit = git_commit()
     assert commit is None or len(commit.removesuffix("-dirty")) == 40
-
-
-def test_the_busiest_stage_tells_what_a_step_failed_to_overlap():
-    reports = [
-        SamplerReport(f"sampler:{i}", i, 0, (), (), 1, 5.0, wait, 0.0, np.zeros(0))
-        for i, wait in enumerate((1.0, 2.0))
-    ]
-    chunks = [
-        replace(chunk([0], [0], [[1.0]]), scorer=name, seconds=s)
-        for name, s in (("a", 1.0), ("a", 1.5), ("b", 0.5))
-    ]
-    step = {"time/step": 10.0, "learner/seconds": 4.0, "rollout/generated_tokens": 50.0, "learner/tokens": 30.0}
-    figures = busy_metrics(reports, chunks, 0.25, step)
-    assert figures["time/sampler_busy"] == 3.5 and figures["time/scorer_busy"] == 1.5
-    assert figures["time/score_wait"] == 2.0 and figures["throughput/tokens_per_second"] == 5.0
-    assert figures["throughput/sampler"] == pytest.approx(50 / 7), "3 and 4 of their 5 seconds they were busy"
-    assert figures["throughput/scorer"] == 1.0 and figures["throughput/learner"] == 7.5
-    assert figures["time/idle_share"] == pytest.approx(0.6), "the learner was busy for 4 of 10 seconds"
-    assert set(figures) <= set(METRICS)

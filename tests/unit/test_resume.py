@@ -1,14 +1,18 @@
 """Which run is gone on with, under which configuration, and what of its records is kept."""
 
 import json
+import re
 
 import pytest
 
 from kat_ray.config.load import config_yaml, load_config
+from kat_ray.config.schema import configuration_markdown
 from kat_ray.data.prompts import PromptSet
 from kat_ray.errors import UserError
+from kat_ray.observability.trackers import TensorBoardTracker, Trackers
 from kat_ray.run.directory import RecordError, RunDirectory
-from kat_ray.run.resume import CHANGEABLE, changes, check_prompts, is_finished, resumed_config, unfinished_run
+from kat_ray.run.jsonl_tracker import JsonlTracker
+from kat_ray.run.resume import changes, check_prompts, is_finished, resumable, resumed_config, unfinished_run
 from kat_ray.types.records import Prompt
 
 
@@ -24,11 +28,30 @@ def run(tmp_path):
         return records.path
 
 
-def test_every_field_that_may_change_exists():
-    config = load_config("demo", []).model_dump()
-    for name in CHANGEABLE:
-        section, _, field = name.partition(".")
-        assert section in config and (not field or field in config[section]), name
+def test_what_a_resume_may_change_is_what_it_was_when_it_was_a_list():
+    """The list of commit 3aa4268: a field added to or taken from it changes what users rely on."""
+    run = "name dir steps overwrite tensorboard profile resume checkpoint_every keep_checkpoints keep_best"
+    learner = (
+        "world_size zero_stage num_cpus num_gpus resources labels threads micro_batch_tokens logits_chunk_tokens "
+        "gradient_checkpointing max_skipped_steps"
+    )
+    expected = {f"run.{name}" for name in [*run.split(), "grace_seconds"]}
+    expected |= {f"learner.{name}" for name in learner.split()}
+    expected |= {"sampler", "scorer", "monitor", "guards", "pools", "cluster"}
+    assert set(resumable()) == expected | {"rollout.max_chunks_ahead", "evaluation.every"}
+
+
+def test_the_page_of_fields_says_what_a_resume_may_change():
+    rows = re.findall(r"^\| `([a-z_.]+)` \| .*? \| (yes|) \| [^|]*\|$", configuration_markdown(), re.M)
+    said = dict(rows)
+    assert (said["run.steps"], said["run.seed"], said["learner.lr"], said["learner.labels"]) == (
+        "yes",
+        "",
+        "",
+        "yes",
+    )
+    assert said["sampler.replicas"] == said["cluster.address"] == said["guards.patience"] == "yes"
+    assert said["termination.eta"] == ""
 
 
 def test_how_and_how_far_may_change_but_not_what(run):
@@ -70,13 +93,15 @@ def test_records_are_taken_back_to_a_step(tmp_path):
     with RunDirectory.create(config.run, "a: 1\n") as records:
         for step in range(3):
             records.write_traces(step, [])
-            records.log_metrics(step + 1, {"kl/mean": step / 3})
+            with Trackers([JsonlTracker(records.path)]) as trackers:
+                trackers.step(step + 1, {"kl/mean": step / 3})
             if step == 1:
                 kept = records.positions()
         records.write_summary({"steps": 3})
-    with RunDirectory.reopen(records.path, config.run, "a: 2\n") as again:
+    with RunDirectory.reopen(records.path, "a: 2\n") as again, Trackers([JsonlTracker(again.path)]) as trackers:
         again.rewind(2, kept)
-        again.log_metrics(3, {"kl/mean": 0.5})
+        trackers.start(2)
+        trackers.step(3, {"kl/mean": 0.5})
     lines = [json.loads(line) for line in (records.path / "metrics.jsonl").read_text().splitlines()]
     assert [(m["step"], m["kl/mean"]) for m in lines] == [(1, 0.0), (2, 1 / 3), (3, 0.5)]
     assert (
@@ -87,10 +112,10 @@ def test_records_are_taken_back_to_a_step(tmp_path):
     assert (records.path / "config.yaml").read_text() == "a: 2\n"
 
 
-def check_events(run, steps, last):
+def check_events(folder, steps, last):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    seen = EventAccumulator(str(run / "tensorboard"))
+    seen = EventAccumulator(str(folder))
     seen.Reload()
     events = seen.Scalars("kl/mean")
     assert [e.step for e in events] == steps and events[-1].value == last
@@ -99,20 +124,21 @@ def check_events(run, steps, last):
 @pytest.mark.parametrize("back_to, steps", [(2, [1, 2, 3]), (0, [1])])
 def test_tensorboard_forgets_what_was_taken_back(tmp_path, back_to, steps):
     """Read as TensorBoard reads it: each step once, with the value of the last time."""
-    config = load_config("demo", [f"run.dir={tmp_path}"])
-    with RunDirectory.create(config.run, "") as records:
+    folder = tmp_path / "tensorboard"
+    with Trackers([TensorBoardTracker(folder)]) as trackers:
+        trackers.start(0)
         for step in range(1, 5):
-            records.log_metrics(step, {"kl/mean": step / 3})
-        records.rewind(back_to, {})
-        records.log_metrics(back_to + 1, {"kl/mean": 9.0})
-    check_events(records.path, steps, 9.0)
+            trackers.step(step, {"kl/mean": step / 3})
+        trackers.start(back_to)
+        trackers.step(back_to + 1, {"kl/mean": 9.0})
+    check_events(folder, steps, 9.0)
 
     # A process that was killed has left more than its checkpoint knows; another goes on.
-    with RunDirectory.reopen(records.path, config.run, "") as again:
-        again.rewind(back_to, {})
+    with Trackers([TensorBoardTracker(folder)]) as trackers:
+        trackers.start(back_to)
         for step in range(back_to + 1, back_to + 3):
-            again.log_metrics(step, {"kl/mean": 10.0 + step})
-    check_events(records.path, [*steps, back_to + 2], 12.0 + back_to)
+            trackers.step(step, {"kl/mean": 10.0 + step})
+    check_events(folder, [*steps, back_to + 2], 12.0 + back_to)
 
 
 def prompts_of(*answers):
@@ -168,6 +194,6 @@ def test_two_processes_do_not_write_one_run(tmp_path):
         RunDirectory.create(config.run, "") as records,
         pytest.raises(RecordError, match="another process is writing this run"),
     ):
-        RunDirectory.reopen(records.path, config.run, "")
-    with RunDirectory.reopen(records.path, config.run, ""):
+        RunDirectory.reopen(records.path, "")
+    with RunDirectory.reopen(records.path, ""):
         pass

@@ -22,9 +22,9 @@ class Writing:
     def __init__(self, tmp_path, **run):
         self.events, self.folder = [], None
         self.writer = CheckpointWriter(
-            Checkpoints(tmp_path, keep=3, keep_best=False), RunConfig(**run), self.snapshot, self.written
-        )
-        self.writer.on_commit = lambda: self.events.append("complete")
+            Checkpoints(tmp_path, keep=3, keep_best=False), RunConfig(**run), self.snapshot, self.written,
+            lambda step, path: self.events.append("complete"),
+        )  # fmt: skip
 
     def snapshot(self, folder):
         self.events.append("copied")
@@ -76,7 +76,7 @@ def schedule(scores, steps=10, every=4):
     said, recorded = [], []
     answers = iter(scores)
     made = EvaluationSchedule(
-        lambda: result(next(answers)), every=every, steps=steps, phase=said.append, note=lambda _: None,
+        lambda: result(next(answers)), every=every, steps=steps, phase=said.append,
         on_result=lambda done, r: recorded.append((done, r.avg_at_k)),
     )  # fmt: skip
     return made, said, recorded
@@ -105,7 +105,7 @@ def test_an_evaluation_that_a_checkpoint_has_is_not_repeated():
 
 
 def test_nothing_to_evaluate_on():
-    made = EvaluationSchedule(None, every=1, steps=2, phase=print, note=print, on_result=print)
+    made = EvaluationSchedule(None, every=1, steps=2, phase=print, on_result=print)
     made.run_if_due(0)
     assert made.results == {} and made.metric(0) is None
 
