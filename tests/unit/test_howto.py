@@ -119,6 +119,7 @@ def test_a_page_works_as_written(page, tmp_path):
             (name,) = re.findall(r"^\+\+\+ (\S+)$", what, re.M)
             file = tmp_path / name
             file.write_text(edited(file.read_text(), what))
+            compile(file.read_text(), name, "exec")
         else:
             in_shell(what, tmp_path)
     tests = [what for kind, what in asked if kind == "run" and re.match(r"pytest|make test", what)]
