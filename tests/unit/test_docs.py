@@ -246,5 +246,7 @@ def test_decisions_are_numbered_and_have_three_parts():
 def test_hooks_and_workflow_call_what_is_there():
     hooks = yaml.safe_load(text(".pre-commit-config.yaml"))
     assert [repo["repo"] for repo in hooks["repos"]] == ["local"], "hooks need no network"
+    for form in ROOT.glob(".github/**/*.yml"):
+        assert yaml.safe_load(form.read_text(encoding="utf-8")), form
     workflow = text(".github/workflows/ci.yml")
     assert yaml.safe_load(workflow)["jobs"] and "bash .ci/run" in workflow
