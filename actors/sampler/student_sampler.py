@@ -188,21 +188,16 @@ class _Generation:
         """Step the engine until nothing runs and every chunk has been answered."""
         started = time.monotonic()
         try:
-            steps = self._generate()
+            self._generate()
         except BaseException:
             self._engine.abort(list(self._active))  # the next order finds an idle engine
             raise
         traffic = self._stream
         return SamplerReport(
-            sampler=self._sampler._name,
-            attempt=self._order.attempt,
-            policy_version=self._order.version,
             rollouts=tuple(
-                SampledRollout(r.rollout_id, np.array(r.token_ids, dtype=np.int32), r.sent)
-                for r in self._rollouts.values()
+                SampledRollout(r.rollout_id, np.array(r.token_ids, dtype=np.int32)) for r in self._rollouts.values()
             ),
             chunks=tuple(traffic.chunks),
-            engine_steps=steps,
             seconds=time.monotonic() - started,
             wait_seconds=traffic.wait_seconds,
             control_seconds=self._control_seconds,
@@ -210,8 +205,7 @@ class _Generation:
             recovered=traffic.recovered,
         )
 
-    def _generate(self) -> int:
-        steps = 0
+    def _generate(self) -> None:
         span, heartbeat = self._sampler._timeline.span, self._sampler._heartbeat
         fixed = self._sampler._config.run.deterministic
         while self._engine.running:
@@ -221,7 +215,6 @@ class _Generation:
                         break
                     self._collect()
                     heartbeat.beat()
-                    steps += 1
                     if not fixed:
                         control = time.thread_time()
                         for decision in self._stream.arrived():
@@ -237,7 +230,6 @@ class _Generation:
             for decision in self._stream.drain():
                 self._apply(decision)
         self._control_seconds += time.thread_time() - control
-        return steps
 
     def _collect(self) -> None:
         for rows in self._engine.step():
@@ -265,9 +257,7 @@ class _Generation:
         chunk = build_chunk(
             news,
             self._stream.released.pop(scorer, ()),
-            sampler=self._sampler._name,
             attempt=self._order.attempt,
-            policy_version=self._order.version,
             top_k=self._rollout.top_k_logprobs,
             vocabulary=self._sampler._vocabulary,
         )

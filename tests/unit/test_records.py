@@ -29,8 +29,8 @@ def outcome(rollout_id, reason, scored, cut=None, confirmed=None, probe=False, w
     return RolloutOutcome(rollout_id, reason, scored, cut, confirmed, 0.25, minimum, probe, would_cut)
 
 
-def sampled(rollout_id, tokens, sent=None):
-    return SampledRollout(rollout_id, np.arange(tokens, dtype=np.int32), tokens if sent is None else sent)
+def sampled(rollout_id, tokens):
+    return SampledRollout(rollout_id, np.arange(tokens, dtype=np.int32))
 
 
 def trace(rollout_id=7, **changes):
@@ -283,10 +283,7 @@ def test_what_a_run_ran_on():
 
 
 def test_the_busiest_stage_tells_what_a_step_failed_to_overlap():
-    reports = [
-        SamplerReport(f"sampler:{i}", i, 0, (), (), 1, 5.0, wait, 0.0, np.zeros(0))
-        for i, wait in enumerate((1.0, 2.0))
-    ]
+    reports = [SamplerReport((), (), 5.0, wait, 0.0, np.zeros(0)) for wait in (1.0, 2.0)]
     chunks = [
         replace(chunk([0], [0], [[1.0]]), scorer=name, seconds=s)
         for name, s in (("a", 1.0), ("a", 1.5), ("b", 0.5))
