@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -144,16 +145,24 @@ class StudentSampler:
         """Plain completions (evaluation): the token ids of each prompt's answer, stop id included."""
         if version != self._version:
             raise StateLost(f"{self._name} holds version {self._version}, not {version}: its process is new")
-        answers: dict[str, list[int]] = {}
-        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            answers[f"complete-{i}"] = []
-            self._engine.add(f"complete-{i}", prompt, seed, settings)
-        with self._heartbeat.busy("complete"):
+        answers: dict[str, list[int]] = {f"complete-{i}": [] for i in range(len(prompts))}
+        with self._heartbeat.busy("complete"), self._idle_after(answers):
+            for name, prompt, seed in zip(answers, prompts, seeds, strict=True):
+                self._engine.add(name, prompt, seed, settings)
             while self._engine.running:
                 for rows in self._engine.step():
                     answers[rows.request_id].extend(rows.token_ids)
                 self._heartbeat.beat()
         return list(answers.values())
+
+    @contextmanager
+    def _idle_after(self, requests: Collection[str]) -> Iterator[None]:
+        """Whatever ends the work inside, the engine is left without these requests: the next call finds it idle."""
+        try:
+            yield
+        except BaseException:
+            self._engine.abort(list(requests))
+            raise
 
 
 class _Generation:
@@ -165,18 +174,9 @@ class _Generation:
         self._rollout = sampler._config.rollout
         self._order = order
         self._control_seconds = 0.0
-        settings = SamplingSettings(
-            max_tokens=self._rollout.max_tokens,
-            temperature=self._rollout.temperature,
-            top_p=self._rollout.top_p,
-            logprobs=self._rollout.top_k_logprobs,
-            stop_ids=sampler._stop_ids,
-        )
         specs = order.specs
         self._rollouts: dict[int, PendingRollout] = {}
         for i, spec in enumerate(specs):
-            own = replace(settings, max_tokens=spec.max_tokens)
-            self._engine.add(str(spec.rollout_id), spec.prompt_ids, spec.seed, own)
             scorer = scorer_of(i, len(specs), sampler._index, sampler._samplers, len(sampler._scorers))
             self._rollouts[spec.rollout_id] = PendingRollout(spec.rollout_id, spec.prompt_ids, scorer)
         self._active = {str(i): r for i, r in self._rollouts.items()}
@@ -187,11 +187,9 @@ class _Generation:
     def run(self) -> SamplerReport:
         """Step the engine until nothing runs and every chunk has been answered."""
         started = time.monotonic()
-        try:
+        with self._sampler._idle_after(self._active):
+            self._start()
             self._generate()
-        except BaseException:
-            self._engine.abort(list(self._active))  # the next order finds an idle engine
-            raise
         traffic = self._stream
         return SamplerReport(
             rollouts=tuple(
@@ -204,6 +202,19 @@ class _Generation:
             decision_seconds=np.array(traffic.decision_seconds),
             recovered=traffic.recovered,
         )
+
+    def _start(self) -> None:
+        """Give the engine all requests."""
+        settings = SamplingSettings(
+            max_tokens=self._rollout.max_tokens,
+            temperature=self._rollout.temperature,
+            top_p=self._rollout.top_p,
+            logprobs=self._rollout.top_k_logprobs,
+            stop_ids=self._sampler._stop_ids,
+        )
+        for spec in self._order.specs:
+            own = replace(settings, max_tokens=spec.max_tokens)
+            self._engine.add(str(spec.rollout_id), spec.prompt_ids, spec.seed, own)
 
     def _generate(self) -> None:
         span, heartbeat = self._sampler._timeline.span, self._sampler._heartbeat
