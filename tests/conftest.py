@@ -93,9 +93,7 @@ def chunk_of(
     offsets = lambda parts: np.cumsum([0, *map(len, parts)]).astype(np.int32)  # noqa: E731
     flat = lambda parts, dtype: np.array([x for p in parts for x in p], dtype=dtype)  # noqa: E731
     return RolloutChunk(
-        sampler="sampler:0",
         attempt=0,
-        policy_version=0,
         rollout_ids=np.array(list(rollouts), dtype=np.int64),
         start=np.array([start.get(i, 0) for i in rollouts], dtype=np.int32),
         offsets=offsets(rows),

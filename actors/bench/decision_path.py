@@ -27,7 +27,6 @@ def scored_chunk(rollouts: int, start: int, tokens: int, ended: EngineEnd, rng: 
     return ScoredChunk(
         scorer="scorer:0",
         attempt=0,
-        policy_version=0,
         rollout_ids=np.arange(rollouts, dtype=np.int64),
         start=np.full(rollouts, start, dtype=np.int32),
         offsets=np.arange(rollouts + 1, dtype=np.int32) * tokens,
@@ -151,5 +150,5 @@ def _records(rollouts: int, length: int, prompt: int, vocabulary: int, chunk_tok
             pending[row.request_id].end = row.end
         if step % chunk_tokens == 0 or not engine.running:
             news = [p for p in pending.values() if p.has_news]
-            chunk = build_chunk(news, [], sampler="s", attempt=0, policy_version=0, top_k=64, vocabulary=vocabulary)
+            chunk = build_chunk(news, [], attempt=0, top_k=64, vocabulary=vocabulary)
             yield (chunk, *scorer.score(chunk))

@@ -104,7 +104,7 @@ def _ours(pair: Pair, sampler: Any, rollout: Any, prompts: list[list[int]], toke
             steps += 1
             if steps % rollout.chunk_tokens == 0 or not engine.running:
                 build_chunk(
-                    [r for r in pending.values() if r.has_news], (), sampler="bench", attempt=0, policy_version=0,
+                    [r for r in pending.values() if r.has_news], (), attempt=0,
                     top_k=rollout.top_k_logprobs, vocabulary=2**15,
                 )  # fmt: skip
         return [len(r.token_ids) for r in pending.values()]

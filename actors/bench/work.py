@@ -53,9 +53,7 @@ def _chunk(
     logprobs = np.sort(np.log(rng.dirichlet(np.ones(TOP_K + 1), rows)[:, :TOP_K] + 1e-9), axis=-1)[:, ::-1]
     low, high = pack_ids(topk_ids, vocabulary)
     return RolloutChunk(
-        sampler="bench",
         attempt=0,
-        policy_version=0,
         rollout_ids=np.array(ids, dtype=np.int64),
         start=np.full(len(ids), start, dtype=np.int32),
         offsets=_offsets(news),

@@ -174,15 +174,11 @@ class TrapMonitor:
             )
         attempt.scored[rows] += count
         tokens = NewTokens(*(getattr(chunk, name) for name in NewTokens._fields))
-        cuts, confirmed = attempt.table.observe(rows, tokens, chunk.offsets[:-1][new], count)
+        cuts, _ = attempt.table.observe(rows, tokens, chunk.offsets[:-1][new], count)
         trapped = (cuts >= 0) & ~attempt.probe[rows]
         attempt.end[rows] = np.where(trapped, _TRAPPED, chunk.ended[new])
         self._decisions += int(trapped.sum())
-        decision = TerminationDecision(
-            rollout_ids=chunk.rollout_ids[new][trapped],
-            cut=cuts[trapped].astype(np.int32),
-            confirmed=confirmed[trapped].astype(np.int32),
-        )
+        decision = TerminationDecision(chunk.rollout_ids[new][trapped])
         self._busy_seconds += time.thread_time() - started
         return decision
 

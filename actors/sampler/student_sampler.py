@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -144,16 +145,24 @@ class StudentSampler:
         """Plain completions (evaluation): the token ids of each prompt's answer, stop id included."""
         if version != self._version:
             raise StateLost(f"{self._name} holds version {self._version}, not {version}: its process is new")
-        answers: dict[str, list[int]] = {}
-        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            answers[f"complete-{i}"] = []
-            self._engine.add(f"complete-{i}", prompt, seed, settings)
-        with self._heartbeat.busy("complete"):
+        answers: dict[str, list[int]] = {f"complete-{i}": [] for i in range(len(prompts))}
+        with self._heartbeat.busy("complete"), self._idle_after(answers):
+            for name, prompt, seed in zip(answers, prompts, seeds, strict=True):
+                self._engine.add(name, prompt, seed, settings)
             while self._engine.running:
                 for rows in self._engine.step():
                     answers[rows.request_id].extend(rows.token_ids)
                 self._heartbeat.beat()
         return list(answers.values())
+
+    @contextmanager
+    def _idle_after(self, requests: Collection[str]) -> Iterator[None]:
+        """Whatever ends the work inside, the engine is left without these requests: the next call finds it idle."""
+        try:
+            yield
+        except BaseException:
+            self._engine.abort(list(requests))
+            raise
 
 
 class _Generation:
@@ -165,18 +174,9 @@ class _Generation:
         self._rollout = sampler._config.rollout
         self._order = order
         self._control_seconds = 0.0
-        settings = SamplingSettings(
-            max_tokens=self._rollout.max_tokens,
-            temperature=self._rollout.temperature,
-            top_p=self._rollout.top_p,
-            logprobs=self._rollout.top_k_logprobs,
-            stop_ids=sampler._stop_ids,
-        )
         specs = order.specs
         self._rollouts: dict[int, PendingRollout] = {}
         for i, spec in enumerate(specs):
-            own = replace(settings, max_tokens=spec.max_tokens)
-            self._engine.add(str(spec.rollout_id), spec.prompt_ids, spec.seed, own)
             scorer = scorer_of(i, len(specs), sampler._index, sampler._samplers, len(sampler._scorers))
             self._rollouts[spec.rollout_id] = PendingRollout(spec.rollout_id, spec.prompt_ids, scorer)
         self._active = {str(i): r for i, r in self._rollouts.items()}
@@ -187,22 +187,15 @@ class _Generation:
     def run(self) -> SamplerReport:
         """Step the engine until nothing runs and every chunk has been answered."""
         started = time.monotonic()
-        try:
-            steps = self._generate()
-        except BaseException:
-            self._engine.abort(list(self._active))  # the next order finds an idle engine
-            raise
+        with self._sampler._idle_after(self._active):
+            self._start()
+            self._generate()
         traffic = self._stream
         return SamplerReport(
-            sampler=self._sampler._name,
-            attempt=self._order.attempt,
-            policy_version=self._order.version,
             rollouts=tuple(
-                SampledRollout(r.rollout_id, np.array(r.token_ids, dtype=np.int32), r.sent)
-                for r in self._rollouts.values()
+                SampledRollout(r.rollout_id, np.array(r.token_ids, dtype=np.int32)) for r in self._rollouts.values()
             ),
             chunks=tuple(traffic.chunks),
-            engine_steps=steps,
             seconds=time.monotonic() - started,
             wait_seconds=traffic.wait_seconds,
             control_seconds=self._control_seconds,
@@ -210,8 +203,20 @@ class _Generation:
             recovered=traffic.recovered,
         )
 
-    def _generate(self) -> int:
-        steps = 0
+    def _start(self) -> None:
+        """Give the engine all requests."""
+        settings = SamplingSettings(
+            max_tokens=self._rollout.max_tokens,
+            temperature=self._rollout.temperature,
+            top_p=self._rollout.top_p,
+            logprobs=self._rollout.top_k_logprobs,
+            stop_ids=self._sampler._stop_ids,
+        )
+        for spec in self._order.specs:
+            own = replace(settings, max_tokens=spec.max_tokens)
+            self._engine.add(str(spec.rollout_id), spec.prompt_ids, spec.seed, own)
+
+    def _generate(self) -> None:
         span, heartbeat = self._sampler._timeline.span, self._sampler._heartbeat
         fixed = self._sampler._config.run.deterministic
         while self._engine.running:
@@ -221,7 +226,6 @@ class _Generation:
                         break
                     self._collect()
                     heartbeat.beat()
-                    steps += 1
                     if not fixed:
                         control = time.thread_time()
                         for decision in self._stream.arrived():
@@ -237,7 +241,6 @@ class _Generation:
             for decision in self._stream.drain():
                 self._apply(decision)
         self._control_seconds += time.thread_time() - control
-        return steps
 
     def _collect(self) -> None:
         for rows in self._engine.step():
@@ -265,9 +268,7 @@ class _Generation:
         chunk = build_chunk(
             news,
             self._stream.released.pop(scorer, ()),
-            sampler=self._sampler._name,
             attempt=self._order.attempt,
-            policy_version=self._order.version,
             top_k=self._rollout.top_k_logprobs,
             vocabulary=self._sampler._vocabulary,
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kat_ray.losses.divergence import entropy, stop_mass, tail_from_logprobs
-from kat_ray.types.records import RolloutChunk
+from kat_ray.types.records import IntArray, RolloutChunk
 
 OVERLAP_TOP = 16  # ids compared for the overlap ratio (arXiv 2604.13016)
 
@@ -52,8 +52,8 @@ class Teacher(Protocol):
     def cache_bytes(self) -> int:
         """Memory of that state."""
 
-    def score(self, chunk: RolloutChunk) -> TeacherColumns:
-        """The columns of all rows of a chunk, in its order."""
+    def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
+        """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked."""
 
     def release(self, rollout_ids: Sequence[int]) -> None:
         """Forget rollouts; unknown ones are ignored."""

@@ -24,7 +24,7 @@ from kat_ray.errors import StateLost, UserError
 from kat_ray.losses.divergence import EosMode, dequantise, entropy, event_logprobs, is_stop, quantise, reverse_kl
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
-from kat_ray.types.records import EngineEnd, RolloutChunk, ScoredChunk, TeacherRows
+from kat_ray.types.records import EngineEnd, IntArray, RolloutChunk, ScoredChunk, TeacherRows
 
 
 def make_teacher(config: Config, teacher_dir: str, stop_ids: tuple[int, ...], max_model_len: int) -> Teacher:
@@ -103,12 +103,13 @@ class TeacherScorer:
 
     def _score(self, chunk: RolloutChunk) -> tuple[ScoredChunk, TeacherRows]:
         started = time.monotonic()
-        check_chunk_vocabulary(chunk, self._teacher.vocabulary, self._teacher_name)
+        topk_ids = chunk.topk_ids()
+        check_chunk_vocabulary(chunk, topk_ids, self._teacher.vocabulary, self._teacher_name)
         self.release(chunk.released.tolist())
-        columns = self._teacher.score(chunk)
+        columns = self._teacher.score(chunk, topk_ids)
         self.release(chunk.rollout_ids[chunk.ended != EngineEnd.RUNNING].tolist())
         self._scored_tokens += chunk.tokens
-        scored, rows = self._compare(chunk, columns, started)
+        scored, rows = self._compare(chunk, topk_ids, columns, started)
         self._busy_seconds += scored.seconds
         return scored, rows
 
@@ -132,25 +133,19 @@ class TeacherScorer:
 
     @torch.inference_mode()
     def _compare(
-        self, chunk: RolloutChunk, teacher: TeacherColumns, started: float
+        self, chunk: RolloutChunk, topk_ids: IntArray, teacher: TeacherColumns, started: float
     ) -> tuple[ScoredChunk, TeacherRows]:
         """Reverse KL of every row on the partition that the student's top k makes; the teacher's rows, narrowed."""
-        stops = is_stop(torch.from_numpy(chunk.topk_ids()), self._stop_ids)
+        stops = is_stop(torch.from_numpy(topk_ids), self._stop_ids)
         topk, tail = (torch.from_numpy(a.astype(np.float32)) for a in (chunk.topk_logprobs, chunk.tail_logprobs))
         topk, tail = dequantise(topk, tail)
         student = event_logprobs(topk, tail, None, stops, self._eos)
         d = reverse_kl(student, event_logprobs(teacher.topk, teacher.tail, teacher.stop, stops, self._eos))
         small, stop = quantise(teacher.topk, teacher.stop, stops)
         scored = ScoredChunk(
+            **chunk.of_rows(),
             scorer=self._name,
-            attempt=chunk.attempt,
-            policy_version=chunk.policy_version,
-            rollout_ids=chunk.rollout_ids,
-            start=chunk.start,
-            offsets=chunk.offsets,
-            token_ids=chunk.token_ids,
             d=torch.where(torch.isfinite(d), d, torch.full_like(d, torch.nan)).numpy(),
-            ended=chunk.ended,
             overlap=teacher.overlap.half().numpy(),
             teacher_max=teacher.teacher_max.half().numpy(),
             teacher_entropy=teacher.teacher_entropy.half().numpy(),

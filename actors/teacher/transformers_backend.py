@@ -19,7 +19,7 @@ from actors.teacher.slot_cache import ATTENTION, SlotCache, Span
 from kat_ray.config import Config
 from kat_ray.errors import StateLost, UserError
 from kat_ray.models.load import load_causal_lm
-from kat_ray.types.records import RolloutChunk
+from kat_ray.types.records import IntArray, RolloutChunk
 
 _LOGITS = 2**25  # logits that exist at once: tokens x vocabulary, 128 MiB in float32
 
@@ -97,8 +97,8 @@ class TransformersTeacher:
                 self._cache.free(state.slot)
 
     @torch.inference_mode()
-    def score(self, chunk: RolloutChunk) -> TeacherColumns:
-        """The teacher's columns for all rows of a chunk.
+    def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
+        """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked.
 
         `StateLost` names rollouts whose past is not held: send them again with their context.
         """
@@ -111,7 +111,7 @@ class TransformersTeacher:
             step = logits_tokens(self._model.config.vocab_size)
             for first in range(0, chunk.tokens, step):
                 part = slice(first, first + step)
-                ids = torch.from_numpy(chunk.topk_ids(part).astype("int64"))
+                ids = torch.from_numpy(topk_ids[part].astype("int64"))
                 parts.append(self.columns(hidden_NH[part], ids))
         self._advance(chunk)
         return TeacherColumns.join(parts, chunk.topk_logprobs.shape[1])

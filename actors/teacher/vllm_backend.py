@@ -20,7 +20,7 @@ from actors.teacher.backend import TeacherColumns
 from kat_ray.config import Config
 from kat_ray.errors import StateLost, UserError
 from kat_ray.losses.divergence import LOG_FLOOR, tail_from_topk
-from kat_ray.types.records import RolloutChunk
+from kat_ray.types.records import IntArray, RolloutChunk
 
 
 class VllmTeacher:
@@ -70,8 +70,8 @@ class VllmTeacher:
         for rollout_id in rollout_ids:
             self._tokens.pop(rollout_id, None)
 
-    def score(self, chunk: RolloutChunk) -> TeacherColumns:
-        """The columns of all rows of a chunk, in its order."""
+    def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
+        """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked."""
         asked: dict[int, np.ndarray] = {}
         for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
             if chunk.context(i).size:
@@ -82,7 +82,7 @@ class VllmTeacher:
             self._tokens[rollout_id].extend(new.tolist())
             self.run_tokens += len(new) + chunk.context(i).size
             if new.size:
-                rows = chunk.topk_ids(slice(chunk.offsets[i], chunk.offsets[i + 1])).astype(np.int64)
+                rows = topk_ids[chunk.offsets[i] : chunk.offsets[i + 1]].astype(np.int64)
                 stops = np.broadcast_to(np.array(self._stop_ids, dtype=np.int64), (len(rows), len(self._stop_ids)))
                 asked[rollout_id] = np.concatenate([rows, stops], axis=1)
         scores = self._ask(asked, skip_cache=False)

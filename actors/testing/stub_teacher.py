@@ -16,7 +16,7 @@ from actors.teacher.backend import OVERLAP_TOP, TeacherColumns
 from actors.teacher.scorer import TeacherScorer
 from kat_ray.config import Config
 from kat_ray.errors import StateLost
-from kat_ray.types.records import RolloutChunk
+from kat_ray.types.records import IntArray, RolloutChunk
 
 
 class StubTeacher:
@@ -47,7 +47,7 @@ class StubTeacher:
         """There is no cache."""
         return 0
 
-    def score(self, chunk: RolloutChunk) -> TeacherColumns:
+    def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
         """The student's own rows, lower by the KL that is wanted: sum p (log p - (log p - c)) = c."""
         started = time.thread_time()
         known = np.diff(chunk.context_offsets) > 0

@@ -67,9 +67,7 @@ def build_chunk(
     rollouts: Sequence[PendingRollout],
     released: Sequence[int],
     *,
-    sampler: str,
     attempt: int,
-    policy_version: int,
     top_k: int,
     vocabulary: int,
 ) -> RolloutChunk:
@@ -87,13 +85,12 @@ def build_chunk(
         np.concatenate([a for r in rollouts for a in r.logprobs], out=logprobs)
     low, high = pack_ids(ids[:, 1:], vocabulary)
     chunk = RolloutChunk(
-        sampler=sampler,
         attempt=attempt,
-        policy_version=policy_version,
         rollout_ids=np.array([r.rollout_id for r in rollouts], dtype=np.int64),
         start=np.array([r.sent for r in rollouts], dtype=np.int32),
         offsets=_offsets(counts),
         token_ids=np.array([t for r in rollouts for t in r.token_ids[r.sent :]], dtype=np.int32),
+        ended=np.array([r.end for r in rollouts], dtype=np.int8),
         sampled_logprobs=np.ascontiguousarray(logprobs[:, 0]),
         topk_ids_low=low,
         topk_ids_high=high,
@@ -101,7 +98,6 @@ def build_chunk(
         tail_logprobs=tail_logprobs(logprobs[:, 1:]),
         context_offsets=_offsets([len(c) for c in contexts]),
         context_ids=np.array([t for c in contexts for t in c], dtype=np.int32),
-        ended=np.array([r.end for r in rollouts], dtype=np.int8),
         released=np.asarray(released, dtype=np.int64),
     )
     for rollout in rollouts:
@@ -113,14 +109,15 @@ def build_chunk(
     return chunk
 
 
-def check_chunk_vocabulary(chunk: RolloutChunk, vocabulary: int, model: str) -> None:
-    """UserError where a chunk holds an id that `model`, a field and its value, has no token for."""
-    topk = chunk.topk_ids()
-    if all(out_of_vocabulary(ids, vocabulary) is None for ids in (chunk.context_ids, chunk.token_ids, topk)):
+def check_chunk_vocabulary(chunk: RolloutChunk, topk_ids: IntArray, vocabulary: int, model: str) -> None:
+    """UserError where a chunk, with `topk_ids` as it unpacks them, holds an id that `model`, a field and its value,
+    has no token for.
+    """
+    if all(out_of_vocabulary(ids, vocabulary) is None for ids in (chunk.context_ids, chunk.token_ids, topk_ids)):
         return
     for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
         rows = slice(chunk.offsets[i], chunk.offsets[i + 1])
-        parts = {"context": chunk.context(i), "answer": chunk.new_tokens(i), "top k": topk[rows]}
+        parts = {"context": chunk.context(i), "answer": chunk.new_tokens(i), "top k": topk_ids[rows]}
         for part, ids in parts.items():
             if (foreign := out_of_vocabulary(ids, vocabulary)) is not None:
                 raise UserError(out_of_vocabulary_message(rollout_id, part, foreign, vocabulary, model))

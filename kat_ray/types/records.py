@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -43,7 +43,7 @@ class StopReason(enum.StrEnum):
 
 
 class EngineEnd(enum.IntEnum):
-    """What the engine says of a rollout after a chunk's last token (`RolloutChunk.ended`)."""
+    """What the engine says of a rollout after a chunk's last token (`ChunkRows.ended`)."""
 
     RUNNING = 0
     EOS = 1
@@ -73,7 +73,6 @@ class RolloutSpec:
     prompt_ids: tuple[int, ...]
     seed: int
     probe: bool
-    step: int
     max_tokens: int
 
 
@@ -93,19 +92,37 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True)
-class RolloutChunk:
-    """New tokens of all active rollouts of one sampler that stay with one scorer.
+class ChunkRows:
+    """Which rows a chunk has, one per new token: what a sampler's chunk and the scores of it have in common.
 
-    Shapes: R rollouts, N new tokens in all, k = top-k, C context tokens in all.
+    Shapes here and below: R rollouts, N new tokens in all, k = top-k, C context tokens in all.
     """
 
-    sampler: str
     attempt: int  # the order that these rollouts belong to
-    policy_version: int
     rollout_ids: IntArray  # [R] int64
     start: IntArray  # [R] int32, index of the first new token among the rollout's generated tokens
     offsets: IntArray  # [R + 1] int32, rows of each rollout
     token_ids: IntArray  # [N] int32, the generated tokens
+    ended: IntArray  # [R] int8, EngineEnd after the rollout's last new token
+
+    @property
+    def tokens(self) -> int:
+        """Number of new tokens, N."""
+        return int(self.offsets[-1])
+
+    def new_tokens(self, i: int) -> IntArray:
+        """New tokens of the i-th rollout."""
+        return self.token_ids[self.offsets[i] : self.offsets[i + 1]]
+
+    def of_rows(self) -> dict[str, Any]:
+        """The fields of this class: for another record of the same rows."""
+        return {f.name: getattr(self, f.name) for f in fields(ChunkRows)}
+
+
+@dataclass(frozen=True)
+class RolloutChunk(ChunkRows):
+    """New tokens of all active rollouts of one sampler that stay with one scorer."""
+
     sampled_logprobs: FloatArray  # [N] float32, log p(token) at generation time
     # The student's top-k ids, most likely first, packed by kat_ray.types.token_ids: `topk_ids` unpacks them.
     topk_ids_low: IntArray  # [N, k] uint16
@@ -116,21 +133,11 @@ class RolloutChunk:
     # prompt + generated tokens when another scorer takes the rollout over, nothing in between.
     context_offsets: IntArray  # [R + 1] int32
     context_ids: IntArray  # [C] int32
-    ended: IntArray  # [R] int8, EngineEnd after the rollout's last new token
     released: IntArray  # [*] int64, rollouts (not in this chunk) whose scorer state can be dropped
-
-    @property
-    def tokens(self) -> int:
-        """Number of new tokens, N."""
-        return int(self.offsets[-1])
 
     def topk_ids(self, rows: slice = slice(None)) -> IntArray:
         """The student's top-k ids of these rows, [n, k] int32."""
         return unpack_ids(self.topk_ids_low[rows], self.topk_ids_high[rows])
-
-    def new_tokens(self, i: int) -> IntArray:
-        """New tokens of the i-th rollout."""
-        return self.token_ids[self.offsets[i] : self.offsets[i + 1]]
 
     def context(self, i: int) -> IntArray:
         """Context tokens of the i-th rollout."""
@@ -138,18 +145,11 @@ class RolloutChunk:
 
 
 @dataclass(frozen=True)
-class ScoredChunk:
+class ScoredChunk(ChunkRows):
     """What the monitor sees of a chunk: numbers per token only. Rows as in the RolloutChunk it answers."""
 
     scorer: str
-    attempt: int
-    policy_version: int
-    rollout_ids: IntArray  # [R] int64
-    start: IntArray  # [R] int32
-    offsets: IntArray  # [R + 1] int32
-    token_ids: IntArray  # [N] int32, the generated tokens
     d: FloatArray  # [N] float32, reverse KL in nats; NaN where the teacher gave no finite value
-    ended: IntArray  # [R] int8, EngineEnd
     # Health features per token (arXiv 2604.13016), each [N] float16.
     overlap: FloatArray  # share of the student's top-16 ids among the teacher's top-16
     teacher_max: FloatArray  # the teacher's largest probability
@@ -174,14 +174,9 @@ class TeacherRows:
 
 @dataclass(frozen=True)
 class TerminationDecision:
-    """Rollouts newly confirmed as trapped: the sampler aborts them at once.
-
-    `cut[i]` is the first token not kept; `confirmed[i]` counts the tokens seen at confirmation.
-    """
+    """Rollouts newly confirmed as trapped: the sampler aborts them at once."""
 
     rollout_ids: IntArray  # [M] int64
-    cut: IntArray  # [M] int32
-    confirmed: IntArray  # [M] int32
 
 
 @dataclass(frozen=True)
@@ -269,19 +264,14 @@ class SampledRollout:
 
     rollout_id: int
     token_ids: IntArray  # [T] int32, every token the engine generated, overshoot included
-    sent: int  # tokens that went to the scorer; the rest was dropped when the rollout was aborted
 
 
 @dataclass(frozen=True)
 class SamplerReport:
     """A sampler's account of one `generate` call."""
 
-    sampler: str
-    attempt: int
-    policy_version: int
     rollouts: tuple[SampledRollout, ...]
     chunks: tuple[ChunkRefs, ...]
-    engine_steps: int
     seconds: float  # whole call
     wait_seconds: float  # part of it spent waiting for decisions (back-pressure and the last chunks)
     control_seconds: float  # CPU time of the loop's thread in sending chunks and applying decisions

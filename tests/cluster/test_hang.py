@@ -48,10 +48,10 @@ class HangingTeacher(StubTeacher):
         super().__init__(config.rollout.max_tokens)
         self._dir, self._first = config.run.dir, config.rollout.rollouts_per_step
 
-    def score(self, chunk):
+    def score(self, chunk, topk_ids):
         if chunk.rollout_ids.max() >= self._first and chunk.start.max() > 0:
             hang_once(self._dir)
-        return super().score(chunk)
+        return super().score(chunk, topk_ids)
 
 
 def hanging_engine(config, model, model_dir, max_model_len):

@@ -219,7 +219,7 @@ def test_generations_without_a_token_go_through_sampler_scorer_and_monitor(ray_l
     )  # fmt: skip
     sampler.connect([scorer], monitor)
     for step, ids in enumerate(([0, 1, 2, 3], [4, 6])):  # in the second step nobody generates anything
-        specs = [RolloutSpec(i, "p", (7,) * (1 + i), 0, False, step, 64) for i in ids]
+        specs = [RolloutSpec(i, "p", (7,) * (1 + i), 0, False, 64) for i in ids]
         step_start = ray.get(monitor.start_step.remote(step))
         report = sampler.generate(GenerateRequest(step + 1, step, 0, tuple(specs), {}))
         finished = join_outcomes(report.rollouts, ray.get(monitor.end_step.remote()).outcomes)

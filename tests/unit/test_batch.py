@@ -25,7 +25,7 @@ def stream(rollouts, size):
             if at < len(tokens) <= at + size:
                 pending[i].end = EngineEnd.EOS
         news = [r for r in pending.values() if r.has_news]
-        chunks.append(build_chunk(news, [], sampler="s", attempt=0, policy_version=1, top_k=K, vocabulary=500))
+        chunks.append(build_chunk(news, [], attempt=0, top_k=K, vocabulary=500))
         ids = chunks[-1].token_ids
         column = ids.astype(np.float32)
         teacher.append(TeacherRows(np.repeat(column[:, None], K, 1), column + 0.25, column + 0.5))
@@ -128,7 +128,7 @@ def test_a_rollout_of_which_nothing_is_kept_is_in_no_micro_batch():
 def test_an_end_without_tokens_is_news_once():
     pending = PendingRollout(1, (5,), scorer=0)
     pending.add([7], np.zeros((1, K + 1), np.int32), np.zeros((1, K + 1), np.float32))
-    arguments = dict(sampler="s", attempt=0, policy_version=0, top_k=K, vocabulary=500)
+    arguments = dict(attempt=0, top_k=K, vocabulary=500)
     build_chunk([pending], [], **arguments)
     assert not pending.has_news
     pending.end = EngineEnd.MAX_TOKENS

@@ -38,7 +38,7 @@ class Line:
         self.steps += 1
         scored, rows = self.scorer.score(chunk)
         self.monitor.observe(scored)
-        sampled = [SampledRollout(i, np.array(t, np.int32), len(t)) for i, (_, t) in rollouts.items()]
+        sampled = [SampledRollout(i, np.array(t, np.int32)) for i, (_, t) in rollouts.items()]
         return scored, rows, join_outcomes(sampled, self.monitor.end_step().outcomes)
 
 
@@ -47,7 +47,7 @@ def whole(models, rollouts, end=EngineEnd.MAX_TOKENS):
 
 
 def specs_of(rollouts):
-    return [RolloutSpec(i, f"p:{i}", tuple(p), 0, False, 0, 64) for i, (p, _) in rollouts.items()]
+    return [RolloutSpec(i, f"p:{i}", tuple(p), 0, False, 64) for i, (p, _) in rollouts.items()]
 
 
 def break_teacher(line, rows):
@@ -116,7 +116,7 @@ def test_an_id_beyond_the_teachers_vocabulary_is_named_before_it_is_run(models, 
     pending = [PendingRollout(i, tuple(p), scorer=0) for i, p in ((2, [4, 5]), (3, prompt))]
     for rollout, t in zip(pending, (8, token), strict=True):
         rollout.add([t], np.array([[t, 6, 7]], np.int32), np.full((1, 3), -2.0, np.float32))
-    chunk = build_chunk(pending, [], sampler="s", attempt=0, policy_version=0, top_k=2, vocabulary=500)
+    chunk = build_chunk(pending, [], attempt=0, top_k=2, vocabulary=500)
     with pytest.raises(UserError, match=message):
         line.scorer.score(chunk)
     assert line.scorer.stats()["states"] == 0
@@ -125,7 +125,7 @@ def test_an_id_beyond_the_teachers_vocabulary_is_named_before_it_is_run(models, 
 def test_a_top_k_id_beyond_the_teachers_vocabulary_is_named(models):
     pending = PendingRollout(3, (4,), scorer=0)
     pending.add([5], np.array([[5, 6, 300]], np.int32), np.full((1, 3), -2.0, np.float32))
-    chunk = build_chunk([pending], [], sampler="s", attempt=0, policy_version=0, top_k=2, vocabulary=500)
+    chunk = build_chunk([pending], [], attempt=0, top_k=2, vocabulary=500)
     with pytest.raises(UserError, match="rollout 3: its top k holds the token id 300"):
         Line(models).scorer.score(chunk)
 
@@ -143,7 +143,7 @@ def test_a_rollout_without_a_token_ends_and_is_counted_and_in_no_batch(models, t
         ids = np.concatenate([genuine.token_ids[:, None], genuine.topk_ids()], axis=1)
         rollout.add(rollouts[5][1], ids, np.full(ids.shape, -5.0, np.float32))
         rollout.end = EngineEnd.EOS
-    chunk = build_chunk(pending, [], sampler="s", attempt=0, policy_version=0, top_k=64, vocabulary=200)
+    chunk = build_chunk(pending, [], attempt=0, top_k=64, vocabulary=200)
     scored, _, finished = line.step(chunk, rollouts, probes=(4,))
     assert line.scorer.stats()["states"] == 0
     outcome, counts = finished[0].outcome, finished[0].counts

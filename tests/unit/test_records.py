@@ -30,8 +30,8 @@ def outcome(rollout_id, reason, scored, cut=None, confirmed=None, probe=False, w
     return RolloutOutcome(rollout_id, reason, scored, cut, confirmed, 0.25, minimum, probe, would_cut)
 
 
-def sampled(rollout_id, tokens, sent=None):
-    return SampledRollout(rollout_id, np.arange(tokens, dtype=np.int32), tokens if sent is None else sent)
+def sampled(rollout_id, tokens):
+    return SampledRollout(rollout_id, np.arange(tokens, dtype=np.int32))
 
 
 def trace(rollout_id=7, **changes):

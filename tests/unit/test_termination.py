@@ -153,7 +153,7 @@ def chunk(ids, start, rows, ended=None, overlap=None):
     extra = dict.fromkeys(("overlap", "teacher_max", "teacher_entropy", "student_entropy", "student_tail"), d)
     extra["overlap"] = d if overlap is None else np.concatenate([np.asarray(r, np.float32) for r in overlap])
     return ScoredChunk(
-        scorer="s", attempt=0, policy_version=0, rollout_ids=np.asarray(ids, np.int64), start=np.asarray(start,
+        scorer="s", attempt=0, rollout_ids=np.asarray(ids, np.int64), start=np.asarray(start,
         np.int32), offsets=offsets, d=d, token_ids=np.zeros(len(d), np.int32), teacher_top=np.zeros(len(d),
         np.int32), ended=np.asarray(ended or [0] * len(ids), np.int8), seconds=0.0, **extra,
     )  # fmt: skip
@@ -175,12 +175,11 @@ def test_monitor_cuts_spares_probes_and_closes_each_rollout_once():
     assert first.rollout_ids.size == 0
     decision = monitor.observe(chunk([0, 1, 2], [4, 4, 4], [[0.0] * 4, [0.0] * 4, [1.0]], [0, 1, 2]))
     assert decision.rollout_ids.tolist() == [0]
-    assert (decision.cut.tolist(), decision.confirmed.tolist()) == ([3], [8])
     late = monitor.observe(chunk([0], [8], [[0.0] * 3], [EngineEnd.EOS]))  # on its way when it was cut
     assert late.rollout_ids.size == 0 and monitor.stats()["late_tokens"] == 3
     outcomes = monitor.end_step().outcomes
     assert [o.stop_reason for o in outcomes] == [StopReason.TRAPPED, StopReason.EOS, StopReason.MAX_TOKENS]
-    assert [o.cut for o in outcomes] == [3, None, None]
+    assert [(o.cut, o.confirmed) for o in outcomes] == [(3, 8), (None, None), (None, None)]
     assert [o.would_cut for o in outcomes] == [None, 3, None]
     assert [o.scored for o in outcomes] == [8, 8, 5]
     assert monitor.stats()["open_rollouts"] == 0
