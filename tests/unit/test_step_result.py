@@ -19,7 +19,7 @@ CLOCK = {"step": 10.0, "sample": 6.0, "learn": 4.5, "publish": 0.5}
 
 def a_report(number, wait, tokens, decisions=()):
     rollout = SampledRollout(number, np.zeros(tokens, np.int32), tokens)
-    return SamplerReport(f"sampler:{number}", 1, 0, (rollout,), (), 1, 5.0, wait, 0.25, np.array(decisions))
+    return SamplerReport((rollout,), (), 5.0, wait, 0.25, np.array(decisions))
 
 
 def a_step(**changes):
