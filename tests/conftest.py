@@ -19,6 +19,23 @@ from kat_ray.packing import pack_ids
 from kat_ray.types import EngineEnd, RolloutChunk
 
 
+def pytest_collection_modifyitems(items):
+    """Whom tests on a Ray share a process with, under pytest-xdist, and in which order.
+
+    Two groups at most: those that share one Ray (`ray_local`), and those that start their own, one after another. Of
+    the rest a file is a group.
+    """
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
+
+
+def _group_of(item):
+    for fixture, group in (("alone", "own"), ("ray_local", "shared")):
+        if fixture in item.fixturenames:
+            return group
+    return item.path.stem
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)

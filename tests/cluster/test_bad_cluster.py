@@ -14,7 +14,7 @@ from tests.cluster.local_cluster import local_cluster, outside_port
 from tests.deploy.manifests import ROOT
 from tests.deploy.ray_process import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("alone")]
 
 TOKEN, WRONG = "5c" * 32, "6d" * 32
 # What an image may have as its `python`: one without the package, or one that is killed at once.

@@ -17,7 +17,7 @@ def kat_ray(*arguments, cwd):
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_train_the_embedded_task_and_score_what_it_leaves(tmp_path):
     changes = ["run.steps=3", "evaluation.data.limit=10", "evaluation.k=1", "termination.min_steps=1"]
     done = kat_ray("train", "demo", *changes, cwd=tmp_path)
@@ -40,7 +40,7 @@ def test_train_the_embedded_task_and_score_what_it_leaves(tmp_path):
     assert result["avg_at_k"] == summary["eval_after"]["avg_at_k"]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_learner_that_cannot_write_its_checkpoint_says_so(ray_local):
     import ray
 
@@ -75,7 +75,7 @@ def test_mistakes_are_one_message_and_leave_nothing(tmp_path, change, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_what_the_machine_lacks_is_said_before_models_are_loaded(tmp_path):
     done = kat_ray("train", "demo", "cluster.num_cpus=2", cwd=tmp_path)
     assert done.returncode == 2

@@ -9,7 +9,7 @@ from tests.cluster.test_recovery import check_books, records_of, stub_config
 from tests.cluster.test_run import files  # noqa: F401 (a fixture)
 from tests.deploy.ray_process import until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 # Two seconds a step of one sampler: on a slow machine too sampling is what everything waits for, and a run outlasts
 # the start of a replica.

@@ -17,7 +17,7 @@ from tests.cluster.test_recovery import check_books, stub_config
 from tests.cluster.test_run import files  # noqa: F401 (a fixture)
 from tests.deploy.conftest import lacking
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 STUBS = Engines(fast_stub_engine, stub_teacher)
 
 

@@ -13,7 +13,7 @@ from actors.sampler_pool import Engines
 from tests.cluster.test_recovery import check_books, stub_config
 from tests.cluster.test_run import files  # noqa: F401 (a fixture)
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 STEPS, HANG = 4, 8
 MARK = "hung-once"  # in run.dir: whoever makes it sleeps for ever, whoever finds it does not

@@ -16,7 +16,7 @@ import pytest
 
 from kat_ray.redact import redact
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("alone")]
 
 SECRETS = {
     "HF_TOKEN": "hf_MARKEDhubTOKENxxxxxxxxxxxxxxxxxx",

@@ -21,7 +21,7 @@ from tests.cluster.disturb import CLASSES, Disturber, newest_of
 from tests.cluster.paced import paced, seen_file
 from tests.cluster.test_run import QUICK, SINGLE, config_of, files  # noqa: F401 (a fixture)
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 STUBS = Engines(small_stub_engine, stub_teacher)
 PATIENT = {"max_restarts": 100, "hang_timeout": 10, "start_timeout": 180}
 VICTIMS = (*CLASSES, "sampler", "scorer", "monitor")  # all roles, the learner least: each time it costs the steps

@@ -23,7 +23,7 @@ from tests.cluster.disturb import newest_of
 from tests.cluster.test_recovery import QUICK, check_books, records_of, stub_config
 from tests.cluster.test_run import SINGLE, files  # noqa: F401 (a fixture)
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 
 def before(monkeypatch, owner, name, act):

@@ -18,7 +18,7 @@ from tests.cluster.disturb import steps_done, wait_for_step
 from tests.cluster.test_run import config_of, files  # noqa: F401 (a fixture)
 from tests.deploy.ray_process import job_logs, ray_process, submitted, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("alone")]
 STEPS = 20
 
 

@@ -19,6 +19,8 @@ from kat_ray.termination.calibration import quantile
 from kat_ray.traces import read_traces
 from tests.conftest import make_model, random_rollouts
 
+pytestmark = pytest.mark.integration
+
 CHUNK, AHEAD = 4, 1
 # What a test needs that does not ask for two of everything, nor for what is evaluated.
 SINGLE = {
@@ -182,7 +184,6 @@ def test_summary_says_what_ran(finished):
     assert "run" in (path / "run.log").read_text()
 
 
-@pytest.mark.slow
 def test_a_teacher_equal_to_the_student_gives_no_kl_through_the_whole_pipeline(ray_local, files, tmp_path):
     config = config_of(
         files, tmp_path, teacher={"path": str(files / "student")}, termination={"rule": "none"}, run={"steps": 2},
@@ -195,7 +196,6 @@ def test_a_teacher_equal_to_the_student_gives_no_kl_through_the_whole_pipeline(r
     assert all(abs(m["learner/loss"]) < 1e-4 for m in metrics if "learner/loss" in m)
 
 
-@pytest.mark.slow
 def test_weights_and_budget_of_a_rule_reach_learner_and_engine(ray_local, files, tmp_path):
     rule = {"rule": "prune_opd", "level": 0.9, "decay": 0.05, "start": 20, "growth": 4, "probe_share": 0.25}
     path = job.train(config_of(files, tmp_path, termination=rule, run={"steps": 3}, **SINGLE))
@@ -230,7 +230,6 @@ def test_a_replay_of_the_run_gives_its_cuts_again(finished):
     assert again.cut.tolist() == recorded.tolist()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [
@@ -271,7 +270,6 @@ def test_every_rule_acts_while_rollouts_are_generated(finished, files, tmp_path,
     assert again.tolist() == np.where(probe, traces.would_cut, traces.cut).tolist()
 
 
-@pytest.mark.slow
 def test_staleness_samples_a_step_while_the_one_before_is_learnt(ray_local, files, tmp_path):
     config = config_of(
         files, tmp_path, rollout={"staleness": 1}, run={"steps": 4, "profile": True}, evaluation={"data": None}
@@ -293,7 +291,7 @@ def test_staleness_samples_a_step_while_the_one_before_is_learnt(ray_local, file
     assert any(e["name"] == "generate" and begin < e["ts"] < end for e in spans), "both work at the same time"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_same_command_gives_the_same_run(finished, files, tmp_path):
     """To the bit, with two of everything."""
     *_, metrics = finished
@@ -302,7 +300,6 @@ def test_the_same_command_gives_the_same_run(finished, files, tmp_path):
     assert losses == [m.get("learner/loss") for m in metrics] and len({*losses}) >= 5
 
 
-@pytest.mark.slow
 def test_what_cannot_be_placed_is_named(ray_local, files, tmp_path):
     from kat_ray.errors import UserError
 

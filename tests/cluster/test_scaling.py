@@ -9,6 +9,8 @@ from actors.pools import connect
 from actors.trainer import Trainer
 from kat_ray.data import PromptOrder
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def fleet(ray_local):

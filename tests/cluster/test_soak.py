@@ -15,7 +15,7 @@ from tests.cluster.disturb import CLASSES, Beside, processes_of
 from tests.cluster.test_recovery import check_books, stub_config
 from tests.cluster.test_run import files  # noqa: F401 (a fixture)
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 STEPS = 2000
 
 

@@ -16,7 +16,7 @@ from tests.cluster.test_recovery import check_books, stub_config
 from tests.cluster.test_run import SINGLE, files  # noqa: F401 (a fixture)
 from tests.deploy.ray_process import until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 
 def test_sampling_ahead_waits_until_the_store_has_room(ray_local, files, tmp_path, monkeypatch):  # noqa: F811

@@ -13,7 +13,7 @@ import pytest
 from tests.deploy.conftest import lacking
 from tests.deploy.manifests import ROOT, ray_pods, render
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 # Where the virtual environment and the project stand inside, wherever they are outside: no volume hides them.
 PYTHON, SOURCE = "/opt/kat-ray", "/opt/source"
