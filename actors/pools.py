@@ -12,7 +12,6 @@ from ray.exceptions import ObjectLostError
 from ray.util.placement_group import PlacementGroup
 
 from actors.cluster import Placement
-from actors.learner import Learner
 from actors.sampler_pool import Engines, LearnersLost, ModelPaths, SamplerPool, new_sampler
 from actors.teacher_scorer import TeacherScorer
 from actors.trap_monitor import TrapMonitor
@@ -241,10 +240,11 @@ class Pools(SamplerPool):
     def _learner(self, rank: int) -> Any:
         config, paths = self._config, self._paths
         return self._make(
-            "learner", rank, Learner, rank, config.learner.world_size, config, paths.student_dir, paths.stop_ids
-        )
+            "learner", rank, self._engines.learner, rank, config.learner.world_size, config, paths.student_dir,
+            paths.stop_ids,
+        )  # fmt: skip
 
-    def _make(self, role: str, index: int, cls: type, *args: Any) -> Any:
+    def _make(self, role: str, index: int, cls: Callable[..., Any], *args: Any) -> Any:
         return remote_class(cls).options(**self.placement.options(role, index)).remote(*args)
 
 

@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from actors.cluster import Placement
+from actors.learner import Learner
 from actors.student_sampler import EngineMaker, StudentSampler, vllm_engine
 from actors.teacher_scorer import TeacherMaker, make_teacher
 from actors.watch import LOST, StopRequest, Watch, get, remote_class, slices, started
@@ -36,10 +37,11 @@ class ModelPaths:
 
 @dataclass(frozen=True)
 class Engines:
-    """What makes the engines of samplers and scorers. Others than the real ones are for tests and benchmarks."""
+    """What samplers, scorers and learners work with. Others than the real ones are for tests and benchmarks."""
 
     sampler: EngineMaker = vllm_engine
     scorer: TeacherMaker = make_teacher
+    learner: Callable[..., Any] = Learner  # the actor's class
 
 
 class LearnersLost(Exception):

@@ -191,7 +191,7 @@ def _ping(actor: Any) -> Any:
     return actor.health.options(concurrency_group="health").remote()
 
 
-def remote_class(cls: type) -> Any:
+def remote_class(cls: Callable[..., Any]) -> Any:
     """A plain class as an actor class that answers `health` while it works."""
     return ray.remote(concurrency_groups={"health": 1})(cls)
 

@@ -22,8 +22,8 @@ from kat_ray.types import EngineEnd, RolloutChunk
 def pytest_collection_modifyitems(items):
     """Whom tests on a Ray share a process with, under pytest-xdist, and in which order.
 
-    Two groups at most: those that share one Ray (`ray_local`), and those that start their own, one after another. Of
-    the rest a file is a group.
+    Two groups at most: those that share one Ray (`ray_local`), and those that start their own, one after another.
+    Of the rest a file is a group.
     """
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group_of(item)))

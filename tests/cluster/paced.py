@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from actors import run as job
+from actors.bench.stub_learner import StubLearner
 from actors.bench.stub_teacher import stub_teacher
 from actors.bench.stubs import StubEngine
 from actors.sampler_pool import Engines
@@ -44,7 +45,7 @@ def _make_engine(rate: float, config: Config, *_: Any) -> PacedEngine:
 
 def paced(rate: float) -> Engines:
     """Stub engines for a run; the tokens of a rollout are those of any stub."""
-    return Engines(partial(_make_engine, rate), stub_teacher)
+    return Engines(partial(_make_engine, rate), stub_teacher, StubLearner)
 
 
 def train_beside(config: Config, watch: Callable[[], Any], rate: float) -> Path:

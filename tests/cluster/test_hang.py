@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from actors import run as job
+from actors.bench.stub_learner import StubLearner
 from actors.bench.stub_teacher import StubTeacher, stub_teacher
 from actors.bench.stubs import StubEngine, fast_stub_engine
 from actors.sampler_pool import Engines
@@ -65,8 +66,8 @@ def hanging_teacher(config, teacher_dir, stop_ids, max_model_len=0):
 @pytest.mark.parametrize(
     ("role", "task", "engines"),
     [
-        ("sampler", "generate", Engines(hanging_engine, stub_teacher)),
-        ("scorer", "score", Engines(fast_stub_engine, hanging_teacher)),
+        ("sampler", "generate", Engines(hanging_engine, stub_teacher, StubLearner)),
+        ("scorer", "score", Engines(fast_stub_engine, hanging_teacher, StubLearner)),
     ],
     ids=["sampler", "scorer"],
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from actors import run as job
+from actors.bench.stub_learner import StubLearner
 from actors.bench.stub_teacher import stub_teacher
 from actors.object_store import store_usage
 from actors.sampler_pool import Engines
@@ -104,7 +105,7 @@ def test_a_run_survives_the_loss_of_a_node(cluster, quiet, files, tmp_path, capl
     try:
         with ThreadPoolExecutor(1) as beside:
             losing = beside.submit(lose_a_node, cluster, scene, gate)
-            path = job.train(config, engines=Engines(held_engine, stub_teacher))
+            path = job.train(config, engines=Engines(held_engine, stub_teacher, StubLearner))
             losing.result()
     finally:
         cluster.kill(LOST)

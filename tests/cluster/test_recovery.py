@@ -4,12 +4,12 @@ import json
 import signal
 from collections import Counter
 
-import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from actors import job as job_module
 from actors import run as job
+from actors.bench.stub_learner import StubLearner
 from actors.bench.stub_teacher import stub_teacher
 from actors.bench.stubs import STUB_RATE, small_stub_engine
 from actors.sampler_pool import Engines
@@ -22,7 +22,7 @@ from tests.cluster.paced import paced, seen_file
 from tests.cluster.test_run import QUICK, SINGLE, config_of, files  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.integration
-STUBS = Engines(small_stub_engine, stub_teacher)
+STUBS = Engines(small_stub_engine, stub_teacher, StubLearner)
 PATIENT = {"max_restarts": 100, "hang_timeout": 10, "start_timeout": 180}
 VICTIMS = (*CLASSES, "sampler", "scorer", "monitor")  # all roles, the learner least: each time it costs the steps
 
@@ -68,23 +68,24 @@ def check_books(config, path):
 
 
 def check_alike(config, path, quiet):
-    """A run that was disturbed has the records and the weights of one that was not: (configuration, directory)."""
+    """A run that was disturbed has the records and the weights of one that was not: (configuration, directory).
+
+    Of runs with the stub learner, whose weights are equal where it has learnt the same.
+    """
     summary, traces, steps = check_books(config, path)
     expected = check_books(*quiet)
     assert summary["kept_tokens"] == expected[0]["kept_tokens"], "engines that draw by rollout draw the same again"
     for t, e in zip(traces, expected[1], strict=True):
         assert (t["rollout_id"], t["cut"], t["threshold"]) == (e["rollout_id"], e["cut"], e["threshold"])
         assert t["token_ids"][: t["cut"]] == e["token_ids"][: e["cut"]]
-    for m, e in zip(steps, expected[2], strict=True):
-        assert m["learner/loss"] == pytest.approx(e["learner/loss"], rel=1e-4)
-    weights = [load_weights(p, config.run.steps) for p in (path, quiet[1])]
-    for name, value in weights[0].items():
-        np.testing.assert_allclose(value, weights[1][name], atol=1e-4, err_msg=name)
+    assert [m["learner/loss"] for m in steps] == [m["learner/loss"] for m in expected[2]]
+    weights, others = (load_file(last_checkpoint(p, config) / "model.safetensors") for p in (path, quiet[1]))
+    assert weights["sum"].any() and weights["sum"].tolist() == others["sum"].tolist()
     return steps
 
 
-def load_weights(path, step):
-    return load_file(path / "checkpoints" / f"step-{step}" / "model.safetensors")
+def last_checkpoint(path, config):
+    return path / "checkpoints" / f"step-{config.run.steps}"
 
 
 def test_a_run_survives_thirty_kills_and_gives_what_it_gives_without(ray_local, files, tmp_path):  # noqa: F811

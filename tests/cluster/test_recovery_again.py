@@ -11,8 +11,9 @@ import ray
 
 from actors import job as job_module
 from actors import run as job
+from actors.bench.stub_learner import StubLearner
 from actors.bench.stub_teacher import stub_teacher
-from actors.bench.stubs import StubEngine
+from actors.bench.stubs import StubEngine, fast_stub_engine
 from actors.pools import Pools
 from actors.sampler_pool import Engines
 from actors.watch import StopRequest, Watch, remote_class
@@ -65,7 +66,7 @@ def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path
 def test_a_rank_that_dies_before_the_ranks_have_met(ray_local, files, tmp_path, monkeypatch):  # noqa: F811
     config = stub_config(files, tmp_path, steps=2, **SINGLE | {"learner": {"world_size": 2}})
     before(monkeypatch, Pools, "join", lambda n: newest_of("learner").kill())
-    path = job.train(config, engines=QUICK)
+    path = job.train(config, engines=Engines(fast_stub_engine, stub_teacher))  # real ranks: the others wait for it
     check_books(config, path)
     assert "learner:0 was lost" in (path / "run.log").read_text()
 
@@ -119,7 +120,7 @@ def test_told_to_end_while_models_are_loaded(ray_local, files, tmp_path):  # noq
     teller = threading.Thread(target=tell)
     teller.start()
     with pytest.raises(Stopped, match=r"go on with: kat-ray train --resume .*run") as stopped:
-        job.train(config, engines=Engines(waiting_engine, stub_teacher))
+        job.train(config, engines=Engines(waiting_engine, stub_teacher, StubLearner))
     teller.join()
     assert stopped.value.code == 128 + signal.SIGTERM
 
@@ -138,7 +139,7 @@ def test_a_replica_that_cannot_load_ends_no_run(ray_local, files, tmp_path):  # 
         files, tmp_path, steps=16, run={"steps": 16, "checkpoint_every": 0, "tensorboard": False},
         pools={"grow_after": 1}, **SINGLE | {"sampler": {"replicas": 1, "max_replicas": 2, "num_cpus": 0.5}},
     )  # fmt: skip
-    path = job.train(config, engines=Engines(one_good_engine, stub_teacher))
+    path = job.train(config, engines=Engines(one_good_engine, stub_teacher, StubLearner))
     check_books(config, path)
     _, _, metrics = records_of(path)
     assert {m["pools/sampler_replicas"] for m in metrics} == {1}

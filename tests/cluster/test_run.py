@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from actors import run as job
+from actors.bench.stub_learner import StubLearner
 from actors.bench.stub_teacher import stub_teacher
 from actors.bench.stubs import fast_stub_engine
 from actors.sampler_pool import Engines
@@ -30,7 +31,7 @@ SINGLE = {
     "evaluation": {"data": None},
 }
 SAME = {"run": {"deterministic": True}}
-QUICK = Engines(fast_stub_engine, stub_teacher)  # their tokens depend on the rollout alone
+QUICK = Engines(fast_stub_engine, stub_teacher, StubLearner)  # their tokens depend on the rollout alone
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from actors import run as job
+from actors.bench.stub_learner import StubLearner
 from actors.bench.stub_teacher import stub_teacher
 from actors.bench.stubs import fast_stub_engine
 from actors.sampler_pool import Engines
@@ -52,7 +53,7 @@ def test_two_thousand_steps_leave_nothing_behind(ray_local, files, tmp_path):  #
         sampler={"replicas": 1}, scorer={"replicas": 1}, cluster={},
     )  # fmt: skip
     with Gauge(tmp_path / "run" / "metrics.jsonl") as gauge:
-        path = job.train(config, engines=Engines(fast_stub_engine, stub_teacher))
+        path = job.train(config, engines=Engines(fast_stub_engine, stub_teacher, StubLearner))
     check_books(config, path)
     early = [r for r in gauge.rows if STEPS * 0.2 < r["steps"] < STEPS * 0.4]
     late = [r for r in gauge.rows if STEPS * 0.8 < r["steps"] < STEPS]

@@ -9,6 +9,7 @@ import ray
 from actors import job as job_module
 from actors import object_store
 from actors import run as job
+from actors.bench.stub_learner import StubLearner
 from actors.bench.stub_teacher import stub_teacher
 from actors.bench.stubs import fast_stub_engine
 from actors.sampler_pool import Engines
@@ -37,7 +38,7 @@ def test_sampling_ahead_waits_until_the_store_has_room(ray_local, files, tmp_pat
         return record(recorder, step, *rest)
 
     monkeypatch.setattr(job_module.StepRecorder, "record", releasing)
-    path = job.train(config, engines=Engines(fast_stub_engine, stub_teacher))
+    path = job.train(config, engines=Engines(fast_stub_engine, stub_teacher, StubLearner))
     _, _, metrics = check_books(config, path)
     full = [m["store/used_share"] > 0.4 for m in metrics]
     assert full == [True, True, False, False, False]

@@ -15,6 +15,7 @@ import pytest
 import ray
 
 from actors import run as job
+from actors.bench.stub_learner import StubLearner
 from actors.bench.stub_teacher import stub_teacher
 from actors.sampler_pool import Engines
 from kat_ray.roles import ROLE_LABEL
@@ -149,7 +150,7 @@ def test_a_run_grows_and_survives_the_loss_of_a_samplers_node(files, tmp_path): 
     with kuberay(ray_cluster(docs)) as cluster:
         with ThreadPoolExecutor(1) as beside:
             watching = beside.submit(Beside(cluster, tmp_path).grow_and_lose)
-            path = job.train(config, engines=Engines(held_engine, stub_teacher))
+            path = job.train(config, engines=Engines(held_engine, stub_teacher, StubLearner))
             lost_in = watching.result()
         cluster.settled(**MINIMUM)
         cluster.looked_again(5)
