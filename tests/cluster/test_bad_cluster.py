@@ -14,7 +14,7 @@ from tests.cluster.local_cluster import local_cluster, outside_port
 from tests.deploy.manifests import ROOT
 from tests.deploy.ray_process import until
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("alone")]
+pytestmark = pytest.mark.integration
 
 TOKEN, WRONG = "5c" * 32, "6d" * 32
 # What an image may have as its `python`: one without the package, or one that is killed at once.
@@ -25,7 +25,7 @@ exec {python} -I -S "$@"
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster(alone, tmp_path_factory):
     """A head behind a token, in an image that is not the project's."""
     bin_ = tmp_path_factory.mktemp("bin")
     (bin_ / "python").write_text(BAD_PYTHON.format(python=sys.executable))

@@ -18,7 +18,7 @@ def kat_ray(*arguments, cwd):
 
 
 @pytest.mark.integration
-def test_train_the_embedded_task_and_score_what_it_leaves(tmp_path):
+def test_train_the_embedded_task_and_score_what_it_leaves(alone, tmp_path):
     changes = ["run.steps=3", "evaluation.data.limit=10", "evaluation.k=1", "termination.min_steps=1"]
     done = kat_ray("train", "demo", *changes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -76,7 +76,7 @@ def test_mistakes_are_one_message_and_leave_nothing(tmp_path, change, message):
 
 
 @pytest.mark.integration
-def test_what_the_machine_lacks_is_said_before_models_are_loaded(tmp_path):
+def test_what_the_machine_lacks_is_said_before_models_are_loaded(alone, tmp_path):
     done = kat_ray("train", "demo", "cluster.num_cpus=2", cwd=tmp_path)
     assert done.returncode == 2
     assert "the cluster has 2 CPU, the roles ask for 3.1" in done.stderr and "Traceback" not in done.stderr

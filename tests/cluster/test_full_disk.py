@@ -18,7 +18,7 @@ from tests.cluster.test_run import files  # noqa: F401 (a fixture)
 from tests.deploy.conftest import lacking
 
 pytestmark = pytest.mark.integration
-STUBS = Engines(fast_stub_engine, stub_teacher)
+STUBS = Engines(fast_stub_engine, stub_teacher)  # and a real learner, whose files take room
 
 
 @pytest.fixture

@@ -97,7 +97,10 @@ def lose_a_node(cluster, scene, gate):
     until(lambda: roles_on(cluster, SPARE) == set(scene.roles), 300, f"{scene.roles} come up on the other node")
 
 
-@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
+TIERS = {"a sampler and a scorer": pytest.mark.nightly}  # a lost sampler's node: test_autoscaling_run too
+
+
+@pytest.mark.parametrize("scene", [pytest.param(s, marks=TIERS.get(s.name, ()), id=s.name) for s in SCENES])
 def test_a_run_survives_the_loss_of_a_node(cluster, quiet, files, tmp_path, caplog, scene):  # noqa: F811
     config, gate = config_for(files, cluster, tmp_path, scene.sections), Gate(tmp_path)
     gate.open(LOST_IN - 1)

@@ -253,7 +253,7 @@ def test_every_rule_acts_while_rollouts_are_generated(finished, files, tmp_path,
         rule = {**rule, "run": str(finished[1])}
     termination, few = {"probe_share": 0.25, **rule}, {"top_k_logprobs": 16}
     config = config_of(files, tmp_path, termination=termination, run={"steps": 3}, rollout=few, **SINGLE)
-    path = job.train(config, engines=None if rule["rule"] == "repetition" else QUICK)
+    path = job.train(config, engines=Engines(learner=StubLearner) if rule["rule"] == "repetition" else QUICK)
     traces, _ = load_traces(path, COLUMNS)
     cut, probe = traces.cut >= 0, traces.probe == 1
     generated = np.array([len(t["token_ids"]) for t in read_traces(path).to_pylist()])

@@ -22,7 +22,7 @@ from kat_ray.termination import RunFacts
 from kat_ray.types import EngineEnd, EngineRows, KeptRollout, RolloutSpec, SamplingOrder
 from tests.cluster import test_run
 from tests.cluster.ranks import Group, step_of
-from tests.cluster.test_run import SINGLE, config_of
+from tests.cluster.test_run import QUICK, SINGLE, config_of
 from tests.conftest import make_config, make_model, random_rollouts
 
 files = test_run.files
@@ -266,11 +266,13 @@ def test_a_run_whose_teacher_breaks_is_stopped_with_a_dump(ray_local, files, tmp
 @pytest.mark.integration
 def test_a_guard_ends_a_run_after_a_checkpoint(ray_local, files, tmp_path):
     guards = {"action": "stop", "patience": 2, "max_tokens_share": 0.0}
-    config = config_of(files, tmp_path, guards=guards, termination={"rule": "none"}, **SINGLE)
+    config = config_of(
+        files, tmp_path, guards=guards, termination={"rule": "none"}, rollout={"top_k_logprobs": 16}, **SINGLE
+    )
     with pytest.raises(
         UserError, match=r"guards.max_tokens_share = 0: rollout/max_tokens_share is .* at step 2, above"
     ):
-        job.train(config)
+        job.train(config, engines=QUICK)
     path = tmp_path / "run"
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [m["guards/fired"] for m in lines] == [0.0, 1.0]
