@@ -10,7 +10,7 @@ SBOM := $(BIN)/cyclonedx-py requirements --output-reproducible --output-format J
 .PHONY: help setup train bench test test-integration test-nightly audit lint format format-check types check sbom clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: ## make the virtual environment; nothing to do if nothing changed
 	@docker/install.sh $(VENV)

@@ -19,6 +19,7 @@ from kat_ray.packing import pack_ids
 from kat_ray.types import EngineEnd, RolloutChunk
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items):
     """Whom tests on a Ray share a process with, under pytest-xdist, and in which order.
 

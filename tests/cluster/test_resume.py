@@ -1,7 +1,7 @@
 """Runs in processes of their own that are killed or told to end, and resumed: the same bits as without that.
 
-What a resumption must put back is the same with stub engines as with real ones, but for the state of the real learner
-and of its random numbers.
+What a resumption must put back is the same with stub engines as with real ones, but for the real learner's state
+and its random numbers.
 """
 
 import json

@@ -85,8 +85,8 @@ def ray_process(code: str, log: Path, cpus: int = 2) -> Iterator[tuple[int, int,
         start = (
             f"import ray\nfrom tests.deploy.ray_process import agent_port_of_its_own\n"
             f"with agent_port_of_its_own(): ray.init(address='local', num_cpus={cpus}, include_dashboard=True,"
-            f" dashboard_host='127.0.0.1', dashboard_port={dashboard}, _metrics_export_port={metrics}, _temp_dir={folder!r},"
-            f" object_store_memory=100_000_000, log_to_driver=False, namespace='kat-ray')\n"
+            f" dashboard_host='127.0.0.1', dashboard_port={dashboard}, _metrics_export_port={metrics},"
+            f" _temp_dir={folder!r}, object_store_memory=100_000_000, log_to_driver=False, namespace='kat-ray')\n"
         )
         with process([sys.executable, "-c", start + code], log):
             yield dashboard, metrics, Path(folder)
