@@ -19,22 +19,14 @@ from kat_ray.packing import pack_ids
 from kat_ray.types import EngineEnd, RolloutChunk
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items):
-    """Whom tests on a Ray share a process with, under pytest-xdist, and in which order.
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadgroup`: files that share one Ray, or start their own, stay together (tests/lanes.py)."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from tests.lanes import Lanes
 
-    Two groups at most: those that share one Ray (`ray_local`), and those that start their own, one after another.
-    Of the rest a file is a group.
-    """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
-
-
-def _group_of(item):
-    for fixture, group in (("alone", "own"), ("ray_local", "shared")):
-        if fixture in item.fixturenames:
-            return group
-    return item.path.stem
+    return Lanes(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,7 +35,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def alone():
+def own_ray():
     """No Ray of this process: the agent of a machine's first Ray holds the port on which jobs are taken."""
     ray.shutdown()
 

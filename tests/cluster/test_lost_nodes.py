@@ -17,7 +17,7 @@ from tests.cluster.test_run import QUICK, files  # noqa: F401 (a fixture)
 from tests.deploy.held_steps import Gate, held_engine
 from tests.deploy.ray_process import until
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("alone")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
 
 STEPS = 8
 LOST_IN = 5  # the step, the first of which is 1; there is a checkpoint of the one before

@@ -16,7 +16,7 @@ from actors.bench.stub_teacher import stub_teacher
 from actors.bench.stubs import StubEngine, fast_stub_engine
 from actors.pools import Pools
 from actors.sampler_pool import Engines
-from actors.watch import StopRequest, Watch, remote_class
+from actors.watch import StopRequest, Watch, get, remote_class
 from kat_ray.config_cluster import ClusterConfig
 from kat_ray.errors import Stopped, UserError
 from kat_ray.pulse import Pulse
@@ -145,3 +145,13 @@ def test_a_replica_that_cannot_load_ends_no_run(ray_local, files, tmp_path):  # 
     assert {m["pools/sampler_replicas"] for m in metrics} == {1}
     said = (path / "run.log").read_text()
     assert "pools: a new sampler could not start (" in said and "no room for a second engine" in said
+
+
+def test_a_learner_that_cannot_write_its_checkpoint_says_so(ray_local):
+    @ray.remote
+    def full():
+        raise OSError(28, "No space left on device")
+
+    words = "the checkpoint x: No space left on device; what was written before is intact"
+    with pytest.raises(UserError, match=words):
+        get([full.remote()], "the checkpoint x")

@@ -25,7 +25,7 @@ from tests.cluster.test_run import config_of, files  # noqa: F401 (a fixture)
 from tests.deploy.manifests import ROOT
 from tests.deploy.ray_process import job_logs, ray_process, submitted, until
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("alone")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
 
 
 @dataclass(frozen=True)

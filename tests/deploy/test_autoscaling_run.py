@@ -28,7 +28,7 @@ from tests.deploy.manifests import job_config, merged, ray_cluster, render
 from tests.deploy.on_kuberay import kuberay
 from tests.deploy.ray_nodes import workers
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("alone", "openssl")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray", "openssl")]
 
 STEPS = 20  # more than growing takes; what is left of them passes at once
 MINIMUM = {"learner": 1, "sampler": 1, "scorer": 1}

@@ -13,7 +13,7 @@ import pytest
 from tests.deploy.conftest import lacking
 from tests.deploy.manifests import ROOT, ray_pods, render
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("alone")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
 
 # Where the virtual environment and the project stand inside, wherever they are outside: no volume hides them.
 PYTHON, SOURCE = "/opt/kat-ray", "/opt/source"
