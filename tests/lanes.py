@@ -1,7 +1,7 @@
 """Which files of tests pytest-xdist keeps in one process, one after another.
 
-By a word in the file: the fixture that its tests take. pytest-xdist's own groups are marks on tests, which reach its
-scheduler in the names of tests, and pytest no longer lets it change these.
+By a word in the file: the fixture that its tests take. pytest-xdist has groups too, marks that it writes
+into the names of tests; pytest no longer lets it.
 """
 
 import re
