@@ -3,12 +3,14 @@ SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+WORKERS ?= 2
+LANES ?= 2
 SBOM := $(BIN)/cyclonedx-py requirements --output-reproducible --output-format JSON
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench test test-slow audit lint format format-check types check sbom clean
+.PHONY: help setup train bench test test-integration test-nightly audit lint format format-check types check sbom clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: ## make the virtual environment; nothing to do if nothing changed
 	@docker/install.sh $(VENV)
@@ -19,11 +21,14 @@ train: setup ## train the embedded demo: make train ARGS="termination.rule=none"
 bench: setup ## run the benchmark, its peer included (an hour): make bench ARGS="--only sampler teacher"
 	@$(BIN)/kat-ray bench $(ARGS)
 
-test: setup ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup ## run the tests: no cluster, 5 minutes on 2 cores
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-test-slow: setup ## run the slow tests only
-	@$(BIN)/python -m pytest -m slow $(ARGS)
+test-integration: setup ## run those on a real Ray and with real engines (15 minutes)
+	@$(BIN)/python -m pytest -n $(LANES) --dist loadgroup -m "integration and not nightly" $(ARGS)
+
+test-nightly: setup ## run the long ones: many kills, two thousand steps, matrices, Redis (an hour)
+	@$(BIN)/python -m pytest -n $(LANES) --dist loadgroup -m nightly $(ARGS)
 
 audit: ## known holes in the locked packages; says so where no advisory service answers
 	@python3 .ci/audit.py
@@ -40,7 +45,7 @@ format-check: setup ## check the format
 types: setup ## mypy
 	@$(BIN)/mypy
 
-check: lint format-check types test ## what CI checks, without the slow tests
+check: lint format-check types test ## what CI checks, without the integration tests
 
 sbom: setup ## list what the images hold, as CycloneDX: build/sbom-cpu.json, build/sbom-gpu.json
 	@mkdir -p build

@@ -19,13 +19,23 @@ from kat_ray.types.records import EngineEnd, RolloutChunk
 from kat_ray.types.token_ids import pack_ids
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist loadgroup`: files that share one Ray, or start their own, stay together (tests/lanes.py)."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from tests.lanes import Lanes
+
+    return Lanes(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def alone():
+def own_ray():
     """No Ray of this process: the agent of a machine's first Ray holds the port on which jobs are taken."""
     ray.shutdown()
 

@@ -143,7 +143,7 @@ def test_pictures_are_there(browser, page):
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_ten_thousand_rollouts_open(browser, tmp_path):
     rng = np.random.default_rng(0)
     stops = [StopReason.EOS, StopReason.MAX_TOKENS]

@@ -1,14 +1,39 @@
-"""A local Ray for the cluster tests."""
+"""A local Ray for the cluster tests, and the command line beside one."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import ray
 
+from tests.deploy.manifests import ROOT
+from tests.deploy.ray_process import agent_port_of_its_own
+
 
 @pytest.fixture(scope="module")
 def ray_local():
-    """A Ray of 8 logical CPUs, shared by all tests that need one; `alone` ends it."""
+    """A Ray of 8 logical CPUs, shared by all tests that need one; `own_ray` ends it."""
     if not ray.is_initialized():
-        ray.init(
-            address="local", num_cpus=8, include_dashboard=False, object_store_memory=300 * 2**20,
-            log_to_driver=False, logging_level="warning", namespace="kat-ray",
+        with agent_port_of_its_own():
+            ray.init(
+                address="local", num_cpus=8, include_dashboard=False, object_store_memory=300 * 2**20,
+                log_to_driver=False, logging_level="warning", namespace="kat-ray",
+            )  # fmt: skip
+
+
+@pytest.fixture
+def call(tmp_path):
+    """The command line as on a user's machine; it must have left nothing in `tmp_path`."""
+
+    def run(*arguments, seconds=120, **variables):
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        done = subprocess.run(
+            [sys.executable, "-m", "kat_ray.cli", *arguments], cwd=tmp_path, capture_output=True, text=True,
+            env=kept | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)} | variables, timeout=seconds,
         )  # fmt: skip
+        assert "Traceback" not in done.stderr + done.stdout
+        assert not list(tmp_path.iterdir()), "a run was step_start"
+        return done
+
+    return run

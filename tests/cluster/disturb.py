@@ -23,7 +23,7 @@ def title_of(process):
 def role_of(process):
     """The role whose actor a process holds, None if it holds none: its title begins with it."""
     title = title_of(process)
-    names = {role: (f"ray::{name}", f"ray::kat:{role}") for role, name in CLASSES.items()}
+    names = {role: (f"ray::{name}", f"ray::Stub{name}", f"ray::kat:{role}") for role, name in CLASSES.items()}
     return next((role for role, starts in names.items() if title.startswith(starts)), None)
 
 

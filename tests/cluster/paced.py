@@ -14,6 +14,7 @@ from typing import Any
 from actors.cluster.samplers import Engines
 from actors.driver import train as job
 from actors.testing.stub_engine import StubEngine
+from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import stub_teacher
 from kat_ray.config import Config
 from kat_ray.types.records import EngineRows
@@ -44,7 +45,7 @@ def _make_engine(rate: float, config: Config, *_: Any) -> PacedEngine:
 
 def paced(rate: float) -> Engines:
     """Stub engines for a run; the tokens of a rollout are those of any stub."""
-    return Engines(partial(_make_engine, rate), stub_teacher)
+    return Engines(partial(_make_engine, rate), stub_teacher, StubLearner)
 
 
 def train_beside(config: Config, watch: Callable[[], Any], rate: float) -> Path:

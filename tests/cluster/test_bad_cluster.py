@@ -2,19 +2,17 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
 from kat_ray.cluster.auth import WHERE_FROM
-from tests.cluster.local_cluster import local_cluster, outside_port
-from tests.deploy.manifests import ROOT
+from tests.cluster.local_cluster import local_cluster
+from tests.cluster.test_no_cluster import refusal
 from tests.deploy.ray_process import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+pytestmark = pytest.mark.integration
 
 TOKEN, WRONG = "5c" * 32, "6d" * 32
 # What an image may have as its `python`: one without the package, or one that is killed at once.
@@ -25,7 +23,7 @@ exec {python} -I -S "$@"
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster(own_ray, tmp_path_factory):
     """A head behind a token, in an image that is not the project's."""
     bin_ = tmp_path_factory.mktemp("bin")
     (bin_ / "python").write_text(BAD_PYTHON.format(python=sys.executable))
@@ -33,31 +31,6 @@ def cluster(tmp_path_factory):
     with local_cluster(TOKEN, PATH=f"{bin_}:{os.environ['PATH']}") as made:
         made.start_head(2, dashboard=True)
         yield made
-
-
-@pytest.fixture
-def call(tmp_path):
-    """The command line as on a user's machine; it must have left nothing in `tmp_path`."""
-
-    def run(*arguments, seconds=120, **variables):
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        done = subprocess.run(
-            [sys.executable, "-m", "kat_ray.cli", *arguments], cwd=tmp_path, capture_output=True, text=True,
-            env=kept | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)} | variables, timeout=seconds,
-        )  # fmt: skip
-        assert "Traceback" not in done.stderr + done.stdout
-        assert not list(tmp_path.iterdir()), "a run was begun"
-        return done
-
-    return run
-
-
-def refusal(done):
-    """The one message of a command that was refused."""
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line.removeprefix("error: ")
 
 
 @pytest.mark.parametrize(
@@ -85,15 +58,6 @@ def test_a_run_is_let_in_with_the_token_and_told_what_the_cluster_lacks(cluster,
     assert "/proc/nowhere: cannot be written" in refusal(done), "past the cluster's door"
 
 
-@pytest.mark.parametrize("command", ["train", "eval"])
-def test_nobody_is_there(call, command):
-    started = time.monotonic()
-    words = ["train", "demo"] if command == "train" else ["eval", "nowhere", "--config", "demo"]
-    message = refusal(call(*words, f"cluster.address=127.0.0.1:{outside_port()}"))
-    assert "no Ray cluster answers there. Start one (`ray start --head`)" in message
-    assert time.monotonic() - started < 30
-
-
 def test_the_dashboard_where_the_gcs_is_meant(cluster, call):
     message = refusal(call("train", "demo", f"cluster.address=127.0.0.1:{cluster.dashboard}", RAY_AUTH_TOKEN=TOKEN))
     assert "no Ray cluster" in message and "ray start --head" in message
@@ -111,17 +75,6 @@ def test_the_address_that_is_given_goes_before_rays_own_variable(cluster, call):
     address = f"http://127.0.0.1:{cluster.dashboard}"
     done = call("list", "--address", address, RAY_AUTH_TOKEN=TOKEN, RAY_ADDRESS="127.0.0.1:9")
     assert done.returncode == 0, done.stderr
-
-
-def test_silence_has_an_end(call, monkeypatch):
-    """Something takes the connection and never answers."""
-    with socket.socket() as mute:
-        mute.bind(("127.0.0.1", 0))
-        mute.listen()
-        port = mute.getsockname()[1]
-        assert "no answer within 30 s" in refusal(call("list", "--address", f"http://127.0.0.1:{port}"))
-        message = refusal(call("train", "demo", f"cluster.address=127.0.0.1:{port}"))
-        assert "no answer within 15 s" in message or "no Ray cluster answers there" in message
 
 
 PRETEND = """

@@ -17,8 +17,8 @@ def kat_ray(*arguments, cwd):
     )  # fmt: skip
 
 
-@pytest.mark.slow
-def test_train_the_embedded_task_and_score_what_it_leaves(tmp_path):
+@pytest.mark.integration
+def test_train_the_embedded_task_and_score_what_it_leaves(own_ray, tmp_path):
     changes = ["run.steps=3", "evaluation.data.limit=10", "evaluation.k=1", "termination.min_steps=1"]
     done = kat_ray("train", "demo", *changes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -40,23 +40,6 @@ def test_train_the_embedded_task_and_score_what_it_leaves(tmp_path):
     assert result["avg_at_k"] == summary["eval_after"]["avg_at_k"]
 
 
-@pytest.mark.slow
-def test_a_learner_that_cannot_write_its_checkpoint_says_so(ray_local):
-    import ray
-
-    from actors.cluster.waiting import get
-    from kat_ray.errors import UserError
-
-    @ray.remote
-    def full():
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(
-        UserError, match="the checkpoint x: No space left on device; what was written before is intact"
-    ):
-        get([full.remote()], "the checkpoint x")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -75,8 +58,8 @@ def test_mistakes_are_one_message_and_leave_nothing(tmp_path, change, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_what_the_machine_lacks_is_said_before_models_are_loaded(tmp_path):
+@pytest.mark.integration
+def test_what_the_machine_lacks_is_said_before_models_are_loaded(own_ray, tmp_path):
     done = kat_ray("train", "demo", "cluster.num_cpus=2", cwd=tmp_path)
     assert done.returncode == 2
     assert "the cluster has 2 CPU, the roles ask for 3.1" in done.stderr and "Traceback" not in done.stderr

@@ -3,13 +3,12 @@
 import pytest
 
 from tests.cluster.disturb import lines_of
-from tests.cluster.local_cluster import local_cluster
 from tests.cluster.paced import train_beside
 from tests.cluster.test_recovery import check_books, records_of, stub_config
 from tests.cluster.test_run import files  # noqa: F401 (a fixture)
 from tests.deploy.ray_process import until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 # Two seconds a step of one sampler: on a slow machine too sampling is what everything waits for, and a run outlasts
 # the start of a replica.
@@ -76,30 +75,3 @@ def test_a_replica_that_finds_no_place_holds_nobody_up(ray_local, files, tmp_pat
     check_books(config, path)
     _, _, metrics = records_of(path)
     assert max(column(metrics, "sampler_replicas")) == 2
-
-
-def test_nodes_come_and_go_in_the_middle_of_a_run(alone, files, tmp_path, monkeypatch):  # noqa: F811
-    """A sampler joins on a node that comes; the node is lost in the middle of a step; the run does without it."""
-    monkeypatch.setenv("RAY_ADDRESS", "")
-    with local_cluster() as cluster:
-        cluster.start_head(3)
-        config = elastic_config(
-            files, tmp_path, steps=2 * STEPS, learner={"world_size": 1, "num_cpus": 0.5},
-            sampler={"num_cpus": 1, "max_replicas": 2, "resources": {"seat": 1}},
-            cluster={"address": cluster.address, "replacement_timeout": 12, "hang_timeout": 60},
-        )  # fmt: skip
-        cluster.start_node("first", 1, resources={"seat": 1})
-
-        def wait_for_last(name, value, what):
-            wait_for(tmp_path, lambda steps: column(steps[-1:], name) == [value], what)
-
-        def come_and_go():
-            wait_for_last("sampler_pending", 1, "a sampler is asked for")
-            cluster.start_node("late", 1, resources={"seat": 1})
-            wait_for_last("sampler_replicas", 2, "it joins on the new node")
-            cluster.kill("late")
-            wait_for_last("sampler_replicas", 1, "the run does without it")
-
-        path = train_beside(config, come_and_go, RATE)
-        check_books(config, path)
-        assert "is done without" in (path / "run.log").read_text()

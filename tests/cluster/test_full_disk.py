@@ -17,8 +17,8 @@ from tests.cluster.test_recovery import check_books, stub_config
 from tests.cluster.test_run import files  # noqa: F401 (a fixture)
 from tests.deploy.conftest import lacking
 
-pytestmark = pytest.mark.slow
-STUBS = Engines(fast_stub_engine, stub_teacher)
+pytestmark = pytest.mark.integration
+STUBS = Engines(fast_stub_engine, stub_teacher)  # and a real learner, whose files take room
 
 
 @pytest.fixture

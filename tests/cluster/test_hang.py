@@ -9,11 +9,12 @@ import pytest
 from actors.cluster.samplers import Engines
 from actors.driver import train as job
 from actors.testing.stub_engine import StubEngine, fast_stub_engine
+from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import StubTeacher, stub_teacher
 from tests.cluster.test_recovery import check_books, stub_config
 from tests.cluster.test_run import files  # noqa: F401 (a fixture)
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 STEPS, HANG = 4, 8
 MARK = "hung-once"  # in run.dir: whoever makes it sleeps for ever, whoever finds it does not
@@ -65,8 +66,8 @@ def hanging_teacher(config, teacher_dir, stop_ids, max_model_len=0):
 @pytest.mark.parametrize(
     ("role", "task", "engines"),
     [
-        ("sampler", "generate", Engines(hanging_engine, stub_teacher)),
-        ("scorer", "score", Engines(fast_stub_engine, hanging_teacher)),
+        ("sampler", "generate", Engines(hanging_engine, stub_teacher, StubLearner)),
+        ("scorer", "score", Engines(fast_stub_engine, hanging_teacher, StubLearner)),
     ],
     ids=["sampler", "scorer"],
 )

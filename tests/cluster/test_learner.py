@@ -31,7 +31,8 @@ def one_rank(models):
     ("world_size", "stage"),
     [
         (2, 1),
-        *(pytest.param(w, s, marks=pytest.mark.slow) for w, s in ((1, 0), (1, 3), (2, 0), (2, 2), (2, 3), (3, 1))),
+        pytest.param(2, 3, marks=pytest.mark.integration),
+        *(pytest.param(w, s, marks=pytest.mark.nightly) for w, s in ((1, 0), (1, 3), (2, 0), (2, 2), (3, 1))),
     ],
 )
 def test_ranks_and_stages_do_what_one_rank_does(one_rank, models, world_size, stage):
@@ -90,14 +91,14 @@ def test_one_rank_does_what_plain_torch_does(one_rank, models, tmp_path):
         np.testing.assert_allclose(weights[name], value.numpy(), atol=2e-5, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_bfloat16_without_zero_does_what_it_does_with_it(models):
     # DeepSpeed primes AdamW there; unless that is undone, the first update is half as large.
     (plain, _), (zero, _) = (train(models, 1, zero_stage=s, dtype="bfloat16") for s in (0, 1))
     assert [r.loss for r in plain] == pytest.approx([r.loss for r in zero], rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_gradient_that_is_not_finite_changes_nothing(models, tmp_path, stage):
     broken = make_model(tmp_path / "broken", seed=1)

@@ -61,11 +61,12 @@ def assert_same(left, right):
 # Each stage with each type and with each number of ranks; not each with each of both.
 CASES = [
     (1, 1, "float32"),
+    pytest.param(2, 2, "bfloat16", marks=pytest.mark.integration),
+    pytest.param(2, 3, "float32", marks=pytest.mark.integration),
     *(
-        pytest.param(w, s, d, marks=pytest.mark.slow)
+        pytest.param(w, s, d, marks=pytest.mark.nightly)
         for w, s, d in [
             (1, 0, "bfloat16"), (1, 2, "float32"), (1, 3, "bfloat16"), (2, 0, "float32"), (2, 1, "bfloat16"),
-            (2, 2, "bfloat16"), (2, 3, "float32"),
         ]
     ),
 ]  # fmt: skip
@@ -95,15 +96,15 @@ def test_a_resumed_learner_takes_the_steps_of_one_that_was_not_stopped(
     assert digests == files
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("written_by", "read_by"),
     [
-        ((1, 1), (2, 2)),
-        ((2, 1), (1, 3)),
         ((1, 0), (2, 3)),
         ((2, 2), (1, 0)),
-        ((2, 0), (2, 1)),
+        pytest.param((1, 1), (2, 2), marks=pytest.mark.nightly),
+        pytest.param((2, 1), (1, 3), marks=pytest.mark.nightly),
+        pytest.param((2, 0), (2, 1), marks=pytest.mark.nightly),
     ],
 )
 def test_another_number_of_ranks_or_stage_finds_the_same_state(
@@ -128,9 +129,16 @@ def test_another_number_of_ranks_or_stage_finds_the_same_state(
     assert report["loss"] == pytest.approx(expected[0]["loss"], rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
-    ("world_size", "stage", "dtype"), [(2, 1, "float32"), (2, 2, "bfloat16"), (2, 3, "bfloat16"), (1, 3, "float32")]
+    ("world_size", "stage", "dtype"),
+    [
+        (2, 3, "bfloat16"),
+        *(
+            pytest.param(w, s, d, marks=pytest.mark.nightly)
+            for w, s, d in [(2, 1, "float32"), (2, 2, "bfloat16"), (1, 3, "float32")]
+        ),
+    ],
 )
 def test_what_is_saved_is_what_deepspeed_gathers(group, models, tmp_path, tokenizer_dir, world_size, stage, dtype):
     first = group(world_size, zero_stage=stage, dtype=dtype)
@@ -159,7 +167,7 @@ def test_steps_while_it_is_written_do_not_change_what_is_written(group, models, 
     assert one.save(tmp_path / "step-5", tokenizer_dir) != before
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_before_the_first_step_there_are_no_moments_to_save(group, models, tmp_path, tokenizer_dir):
     one = group(1)
     one.save(tmp_path / "step-0", tokenizer_dir)
@@ -170,7 +178,7 @@ def test_before_the_first_step_there_are_no_moments_to_save(group, models, tmp_p
     assert other.steps(models, [0]) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_checkpoint_of_another_student_is_refused(group, models, tmp_path, tokenizer_dir):
     one = group(1)
     one.steps(models, [0])
@@ -210,7 +218,7 @@ def test_an_error_of_the_writing_thread_comes_out_once(group, models, tmp_path, 
     one.save(tmp_path / "step-1", tokenizer_dir)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_learner_goes_on_from_a_committed_checkpoint(group, models, tmp_path, tokenizer_dir):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, keep_best=True)
     one = group(2, zero_stage=2)

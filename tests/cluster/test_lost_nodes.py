@@ -8,6 +8,7 @@ import pytest
 from actors.cluster.object_store import store_usage
 from actors.cluster.samplers import Engines
 from actors.driver import train as job
+from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import stub_teacher
 from tests.cluster.disturb import role_of
 from tests.cluster.local_cluster import local_cluster
@@ -16,7 +17,7 @@ from tests.cluster.test_run import QUICK, files  # noqa: F401 (a fixture)
 from tests.deploy.held_steps import Gate, held_engine
 from tests.deploy.ray_process import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
 
 STEPS = 8
 LOST_IN = 5  # the step, the first of which is 1; there is a checkpoint of the one before
@@ -96,7 +97,10 @@ def lose_a_node(cluster, scene, gate):
     until(lambda: roles_on(cluster, SPARE) == set(scene.roles), 300, f"{scene.roles} come up on the other node")
 
 
-@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
+TIERS = {"a sampler and a scorer": pytest.mark.nightly}  # a lost sampler's node: test_autoscaling_run too
+
+
+@pytest.mark.parametrize("scene", [pytest.param(s, marks=TIERS.get(s.name, ()), id=s.name) for s in SCENES])
 def test_a_run_survives_the_loss_of_a_node(cluster, quiet, files, tmp_path, caplog, scene):  # noqa: F811
     config, gate = config_for(files, cluster, tmp_path, scene.sections), Gate(tmp_path)
     gate.open(LOST_IN - 1)
@@ -104,7 +108,7 @@ def test_a_run_survives_the_loss_of_a_node(cluster, quiet, files, tmp_path, capl
     try:
         with ThreadPoolExecutor(1) as beside:
             losing = beside.submit(lose_a_node, cluster, scene, gate)
-            path = job.train(config, engines=Engines(held_engine, stub_teacher))
+            path = job.train(config, engines=Engines(held_engine, stub_teacher, StubLearner))
             losing.result()
     finally:
         cluster.kill(LOST)

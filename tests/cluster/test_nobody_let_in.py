@@ -16,7 +16,7 @@ import pytest
 
 from kat_ray.observability.redact import redact
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+pytestmark = pytest.mark.integration
 
 SECRETS = {
     "HF_TOKEN": "hf_MARKEDhubTOKENxxxxxxxxxxxxxxxxxx",
@@ -60,7 +60,7 @@ def short_folder():
 
 
 @pytest.fixture(scope="module")
-def trained(short_folder):
+def trained(own_ray, short_folder):
     """A run with marked secrets in its environment, watched from outside: its folder, output and listeners."""
     root = short_folder()
     with (root / "out.txt").open("wb") as out:
@@ -173,7 +173,7 @@ for attempt in range(60):
 
 
 @pytest.fixture(scope="module")
-def cluster(short_folder):
+def cluster(own_ray, short_folder):
     """A cluster that the command line would start, with its dashboard: folder, addresses, token."""
     root = short_folder()
     process = subprocess.Popen(

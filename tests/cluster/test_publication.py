@@ -4,7 +4,7 @@ import pytest
 
 from actors.bench.publication import publication_figures
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("own_ray")]
 
 
 def test_weights_travel_once_to_every_node():

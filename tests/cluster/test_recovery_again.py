@@ -15,10 +15,12 @@ from actors.cluster.run_actors import RunActors
 from actors.cluster.samplers import Engines
 from actors.cluster.signals import StopRequest
 from actors.cluster.supervisor import Supervisor
+from actors.cluster.waiting import get
 from actors.driver import train as job
 from actors.driver import training_run as job_module
 from actors.driver.history import RunHistory
-from actors.testing.stub_engine import StubEngine
+from actors.testing.stub_engine import StubEngine, fast_stub_engine
+from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import stub_teacher
 from kat_ray.cluster.heartbeat import Heartbeat
 from kat_ray.config.cluster import ClusterConfig
@@ -27,7 +29,7 @@ from tests.cluster.disturb import newest_of
 from tests.cluster.test_recovery import QUICK, check_books, records_of, stub_config
 from tests.cluster.test_run import SINGLE, files  # noqa: F401 (a fixture)
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 
 def before(monkeypatch, owner, name, act):
@@ -69,7 +71,7 @@ def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path
 def test_a_rank_that_dies_before_the_ranks_have_met(ray_local, files, tmp_path, monkeypatch):  # noqa: F811
     config = stub_config(files, tmp_path, steps=2, **SINGLE | {"learner": {"world_size": 2}})
     before(monkeypatch, RunActors, "wait_until_ready", lambda n: newest_of("learner").kill())
-    path = job.train(config, engines=QUICK)
+    path = job.train(config, engines=Engines(fast_stub_engine, stub_teacher))  # real ranks: the others wait for it
     check_books(config, path)
     assert "learner:0 was lost" in (path / "run.log").read_text()
 
@@ -115,7 +117,7 @@ def test_who_waits_for_an_actor_hears_that_the_run_is_to_end(ray_local):
 
 
 def waiting_engine(config, model, model_dir, max_model_len):
-    """Takes very long to load, and says when it has begun to."""
+    """Takes very long to load, and says when it has step_start to."""
     (Path(config.run.dir) / "loading").touch()
     time.sleep(1e6)
 
@@ -131,7 +133,7 @@ def test_told_to_end_while_models_are_loaded(ray_local, files, tmp_path):  # noq
     teller = threading.Thread(target=tell)
     teller.start()
     with pytest.raises(Stopped, match=r"go on with: kat-ray train --resume .*run") as stopped:
-        job.train(config, engines=Engines(waiting_engine, stub_teacher))
+        job.train(config, engines=Engines(waiting_engine, stub_teacher, StubLearner))
     teller.join()
     assert stopped.value.code == 128 + signal.SIGTERM
 
@@ -150,9 +152,19 @@ def test_a_replica_that_cannot_load_ends_no_run(ray_local, files, tmp_path):  # 
         files, tmp_path, steps=16, run={"steps": 16, "checkpoint_every": 0, "tensorboard": False},
         pools={"grow_after": 1}, **SINGLE | {"sampler": {"replicas": 1, "max_replicas": 2, "num_cpus": 0.5}},
     )  # fmt: skip
-    path = job.train(config, engines=Engines(one_good_engine, stub_teacher))
+    path = job.train(config, engines=Engines(one_good_engine, stub_teacher, StubLearner))
     check_books(config, path)
     _, _, metrics = records_of(path)
     assert {m["pools/sampler_replicas"] for m in metrics} == {1}
     said = (path / "run.log").read_text()
     assert "pools: a new sampler could not start (" in said and "no room for a second engine" in said
+
+
+def test_a_learner_that_cannot_write_its_checkpoint_says_so(ray_local):
+    @ray.remote
+    def full():
+        raise OSError(28, "No space left on device")
+
+    words = "the checkpoint x: No space left on device; what was written before is intact"
+    with pytest.raises(UserError, match=words):
+        get([full.remote()], "the checkpoint x")

@@ -18,7 +18,7 @@ from tests.cluster.test_run import config_of, files  # noqa: F401 (a fixture)
 from tests.deploy.conftest import lacking
 from tests.deploy.ray_process import free_port, process, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("own_ray")]
 
 WORKER = "worker"
 PASSWORD = "kept-from-others"

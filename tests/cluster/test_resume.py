@@ -1,4 +1,8 @@
-"""Runs in processes of their own that are killed or told to end, and resumed: the same bits as without that."""
+"""Runs in processes of their own that are killed or told to end, and resumed: the same bits as without that.
+
+What a resumption must put back is the same with stub engines as with real ones, but for the real learner's state
+and its random numbers.
+"""
 
 import json
 import os
@@ -7,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
+from functools import cache
 
 import psutil
 import pytest
@@ -16,16 +22,39 @@ from kat_ray.config.load import config_yaml
 from kat_ray.records.traces import read_traces
 from tests.cluster.disturb import steps_done, wait_for_step
 from tests.cluster.test_run import config_of, files  # noqa: F401 (a fixture)
+from tests.deploy.manifests import ROOT
 from tests.deploy.ray_process import job_logs, ray_process, submitted, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
-STEPS = 20
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
 
 
-def start(*arguments):
+@dataclass(frozen=True)
+class Kind:
+    """By what a run is made, and how long it is."""
+
+    command: str
+    steps: int
+    every: int  # steps from one checkpoint to the next
+
+    def train(self, *arguments):
+        """The command line of a training command."""
+        return [sys.executable, "-m", self.command, "train", *map(str, arguments)]
+
+
+STUBS, REAL = Kind("tests.cluster.stub_train", 12, 4), Kind("kat_ray.cli", 12, 4)
+LONG = Kind("kat_ray.cli", 20, 5)
+
+
+def kinds(gate):
+    """One in the gate, and a long one with real engines in the nightly tier."""
+    both = [pytest.param(gate, id="gate"), pytest.param(LONG, id="long", marks=pytest.mark.nightly)]
+    return pytest.mark.parametrize("kind", both)
+
+
+def start(kind, *arguments):
     """A training command; its output goes to its own pipes."""
-    env = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "kat_ray.cli", "train", *map(str, arguments)]
+    env = os.environ | {"RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = kind.train(*arguments)
     return subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -37,12 +66,13 @@ def finish(process, code=0, timeout=300):
     return out, err
 
 
-def run_config(files, tmp_path, name, **sections):  # noqa: F811
+def run_config(kind, files, tmp_path, name):  # noqa: F811
     config = config_of(
         files, tmp_path,
-        run={"name": name, "steps": STEPS, "checkpoint_every": 5, "deterministic": True, "keep_checkpoints": 10},
-        evaluation={"every": 10}, sampler={"replicas": 1}, scorer={"replicas": 1}, learner={"world_size": 1},
-        **sections,
+        run={"name": name, "steps": kind.steps, "checkpoint_every": kind.every, "deterministic": True,
+             "keep_checkpoints": 10},
+        rollout={"top_k_logprobs": 16}, evaluation={"every": 2 * kind.every}, sampler={"replicas": 1},
+        scorer={"replicas": 1}, learner={"world_size": 1},
     )  # fmt: skip
     path = tmp_path / f"{name}.yaml"
     path.write_text(config_yaml(config))
@@ -57,13 +87,13 @@ def timeless(line):
 
 def everything(run):
     """What must not depend on how often a run was interrupted."""
-    last = run / "checkpoints" / f"step-{STEPS}"
+    summary = json.loads((run / "summary.json").read_text())
+    last = run / "checkpoints" / f"step-{summary['steps']}"
     names = [
         "model.safetensors",
         *(f"training/{p.name}" for p in sorted((last / "training").glob("*.safetensors"))),
     ]
     assert len(names) == 2
-    summary = json.loads((run / "summary.json").read_text())
     state = json.loads((last / "training" / "state.json").read_text())
     return {
         "weights": {n: (last / n).read_bytes() for n in names},
@@ -77,9 +107,22 @@ def everything(run):
 
 @pytest.fixture(scope="module")
 def straight(files, tmp_path_factory):  # noqa: F811
-    config, run = run_config(files, tmp_path_factory.mktemp("straight"), "straight")
-    finish(start(config))
-    return everything(run)
+    """What a run of a kind leaves that nothing happens to."""
+
+    @cache
+    def of(kind):
+        folder = tmp_path_factory.mktemp("straight")
+        config, run = run_config(kind, files, folder, "straight")
+        let_go(folder)
+        finish(start(kind, config))
+        return everything(run)
+
+    return of
+
+
+def let_go(folder):
+    """A run of stubs below a folder goes on as fast as it can."""
+    (folder / "seen").touch()
 
 
 def complete(run):
@@ -96,76 +139,83 @@ def check_same(run, straight):
     assert any(m.get("kat/threshold") for m in again["metrics"])
 
 
-def test_ten_steps_a_kill_and_ten_steps_are_twenty_steps(straight, files, tmp_path):  # noqa: F811
-    config, run = run_config(files, tmp_path, "killed")
-    process = start(config)
-    wait_for_step(run / "metrics.jsonl", 13, process)
+@kinds(STUBS)
+def test_a_kill_and_a_resumption_change_nothing(straight, files, tmp_path, kind):  # noqa: F811
+    config, run = run_config(kind, files, tmp_path, "killed")
+    process = start(kind, config)
+    wait_for_step(run / "metrics.jsonl", 2 * kind.every + 2, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    saved = complete(run)
-    assert saved in ([5, 10], [5, 10, 15]), "it was killed at step 13, or a little later"
+    let_go(tmp_path)
+    saved, steps = complete(run), [kind.every, 2 * kind.every, 3 * kind.every]
+    assert saved in (steps[:2], steps), (
+        "it was killed between the second checkpoint and the third, or a little later"
+    )
     before, newest = saved[-2:]
     # The same run with its newest checkpoint damaged: the one before it, which is named.
     damaged = shutil.copytree(run, tmp_path / "damaged")
     weights = damaged / "checkpoints" / f"step-{newest}" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    resumed = [start("--resume", path) for path in (run, damaged)]  # beside each other
+    resumed = [start(kind, "--resume", path) for path in (run, damaged)]  # beside each other
     (out, _), (other, _) = map(finish, resumed)
     assert f"after step {newest}" in out
-    check_same(run, straight)
+    check_same(run, straight(kind))
     assert f"step-{newest}" in other and f"after step {before}" in other
-    check_same(damaged, straight)
+    check_same(damaged, straight(kind))
 
 
-def test_told_to_end_it_saves_and_a_second_run_goes_on(straight, files, tmp_path):  # noqa: F811
-    config, run = run_config(files, tmp_path, "told")
-    process = start(config)
-    wait_for_step(run / "metrics.jsonl", 6, process)
+@kinds(REAL)
+def test_told_to_end_it_saves_and_a_second_run_goes_on(straight, files, tmp_path, kind):  # noqa: F811
+    config, run = run_config(kind, files, tmp_path, "told")
+    process = start(kind, config)
+    wait_for_step(run / "metrics.jsonl", kind.every + 1, process)
     process.terminate()
-    out, err = finish(process, code=128 + signal.SIGTERM)
+    _, err = finish(process, code=128 + signal.SIGTERM)
     assert "--resume" in err
     saved = complete(run)[-1]
-    assert saved >= 6 and saved % 5, "the step that was done is saved, not only each fifth one"
-    out, _ = finish(start("--resume", run))
+    assert saved > kind.every and saved % kind.every, "the step that was done is saved, not only each fourth one"
+    out, _ = finish(start(kind, "--resume", run))
     assert f"after step {saved}" in out
-    check_same(run, straight)
-    out, _ = finish(start("--resume", run))
-    assert f"all {STEPS} steps are done" in out
+    check_same(run, straight(kind))
+    out, _ = finish(start(kind, "--resume", run))
+    assert f"all {kind.steps} steps are done" in out
     changed = yaml.safe_load(config.read_text())["run"]["seed"] + 1
-    _, err = finish(start("--resume", run, f"run.seed={changed}"), code=2)
+    _, err = finish(start(kind, "--resume", run, f"run.seed={changed}"), code=2)
     assert err.startswith("error: ") and "run.seed" in err and "Traceback" not in err
 
 
-def test_a_retried_job_goes_on_by_itself(straight, files, tmp_path, monkeypatch):  # noqa: F811
+@kinds(STUBS)
+def test_a_retried_job_goes_on_by_itself(straight, files, tmp_path, monkeypatch, kind):  # noqa: F811
     """As a Ray job, submitted again and again under one name: after a kill of its driver, and after `job stop`."""
     from ray.job_submission import JobStatus
 
-    config, run = run_config(files, tmp_path, "job")
+    config, run = run_config(kind, files, tmp_path, "job")
     monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "60")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     metrics = run / "metrics.jsonl"
     with ray_process("import time\ntime.sleep(900)", tmp_path / "ray.log", cpus=6) as (dashboard, _, _):
-        train = f"{sys.executable} -m kat_ray.cli train {config}"
+        train = " ".join(kind.train(config))
 
         def ended(jobs, job):
             until(lambda: jobs.get_job_status(job).is_terminal(), 300, f"job {job} ends")
             return jobs.get_job_status(job), job_logs(jobs, job)
 
         jobs, job = submitted(dashboard, train)
-        until(lambda: steps_done(metrics) >= 6, 300, "six steps")
+        until(lambda: steps_done(metrics) > kind.every, 300, "a checkpoint, and a step more")
         (driver,) = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[-1:] == [str(config)]]
         driver.kill()
         status, text = ended(jobs, job)
         assert status == JobStatus.FAILED, text
         _, job = submitted(dashboard, train)
-        until(lambda: steps_done(metrics) >= 12, 300, "twelve steps")
+        until(lambda: steps_done(metrics) >= 2 * kind.every + 2, 300, "another checkpoint, and two steps more")
         jobs.stop_job(job)
         status, text = ended(jobs, job)
-        assert re.search(r"after step (5|10)\b", text) and "saving step" in text, text
+        assert re.search(rf"after step ({kind.every}|{2 * kind.every})\b", text) and "saving step" in text, text
+        let_go(tmp_path)
         _, job = submitted(dashboard, train)
         status, text = ended(jobs, job)
         assert status == JobStatus.SUCCEEDED, text
         saved = int(text.split("after step ")[1].split()[0])
-        assert saved >= 12
+        assert saved >= 2 * kind.every + 2
     assert not (tmp_path / "job-2").exists(), "it stayed one run"
-    check_same(run, straight)
+    check_same(run, straight(kind))

@@ -9,6 +9,7 @@ from actors.cluster.samplers import Engines
 from actors.cluster.waiting import Limit, wait_for_start
 from actors.driver import train as job
 from actors.testing.stub_engine import fast_stub_engine
+from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import stub_teacher
 from kat_ray.analysis.replay import load_traces
 from kat_ray.analysis.replay_rules import COLUMNS, reproduce
@@ -19,6 +20,8 @@ from kat_ray.termination import RunFacts
 from kat_ray.termination.calibration import quantile
 from tests.conftest import make_model, random_rollouts
 
+pytestmark = pytest.mark.integration
+
 CHUNK, AHEAD = 4, 1
 # What a test needs that does not ask for two of everything, nor for what is evaluated.
 SINGLE = {
@@ -28,7 +31,7 @@ SINGLE = {
     "evaluation": {"data": None},
 }
 SAME = {"run": {"deterministic": True}}
-QUICK = Engines(fast_stub_engine, stub_teacher)  # their tokens depend on the rollout alone
+QUICK = Engines(fast_stub_engine, stub_teacher, StubLearner)  # their tokens depend on the rollout alone
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +185,6 @@ def test_summary_says_what_ran(finished):
     assert "run" in (path / "run.log").read_text()
 
 
-@pytest.mark.slow
 def test_a_teacher_equal_to_the_student_gives_no_kl_through_the_whole_pipeline(ray_local, files, tmp_path):
     config = config_of(
         files, tmp_path, teacher={"path": str(files / "student")}, termination={"rule": "none"}, run={"steps": 2},
@@ -195,7 +197,6 @@ def test_a_teacher_equal_to_the_student_gives_no_kl_through_the_whole_pipeline(r
     assert all(abs(m["learner/loss"]) < 1e-4 for m in metrics if "learner/loss" in m)
 
 
-@pytest.mark.slow
 def test_weights_and_budget_of_a_rule_reach_learner_and_engine(ray_local, files, tmp_path):
     rule = {"rule": "prune_opd", "level": 0.9, "decay": 0.05, "start": 20, "growth": 4, "probe_share": 0.25}
     path = job.train(config_of(files, tmp_path, termination=rule, run={"steps": 3}, **SINGLE))
@@ -230,7 +231,6 @@ def test_a_replay_of_the_run_gives_its_cuts_again(finished):
     assert again.cut.tolist() == recorded.tolist()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule",
     [
@@ -253,7 +253,7 @@ def test_every_rule_acts_while_rollouts_are_generated(finished, files, tmp_path,
         rule = {**rule, "run": str(finished[1])}
     termination, few = {"probe_share": 0.25, **rule}, {"top_k_logprobs": 16}
     config = config_of(files, tmp_path, termination=termination, run={"steps": 3}, rollout=few, **SINGLE)
-    path = job.train(config, engines=None if rule["rule"] == "repetition" else QUICK)
+    path = job.train(config, engines=Engines(learner=StubLearner) if rule["rule"] == "repetition" else QUICK)
     traces, _ = load_traces(path, COLUMNS)
     cut, probe = traces.cut >= 0, traces.probe == 1
     generated = np.array([len(t["token_ids"]) for t in read_traces(path).to_pylist()])
@@ -271,7 +271,6 @@ def test_every_rule_acts_while_rollouts_are_generated(finished, files, tmp_path,
     assert again.tolist() == np.where(probe, traces.would_cut, traces.cut).tolist()
 
 
-@pytest.mark.slow
 def test_staleness_samples_a_step_while_the_one_before_is_learnt(ray_local, files, tmp_path):
     config = config_of(
         files, tmp_path, rollout={"staleness": 1}, run={"steps": 4, "profile": True}, evaluation={"data": None}
@@ -293,7 +292,7 @@ def test_staleness_samples_a_step_while_the_one_before_is_learnt(ray_local, file
     assert any(e["name"] == "generate" and begin < e["ts"] < end for e in spans), "both work at the same time"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_same_command_gives_the_same_run(finished, files, tmp_path):
     """To the bit, with two of everything."""
     *_, metrics = finished
@@ -302,7 +301,6 @@ def test_the_same_command_gives_the_same_run(finished, files, tmp_path):
     assert losses == [m.get("learner/loss") for m in metrics] and len({*losses}) >= 5
 
 
-@pytest.mark.slow
 def test_what_cannot_be_placed_is_named(ray_local, files, tmp_path):
     from kat_ray.errors import UserError
 

@@ -8,6 +8,8 @@ from actors.bench.scaling import costs_of, flood, report
 from actors.driver.steps import Steps
 from kat_ray.data.prompts import PromptOrder
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def fleet(ray_local):

@@ -22,7 +22,7 @@ from kat_ray.termination import RunFacts
 from kat_ray.types.records import EngineEnd, EngineRows, GenerateRequest, KeptRollout, RolloutSpec
 from tests.cluster import test_run
 from tests.cluster.ranks import Group, step_of
-from tests.cluster.test_run import SINGLE, config_of
+from tests.cluster.test_run import QUICK, SINGLE, config_of
 from tests.conftest import make_config, make_model, random_rollouts
 
 files = test_run.files
@@ -62,12 +62,12 @@ def bad_steps(step):
 
 
 CASES = [(s, d, w) for w in (1, 2) for s in (0, 1, 2, 3) for d in ("float32", "bfloat16")]
-FAST = [(1, "float32", 1)]
+TIERS = {(1, "float32", 1): (), (3, "bfloat16", 2): pytest.mark.integration}  # of the others: nightly
 
 
 @pytest.mark.parametrize(
     ("stage", "dtype", "world_size"),
-    [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+    [pytest.param(*case, marks=TIERS.get(case, pytest.mark.nightly)) for case in CASES],
 )
 def test_a_step_that_is_not_finite_moves_nothing_on_any_rank(models, stage, dtype, world_size):
     settings = {"zero_stage": stage, "dtype": dtype, "warmup_ratio": 0.0, "min_lr_ratio": 1.0}
@@ -206,6 +206,7 @@ class SilentEngine:
         assert not request_ids
 
 
+@pytest.mark.integration
 def test_generations_without_a_token_go_through_sampler_scorer_and_monitor(ray_local, models):
     config = make_config(
         models["student"][0], models["teacher"][0], rollout={"top_k_logprobs": 8, "chunk_tokens": 2}
@@ -234,7 +235,7 @@ def test_generations_without_a_token_go_through_sampler_scorer_and_monitor(ray_l
         ray.kill(handle)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_whose_teacher_breaks_is_stopped_with_a_dump(ray_local, files, tmp_path):
     """A teacher that knows the first four ids only: every row of every step is NaN, from the first."""
     from safetensors.numpy import load_file
@@ -262,14 +263,16 @@ def test_a_run_whose_teacher_breaks_is_stopped_with_a_dump(ray_local, files, tmp
         assert torch.equal(saved[name], value.float()), name
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_guard_ends_a_run_after_a_checkpoint(ray_local, files, tmp_path):
     guards = {"action": "stop", "patience": 2, "max_tokens_share": 0.0}
-    config = config_of(files, tmp_path, guards=guards, termination={"rule": "none"}, **SINGLE)
+    config = config_of(
+        files, tmp_path, guards=guards, termination={"rule": "none"}, rollout={"top_k_logprobs": 16}, **SINGLE
+    )
     with pytest.raises(
         UserError, match=r"guards.max_tokens_share = 0: rollout/max_tokens_share is .* at step 2, above"
     ):
-        job.train(config)
+        job.train(config, engines=QUICK)
     path = tmp_path / "run"
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [m["guards/fired"] for m in lines] == [0.0, 1.0]

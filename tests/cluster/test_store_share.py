@@ -11,12 +11,13 @@ from actors.cluster.samplers import Engines
 from actors.driver import train as job
 from actors.driver import training_run as job_module
 from actors.testing.stub_engine import fast_stub_engine
+from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import stub_teacher
 from tests.cluster.test_recovery import check_books, stub_config
 from tests.cluster.test_run import SINGLE, files  # noqa: F401 (a fixture)
 from tests.deploy.ray_process import until
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 
 def test_sampling_ahead_waits_until_the_store_has_room(ray_local, files, tmp_path, monkeypatch):  # noqa: F811
@@ -37,7 +38,7 @@ def test_sampling_ahead_waits_until_the_store_has_room(ray_local, files, tmp_pat
         return record(recorder, step, *rest)
 
     monkeypatch.setattr(job_module.StepRecorder, "record", releasing)
-    path = job.train(config, engines=Engines(fast_stub_engine, stub_teacher))
+    path = job.train(config, engines=Engines(fast_stub_engine, stub_teacher, StubLearner))
     _, _, metrics = check_books(config, path)
     full = [m["store/used_share"] > 0.4 for m in metrics]
     assert full == [True, True, False, False, False]

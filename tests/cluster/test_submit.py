@@ -15,7 +15,7 @@ from tests.cluster.local_cluster import local_cluster
 from tests.deploy.manifests import ROOT
 from tests.deploy.ray_process import until
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
 
 TOKEN = "5c" * 32
 # The embedded pair on one core a role. By role: each of them on the node made for it, the monitor on the head.

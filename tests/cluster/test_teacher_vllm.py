@@ -15,7 +15,7 @@ from actors.teacher.transformers_backend import TransformersTeacher
 from kat_ray.errors import StateLost
 from tests.conftest import chunk_of, make_config, random_rollouts
 
-pytestmark = pytest.mark.slow  # vLLM takes seconds to import
+pytestmark = pytest.mark.integration  # vLLM takes seconds to import
 
 
 class StubEngine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -61,17 +62,31 @@ def process(command: list[str], log: Path, **environment: str) -> Iterator[subpr
 
 
 @contextlib.contextmanager
+def agent_port_of_its_own() -> Iterator[None]:
+    """For a `ray.init` that starts a Ray: its agent, which starts jobs, leaves the one fixed port to others.
+
+    `ray.init` has no option for that.
+    """
+    from ray._private import parameter
+
+    plain = parameter.RayParams
+    parameter.RayParams = functools.partial(plain, dashboard_agent_listen_port=outside_port())
+    try:
+        yield
+    finally:
+        parameter.RayParams = plain
+
+
+@contextlib.contextmanager
 def ray_process(code: str, log: Path, cpus: int = 2) -> Iterator[tuple[int, int, Path]]:
     """Run `code` after `ray.init` with dashboard and metrics: yields dashboard port, metrics port, Ray's folder."""
     dashboard, metrics = free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="kat-", ignore_cleanup_errors=True) as folder:  # socket paths are short
-        # The agent that starts jobs would listen on one fixed port, which `ray.init` has no option for.
         start = (
-            f"import functools, ray\nfrom ray._private import parameter\nparameter.RayParams = functools.partial("
-            f"parameter.RayParams, dashboard_agent_listen_port={outside_port()})\n"
-            f"ray.init(address='local', num_cpus={cpus}, include_dashboard=True, dashboard_host='127.0.0.1',"
-            f" dashboard_port={dashboard}, _metrics_export_port={metrics}, _temp_dir={folder!r},"
-            f" object_store_memory=100_000_000, log_to_driver=False, namespace='kat-ray')\n"
+            f"import ray\nfrom tests.deploy.ray_process import agent_port_of_its_own\n"
+            f"with agent_port_of_its_own(): ray.init(address='local', num_cpus={cpus}, include_dashboard=True,"
+            f" dashboard_host='127.0.0.1', dashboard_port={dashboard}, _metrics_export_port={metrics},"
+            f" _temp_dir={folder!r}, object_store_memory=100_000_000, log_to_driver=False, namespace='kat-ray')\n"
         )
         with process([sys.executable, "-c", start + code], log):
             yield dashboard, metrics, Path(folder)

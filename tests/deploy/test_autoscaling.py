@@ -15,7 +15,7 @@ from tests.deploy.autoscaled import REPLICAS, SMALL, actors, lose_node, rendered
 from tests.deploy.on_kuberay import kuberay
 from tests.deploy.ray_nodes import resources, workers
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone", "openssl")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("own_ray", "openssl")]
 
 
 @pytest.fixture(scope="module")

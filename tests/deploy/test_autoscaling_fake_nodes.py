@@ -7,7 +7,7 @@ from tests.deploy.autoscaled import SMALL, actors, lose_node, rendered, run_conf
 from tests.deploy.on_fake_nodes import fake_nodes
 from tests.deploy.ray_nodes import workers
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("own_ray")]
 
 
 def test_fake_nodes_come_and_go_with_the_work(tmp_path):

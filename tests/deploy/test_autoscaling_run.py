@@ -16,6 +16,7 @@ import ray
 
 from actors.cluster.samplers import Engines
 from actors.driver import train as job
+from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import stub_teacher
 from kat_ray.cluster.roles import ROLE_LABEL
 from tests.cluster.disturb import lines_of, steps_done
@@ -27,7 +28,7 @@ from tests.deploy.manifests import job_config, merged, ray_cluster, render
 from tests.deploy.on_kuberay import kuberay
 from tests.deploy.ray_nodes import workers
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone", "openssl")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray", "openssl")]
 
 STEPS = 20  # more than growing takes; what is left of them passes at once
 MINIMUM = {"learner": 1, "sampler": 1, "scorer": 1}
@@ -149,7 +150,7 @@ def test_a_run_grows_and_survives_the_loss_of_a_samplers_node(files, tmp_path): 
     with kuberay(ray_cluster(docs)) as cluster:
         with ThreadPoolExecutor(1) as beside:
             watching = beside.submit(Beside(cluster, tmp_path).grow_and_lose)
-            path = job.train(config, engines=Engines(held_engine, stub_teacher))
+            path = job.train(config, engines=Engines(held_engine, stub_teacher, StubLearner))
             lost_in = watching.result()
         cluster.settled(**MINIMUM)
         cluster.looked_again(5)

@@ -12,7 +12,7 @@ import pytest
 from tests.deploy.manifests import ROOT
 from tests.deploy.ray_process import job_logs, ray_process, submitted, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
 
 JOB = textwrap.dedent(
     """

@@ -13,7 +13,7 @@ import pytest
 from tests.deploy.conftest import lacking
 from tests.deploy.manifests import ROOT, ray_pods, render
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
 
 # Where the virtual environment and the project stand inside, wherever they are outside: no volume hides them.
 PYTHON, SOURCE = "/opt/kat-ray", "/opt/source"
@@ -95,6 +95,7 @@ def test_nothing_else_can_be_written(tmp_path, volumes):
     assert done.stdout == "1000 ['/tmp', '/dev/shm', '/cache', '/runs']\n0000000000000000\n"
 
 
+@pytest.mark.nightly
 def test_the_demo_trains(tmp_path, volumes):
     arguments = ["run.dir=/runs", "run.steps=2", "evaluation.teacher=false", "evaluation.data.limit=4"]
     code = (

@@ -119,7 +119,7 @@ def run(command, folder):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_runtime_starts(image, tmp_path):
     assert "usage: kat-ray" in run([image / "kat-ray", "--help"], tmp_path)
     modules = "vllm, deepspeed, ray, torch, transformers, kat_ray, actors"
@@ -127,7 +127,7 @@ def test_the_runtime_starts(image, tmp_path):
     assert Path(where.splitlines()[-1]).is_relative_to(image.parent), "it is the wheel that was imported"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_no_tool_is_in_the_runtime(image, tmp_path):
     tools = ("pytest", "hypothesis", "mypy", "ruff", "selenium", "helm_python", "kubernetes_validate")
     assert all(importlib.util.find_spec(tool) for tool in tools), (

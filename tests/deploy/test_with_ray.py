@@ -17,7 +17,7 @@ from tests.deploy.conftest import lacking
 from tests.deploy.monitoring import FOLDER, alerts, dashboard_queries, names_in
 from tests.deploy.ray_process import free_port, process, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("own_ray")]
 
 # What this run cannot have, and why; everything else must be there.
 WITHOUT = {

@@ -28,9 +28,9 @@ class Outcome:
     err: str
 
 
-def sizes(fast, slow):
-    """Run a test with few cases in the fast tier and with many in the slow one."""
-    return pytest.mark.parametrize("cases", [fast, pytest.param(slow, marks=pytest.mark.slow)])
+def sizes(whole):
+    """Run a test with all its cases in the nightly tier, and with a third of them in the first."""
+    return pytest.mark.parametrize("cases", [-(-whole // 3), pytest.param(whole, marks=pytest.mark.nightly)])
 
 
 def fuzz(check, cases, *strategies):

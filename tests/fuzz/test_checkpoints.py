@@ -54,7 +54,7 @@ def look(folder, changed):
         assert not notes and not changed, "damage was taken for a checkpoint"
 
 
-@sizes(20, 200)
+@sizes(200)
 def test_damaged_bytes(folder, cases):
     originals = {name: (folder.parent / "kept/step-2" / name).read_bytes() for name in (*FILES, STATE, MANIFEST)}
     drawn = st.sampled_from([*originals]).flatmap(lambda n: st.tuples(st.just(n), mutated(originals[n])))
@@ -74,7 +74,7 @@ entries = st.one_of(scalars, st.fixed_dictionaries({"size": scalars, "sha256": t
 places = st.sampled_from(["format", "step", "metric", "files", "more"])
 
 
-@sizes(15, 120)
+@sizes(120)
 def test_manifests_of_strangers(folder, cases):
     original = json.loads((folder.parent / "kept/step-2" / MANIFEST).read_text())
     changes = st.one_of(
@@ -92,7 +92,7 @@ def test_manifests_of_strangers(folder, cases):
     fuzz(one, cases, changes)
 
 
-@sizes(15, 80)
+@sizes(80)
 def test_states_that_are_whole_and_wrong(folder, cases):
     """Whoever can write a checkpoint can write its checksums: what is in it is still only data."""
 

@@ -53,7 +53,7 @@ def check_file(content):
         assert load_config("back.yaml") == load_config("c.yaml"), "what is printed loads back equal"
 
 
-@sizes(25, 270)
+@sizes(270)
 def test_mutated_files(cases):
     fuzz(check_file, cases, st.one_of(mutated(DEMO), mutated(FULL)))
 
@@ -75,7 +75,7 @@ def as_yaml(tree):
     return yaml.safe_dump(tree, allow_unicode=True).encode("utf-8", "surrogatepass")
 
 
-@sizes(25, 270)
+@sizes(270)
 def test_random_trees(cases):
     fuzz(check_file, cases, st.one_of(trees.map(as_yaml), sections.map(as_yaml)))
 
@@ -87,7 +87,7 @@ def rule_tree(rule):
                                  "termination": {**v, "rule": rule}})  # fmt: skip
 
 
-@sizes(8, 80)
+@sizes(80)
 def test_rules(cases):
     fuzz(check_file, cases, st.sampled_from([*RULES]).flatmap(rule_tree).map(as_yaml))
 
@@ -128,7 +128,7 @@ values = st.one_of(trees.map(json.dumps), texts, torn)
 overrides = st.one_of(st.tuples(dotted, st.sampled_from(["=", "", "=="]), values).map("".join), texts)
 
 
-@sizes(25, 230)
+@sizes(230)
 def test_overrides(cases):
     def one(given):
         check(run("config", "demo", "--", *given))
@@ -155,7 +155,7 @@ argv = st.lists(st.one_of(st.sampled_from(WORDS), texts.map(as_argument)), max_s
 commands = st.tuples(st.sampled_from(COMMANDS), argv).map(lambda c: [c[0], *c[1]])
 
 
-@sizes(30, 230)
+@sizes(230)
 def test_command_lines(cases, monkeypatch):
     def refuse(config, model):
         raise UserError("as if no cluster could be had")
@@ -189,7 +189,7 @@ def check_train(content):
         assert {p.name for p in Path().iterdir()} == before, "a refused run leaves nothing"
 
 
-@sizes(10, 110)
+@sizes(110)
 def test_train_reads_everything_before_it_writes(cases, monkeypatch):
     from actors.driver import train as job
 

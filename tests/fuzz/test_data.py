@@ -68,7 +68,7 @@ cells = st.one_of(
 rows = st.dictionaries(st.one_of(columns, texts), cells, max_size=4)
 
 
-@sizes(40, 270)
+@sizes(270)
 def test_lines(read, cases):
     content = st.one_of(
         mutated(JSONL), mutated(CHAT), st.lists(rows.map(as_line), min_size=1, max_size=3).map(b"".join),
@@ -107,7 +107,7 @@ times = st.tuples(far, st.sampled_from([pa.timestamp("ns"), pa.timestamp("us", "
 )
 
 
-@sizes(30, 200)
+@sizes(200)
 def test_parquet(read, cases):
     typed = st.tuples(
         st.sampled_from(["prompt", "answer", "id"]), st.one_of(st.sampled_from(KINDS).map(a_value), far, times)

@@ -123,7 +123,7 @@ def replaced(content, edits):
     return "".join(json.dumps(d) + "\n" for d in documents).encode("utf-8", "surrogatepass")
 
 
-@sizes(8, 70)
+@sizes(70)
 def test_records_in_text(case, cases, original):
     contents = {name: (original / name).read_bytes() for name in FILES}
     values = st.one_of(scalars, trees)
@@ -178,7 +178,7 @@ def parquet(table):
     return buffer.getvalue()
 
 
-@sizes(8, 70)
+@sizes(70)
 def test_traces(case, cases, original):
     file = "traces/step-000001.parquet"
     content = (original / file).read_bytes()

@@ -5,9 +5,11 @@ import pytest
 from tests.golden.runs import STEPS, compare, differences, record, run
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("name", sorted(STEPS))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("stub", marks=pytest.mark.integration), pytest.param("demo", marks=pytest.mark.nightly)],
+)
+@pytest.mark.usefixtures("own_ray")
 def test_a_recorded_run_comes_out_again(name, tmp_path):
     assert compare(name, record(run(name, tmp_path), STEPS[name])) == []
 

@@ -116,7 +116,7 @@ def test_the_embedded_configuration_fits_its_models_and_data():
     assert size <= 15 * 2**20
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_model_is_made_again_from_its_seed(monkeypatch):
     import dataclasses
 

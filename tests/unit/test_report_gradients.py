@@ -31,7 +31,7 @@ def two_checkpoints(tmp_path):
     return str(first), str(tmp_path / "last")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_gradients_of_the_demo_models(tmp_path, two_checkpoints):
     run = small_run(tmp_path)
     assert cli.main(["report", str(run), "--gradients", *two_checkpoints]) == 0

@@ -18,7 +18,7 @@ CLOCK = {"step": 10.0, "sample": 6.0, "learn": 4.5, "publish": 0.5}
 
 
 def a_report(number, wait, tokens, decisions=()):
-    rollout = SampledRollout(number, np.zeros(tokens, np.int32), tokens)
+    rollout = SampledRollout(number, np.zeros(tokens, np.int32))
     return SamplerReport((rollout,), (), 5.0, wait, 0.25, np.array(decisions))
 
 
