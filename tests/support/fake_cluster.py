@@ -2,7 +2,8 @@
 
 What the control plane may rely on, as Ray 2.60 does it with `max_restarts=-1` and no retries of calls:
 - An actor's methods run one at a time in the order in which one caller made the calls; other concurrency groups run
-  beside them. A call goes out when all references among its arguments are there, calls before it first.
+  beside them. A call goes out when all references among its arguments are there, calls before it first; answers
+  come back in the order in which they were ready (one connection).
 - A process that dies takes with it what it is at, and every object whose owner it is: what it `put`, and the results
   of its calls. Results of its own methods live on. It is started anew, empty, under the same handle. Until then a
   call fails at once; before an actor's first start it waits.
@@ -82,6 +83,7 @@ class Process(Owner):
 
 @dataclass(eq=False)
 class _Call:
+    lane: _Lane
     actor: Actor
     method: str
     group: str
@@ -92,10 +94,11 @@ class _Call:
 
 @dataclass(eq=False)
 class _Lane:
-    """One caller's calls on one actor, in their order."""
+    """One caller's calls on one actor, in their order, and the answers, in theirs."""
 
     waiting: deque[_Call] = field(default_factory=deque)
-    last: float = 0.0
+    last: float = 0.0  # delivery
+    last_reply: float = 0.0
 
 
 class Actor:
@@ -142,7 +145,8 @@ class _Method:
         handle, name = self._of
         cluster = handle._cluster
         refs = [Ref(cluster.here) for _ in range(self._num_returns)]
-        cluster._submit(_Call(handle._actor, name, self._group, args, kwargs, refs))
+        lane = cluster._lanes.setdefault((cluster.here, handle._actor), _Lane())
+        cluster._submit(_Call(lane, handle._actor, name, self._group, args, kwargs, refs))
         return refs[0] if self._num_returns == 1 else refs
 
 
@@ -165,7 +169,9 @@ class Rule:
     method: str
     do: Callable[[], Any]
     nth: int = 1
-    at: str = "begin"  # of its execution; or its end, before anybody learns of the result; or call, reply
+    # Of its execution; or its end, before anybody learns of the result; or call, reply. At send and answer, `do` may
+    # return how many seconds the message is under way.
+    at: str = "begin"
     seen: int = 0
 
 
@@ -217,6 +223,10 @@ class FakeCluster:
         """Have something happen at a method's `nth` call, execution or result; `actor` may name a role."""
         self.rules.append(Rule(actor, method, do, nth, at))
 
+    def delay(self, actor: str, method: str, seconds: float, nth: int = 1, at: str = "send") -> None:
+        """Have the `nth` call of a method, or its `answer`, be under way for so long."""
+        self.when(actor, method, lambda: seconds, nth, at)
+
     def after(self, seconds: float, do: Callable[[], Any]) -> None:
         """Have something happen later."""
         self.scheduler.at(self.scheduler.now + seconds, do)
@@ -240,7 +250,7 @@ class FakeCluster:
         return True
 
     def lose(self, name: str) -> bool:
-        """Kill an actor together with its node's objects: all that its process made is gone."""
+        """Kill an actor together with its node's objects: what it made that went into the object store is gone."""
         actor = self._running(name)
         if actor is None:
             return False
@@ -275,6 +285,13 @@ class FakeCluster:
     def _running(self, name: str) -> Actor | None:
         found = [a for a in self.actors if a.name == name and a.process is not None and a.process.alive]
         return found[-1] if found else None
+
+    def in_store(self, actor: str, method: str) -> bool:
+        """Whether results go to the store of the actor's node: large ones, and all of a process that is told so.
+
+        Others are handed to who called, and are lost with it only.
+        """
+        return actor.startswith("scorer") or method == "weights"
 
     def _note(self, what: str, whom: str) -> None:
         self.log.append(f"{self.scheduler.switches}:{what}:{whom}")
@@ -341,9 +358,8 @@ class FakeCluster:
         self._happens("call", call)
         if not self.here.alive:
             raise Killed
-        lane = self._lanes.setdefault((self.here, call.actor), _Lane())
-        lane.waiting.append(call)
-        self._pump(lane)
+        call.lane.waiting.append(call)
+        self._pump(call.lane)
 
     def _pump(self, lane: _Lane) -> None:
         """Send what need not wait for its arguments."""
@@ -352,8 +368,10 @@ class FakeCluster:
             if missing:
                 missing[0].lanes.append(lane)
                 return
-            lane.last = max(lane.last, self.scheduler.now + self._latency())
-            self.scheduler.at(lane.last, partial(self._deliver, lane.waiting.popleft()))
+            call = lane.waiting.popleft()
+            slow = self._happens("send", call)
+            lane.last = max(lane.last, self.scheduler.now + (slow or self._latency()))
+            self.scheduler.at(lane.last, partial(self._deliver, call))
 
     def _deliver(self, call: _Call) -> None:
         actor = call.actor
@@ -386,7 +404,9 @@ class FakeCluster:
             result = self._carry_out(process, call)
             self._happens("end", call)
             self.scheduler.pause(0.1)
-            self.scheduler.at(self.scheduler.now + self._latency(), partial(self._reply, process, call, result))
+            slow = self._happens("answer", call)
+            call.lane.last_reply = max(call.lane.last_reply, self.scheduler.now + (slow or self._latency()))
+            self.scheduler.at(call.lane.last_reply, partial(self._reply, process, call, result))
         process.busy.discard(group)
 
     def _carry_out(self, process: Process, call: _Call) -> Any:
@@ -402,8 +422,9 @@ class FakeCluster:
 
     def _reply(self, process: Process, call: _Call, result: Any) -> None:
         if process.alive and process.calls.pop(call, 0) is None:
-            for ref in call.refs:
-                ref.home = process
+            if self.in_store(process.name, call.method):
+                for ref in call.refs:
+                    ref.home = process
             self._answer(call, result.error if isinstance(result, _Failed) else None, result)
             self._happens("reply", call)
 
@@ -424,12 +445,14 @@ class FakeCluster:
         for lane in lanes:
             self._pump(lane)
 
-    def _happens(self, at: str, call: _Call) -> None:
+    def _happens(self, at: str, call: _Call) -> float:
+        seconds = 0.0
         for rule in self.rules:
             if rule.method == call.method and rule.at == at and f"{call.actor.name}:".startswith(f"{rule.actor}:"):
                 rule.seen += 1
                 if rule.seen == rule.nth:
-                    rule.do()
+                    seconds = max(seconds, rule.do() or 0.0)
+        return seconds
 
     # --- lives and deaths --------------------------------------------------------------------------------------
 
