@@ -4,9 +4,9 @@ What the control plane may rely on, as Ray 2.60 does it with `max_restarts=-1` a
 - An actor's methods run one at a time in the order in which one caller made the calls; other concurrency groups run
   beside them. A call goes out when all references among its arguments are there, calls before it first; answers
   come back in the order in which they were ready (one connection).
-- A process that dies takes with it what it is at, and every object whose owner it is: what it `put`, and the results
-  of its calls. Results of its own methods live on. It is started anew, empty, under the same handle. Until then a
-  call fails at once; before an actor's first start it waits.
+- A process that dies takes with it what it is at, and every object whose owner it is: what it `put`, and the
+  results of its calls. Results of its own methods live on. It is started anew, empty, under the same handle. Until
+  then a call fails at once; before an actor's first start it waits.
 - What a method raises arrives as a RayTaskError that is also an instance of its cause, however far it travelled.
 Not modelled: serialisation (records are shared, not copied), resources, the reference counts of objects.
 """
@@ -169,8 +169,8 @@ class Rule:
     method: str
     do: Callable[[], Any]
     nth: int = 1
-    # Of its execution; or its end, before anybody learns of the result; or call, reply. At send and answer, `do` may
-    # return how many seconds the message is under way.
+    # Of its execution; or its end, before anybody learns of the result; or call, reply. At send and answer, `do`
+    # may return how many seconds the message is under way.
     at: str = "begin"
     seen: int = 0
 
@@ -281,6 +281,11 @@ class FakeCluster:
     def names(self, role: str = "") -> list[str]:
         """Actors that have not ended."""
         return [a.name for a in self.actors if a.state != "dead" and a.name.startswith(role)]
+
+    def instances(self, role: str) -> list[tuple[str, Any]]:
+        """What stands in the processes of a role."""
+        ready = [a.process for a in self.actors if a.process and a.process.alive and a.process.ready]
+        return [(p.name, p.instance) for p in ready if p.name.startswith(role) and not p.frozen]
 
     def _running(self, name: str) -> Actor | None:
         found = [a for a in self.actors if a.name == name and a.process is not None and a.process.alive]

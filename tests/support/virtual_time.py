@@ -1,8 +1,8 @@
 """Threads in virtual time: one runs at any moment, a seed decides which is next, and no clock is waited for.
 
 A task is a function in an OS thread of its own. It holds the baton until it parks: in a sleep, in a wait on a
-condition (and so in one on an event, a future or a queue), or where its caller says so. Whoever parks picks the next
-task that can run; if none can, the clock moves on to the next timer. So a run is a function of its seed.
+condition (and so in one on an event, a future or a queue), or where its caller says so. Whoever parks picks the
+next task that can run; if none can, the clock moves on to the next timer. So a run is a function of its seed.
 
 Seed 0 is the plain schedule: first come, first served, and no switch that is not needed.
 """
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 START = 1000.0  # of the clock: code that takes 0 for long ago is right, as on any machine
 _EPOCH = 1.7e9
@@ -57,13 +57,16 @@ class Task:
         self.parked = self.done = self.killed = False
         self.epoch = 0  # number of the parking: a timer of an earlier one wakes nobody
         self.error: BaseException | None = None  # to be raised where it parks
-        self.waiters: list[tuple[Task, int]] = []  # for its end
+        self.waiters: Waiters = []  # for its end
+
+
+Waiters: TypeAlias = list[tuple[Task, int]]  # tasks, each with the number of its parking
 
 
 class _Worker:
     """An OS thread that runs one task after another; idle ones are kept for the next schedule."""
 
-    idle: list[_Worker] = []
+    idle: ClassVar[list[_Worker]] = []
 
     def __init__(self, own: bool = True) -> None:
         self.gate = _thread.allocate_lock()
@@ -153,7 +156,7 @@ class Scheduler:
             task.parked = False
             self._ready(task)
 
-    def wait_until(self, done: Callable[[], bool], waiters: list[list[tuple[Task, int]]], until: float | None) -> bool:
+    def wait_until(self, done: Callable[[], bool], waiters: list[Waiters], until: float | None) -> bool:
         """Park until `done()`; whoever may make it so wakes those in `waiters`. False: it was too late."""
         while not done():
             if until is not None and self.now >= until:
@@ -164,7 +167,7 @@ class Scheduler:
             self.park(until)
         return True
 
-    def wake_all(self, waiters: list[tuple[Task, int]]) -> None:
+    def wake_all(self, waiters: Waiters) -> None:
         """Wake whoever is listed, and empty the list."""
         for task, epoch in waiters:
             self.wake(task, epoch)
