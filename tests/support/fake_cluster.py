@@ -187,6 +187,7 @@ class FakeCluster:
         self.rules: list[Rule] = []
         self.log: list[str] = []  # what was done to it
         self.full: set[str] = set()  # actors that find no place
+        self.pings_in_store = False  # a scorer's other results, too: RAY_max_direct_call_object_size = 0 does it
         self.handlers: dict[int, Any] = {}  # of the driver's signals
         self.unfinished: list[str] = []  # threads that the driver left behind
         self._pids = itertools.count(70_001)
@@ -262,6 +263,13 @@ class FakeCluster:
                 self._resolve(ref, None, ObjectLostError("00", None, ""))
         return True
 
+    def evict(self, name: str) -> bool:
+        """As `lose`, and there is no other place for it."""
+        if self._running(name) is None:
+            return False
+        self.full.add(name)
+        return self.lose(name)
+
     def terminate(self) -> bool:
         """SIGTERM to the driver."""
         handler = self.handlers.get(signal.SIGTERM)
@@ -271,12 +279,16 @@ class FakeCluster:
         handler(signal.SIGTERM, None)
         return True
 
-    def make_room(self, name: str) -> None:
+    def make_room(self, name: str) -> bool:
         """There is a place again for an actor that found none."""
+        if name not in self.full:
+            return False
+        self._note("make_room", name)
         self.full.discard(name)
         for actor in self.actors:
             if actor.name == name and actor.state == "restarting":
                 self._launch(actor)
+        return True
 
     def names(self, role: str = "") -> list[str]:
         """Actors that have not ended."""
@@ -296,7 +308,7 @@ class FakeCluster:
 
         Others are handed to who called, and are lost with it only.
         """
-        return actor.startswith("scorer") or method == "weights"
+        return method == "weights" or (actor.startswith("scorer") and (method == "score" or self.pings_in_store))
 
     def _note(self, what: str, whom: str) -> None:
         self.log.append(f"{self.scheduler.switches}:{what}:{whom}")

@@ -141,14 +141,19 @@ class Scheduler:
         self._pass_on(task)
 
     def pause(self, chance: float = 0.25) -> None:
-        """A moment at which others may run first."""
+        """A moment at which others may run first, at times for long: a busy machine."""
         task = self.current
         if task.killed:
             raise Killed
-        if task.owner.frozen or (self.random is not None and self.random.random() < chance):
-            task.parked = True
-            self.wake(task, task.epoch)
-            self._pass_on(task)
+        draw = self.random
+        if task.owner.frozen or (draw is not None and draw.random() < chance):
+            kind = draw.random() if draw is not None else 0.0
+            if kind > 0.8 and draw is not None:
+                self.park(self.now + draw.random() * (0.02 if kind < 0.98 else 2.0))
+            else:
+                task.parked = True
+                self.wake(task, task.epoch)
+                self._pass_on(task)
 
     def wake(self, task: Task, epoch: int) -> None:
         """Let a task run that is still parked there."""
