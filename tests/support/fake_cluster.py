@@ -468,7 +468,8 @@ class FakeCluster:
             if rule.method == call.method and rule.at == at and f"{call.actor.name}:".startswith(f"{rule.actor}:"):
                 rule.seen += 1
                 if rule.seen == rule.nth:
-                    seconds = max(seconds, rule.do() or 0.0)
+                    result = rule.do()
+                    seconds = result if isinstance(result, float) else seconds
         return seconds
 
     # --- lives and deaths --------------------------------------------------------------------------------------
