@@ -90,6 +90,13 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     refs: list[Ref]
+    found: list[tuple[Any, RayError | None]] = field(default_factory=list)  # its arguments, once they are fetched
+
+    def fetch(self) -> None:
+        """Get hold of the arguments: what is lost later does not matter any more."""
+        refs = (a if isinstance(a, Ref) else None for a in self.args)
+        pairs = zip(self.args, refs, strict=True)
+        self.found = self.found or [(a, None) if r is None else (r.value, r.error) for a, r in pairs]
 
 
 @dataclass(eq=False)
@@ -187,6 +194,7 @@ class FakeCluster:
         self.rules: list[Rule] = []
         self.log: list[str] = []  # what was done to it
         self.full: set[str] = set()  # actors that find no place
+        self.one_node = bool(seed % 2)  # arguments are at hand when a call goes out, not when it is carried out
         self.pings_in_store = False  # a scorer's other results, too: RAY_max_direct_call_object_size = 0 does it
         self.handlers: dict[int, Any] = {}  # of the driver's signals
         self.unfinished: list[str] = []  # threads that the driver left behind
@@ -386,6 +394,8 @@ class FakeCluster:
                 missing[0].lanes.append(lane)
                 return
             call = lane.waiting.popleft()
+            if self.one_node:
+                call.fetch()
             slow = self._happens("send", call)
             lane.last = max(lane.last, self.scheduler.now + (slow or self._latency()))
             self.scheduler.at(lane.last, partial(self._deliver, call))
@@ -428,11 +438,11 @@ class FakeCluster:
 
     def _carry_out(self, process: Process, call: _Call) -> Any:
         try:
-            for argument in call.args:
-                if isinstance(argument, Ref) and argument.error is not None:
-                    raise argument.error
-            args = [a.value if isinstance(a, Ref) else a for a in call.args]
-            return getattr(process.instance, call.method)(*args, **call.kwargs)
+            call.fetch()
+            for _, error in call.found:
+                if error is not None:
+                    raise error
+            return getattr(process.instance, call.method)(*(value for value, _ in call.found), **call.kwargs)
         except Exception as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
             return _Failed(_task_error(call.method, cause))

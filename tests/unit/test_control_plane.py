@@ -107,22 +107,29 @@ def test_a_death_in_each_call(role, method, at):
         finish(run, f"kill:{role}")
 
 
-def test_a_lost_sampler_whose_chunks_are_late():
-    """They reach the scorer when it was told to forget their rollouts, and these are under way again."""
-    run = Run()
-    for nth in (5, 6, 7, 8):
-        run.cluster.delay("scorer", "score", 3.0, nth=nth)
-    run.cluster.when("scorer", "score", lambda: run.cluster.kill("sampler:0"), nth=8, at="send")
-    result = finish(run, "kill:sampler:0")
-    assert not any(result.held.values())
+@pytest.mark.parametrize("seconds", [0.15, 0.2, 0.22, 0.25, 0.28, 0.3])
+def test_a_lost_sampler_whose_first_chunk_is_late(seconds):
+    """It reaches the scorer after that was told to forget its rollouts, while these are under way again."""
+    run = Run(0, {"scorer": {"replicas": 1}})
+    run.cluster.one_node = True  # or the chunk would be lost with its owner
+    run.cluster.when("sampler:0", "generate", lambda: run.cluster.delay("scorer:0", "score", seconds))
+    run.cluster.when("scorer:0", "score", lambda: run.cluster.kill("sampler:0"), at="send")
+    finish(run, "kill:sampler:0")
 
 
-def test_decisions_that_come_after_a_release():
-    """What was cut was sent once more before its scorer died, and that is scored by another: it lets it go."""
+def test_a_decision_that_comes_after_the_next_chunk_was_sent():
+    """A chunk is on its way when one of its rollouts is cut, and then its scorer dies: another scores the chunk, and
+    has to let go of what was cut.
+    """
     run = Run()
-    run.cluster.delay("monitor", "observe", 0.3, nth=13, at="answer")
-    run.cluster.when("scorer:0", "score", lambda: run.cluster.kill("scorer:0"), nth=9, at="send")
-    finish(run, "kill:scorer:0")
+
+    def lose() -> float:
+        run.cluster.after(0.2, lambda: run.cluster.kill("scorer:1"))
+        return 0.5
+
+    run.cluster.delay("monitor", "observe", 0.06, nth=27, at="answer")  # cuts three rollouts of step 2
+    run.cluster.when("scorer:1", "score", lose, nth=15, at="send")  # brings more of them
+    finish(run, "kill:scorer:1")
 
 
 @pytest.mark.parametrize("role", ROLES)
