@@ -1,0 +1,400 @@
+"""A small run on a fake cluster: what is done to it, what comes of it, and what must be so whatever was done.
+
+The one place that knows how a run is put together from the classes of `actors` is `build`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from actors.bench.stub_teacher import stub_kl
+from actors.bench.stubs import StubEngine
+from actors.job import Job, Prepared
+from actors.object_store import StoreUsage, StoreWatch
+from actors.sampler_pool import Engines, ModelPaths
+from actors.watch import Preempted, StopRequest
+from kat_ray.checkpoint import Loaded, check_state
+from kat_ray.config import Config
+from kat_ray.data import PromptSet
+from kat_ray.errors import Forgotten, UserError
+from kat_ray.types import (
+    EngineEnd,
+    EngineRows,
+    Prompt,
+    RolloutChunk,
+    SamplingSettings,
+    ScoredChunk,
+    TeacherRows,
+    WeightUpdate,
+)
+from tests.support.fake_cluster import FakeCluster, FakePlacement
+from tests.support.stub_learner import StubLearner, World
+
+PLAIN: dict[str, dict[str, Any]] = {
+    "run": {"steps": 3, "checkpoint_every": 2, "grace_seconds": 30.0},
+    "student": {"path": "student"},
+    "teacher": {"path": "teacher"},
+    "data": {"path": "unused.jsonl"},
+    "rollout": {
+        "prompts_per_step": 4, "rollouts_per_prompt": 2, "max_tokens": 16, "chunk_tokens": 3, "max_chunks_ahead": 2,
+        "top_k_logprobs": 4,
+    },
+    "termination": {
+        "rule": "kat", "window": 3, "consecutive": 2, "exempt": 1, "min_samples": 4, "min_steps": 1, "eta": 0.3,
+        "probe_share": 0.3,
+    },
+    "sampler": {"replicas": 2},
+    "scorer": {"replicas": 2},
+    "learner": {"world_size": 1},
+    "cluster": {
+        "hang_timeout": 20.0, "start_timeout": 60.0, "step_timeout": 200.0, "replacement_timeout": 20.0,
+        "max_restarts": 5,
+    },
+}  # fmt: skip
+
+
+def config_of(changes: Mapping[str, Mapping[str, Any]] | None = None) -> Config:
+    """The small run, with these fields changed."""
+    sections = dict(PLAIN)
+    for name, values in (changes or {}).items():
+        sections[name] = {**sections.get(name, {}), **values}
+    return Config.model_validate(sections)
+
+
+class ShiftingEngine(StubEngine):
+    """The stub engine, with tokens that depend on the weights, and with answers of different lengths."""
+
+    def __init__(self, top_k: int, fixed: bool) -> None:
+        super().__init__(top_k, vocabulary=16, rate=300.0)
+        self._fixed = fixed  # tokens depend on the rollout alone
+        self._shift = 0
+        self._short: set[str] = set()  # requests that end before they must
+
+    def add(self, request_id: str, prompt_ids: Sequence[int], seed: int, settings: SamplingSettings) -> None:
+        """Queue one request; the seed says how long its answer is."""
+        assert request_id not in self._left, f"{request_id} is under way already"
+        super().add(request_id, prompt_ids, seed, settings)
+        self._left[request_id] = length = min(settings.max_tokens, 6 + seed % 16)
+        self._row[request_id] += self._shift
+        if length < settings.max_tokens:
+            self._short.add(request_id)
+
+    def step(self) -> list[EngineRows]:
+        """One token of every running request."""
+        short = self._short
+        return [r._replace(end=EngineEnd.EOS) if r.end and r.request_id in short else r for r in super().step()]
+
+    def load_weights(self, update: WeightUpdate) -> None:
+        """The next tokens are of these weights."""
+        assert not self._left, "weights are changed under rollouts"
+        self._shift = 0 if self._fixed else int(update.arrays[0][0]) % 251
+
+
+def make_engine(fixed: bool, config: Config, *_: Any) -> ShiftingEngine:
+    """A `make_engine` of StudentSampler."""
+    return ShiftingEngine(config.rollout.top_k_logprobs, fixed)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """What `quick_compare` needs of a chunk: its reverse KL."""
+
+    d: np.ndarray
+
+
+class QuickTeacher:
+    """The teacher of `actors.bench.stub_teacher` without torch, which would take half of the time."""
+
+    run_tokens = 0
+    vocabulary = 2**24
+    cache_bytes = 0
+
+    def __init__(self, config: Config, *_: Any) -> None:
+        self._horizon = config.rollout.max_tokens
+        self._held: dict[int, int] = {}  # tokens of a rollout that it knows
+
+    @property
+    def held(self) -> int:
+        return len(self._held)
+
+    def score(self, chunk: RolloutChunk) -> _Columns:
+        """Reverse KL by rollout and position; what a chunk leaves out must be known."""
+        for i, rollout in enumerate(chunk.rollout_ids.tolist()):
+            start, context = int(chunk.start[i]), chunk.context(i)
+            if not len(context) and rollout not in self._held:
+                raise Forgotten(f"the past of rollout {rollout} is not held")
+            known = len(context) - PROMPT_LENGTH if len(context) else self._held[rollout]
+            assert known == start, f"rollout {rollout}: {known} tokens are known, the chunk starts at {start}"
+            self._held[rollout] = start + len(chunk.new_tokens(i))
+        counts = np.diff(chunk.offsets)
+        position = np.arange(chunk.tokens) - np.repeat(chunk.offsets[:-1] - chunk.start, counts)
+        return _Columns(stub_kl(np.repeat(chunk.rollout_ids, counts), position, self._horizon))
+
+    def release(self, rollout_ids: Sequence[int]) -> None:
+        for rollout in rollout_ids:
+            self._held.pop(rollout, None)
+
+
+def quick_compare(scorer: Any, chunk: RolloutChunk, columns: _Columns, _: float) -> tuple[ScoredChunk, TeacherRows]:
+    """Stands in for the scorer's arithmetic in torch."""
+    n = chunk.tokens
+    half = np.full(n, 0.5, dtype=np.float16)
+    scored = ScoredChunk(
+        scorer=scorer._name, attempt=chunk.attempt, policy_version=chunk.policy_version,
+        rollout_ids=chunk.rollout_ids, start=chunk.start, offsets=chunk.offsets, token_ids=chunk.token_ids,
+        d=columns.d, ended=chunk.ended, overlap=half, teacher_max=half, teacher_entropy=half, student_entropy=half,
+        student_tail=half, teacher_top=np.zeros(n, dtype=np.int32), seconds=0.001,
+    )  # fmt: skip
+    rows = (chunk.topk_logprobs - columns.d[:, None]).astype(np.float16)
+    return scored, TeacherRows(rows, chunk.tail_logprobs - columns.d, np.full(n, -16.0, dtype=np.float32))
+
+
+class MemoryRun:
+    """The records of a run, in memory."""
+
+    def __init__(self) -> None:
+        self.path = Path("/nowhere/run")
+        self.metrics: list[tuple[int, dict[str, float]]] = []
+        self.traces: dict[int, list[Any]] = {}
+        self.summary: dict[str, Any] | None = None
+
+    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        self.metrics.append((step, dict(values)))
+
+    def write_traces(self, step: int, rows: Sequence[Any]) -> None:
+        self.traces[step] = list(rows)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self.summary = dict(summary)
+
+    def positions(self) -> dict[str, int]:
+        return {"metrics.jsonl": len(self.metrics)}
+
+    def rewind(self, step: int, positions: Mapping[str, int]) -> None:
+        del self.metrics[positions.get("metrics.jsonl", 0) :]
+        self.traces = {s: rows for s, rows in self.traces.items() if s < step}
+        self.summary = None
+
+    def paths(self, checkpoint: Path) -> dict[str, Path]:
+        return {"checkpoint": checkpoint}
+
+
+class MemoryCheckpoints:
+    """The checkpoints of a run, in memory; what the learner wrote is on the world's disk."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.written: dict[int, tuple[str, int]] = {}  # by step: state as JSON, and weights
+
+    def begin(self, step: int) -> Path:
+        path = Path(f"/nowhere/run/checkpoints/step-{step}.partial")
+        self._world.disk.pop(str(path), None)
+        return path
+
+    def commit(self, step: int, state: Mapping[str, Any], files: Mapping[str, Any], metric: float | None) -> Path:
+        check_state(state)
+        weights = self._world.disk.pop(f"/nowhere/run/checkpoints/step-{step}.partial")
+        final = Path(f"/nowhere/run/checkpoints/step-{step}")
+        self._world.disk[str(final)] = weights
+        self.written[step] = (json.dumps(state), weights)
+        return final
+
+    def newest(self) -> tuple[Loaded | None, list[str]]:
+        if not self.written:
+            return None, []
+        step = max(self.written)
+        path = Path(f"/nowhere/run/checkpoints/step-{step}")
+        return Loaded(path, step, None, json.loads(self.written[step][0])), []
+
+
+@dataclass
+class Result:
+    """What came of a run."""
+
+    cluster: FakeCluster
+    run: MemoryRun
+    checkpoints: MemoryCheckpoints
+    notes: list[str] = field(default_factory=list)
+    held: dict[str, int] = field(default_factory=dict)
+    error: BaseException | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.run.summary is not None
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must not depend on what was done to the run: rows kept, cuts, calibration, weights."""
+        steps = {}
+        for step, rows in sorted(self.run.traces.items()):
+            steps[step] = [_row(row) for row in rows]
+        written = sorted(self.checkpoints.written.items())
+        states = {step: (json.loads(state)["rule"], weights) for step, (state, weights) in written}
+        return {"rows": steps, "states": states}
+
+
+def _row(row: Any) -> tuple[Any, ...]:
+    kept = len(row.token_ids) if row.cut is None else row.cut
+    return (
+        row.rollout_id, str(row.stop_reason), row.cut, row.confirmed, row.threshold, row.minimum, row.probe,
+        row.would_cut, tuple(row.token_ids[:kept].tolist()), tuple(row.d[:kept].tolist()),
+    )  # fmt: skip
+
+
+class Run:
+    """A run and its cluster: name what is to happen to it, then `go`."""
+
+    def __init__(
+        self,
+        seed: int = 0,
+        changes: Mapping[str, Mapping[str, Any]] | None = None,
+        start_from: Result | None = None,
+    ) -> None:
+        self.changes = changes
+        self.config = config_of(changes)
+        self.cluster = FakeCluster(seed)
+        self.world = World()
+        self.records = MemoryRun()
+        self.checkpoints = MemoryCheckpoints(self.world)
+        self.notes: list[str] = []
+        if start_from is not None:
+            self.records, self.checkpoints = start_from.run, start_from.checkpoints
+            self.checkpoints._world = self.world
+            for step, (_, weights) in self.checkpoints.written.items():
+                self.world.disk[f"/nowhere/run/checkpoints/step-{step}"] = weights
+        self.job: Any = None
+        self.held: dict[str, int] = {}  # rollouts that an actor still has at the end
+
+    def disturb(self, schedule: Sequence[tuple[int, str, str]]) -> Run:
+        """Have things happen at switches of the schedule: kill, freeze or lose an actor, terminate the driver."""
+        for switch, what, whom in schedule:
+            do = getattr(self.cluster, what)
+            act = do if what == "terminate" else functools.partial(do, whom)
+            self.cluster.scheduler.agenda.setdefault(switch, []).append(act)
+        return self
+
+    def go(self) -> Result:
+        """Run it to its end, whatever that is; raises what is no documented end."""
+        result = Result(self.cluster, self.records, self.checkpoints, self.notes, self.held)
+        with ExitStack() as stack:
+            for where, what in self._replaced().items():
+                stack.enter_context(mock.patch(where, what))
+            try:
+                self.cluster.run(self._drive)
+            except (UserError, Preempted) as error:
+                result.error = error
+        return result
+
+    def _drive(self) -> None:
+        self.job = self.build()
+        loaded, _ = self.checkpoints.newest()
+        self.job.run_all(0.0, loaded)
+        time.sleep(10)  # until the last messages have arrived
+        for role, count in (("scorer", "states"), ("monitor", "open_rollouts")):
+            for name, instance in self.cluster.instances(role):
+                self.held[name] = instance.stats()[count]
+
+    def build(self) -> Any:
+        """The run of today's classes."""
+        config = self.config
+        paths = ModelPaths("student", "teacher", (1,), (1,), vocabulary=64, max_model_len=64)
+        numbers = {
+            "sampler": config.sampler.replicas, "scorer": config.scorer.replicas, "monitor": config.monitor.shards,
+            "learner": config.learner.world_size,
+        }  # fmt: skip
+        model = SimpleNamespace(parameters=1)
+        facts = SimpleNamespace(tokenizer=None, student=model, teacher=model)
+        progress = SimpleNamespace(
+            phase=lambda _: None, training=lambda: None, note=self.notes.append, step=lambda _: None,
+            finish=lambda *_: None,
+        )  # fmt: skip
+        self.stop = StopRequest(config.run.grace_seconds)
+        engines = Engines(functools.partial(make_engine, bool(config.rollout.staleness)), QuickTeacher)
+        prepared: Any = Prepared(facts, PROMPTS, None, paths)
+        self.placement: Any = FakePlacement(self.cluster, numbers)
+        return Job(config, prepared, self.placement, self.records, progress, self.stop, engines)
+
+    def _replaced(self) -> dict[str, Any]:
+        """What of today's modules a run here does without."""
+        nothing = mock.Mock()
+        return {
+            "actors.pools.Learner": type("StubLearner", (StubLearner,), {"world": self.world}),
+            "actors.teacher_scorer.TeacherScorer._compare": quick_compare,
+            "actors.job.RayMetrics": lambda *_: nothing,
+            "actors.job.StoreWatch": functools.partial(StoreWatch, look=lambda: StoreUsage(0.1, 0.0)),
+            "actors.job.checkpoints_of": lambda *_: self.checkpoints,
+            "actors.job.run_summary": lambda _config, totals, *_: totals.as_dict(),
+        }
+
+
+PROMPT_LENGTH = 3
+PROMPTS = PromptSet(tuple(Prompt(f"p{i}", (20 + i, 30 + i, 40)) for i in range(5)), 0, "unused.jsonl")
+
+
+def undisturbed(changes: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """The fingerprint of the plain run."""
+    return _undisturbed(json.dumps(changes or {}, sort_keys=True))
+
+
+@functools.cache
+def _undisturbed(changes: str) -> dict[str, Any]:
+    sections = json.loads(changes)
+    sections["run"] = {**sections.get("run", {}), "checkpoint_every": 1}
+    result = Run(0, sections).go()
+    assert result.error is None, result.error
+    check(result)
+    return result.fingerprint()
+
+
+def check_schedule(
+    seed: int, schedule: Sequence[tuple[int, str, str]], changes: Mapping[str, Mapping[str, Any]] | None = None
+) -> Result:
+    """Run a schedule, and check what holds of all of them; one that was told to end is gone on with."""
+    result = Run(seed, changes).disturb(schedule).go()
+    check(result)
+    if result.error is not None:
+        done = {line.split(":")[1] for line in result.cluster.log}
+        assert (
+            isinstance(result.error, Preempted)
+            or ("terminate" in done and "told to end" in str(result.error))
+            # What freezes while it starts, or is told of others, is found when cluster.start_timeout is over.
+            or ("freeze" in done and "cluster.start_timeout" in str(result.error))
+        ), result.error
+        result = Run(seed, changes, start_from=result).go()
+        check(result)
+        assert result.error is None, result.error
+    assert result.finished
+    compare(result, undisturbed(changes))
+    return result
+
+
+def compare(result: Result, plain: Mapping[str, Any]) -> None:
+    """The same rows, and the same calibration and weights at every checkpoint."""
+    own = result.fingerprint()
+    for step, rows in plain["rows"].items():
+        assert own["rows"][step] == rows, f"the rows of step {step} differ"
+    for step, state in own["states"].items():
+        assert state == plain["states"][step], f"calibration or weights after step {step} differ"
+
+
+def check(result: Result) -> None:
+    """What holds of every run, however it ended."""
+    assert not result.cluster.unfinished, f"left behind: {result.cluster.unfinished}"
+    assert not any(result.held.values()), f"rollouts are still held: {result.held}"
+    if result.finished:
+        summary = result.run.summary
+        assert summary["generated_tokens"] == (
+            summary["kept_tokens"] + summary["overshoot_tokens"] + summary["cut_back_tokens"]
+        ), summary
+        assert summary["trained_tokens"] == summary["kept_tokens"], summary
+        assert sorted(result.run.traces) == list(range(summary["steps"]))

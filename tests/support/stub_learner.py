@@ -1,0 +1,156 @@
+"""A learner without a model: its weights are a number, a function of every kept token of every step.
+
+Its ranks meet and reduce as real ones do: where one dies, the others wait for ever.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import ray
+
+from actors.learner import LearnerReport
+from kat_ray.batch import collect_rows
+from kat_ray.config import Config
+from kat_ray.errors import Forgotten
+from kat_ray.pulse import Beat, Pulse
+from kat_ray.types import KeptRollout, WeightUpdate
+
+_PRIME = 2**61 - 1
+_FIGURES = (
+    "loss", "grad_norm", "lr", "logprob_diff_mean", "logprob_diff_max", "entropy", "tail_mass", "stop_mass",
+)  # fmt: skip
+
+
+@dataclass
+class Meeting:
+    """Ranks that reduce sums together."""
+
+    size: int
+    condition: threading.Condition = field(default_factory=threading.Condition)
+    parts: dict[tuple[int, int], int] = field(default_factory=dict)  # by round and rank
+
+    def total(self, number: int, rank: int, part: int) -> int:
+        """The sum of all ranks' parts in this round."""
+        with self.condition:
+            self.parts[number, rank] = part
+            self.condition.notify_all()
+            while not all((number, other) in self.parts for other in range(self.size)):
+                self.condition.wait()
+            return sum(self.parts[number, other] for other in range(self.size))
+
+
+@dataclass
+class World:
+    """What ranks reach beside each other: the network and the disk."""
+
+    meetings: dict[int, Meeting] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.2  # of every piece of work
+
+
+class StubLearner:
+    """One rank; the calls of `actors.learner.Learner`."""
+
+    world: ClassVar[World]
+
+    def __init__(self, rank: int, world_size: int, config: Config, *_: Any) -> None:
+        self._rank, self._size = rank, world_size
+        self._pulse = Pulse()
+        self._meeting: Meeting | None = None
+        self._round = 0
+        self._weights = 0
+        self._rows: list[Any] | None = None
+        self._written: tuple[str, int] | None = None
+
+    def spans(self) -> tuple[()]:
+        return ()
+
+    def health(self) -> Beat:
+        return self._pulse.read()
+
+    def address(self) -> tuple[str, int]:
+        port = len(self.world.meetings) + 1
+        self.world.meetings[port] = Meeting(self._size)
+        return "host", port
+
+    def start(self, host: str, port: int) -> dict[str, Any]:
+        self._meeting, self._round = self.world.meetings[port], 0
+        self._work()
+        return {"rank": self._rank, "seconds": 0.0}
+
+    def collect(self, chunks: Sequence[Any], teacher: Sequence[Any], kept: Sequence[KeptRollout]) -> None:
+        self._check_started()
+        with self._pulse.busy("collect"):
+            self._rows = collect_rows(ray.get(list(chunks)), ray.get(list(teacher)), kept)
+
+    def learn(self, global_weight: float, policy_version: int) -> LearnerReport:
+        if self._rows is None:
+            raise Forgotten("no batch is held")
+        rows, self._rows = self._rows, None
+        with self._pulse.busy("learn"):
+            own = sum(_number(row) for row in rows)
+            tokens = self._work(sum(len(row.token_ids) for row in rows))
+            self._weights = (self._weights * 31 + self._work(own)) % _PRIME
+        assert tokens == global_weight, (tokens, global_weight)
+        fixed = dict.fromkeys(_FIGURES, 0.5)
+        return LearnerReport(
+            policy_version, tokens=tokens, dropped_tokens=0, micro_batches=1, seconds=0.1, skipped=False, **fixed
+        )
+
+    def weights(self, policy_version: int) -> tuple[WeightUpdate | None, int]:
+        self._work()
+        if self._rank:
+            return None, policy_version
+        array = np.array([self._weights], dtype=np.int64)
+        return WeightUpdate(policy_version, ("w",), ("int64",), (array,)), policy_version
+
+    def snapshot(self, path: str, _tokenizer: str) -> None:
+        self._work()
+        self._written = (path, self._weights)
+
+    def written(self) -> dict[str, Any]:
+        self._check_started()
+        assert self._written is not None
+        with self._pulse.busy("write the checkpoint"):
+            time.sleep(self.world.seconds)
+        path, weights = self._written
+        self.world.disk[path] = weights
+        return {}
+
+    def restore(self, path: str) -> None:
+        with self._pulse.busy("restore"):
+            self._work()
+            self._weights = self.world.disk[path]
+
+    def _work(self, part: int = 0) -> int:
+        """Work of a while, and a sum over all ranks."""
+        self._check_started()
+        assert self._meeting is not None
+        self._pulse.beat()
+        time.sleep(self.world.seconds)
+        self._round += 1
+        return self._meeting.total(self._round, self._rank, part)
+
+    def _check_started(self) -> None:
+        if self._meeting is None:
+            raise Forgotten(f"learner {self._rank} was not started: its process is new")
+
+
+def _number(row: Any) -> int:
+    """Of a rollout's kept part: other tokens, or other targets, give another."""
+    parts = (row.prompt_ids, row.token_ids, row.topk_ids, row.sampled_logprobs, row.teacher_topk, row.teacher_tail)
+    number = row.rollout_id
+    for part in parts:
+        number = (number * 1_000_003 + int.from_bytes(_digest(part), "little")) % _PRIME
+    return number
+
+
+def _digest(part: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(part).tobytes(), digest_size=7).digest()
