@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError
 
 from actors.cluster.replica import Replica
-from actors.cluster.waiting import death_message
+from actors.cluster.waiting import death_message, ready
 from kat_ray.cluster.hang_policy import HangPolicy
 from kat_ray.cluster.heartbeat import HeartbeatReport
 from kat_ray.cluster.revival import Unavailable
@@ -31,7 +31,7 @@ def answer_of(reference: Any, name: str) -> HeartbeatReport | Unavailable:
         report: HeartbeatReport = ray.get(reference)
     except ActorDiedError as error:
         return Unavailable(for_good=True, reason=death_message(error, f"{name} to come back"))
-    except RayActorError:
+    except (RayActorError, ObjectLostError):  # the answer of a scorer lies in its node's object store
         return Unavailable()
     return report
 
@@ -55,7 +55,7 @@ class HealthMonitor:
         pending = self._pings.get(name)
         if pending is None:
             pending = self._pings[name] = ping(replica.handle)
-        answered = bool(ray.wait([pending], timeout=0)[0])
+        answered = bool(ready([pending]))
         answer = answer_of(self._pings.pop(name), name) if answered else None
         report = answer if isinstance(answer, HeartbeatReport) else None
         reason = self._policy.check(name, now, report, answered=answered)

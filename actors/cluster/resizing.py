@@ -13,14 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 from ray.exceptions import RayError
 
 from actors.cluster.actor_groups import ActorGroup
 from actors.cluster.placement import Place, Placement
 from actors.cluster.replica import Replica
 from actors.cluster.run_actors import RunActors
-from actors.cluster.waiting import get, last_line
+from actors.cluster.waiting import get, last_line, ready
 from kat_ray.cluster.scaling_policy import Change, ScalingPolicy, StageTimes, scaling_metrics, size_metrics
 from kat_ray.config import Config
 from kat_ray.errors import UserError
@@ -94,7 +93,7 @@ class Resizing:
     def _bring_on(self, role: str) -> None:
         """Bring a replica on, as far as it goes without waiting."""
         coming, group = self._coming[role], self._groups[role]
-        if not ray.wait([coming.ready], timeout=0)[0]:
+        if not ready([coming.ready]):
             return
         try:
             get([coming.ready], f"a new {role} to start")

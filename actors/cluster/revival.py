@@ -11,7 +11,7 @@ from ray.exceptions import ObjectLostError
 
 from actors.cluster.health import answer_of, ping
 from actors.cluster.replica import Replica
-from actors.cluster.waiting import ACTOR_LOST, LearnersLost, Limit, get
+from actors.cluster.waiting import ACTOR_LOST, LearnersLost, Limit, get, ready
 from kat_ray.cluster.revival import PAUSE, Revival, Step
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ class ReplicaRevival:
 
     @property
     def pending(self) -> list[Any]:
-        """References that this waits for now; none while it pauses."""
-        return [self._ping] if self._told is None and self._ping is not None else self._told or []
+        """References that this waits for now, none of which was there at the last poll; none while it pauses."""
+        return [self._ping] if self._told is None and self._ping is not None else self._awaited
 
     @property
     def patience(self) -> float:
@@ -50,8 +50,9 @@ class ReplicaRevival:
         if self._told is None and not self._has_new_process():
             return False
         assert self._told is not None
-        done = ray.wait(self._told, num_returns=len(self._told), timeout=0)[0] if self._told else []
-        if len(done) < len(self._told):
+        there = set(ready(self._told))
+        self._awaited = [ref for ref in self._told if ref not in there]
+        if self._awaited:
             if time.monotonic() - self._told_at > self._limit.seconds:
                 raise self._limit.error(f"{self.replica.name} to take its weights")
             return False
@@ -67,11 +68,12 @@ class ReplicaRevival:
 
     def _begin(self) -> None:
         self._told, self._ping = None, None
+        self._awaited: list[Any] = []
         self._machine: Revival = self._supervisor.begin_revival(self.replica)
 
     def _has_new_process(self) -> bool:
         answer = None
-        if self._ping is not None and ray.wait([self._ping], timeout=0)[0]:
+        if self._ping is not None and ready([self._ping]):
             answer, self._ping = answer_of(self._ping, self.replica.name), None
         step = self._machine.handle(time.monotonic(), answer)
         if step is Step.KILL:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import ray
@@ -17,7 +16,7 @@ from actors.cluster.replica import Replica, remote_class
 from actors.cluster.samplers import Engines, ModelPaths, SamplerGroup
 from actors.cluster.signals import StopRequest
 from actors.cluster.supervisor import Supervisor
-from actors.cluster.waiting import LearnersLost
+from actors.cluster.waiting import SLICE, LearnersLost
 from actors.learner.settings import LearnerSettings
 from actors.monitor.trap_monitor import TrapMonitor
 from actors.teacher.scorer import TeacherScorer
@@ -109,13 +108,19 @@ class RunActors:
     def wire(self) -> None:
         """Tell every sampler of its scorers and its monitor."""
         self.samplers.wiring = self._wire_one
-        calls = [partial(self._wire_one, replica) for replica in self.samplers.replicas]
-        self.supervisor.wait_for_start(calls, "samplers to be connected")
+        wired: tuple[Replica, ...] = ()
+        while wired != self.samplers.replicas:  # one that is lost meanwhile may be dropped: the others move up
+            wired = self.samplers.replicas
+            self.samplers.call(lambda _, sampler: self._wire(sampler), "samplers to be wired")
 
     def _wire_one(self, replica: Replica) -> Any:
-        index = self.samplers.replicas.index(replica)
-        return wire_sampler(
-            replica.handle, index, len(self.samplers.replicas), self.scorers.handles, self.monitors.handles
+        return self._wire(replica.handle)
+
+    def _wire(self, sampler: Any) -> Any:
+        index, samplers = self.samplers.handles.index(sampler), len(self.samplers.replicas)
+        monitors = self.monitors.handles
+        return sampler.connect.remote(
+            self.scorers.handles, monitors[shard_of(index, len(monitors))], index, samplers
         )
 
     # --- weights ----------------------------------------------------------------------------------------------
@@ -135,11 +140,9 @@ class RunActors:
         ids = [spec.rollout_id for spec in request.specs]
         left = [scorer.abandon.remote(request.attempt, ids) for scorer in self.scorers.handles]
         limit = self.supervisor.limits.hang_timeout  # a scorer that is lost has forgotten it too
-        slices = max(1, round(limit))
-        for _ in range(slices):
-            _, left = ray.wait(left, num_returns=len(left), timeout=limit / slices)
-            if not left:
-                return
+        deadline = time.monotonic() + limit
+        while left and time.monotonic() < deadline:
+            _, left = ray.wait(left, num_returns=len(left), timeout=min(SLICE, limit))
             self.supervisor.check(interruptible=True)
 
     def abandon_sampling(self) -> None:
@@ -157,8 +160,3 @@ class RunActors:
         """
         self.samplers.forget_weights()
         self.learners.restart(error)
-
-
-def wire_sampler(sampler: Any, index: int, samplers: int, scorers: Sequence[Any], monitors: Sequence[Any]) -> Any:
-    """Tell the `index`-th of `samplers` whom its chunks go to; reference of its answer."""
-    return sampler.connect.remote(scorers, monitors[shard_of(index, len(monitors))], index, samplers)

@@ -67,6 +67,11 @@ def wait(refs: Sequence[Any], what: str, limit: Limit, check: Callable[[], objec
     return [results[ref] for ref in refs]
 
 
+def ready(refs: Sequence[Any]) -> list[Any]:
+    """Those of the references whose results are there, without waiting; Ray's own call refuses none at all."""
+    return ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else []
+
+
 def get(refs: Sequence[Any], what: str) -> list[Any]:
     """`ray.get` of results that are there, with errors that say what was waited for.
 
@@ -106,7 +111,7 @@ def wait_for_start(
             try:
                 results += get([refs[i]], what)
                 break
-            except RayActorError as error:
+            except (RayActorError, ObjectLostError) as error:
                 # Ray does not start an actor again whose constructor raised.
                 if time.monotonic() > deadline or isinstance(error, ActorDiedError):
                     raise UserError(death_message(error, what)) from error

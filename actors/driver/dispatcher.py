@@ -13,7 +13,7 @@ from ray.exceptions import ObjectLostError
 from actors.cluster.replica import Replica
 from actors.cluster.revival import ReplicaRevival
 from actors.cluster.run_actors import RunActors, shard_of
-from actors.cluster.waiting import ACTOR_LOST, SLICE, Limit, get
+from actors.cluster.waiting import ACTOR_LOST, SLICE, Limit, get, ready
 from actors.driver.dispatch import Abandon, Assign, CountRecordLoss, Dispatch, Drop, Instruction, Revive
 from kat_ray.types.records import GenerateRequest, RolloutSpec, SamplerReport, StepStart
 
@@ -59,7 +59,7 @@ class RolloutDispatcher:
         deadline, checked = time.monotonic() + limit.seconds, time.monotonic()
         while not self._dispatch.is_over:
             self._wait_a_while()
-            for ref in ray.wait(list(self._running), num_returns=len(self._running), timeout=0)[0]:
+            for ref in ready(list(self._running)):
                 self._take(ref)
             for number, revival in tuple(self._revivals.items()):
                 if revival.poll():

@@ -163,8 +163,8 @@ def _get(tree: Any, key: str) -> Any:
 def compare(name: str, found: dict[str, Any]) -> list[str]:
     """Differences from what was recorded: to the bit on a machine of the same kind, else as far as numbers go.
 
-    Sums in another order change last bits. With real engines that sooner or later changes a token, and all after it:
-    on another kind of machine the first step is compared.
+    Sums in another order change last bits. With real engines that sooner or later changes a token, and all that
+    come after it: on another kind of machine the first step is compared.
     """
     golden = json.loads((FOLDER / f"{name}.json").read_text())
     exact = found.pop("machine") == golden.pop("machine")

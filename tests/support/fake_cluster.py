@@ -559,43 +559,28 @@ def _raised(error: RayError) -> RayError:
 
 
 class FakePlacement:
-    """`actors.cluster.Placement`, with a place for everybody but those in `cluster.full`."""
+    """`actors.cluster.placement.Placement`, with a place for everybody but those in `cluster.full`."""
 
     def __init__(self, cluster: FakeCluster, numbers: dict[str, int]) -> None:
         self._cluster = cluster
         self._numbers = dict(numbers)  # of the next replica
-        self._places = {role: [f"{role}:{i}" for i in range(count)] for role, count in numbers.items()}
-        self.asked: list[str] = []
+        self._places = {role: tuple(f"{role}:{i}" for i in range(count)) for role, count in numbers.items()}
 
-    def options(self, role: str, index: int) -> dict[str, Any]:
-        return self._options(self._places[role][index])
+    def places(self, role: str) -> tuple[str, ...]:
+        return self._places[role]
 
-    def _options(self, place: str) -> dict[str, Any]:
-        return {"name": f"kat:{place}", "max_restarts": -1, "place": place}
+    def options(self, role: str, number: int, place: str, label: str = "") -> dict[str, Any]:
+        return {"name": f"kat:{label or role}:{number}", "max_restarts": -1, "place": place}
 
-    def ask(self, role: str) -> tuple[str, Ref]:
+    def request(self, role: str) -> tuple[str, Ref]:
         place = f"{role}:{self._numbers[role]}"
         self._numbers[role] += 1
-        self.asked.append(place)
         ref = Ref(self._cluster.driver)
         if place not in self._cluster.full:
             self._cluster.after(3.0, lambda: self._cluster._resolve(ref, True, None))
         return place, ref
 
-    def spare_options(self, role: str, group: str) -> tuple[int, dict[str, Any]]:
-        return int(group.split(":")[1]), self._options(group)
-
-    def take(self, role: str, group: str) -> None:
-        self.asked.remove(group)
-        self._places[role].append(group)
-
-    def detach(self, role: str, index: int) -> str:
-        group = self._places[role].pop(index)
-        self.asked.append(group)
-        return group
-
-    def forget(self, group: str) -> None:
-        self.asked.remove(group)
+    def release(self, group: str) -> None:
         for actor in self._cluster.actors:
             if actor.place == group and actor.state != "dead":
                 if actor.process is not None and actor.process.alive:

@@ -18,17 +18,19 @@ from unittest import mock
 
 import numpy as np
 
-from actors.bench.stub_teacher import stub_kl
-from actors.bench.stubs import StubEngine
-from actors.job import Job, Prepared
-from actors.object_store import StoreUsage, StoreWatch
-from actors.sampler_pool import Engines, ModelPaths
-from actors.watch import Preempted, StopRequest
-from kat_ray.checkpoint import Loaded, check_state
+from actors.cluster.object_store import StoreUsage, StoreWatch
+from actors.cluster.samplers import Engines, ModelPaths
+from actors.cluster.signals import Preempted, StopRequest
+from actors.driver.preparation import Prepared
+from actors.driver.training_run import TrainingRun
+from actors.testing.stub_engine import StubEngine
+from actors.testing.stub_teacher import stub_kl
 from kat_ray.config import Config
-from kat_ray.data import PromptSet
-from kat_ray.errors import Forgotten, UserError
-from kat_ray.types import (
+from kat_ray.data.prompts import PromptSet
+from kat_ray.errors import StateLost, UserError
+from kat_ray.observability.trackers import Tracker, Trackers
+from kat_ray.run.checkpoint import Loaded, check_state
+from kat_ray.types.records import (
     EngineEnd,
     EngineRows,
     Prompt,
@@ -114,7 +116,7 @@ class _Columns:
 
 
 class QuickTeacher:
-    """The teacher of `actors.bench.stub_teacher` without torch, which would take half of the time."""
+    """The teacher of `actors.testing.stub_teacher` without torch, which would take half of the time."""
 
     run_tokens = 0
     vocabulary = 2**24
@@ -128,12 +130,12 @@ class QuickTeacher:
     def held(self) -> int:
         return len(self._held)
 
-    def score(self, chunk: RolloutChunk) -> _Columns:
+    def score(self, chunk: RolloutChunk, topk_ids: Any) -> _Columns:
         """Reverse KL by rollout and position; what a chunk leaves out must be known."""
         for i, rollout in enumerate(chunk.rollout_ids.tolist()):
             start, context = int(chunk.start[i]), chunk.context(i)
             if not len(context) and rollout not in self._held:
-                raise Forgotten(f"the past of rollout {rollout} is not held")
+                raise StateLost(f"the past of rollout {rollout} is not held")
             known = len(context) - PROMPT_LENGTH if len(context) else self._held[rollout]
             assert known == start, f"rollout {rollout}: {known} tokens are known, the chunk starts at {start}"
             self._held[rollout] = start + len(chunk.new_tokens(i))
@@ -146,15 +148,15 @@ class QuickTeacher:
             self._held.pop(rollout, None)
 
 
-def quick_compare(scorer: Any, chunk: RolloutChunk, columns: _Columns, _: float) -> tuple[ScoredChunk, TeacherRows]:
+def quick_compare(
+    scorer: Any, chunk: RolloutChunk, _ids: Any, columns: _Columns, _started: float
+) -> tuple[ScoredChunk, TeacherRows]:
     """Stands in for the scorer's arithmetic in torch."""
     n = chunk.tokens
     half = np.full(n, 0.5, dtype=np.float16)
     scored = ScoredChunk(
-        scorer=scorer._name, attempt=chunk.attempt, policy_version=chunk.policy_version,
-        rollout_ids=chunk.rollout_ids, start=chunk.start, offsets=chunk.offsets, token_ids=chunk.token_ids,
-        d=columns.d, ended=chunk.ended, overlap=half, teacher_max=half, teacher_entropy=half, student_entropy=half,
-        student_tail=half, teacher_top=np.zeros(n, dtype=np.int32), seconds=0.001,
+        **chunk.of_rows(), scorer=scorer._name, d=columns.d, overlap=half, teacher_max=half, teacher_entropy=half,
+        student_entropy=half,        student_tail=half, teacher_top=np.zeros(n, dtype=np.int32), seconds=0.001,
     )  # fmt: skip
     rows = (chunk.topk_logprobs - columns.d[:, None]).astype(np.float16)
     return scored, TeacherRows(rows, chunk.tail_logprobs - columns.d, np.full(n, -16.0, dtype=np.float32))
@@ -168,9 +170,6 @@ class MemoryRun:
         self.metrics: list[tuple[int, dict[str, float]]] = []
         self.traces: dict[int, list[Any]] = {}
         self.summary: dict[str, Any] | None = None
-
-    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        self.metrics.append((step, dict(values)))
 
     def write_traces(self, step: int, rows: Sequence[Any]) -> None:
         self.traces[step] = list(rows)
@@ -188,6 +187,16 @@ class MemoryRun:
 
     def paths(self, checkpoint: Path) -> dict[str, Path]:
         return {"checkpoint": checkpoint}
+
+
+class MemoryTracker(Tracker):
+    """Keeps the metrics of a run's steps."""
+
+    def __init__(self, run: MemoryRun) -> None:
+        self._run = run
+
+    def step(self, done: int, metrics: Mapping[str, float]) -> None:
+        self._run.metrics.append((done, dict(metrics)))
 
 
 class MemoryCheckpoints:
@@ -298,7 +307,7 @@ class Run:
     def _drive(self) -> None:
         self.job = self.build()
         loaded, _ = self.checkpoints.newest()
-        self.job.run_all(0.0, loaded)
+        self.job.run(0.0, loaded)
         time.sleep(10)  # until the last messages have arrived
         for role, count in (("scorer", "states"), ("monitor", "open_rollouts")):
             for name, instance in self.cluster.instances(role):
@@ -319,21 +328,23 @@ class Run:
             finish=lambda *_: None,
         )  # fmt: skip
         self.stop = StopRequest(config.run.grace_seconds)
-        engines = Engines(functools.partial(make_engine, bool(config.rollout.staleness)), QuickTeacher)
+        learner = type("StubLearner", (StubLearner,), {"world": self.world})
+        engine = functools.partial(make_engine, bool(config.rollout.staleness))
+        engines = Engines(engine, QuickTeacher, learner)
         prepared: Any = Prepared(facts, PROMPTS, None, paths)
         self.placement: Any = FakePlacement(self.cluster, numbers)
-        return Job(config, prepared, self.placement, self.records, progress, self.stop, engines)
+        return TrainingRun(config, prepared, self.placement, self.records, progress, self.stop, engines)
 
     def _replaced(self) -> dict[str, Any]:
         """What of today's modules a run here does without."""
-        nothing = mock.Mock()
         return {
-            "actors.pools.Learner": type("StubLearner", (StubLearner,), {"world": self.world}),
-            "actors.teacher_scorer.TeacherScorer._compare": quick_compare,
-            "actors.job.RayMetrics": lambda *_: nothing,
-            "actors.job.StoreWatch": functools.partial(StoreWatch, look=lambda: StoreUsage(0.1, 0.0)),
-            "actors.job.checkpoints_of": lambda *_: self.checkpoints,
-            "actors.job.run_summary": lambda _config, totals, *_: totals.as_dict(),
+            "actors.teacher.scorer.TeacherScorer._compare": quick_compare,
+            "actors.driver.training_run._trackers": lambda *_: Trackers([MemoryTracker(self.records)]),
+            "actors.driver.training_run.StoreWatch": functools.partial(
+                StoreWatch, ask=lambda: StoreUsage(0.1, 0.0)
+            ),
+            "actors.driver.history.checkpoints_of": lambda *_: self.checkpoints,
+            "actors.driver.training_run.run_summary": lambda _config, totals, *_: totals.as_dict(),
         }
 
 

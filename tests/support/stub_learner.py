@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import numpy as np
 import ray
 
-from actors.learner import LearnerReport
-from kat_ray.batch import collect_rows
-from kat_ray.config import Config
-from kat_ray.errors import Forgotten
-from kat_ray.pulse import Beat, Pulse
-from kat_ray.types import KeptRollout, WeightUpdate
+from actors.learner.settings import LearnerSettings
+from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
+from kat_ray.data.batch import collect_samples
+from kat_ray.errors import StateLost
+from kat_ray.run.step_result import LearnerReport
+from kat_ray.types.records import KeptRollout, WeightUpdate
 
 _PRIME = 2**61 - 1
 _FIGURES = (
@@ -56,13 +56,13 @@ class World:
 
 
 class StubLearner:
-    """One rank; the calls of `actors.learner.Learner`."""
+    """One rank; the calls of `actors.learner.learner.Learner`."""
 
     world: ClassVar[World]
 
-    def __init__(self, rank: int, world_size: int, config: Config, *_: Any) -> None:
-        self._rank, self._size = rank, world_size
-        self._pulse = Pulse()
+    def __init__(self, rank: int, settings: LearnerSettings) -> None:
+        self._rank, self._size = rank, settings.learner.world_size
+        self._heartbeat = Heartbeat()
         self._meeting: Meeting | None = None
         self._round = 0
         self._weights = 0
@@ -72,8 +72,8 @@ class StubLearner:
     def spans(self) -> tuple[()]:
         return ()
 
-    def health(self) -> Beat:
-        return self._pulse.read()
+    def health(self) -> HeartbeatReport:
+        return self._heartbeat.read()
 
     def address(self) -> tuple[str, int]:
         port = len(self.world.meetings) + 1
@@ -87,14 +87,14 @@ class StubLearner:
 
     def collect(self, chunks: Sequence[Any], teacher: Sequence[Any], kept: Sequence[KeptRollout]) -> None:
         self._check_started()
-        with self._pulse.busy("collect"):
-            self._rows = collect_rows(ray.get(list(chunks)), ray.get(list(teacher)), kept)
+        with self._heartbeat.busy("collect"):
+            self._rows = collect_samples(ray.get(list(chunks)), ray.get(list(teacher)), kept)
 
     def learn(self, global_weight: float, policy_version: int) -> LearnerReport:
         if self._rows is None:
-            raise Forgotten("no batch is held")
+            raise StateLost("no batch is held")
         rows, self._rows = self._rows, None
-        with self._pulse.busy("learn"):
+        with self._heartbeat.busy("learn"):
             own = sum(_number(row) for row in rows)
             tokens = self._work(sum(len(row.token_ids) for row in rows))
             self._weights = (self._weights * 31 + self._work(own)) % _PRIME
@@ -118,14 +118,14 @@ class StubLearner:
     def written(self) -> dict[str, Any]:
         self._check_started()
         assert self._written is not None
-        with self._pulse.busy("write the checkpoint"):
+        with self._heartbeat.busy("write the checkpoint"):
             time.sleep(self.world.seconds)
         path, weights = self._written
         self.world.disk[path] = weights
         return {}
 
     def restore(self, path: str) -> None:
-        with self._pulse.busy("restore"):
+        with self._heartbeat.busy("restore"):
             self._work()
             self._weights = self.world.disk[path]
 
@@ -133,14 +133,14 @@ class StubLearner:
         """Work of a while, and a sum over all ranks."""
         self._check_started()
         assert self._meeting is not None
-        self._pulse.beat()
+        self._heartbeat.beat()
         time.sleep(self.world.seconds)
         self._round += 1
         return self._meeting.total(self._round, self._rank, part)
 
     def _check_started(self) -> None:
         if self._meeting is None:
-            raise Forgotten(f"learner {self._rank} was not started: its process is new")
+            raise StateLost(f"learner {self._rank} was not started: its process is new")
 
 
 def _number(row: Any) -> int:
