@@ -42,11 +42,16 @@ class RecordsLost(Exception):
 
 @dataclass
 class Scores:
-    """Of one chunk given to a scorer; `state` is None until it was scored or lost."""
+    """Of one chunk given to a scorer; `state` is None until it was scored or lost.
+
+    `fetched`: a monitor that sees all again gets it. Its loss between the look at it and the monitor's is not
+    tried: the monitor would find a gap.
+    """
 
     chunk: RolloutChunk
     scorer: int
     state: str | None = None
+    fetched: bool = False
 
 
 @dataclass
@@ -113,6 +118,7 @@ class World:
                     if answered and self.resolved(number) == LOST:
                         raise RecordsLost
                     decision = Decision()
+                    self.scores[number].fetched |= answered
                     self.inbox.append((self.scores[number], decision))
                     if not answered:
                         self.decisions[number] = decision
@@ -226,7 +232,7 @@ class World:
     def lose_scores(self, index, which):
         """Scores that lay on a lost node, small ones not among them."""
         for number, scores in self.scores.items():
-            if scores.scorer == index and scores.state is not None and number % 2 in which:
+            if scores.scorer == index and scores.state is not None and number % 2 in which and not scores.fetched:
                 scores.state = LOST
 
     def kill_monitor(self):
