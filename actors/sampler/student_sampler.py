@@ -2,7 +2,7 @@
 
 It never waits for a score as long as fewer than `max_chunks_ahead` chunks are unanswered at each scorer: a
 decision is a callback that the loop looks at between two engine steps. What is lost on the way to scorers and
-monitor is `actors.sampler.score_stream`'s to mend; a sampler that dies is replaced by the driver
+monitor is `actors.sampler.stream`'s to mend; a sampler that dies is replaced by the driver
 (`actors.driver.dispatcher`).
 """
 
@@ -30,7 +30,6 @@ from kat_ray.types.records import (
     SampledRollout,
     SamplerReport,
     SamplingSettings,
-    TerminationDecision,
     WeightUpdate,
 )
 
@@ -181,7 +180,13 @@ class _Generation:
             self._rollouts[spec.rollout_id] = PendingRollout(spec.rollout_id, spec.prompt_ids, scorer)
         self._active = {str(i): r for i, r in self._rollouts.items()}
         self._stream = ScoringStream(
-            order, sampler._scorers, sampler._monitor, self._rollouts, sampler._config.cluster, sampler._heartbeat
+            order,
+            sampler._scorers,
+            sampler._monitor,
+            self._rollouts,
+            self._abort,
+            sampler._config.cluster,
+            sampler._heartbeat,
         )
 
     def run(self) -> SamplerReport:
@@ -228,8 +233,7 @@ class _Generation:
                     heartbeat.beat()
                     if not fixed:
                         control = time.thread_time()
-                        for decision in self._stream.arrived():
-                            self._apply(decision)
+                        self._stream.poll()
                         self._control_seconds += time.thread_time() - control
             control = time.thread_time()
             if self._engine.running:
@@ -238,8 +242,7 @@ class _Generation:
         control = time.thread_time()
         self._flush()
         with span("wait"):
-            for decision in self._stream.drain():
-                self._apply(decision)
+            self._stream.drain()
         self._control_seconds += time.thread_time() - control
 
     def _collect(self) -> None:
@@ -267,7 +270,7 @@ class _Generation:
     def _send(self, scorer: int, news: Sequence[PendingRollout]) -> None:
         chunk = build_chunk(
             news,
-            self._stream.released.pop(scorer, ()),
+            self._stream.take_released(scorer),
             attempt=self._order.attempt,
             top_k=self._rollout.top_k_logprobs,
             vocabulary=self._sampler._vocabulary,
@@ -278,22 +281,16 @@ class _Generation:
         """With `run.deterministic` a decision takes hold here and nowhere else: at the same token in every run."""
         with self._sampler._timeline.span("wait"):
             while self._stream.unanswered(scorer) >= self._rollout.max_chunks_ahead:
-                self._apply(self._stream.next(scorer))
+                self._stream.wait(scorer)
 
-    def _apply(self, decision: TerminationDecision) -> None:
-        """Abort what a decision names. A rollout that the engine ended meanwhile has nothing to abort.
-
-        A monitor that was told everything again names a rollout again; it was cut then.
-        """
-        ids = [i for i in decision.rollout_ids.tolist() if not self._rollouts[i].cut]
-        self._engine.abort([str(i) for i in ids])
-        for rollout_id in ids:
-            rollout = self._active.pop(str(rollout_id))
-            rollout.cut = True
+    def _abort(self, rollout_ids: Sequence[int]) -> None:
+        """End what a decision cuts. A rollout that the engine ended meanwhile has nothing to abort."""
+        names = [str(i) for i in rollout_ids]
+        self._engine.abort(names)
+        for name in names:
+            rollout = self._active.pop(name)
             rollout.topk_ids.clear()
             rollout.logprobs.clear()
-            if not rollout.end_sent:  # a scorer that was told of the end has dropped its state already
-                self._stream.released.setdefault(rollout.scorer, []).append(rollout_id)
 
 
 def scorer_of(position: int, rollouts: int, sampler: int, samplers: int, scorers: int) -> int:

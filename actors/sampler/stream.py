@@ -1,0 +1,245 @@
+"""A sampler's chunks on their way to scorers and monitor, as a machine: events in, instructions out.
+
+    Sent         Score, Observe             a chunk goes to its scorer, its scores to the monitor
+    Answered     Abort                      the monitor's decision on the oldest chunk of a scorer
+    ScorerLost   AwaitScorer, Rescore ...   its rollouts go to the next scorer, with what was not scored
+    MonitorLost  AwaitMonitor, Admit, ...   a new one has every chunk to see again, in order
+    Drained      Release                    nothing is owed: scorers drop what was cut since their last chunk
+
+No Ray, no clock, no threads: `actors.sampler.score_stream` carries the instructions out, in their order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from kat_ray.data.chunks import PendingRollout
+from kat_ray.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A chunk of these rollouts was built for a scorer. Chunks are numbered from 0 in this order."""
+
+    scorer: int
+    rollout_ids: tuple[int, ...]
+    ended: frozenset[int] = frozenset()  # those of them that it ends
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The decision on the oldest chunk that a scorer owes."""
+
+    scorer: int
+    trapped: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ScorerLost:
+    """The oldest chunk that a scorer owes was not scored, and will not be. `scored`: those it owes that were."""
+
+    scorer: int
+    scored: frozenset[int]
+    reason: str
+
+
+@dataclass(frozen=True)
+class MonitorLost:
+    """The monitor does not know these rollouts: it was started anew."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Drained:
+    """Nothing more is sent, and no chunk is owed."""
+
+
+@dataclass(frozen=True)
+class Admit:
+    """Tell the monitor of the rollouts."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Have the scorer score the new chunk."""
+
+    number: int
+    scorer: int
+
+
+@dataclass(frozen=True)
+class Rescore:
+    """Have the scorer score a chunk again, with the context of the rollouts that are not `known` to it."""
+
+    number: int
+    scorer: int
+
+
+@dataclass(frozen=True)
+class Observe:
+    """Have the monitor look at a chunk's scores. Where it was `answered` before, nobody waits for the decision, but
+    its scores must be there.
+    """
+
+    number: int
+    answered: bool = False
+
+
+@dataclass(frozen=True)
+class Abort:
+    """Stop generating these rollouts: they are cut. No rollout is named twice."""
+
+    rollout_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Release:
+    """Have a scorer drop the state of these rollouts."""
+
+    scorer: int
+    rollout_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AwaitScorer:
+    """Wait until a scorer is up."""
+
+    scorer: int
+
+
+@dataclass(frozen=True)
+class AwaitMonitor:
+    """Wait until the monitor is up."""
+
+
+Event: TypeAlias = Sent | Answered | ScorerLost | MonitorLost | Drained
+Instruction: TypeAlias = Admit | Score | Rescore | Observe | Abort | Release | AwaitScorer | AwaitMonitor
+
+
+class Stream:
+    """The chunks of one attempt. Of `rollouts` it sets who scores them (`scorer`, `known`) and which are `cut`.
+
+    Their tokens are the sampler's.
+    """
+
+    def __init__(self, rollouts: Mapping[int, PendingRollout], scorers: int, max_restarts: int) -> None:
+        self._rollouts = rollouts
+        self._scorers = scorers
+        self._max_restarts = max_restarts
+        self._chunks: list[Sent] = []
+        self._owed: dict[int, deque[int]] = {}  # by scorer: chunks without a decision, oldest first
+        self._released: dict[int, list[int]] = {}  # by scorer: rollouts whose state it is still to drop
+        self.recovered = 0  # losses so far
+
+    def owed(self, scorer: int) -> Sequence[int]:
+        """Chunks of this scorer that have no decision yet, oldest first."""
+        return self._owed.get(scorer, ())
+
+    @property
+    def owing(self) -> list[int]:
+        """Scorers that owe a chunk."""
+        return [scorer for scorer, numbers in self._owed.items() if numbers]
+
+    def take_released(self, scorer: int) -> list[int]:
+        """What this scorer is to drop with its next chunk; it is not said again."""
+        return self._released.pop(scorer, [])
+
+    def handle(self, event: Event) -> list[Instruction]:
+        """What is to be done next, in this order. UserError after too many losses."""
+        match event:
+            case Sent():
+                return self._sent(event)
+            case Answered():
+                return self._answered(event)
+            case ScorerLost():
+                self._count_loss(event.reason)
+                return self._scorer_lost(event)
+            case MonitorLost():
+                self._count_loss(event.reason)
+                return [AwaitMonitor(), Admit(), *self._observe_all()]
+            case Drained():
+                assert not self.owing, f"scorers {self.owing} owe chunks"
+                released, self._released = self._released, {}
+                return [Release(scorer, tuple(ids)) for scorer, ids in released.items() if ids]
+
+    def _sent(self, event: Sent) -> list[Instruction]:
+        number = len(self._chunks)
+        self._chunks.append(event)
+        self._owed.setdefault(event.scorer, deque()).append(number)
+        return [Score(number, event.scorer), Observe(number)]
+
+    def _answered(self, event: Answered) -> list[Instruction]:
+        self._owed[event.scorer].popleft()
+        # A monitor that was told everything again names a rollout again; it was cut then.
+        cut = tuple(i for i in event.trapped if not self._rollouts[i].cut)
+        for rollout in (self._rollouts[i] for i in cut):
+            rollout.cut = True
+            if rollout.known and not rollout.end_sent:  # one that was told of the end has dropped it already
+                self._drop(rollout.scorer, [rollout.rollout_id])
+        return [Abort(cut)] if cut else []
+
+    def _observe_all(self) -> Iterator[Instruction]:
+        owed = {number for numbers in self._owed.values() for number in numbers}
+        for number in range(len(self._chunks)):
+            yield Observe(number, answered=number not in owed)
+
+    def _scorer_lost(self, event: ScorerLost) -> list[Instruction]:
+        lost, target = event.scorer, (event.scorer + 1) % self._scorers
+        instructions: list[Instruction] = [AwaitScorer(target)]
+        moved = [r for r in self._rollouts.values() if r.scorer == lost]
+        # Where scores were lost with a node, the scorer may be alive and hold what it held.
+        if target != lost and (left := (*self.take_released(lost), *self._held(moved, event))):
+            instructions.append(Release(lost, left))
+        for rollout in moved:
+            rollout.scorer, rollout.known = target, False
+        numbers = self._owed.pop(lost)
+        self._owed.setdefault(target, deque()).extend(numbers)
+        again = self._to_rescore(numbers, event.scored)
+        for number in again:
+            instructions += [Rescore(number, target), Observe(number)]
+        self._drop(target, self._left_by(again))
+        return instructions
+
+    def _to_rescore(self, numbers: Iterable[int], scored: frozenset[int]) -> list[int]:
+        """What was not scored, and what follows it in a rollout: its tokens are scored and seen without a gap."""
+        again: list[int] = []
+        gaps: set[int] = set()
+        for number in numbers:
+            live = {i for i in self._chunks[number].rollout_ids if not self._rollouts[i].cut}
+            if number not in scored or live & gaps:
+                again.append(number)
+                gaps |= live
+        return again
+
+    def _held(self, moved: Iterable[PendingRollout], event: ScorerLost) -> list[int]:
+        """Those of its rollouts that a lost scorer was told of, and neither of their end nor to drop them."""
+        unscored = [self._chunks[n] for n in self._owed[event.scorer] if n not in event.scored]
+        untold = {i for chunk in unscored for i in chunk.ended}
+        running = {r.rollout_id for r in self._rollouts.values() if not r.cut and not r.end_sent}
+        return [r.rollout_id for r in moved if r.known and r.rollout_id in running | untold]
+
+    def _left_by(self, numbers: Sequence[int]) -> list[int]:
+        """Rollouts that were cut meanwhile and that a scorer takes up again with these chunks, to no end."""
+        left: dict[int, None] = {}
+        for number in numbers:
+            chunk = self._chunks[number]
+            left |= dict.fromkeys(i for i in chunk.rollout_ids if self._rollouts[i].cut)
+            left = {i: None for i in left if i not in chunk.ended}
+        return list(left)
+
+    def _drop(self, scorer: int, rollout_ids: Iterable[int]) -> None:
+        """Have a scorer drop rollouts with its next chunk."""
+        released = self._released.setdefault(scorer, [])
+        released += [i for i in rollout_ids if i not in released]
+
+    def _count_loss(self, reason: str) -> None:
+        self.recovered += 1
+        if self.recovered > self._max_restarts * (self._scorers + 1):
+            raise UserError(
+                f"{self._scorers} scorers and the monitor were lost {self.recovered} times in one step "
+                f"(cluster.max_restarts = {self._max_restarts} each), last: {reason}"
+            )
