@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-# In this order: a rule from outside is loaded by the registry and may import the names of the first line.
 from kat_ray.termination.base import (
     Cut,
     Finished,
