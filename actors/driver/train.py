@@ -14,7 +14,7 @@ from actors.cluster.waiting import Preempted, StopRequest
 from actors.driver.run import Job, Prepared, checkpoints_of, make_evaluator
 from kat_ray.config import Config, DataConfig
 from kat_ray.config.load import config_yaml
-from kat_ray.config.rule_warnings import RunScale, warnings_of
+from kat_ray.config.rule_warnings import rule_warnings
 from kat_ray.data.prompts import PromptSet, load_prompts
 from kat_ray.errors import Stopped
 from kat_ray.models.inspect import check_models, resolve_model
@@ -99,7 +99,7 @@ def _notes(config: Config, prepared: Prepared) -> Iterator[str]:
     for split in (prepared.train, prepared.heldout):
         if split is not None and split.skipped_too_long:
             yield f"{split.source}: {split.skipped_too_long} prompts are too long and were skipped"
-    for warning in warnings_of(config.termination, RunScale.of(config)):
+    for warning in rule_warnings(config):
         yield f"termination: {warning}"
 
 

@@ -20,7 +20,7 @@ from kat_ray.config import Config
 from kat_ray.data.prompts import is_probe
 from kat_ray.errors import UserError
 from kat_ray.records.traces import read_rows
-from kat_ray.termination import RunFacts, make_rule
+from kat_ray.termination import RULES, RunFacts, make_rule
 from kat_ray.termination.calibration import MinimaBuffer
 from kat_ray.termination.settings import KatParameters, RuleSettings
 from kat_ray.types.records import FloatArray, IntArray
@@ -148,7 +148,7 @@ def uncensored_rows(traces: Traces, config: Config) -> IntArray:
     if not traces.trapped.any() and not _bounds_lengths(config):
         return np.arange(len(traces.step))
     free = (traces.probe == 1) & ~traces.trapped
-    if isinstance(rule, KatParameters):
+    if RULES[rule.rule].calibrates:
         free |= np.isnan(traces.threshold)  # not active yet
     if not (traces.probe == 1).any():
         raise UserError(

@@ -18,7 +18,7 @@ from pathlib import Path
 from kat_ray.cli.checks import Check, ClusterSeen, fail, ok, placements, resources, same_ray, warn
 from kat_ray.cluster.auth import fault
 from kat_ray.config import Config, DataConfig
-from kat_ray.config.rule_warnings import RunScale, warnings_of
+from kat_ray.config.rule_warnings import rule_warnings
 from kat_ray.errors import UserError
 from kat_ray.models.inspect import ModelFacts, ModelInfo
 
@@ -249,7 +249,7 @@ def disk_verdict(folder: Path, free: int) -> Check:
 def _settings(config: Config) -> Iterator[Check]:
     """Settings that are allowed, but do not do what they seem to."""
     rollout = config.rollout
-    for text in warnings_of(config.termination, RunScale.of(config)):
+    for text in rule_warnings(config):
         yield warn("termination", text)
     if config.sampler.replicas > rollout.rollouts_per_step:
         yield warn(

@@ -20,8 +20,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RunFacts
-from kat_ray.termination.kat import KatRule, KatTracker
+from kat_ray.termination.base import Cut, Effect, NewTokens, RolloutStart, RuleType, RunFacts
+from kat_ray.termination.kat import KatRule, KatTracker, settings_in_vain, values_to_try
 from kat_ray.termination.settings import KatParameters
 
 
@@ -95,3 +95,15 @@ class StagesRule(KatRule):
 def make(settings: KatStagesSettings, facts: RunFacts) -> StagesRule:
     """The rule that the settings describe."""
     return StagesRule(settings)
+
+
+KIND = RuleType(
+    KatStagesSettings,
+    make,
+    Effect.WEIGHS,
+    calibrates=True,
+    by_windows=True,
+    reads=(),
+    sweep=values_to_try,
+    warnings=settings_in_vain,
+)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RunFacts
-from kat_ray.termination.kat import KatRule
-from kat_ray.termination.settings import KatParameters
+from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RuleType, RunFacts
+from kat_ray.termination.kat import KatRule, settings_in_vain, values_to_try
+from kat_ray.termination.settings import KatParameters, KatSettings
 from kat_ray.termination.table import TrackerState, padded
 from kat_ray.types.records import FloatArray, IntArray
 
@@ -119,3 +119,8 @@ class KatTableRule(KatRule):
 def make(settings: KatParameters, facts: RunFacts) -> KatTableRule:
     """The rule that the settings describe."""
     return KatTableRule(settings)
+
+
+KIND = RuleType(
+    KatSettings, make, calibrates=True, by_windows=True, reads=(), sweep=values_to_try, warnings=settings_in_vain
+)

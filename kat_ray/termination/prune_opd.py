@@ -13,12 +13,12 @@ taken to be `growth`, and how far, where `shortest` = 64 is our assumption.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
-from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart, RunFacts
+from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart, RuleType, RunFacts, RunScale
 from kat_ray.termination.settings import CuttingSettings
 from kat_ray.termination.state import BudgetState, checked
 
@@ -122,3 +122,18 @@ class PruneRule:
 def make(settings: PruneSettings, facts: RunFacts) -> PruneRule:
     """The rule that the settings describe."""
     return PruneRule(settings, facts.max_tokens)
+
+
+def _warnings(settings: PruneSettings, run: RunScale) -> Iterator[str]:
+    if settings.start is not None and settings.start > run.max_tokens:
+        yield (f"start = {settings.start} > rollout.max_tokens = {run.max_tokens}: the budget starts at the latter")
+
+
+KIND = RuleType(
+    PruneSettings,
+    make,
+    reads=("overlap",),
+    needs=("overlap",),
+    sweep=lambda settings, max_tokens: {"level": [0.5, 0.6, 0.7, 0.8, 0.9], "decay": [0.01, 0.02, 0.05]},
+    warnings=_warnings,
+)

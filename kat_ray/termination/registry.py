@@ -30,7 +30,7 @@ from kat_ray.termination import (
     repetition,
 )
 from kat_ray.termination.base import RuleType, RunFacts, TerminationRule
-from kat_ray.termination.settings import KatSettings, NoneSettings, RuleSettings
+from kat_ray.termination.settings import KatParameters, RuleSettings
 
 log = logging.getLogger("kat_ray.termination")
 
@@ -40,15 +40,15 @@ _METHODS = ("start_step", "begin", "end_step", "state", "load_state")
 _OWN = {
     kind.name: kind
     for kind in (
-        RuleType(NoneSettings, none.make),
-        RuleType(KatSettings, kat_table.make),
-        RuleType(kat_stages.KatStagesSettings, kat_stages.make),
-        RuleType(fixed_prefix.FixedPrefixSettings, fixed_prefix.make),
-        RuleType(random.RandomSettings, random.make),
-        RuleType(length_matched.LengthMatchedSettings, length_matched.make),
-        RuleType(repetition.RepetitionSettings, repetition.make),
-        RuleType(prune_opd.PruneSettings, prune_opd.make),
-        RuleType(progressive.ProgressiveSettings, progressive.make),
+        none.KIND,
+        kat_table.KIND,
+        kat_stages.KIND,
+        fixed_prefix.KIND,
+        random.KIND,
+        length_matched.KIND,
+        repetition.KIND,
+        prune_opd.KIND,
+        progressive.KIND,
     )
 }
 
@@ -165,6 +165,11 @@ if TYPE_CHECKING:
     TerminationConfig: TypeAlias = RuleSettings
 else:
     TerminationConfig = Annotated[RuleSettings, _AnyRule]
+
+
+def kat_parameters(settings: RuleSettings) -> KatParameters | None:
+    """The settings, where the rule divides rollouts by KAT's windows; else None."""
+    return settings if isinstance(settings, KatParameters) and RULES[settings.rule].by_windows else None
 
 
 def make_rule(settings: RuleSettings, facts: RunFacts) -> TerminationRule:

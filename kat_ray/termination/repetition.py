@@ -13,14 +13,14 @@ loop is p * (repeats - 1) of them in a row. O(max_period) work per token. KL is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import Field, model_validator
 
-from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RunFacts
+from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RuleType, RunFacts, RunScale
 from kat_ray.termination.settings import CuttingSettings
 from kat_ray.termination.uncalibrated import UncalibratedRule
 from kat_ray.types.records import IntArray
@@ -103,3 +103,21 @@ class RepetitionRule(UncalibratedRule):
 def make(settings: RepetitionSettings, facts: RunFacts) -> RepetitionRule:
     """The rule that the settings describe."""
     return RepetitionRule(settings)
+
+
+def _warnings(settings: RepetitionSettings, run: RunScale) -> Iterator[str]:
+    shortest = settings.min_period * settings.repeats
+    if shortest > run.max_tokens:
+        yield (
+            f"min_period x repeats = {shortest} tokens > rollout.max_tokens = {run.max_tokens}: no loop is ever "
+            "complete, nothing will be cut"
+        )
+
+
+KIND = RuleType(
+    RepetitionSettings,
+    make,
+    reads=("token_ids",),
+    sweep=lambda settings, max_tokens: {"repeats": [2, 3, 4, 6, 8]},
+    warnings=_warnings,
+)

@@ -8,6 +8,8 @@ from typing import Any
 from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart
 from kat_ray.termination.state import RuleState, checked
 
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
 
 class LengthTracker:
     """Cuts a rollout at a length fixed when it starts; None never cuts.
@@ -70,3 +72,8 @@ class LengthRule(UncalibratedRule):
     def begin(self, start: RolloutStart) -> LengthTracker:
         """Start a rollout."""
         return LengthTracker(self._length(start, self._step))
+
+
+def shares_of(max_tokens: int) -> list[int]:
+    """Lengths for a replay to try: a tenth of `rollout.max_tokens`, two tenths, ... nine."""
+    return sorted({max(1, round(max_tokens * share)) for share in _SHARES})

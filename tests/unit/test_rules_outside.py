@@ -9,10 +9,22 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from pydantic import create_model
 
-from kat_ray.termination import RolloutStart, RunFacts
+from kat_ray.analysis import compare
+from kat_ray.analysis.replay import uncensored_rows
+from kat_ray.analysis.replay_rules import COLUMNS
+from kat_ray.cli import replay
+from kat_ray.config.load import load_config
+from kat_ray.config.rule_warnings import rule_warnings
+from kat_ray.errors import UserError
+from kat_ray.run.probes import is_active
+from kat_ray.termination import RULES, Effect, RolloutStart, RuleType, RunFacts, kat_parameters, make_rule, registry
+from kat_ray.termination.settings import CuttingSettings, NoneSettings
+from tests.unit.test_replay import traces_of
 from tests.unit.test_termination import kl
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +174,61 @@ def test_the_rule_in_the_documentation_works():
     assert (cut.at, cut.confirmed) == (4, 7) and tracker.weights is None and rule.budget is None
     rule.end_step([])
     kind.make(kind.settings(), RunFacts(0, 50)).load_state(json.loads(json.dumps(rule.state())))
+
+
+def known(monkeypatch, name="plain", **traits):
+    """A rule as if it were of another package, with these fields of `RuleType`."""
+    fields = {"rule": (Literal[name], name), "run": (str, "")}
+    settings = create_model("Settings", __base__=CuttingSettings, **fields)
+    kind = RuleType(settings, lambda settings, facts: make_rule(NoneSettings(), facts), **traits)
+    monkeypatch.setitem(registry._OWN, name, kind)
+    return settings()
+
+
+def test_a_rule_of_which_nothing_is_said_cuts_from_the_first_step_on(monkeypatch):
+    settings = known(monkeypatch)
+    assert RULES["plain"].effect is Effect.CUTS and is_active(settings, None)
+    assert list(rule_warnings(demo_with(settings))) == [] and replay._grid(settings, [], 100) == {}
+    assert set(RULES["plain"].reads) == set(COLUMNS) and kat_parameters(settings) is None
+    arms = compare.order_of([compare.parse_arm(text) for text in ("length_matched:of=plain", "plain")])
+    assert [(a.rule, a.of) for a in arms] == [("plain", None), ("length_matched", "plain")]
+
+
+def demo_with(settings):
+    return load_config("demo").model_copy(update={"termination": settings})
+
+
+def test_what_a_rule_says_of_itself_is_heard_everywhere(monkeypatch):
+    settings = known(
+        monkeypatch, calibrates=True, needs=("overlap",), sweep=lambda s, most: {"probe_share": [0.1, most]},
+        warnings=lambda s, run: [f"{run.steps} steps are {s.rule}"],
+    )  # fmt: skip
+    assert not is_active(settings, None) and is_active(settings, 0.5)
+    assert list(rule_warnings(demo_with(settings))) == ["150 steps are plain"]
+    assert replay._grid(settings, [], 100) == {"probe_share": [0.1, 100]}
+    traces = traces_of([[1.0], [2.0]], probe=[True, False], trapped=[False, True])
+    assert uncensored_rows(traces, demo_with(settings)).tolist() == [0, 1], "it was not active yet"
+    with pytest.raises(UserError, match="--rule plain: it needs the overlap of every token"):
+        replay._check_columns(traces, settings)
+
+
+@pytest.mark.parametrize("effect", [Effect.NOTHING, Effect.WEIGHS])
+def test_a_rule_that_ends_nothing_is_neither_replayed_nor_copied(monkeypatch, effect):
+    known(monkeypatch, effect=effect)
+    with pytest.raises(UserError, match="--rule 'plain': must be one of kat, fixed_prefix"):
+        replay._base(load_config("demo"), "plain")
+    with pytest.raises(UserError, match="plain has no cuts whose lengths could be copied"):
+        compare.order_of([compare.parse_arm(text) for text in ("length_matched:of=plain", "plain")])
+
+
+def test_a_control_copies_the_run_of_the_arm_that_it_names(monkeypatch, tmp_path):
+    known(monkeypatch, name="control", copies="run")
+    arms = compare.order_of([compare.parse_arm(text) for text in ("control", "kat")])
+    assert [(a.rule, a.of) for a in arms] == [("kat", None), ("control", "kat")]
+    with pytest.raises(
+        UserError, match="--rules control: add kat, whose lengths it copies, or name a run: control:"
+    ):
+        compare.order_of([compare.parse_arm("control")])
 
 
 PYPROJECT = """
