@@ -63,7 +63,7 @@ def parse_arm(text: str) -> Arm:
 def order_of(arms: Sequence[Arm]) -> list[Arm]:
     """The arms with what each control (`length_matched`) copies, those last: they copy a finished run's lengths."""
     if len({arm.label for arm in arms}) < len(arms):
-        raise UserError("--rules: the same rule stands there twice")
+        raise UserError("--rules: the same rule is named twice")
     return sorted((_with_copied(arm, arms) for arm in arms), key=lambda a: RULES[a.rule].copies is not None)
 
 
@@ -128,8 +128,7 @@ class Planned:
     done: bool
 
     @property
-    def words(self) -> str:
-        """Rule and seed."""
+    def title(self) -> str:
         return f"{self.arm.label}, seed {self.config.run.seed}"
 
 
@@ -159,7 +158,7 @@ def _check_rule(config: Config, arm: Arm) -> None:
 def run_all(planned: Sequence[Planned], train: Callable[[Config], Any], say: Callable[[str], None]) -> None:
     """Run what has no summary yet; `train` runs one configuration."""
     for number, run in enumerate(planned, 1):
-        say(f"[{number}/{len(planned)}] {run.words}{': done before' if run.done else ''}")
+        say(f"[{number}/{len(planned)}] {run.title}{': done before' if run.done else ''}")
         if not run.done:
             train(run.config)
 

@@ -19,8 +19,8 @@ from kat_ray.analysis.replay import (
     apply_rule,
     blocks_of,
     calibrate,
-    checked,
     weigh,
+    with_changes,
 )
 from kat_ray.termination import (
     RULES,
@@ -44,7 +44,7 @@ def sweep(traces: Traces, base: RuleSettings, grid: Mapping[str, Sequence[Any]],
     results = []
     width, blocks = 0, None
     for values in itertools.product(*(grid[name] for name in names)):
-        rule = checked(base, dict(zip(names, values, strict=True)))
+        rule = with_changes(base, dict(zip(names, values, strict=True)))
         kat = kat_parameters(rule)
         if kat is not None:
             if blocks is None or kat.window != width:

@@ -52,7 +52,7 @@ def examine(config: Config | None) -> Iterator[Check]:
         yield torch
         yield from _ray(os.environ, config)
         if config is not None and (torch.level == "FAIL" or _version("transformers") is None):
-            yield fail("configuration", "not looked at: that needs torch and transformers")
+            yield fail("configuration", "not checked: that needs torch and transformers")
         elif config is not None:
             yield from _disk(config)
             yield from _settings(config)
@@ -81,7 +81,7 @@ def examine_sender(config: Config) -> Iterator[Check]:
 def _machine() -> Iterator[Check]:
     yield ok("machine", f"{os.cpu_count()} cores, {_memory() / GIB:.1f} GiB of memory free")
     yield _python()
-    shm = Path("/dev/shm")  # noqa: S108 - looked at, not written to
+    shm = Path("/dev/shm")  # noqa: S108 - read, not written to
     if shm.is_dir():
         free = shutil.disk_usage(shm).free
         text = f"{free / GIB:.1f} GiB free in /dev/shm, where Ray's object store lies"
@@ -268,7 +268,7 @@ def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
         facts = check_models(config)
     except UserError as error:
         yield fail("models", str(error))
-        yield warn("data", "not looked at: prompts are read with the student's tokenizer")
+        yield warn("data", "not checked: prompts are read with the student's tokenizer")
         return
     yield ok("student", _describe(facts.student))
     yield ok("teacher", _describe(facts.teacher))

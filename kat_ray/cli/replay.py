@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kat_ray.analysis.replay import Replayed, Traces, Tradeoff, checked, load_traces, recommend, uncensored
+from kat_ray.analysis.replay import Replayed, Traces, Tradeoff, load_traces, recommend, uncensored, with_changes
 from kat_ray.analysis.replay_rules import reproduce, sweep
 from kat_ray.config import Config
 from kat_ray.config.load import load_config, yaml_value
@@ -52,7 +52,7 @@ def replay(
     best, reason = recommend(results, keep_kl)
     shown = _KAT_FIELDS if kat_parameters(base) else tuple(grid)
     _print(console, sorted(results, key=lambda r: r.generated_tokens), best, shown)
-    console.print(f"recommended: {best.rule.rule} {_words(best.rule, shown)}\n  {reason}", markup=False)
+    console.print(f"recommended: {best.rule.rule} {_values_of(best.rule, shown)}\n  {reason}", markup=False)
     folder = out or run_dir / "replay"
     files = [folder / "replay.csv", folder / "replay.png"]
     with writing(folder):
@@ -113,7 +113,7 @@ def rule_with(run_dir: Path, settings: Sequence[str]) -> KatSettings:
         if len(values) != 1:
             raise UserError(f"{name} = {values!r}: one value, please")
         changes[name] = values[0]
-    return checked(base, changes)
+    return with_changes(base, changes)
 
 
 def _grid(base: RuleSettings, settings: Sequence[str], max_tokens: int) -> dict[str, list[Any]]:
@@ -132,7 +132,7 @@ def _grid(base: RuleSettings, settings: Sequence[str], max_tokens: int) -> dict[
     return {name: list(values) for name, values in RULES[base.rule].sweep(base, max_tokens).items()}
 
 
-def _words(rule: RuleSettings, shown: Sequence[str]) -> str:
+def _values_of(rule: RuleSettings, shown: Sequence[str]) -> str:
     return " ".join(f"{name}={_cell(getattr(rule, name))}" for name in shown)
 
 
@@ -201,7 +201,7 @@ def plot(path: Path, results: Sequence[Tradeoff], best: Tradeoff, keep_kl: float
         [best.generated_tokens], [best.kept_kl], s=170, facecolors="none", edgecolors="black", linewidths=1.5
     )
     axes.annotate(
-        f"recommended\n{best.rule.rule} {_words(best.rule, fields)}",
+        f"recommended\n{best.rule.rule} {_values_of(best.rule, fields)}",
         (best.generated_tokens, best.kept_kl), textcoords="axes fraction",
         xytext=(0.02, 0.97), ha="left", va="top", fontsize=8,
         arrowprops={"arrowstyle": "-", "color": "black", "lw": 0.6},

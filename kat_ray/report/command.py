@@ -58,9 +58,9 @@ def report(
             "notes": [*records.notes, *filter(None, [trouble, missing])],
             "cards": _cards(records),
             "sections": sections,
-            "browser_words": _browser_words(records, lens, len(chosen)),
+            "browser_text": _browser_text(records, lens, len(chosen)),
             "marks": _marks(records, lens),
-            "stops": sorted(set(records.words("stop_reason"))),
+            "stops": sorted(set(records.per_rollout("stop_reason"))),
             "data": data,
             "data_json": embedded_json(data),
             "config": config_yaml(records.config),
@@ -94,18 +94,18 @@ def _phases(records: RunRecords, rule: KatParameters, own: bool) -> tuple[Phases
     return phases, None
 
 
-def _browser_words(records: RunRecords, lens: Lens, shown: int) -> str:
+def _browser_text(records: RunRecords, lens: Lens, shown: int) -> str:
     window, own = lens.rule.window, records.config.termination.rule
     effect = RULES[own].effect
     count = len(records.traces.step)
     how = "All rollouts." if shown == count else f"{shown:,} of {count:,} rollouts, every kind in turn."
-    words = (
+    text = (
         f"{how} "
         "A token is coloured by its reverse KL; point at one, click it or use the arrow keys to see its figures. "
         f"Underlined tokens are not trained on. The curve is the mean KL of the last {window} tokens. "
     )
     if not lens.own:
-        return words + (
+        return text + (
             "Threshold and marks called applied are of the KAT settings named at the top, applied afterwards; "
             f"the run's own rule was {own}, "
             + (
@@ -115,7 +115,7 @@ def _browser_words(records: RunRecords, lens: Lens, shown: int) -> str:
             )
         )
     does = "cuts where it stays" if effect is Effect.CUTS else "divides the rollout where it stays"
-    return words + f"The run's rule {does} below the threshold for {lens.rule.consecutive} looks in a row."
+    return text + f"The run's rule {does} below the threshold for {lens.rule.consecutive} windows in a row."
 
 
 def _marks(records: RunRecords, lens: Lens) -> list[tuple[str, str, str]]:

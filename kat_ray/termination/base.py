@@ -174,7 +174,7 @@ class RuleType:
     effect: Effect = Effect.CUTS
     calibrates: bool = False  # it does nothing to rollouts that start while its threshold is None
     by_windows: bool = False  # it divides rollouts as kat.py defines; its settings are `KatParameters`
-    reads: tuple[str, ...] = NewTokens._fields[1:]  # fields of `NewTokens` beside d that its trackers look at
+    reads: tuple[str, ...] = NewTokens._fields[1:]  # fields of `NewTokens` beside d that its trackers use
     needs: tuple[str, ...] = ()  # those of them without which a replay of it would mean nothing
     copies: str | None = None  # the setting with the directory of the run whose lengths it copies, for a control
     # (settings, rollout.max_tokens) -> values of settings that `kat-ray replay` tries where the user names none

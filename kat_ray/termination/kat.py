@@ -3,9 +3,9 @@
 With d[i] the reverse KL of generated token i in nats, window W, stride S, exempt region X, count C:
 
     z(e)   = mean(d[e-W .. e-1])          for e >= W, e - W a multiple of S
-    looked at only if e - W >= X
+    checked only if e - W >= X
     low(e) = z(e) < s                     s = Q_{1-eta}(B), fixed when the rollout starts
-    C consecutive looked-at windows that are low confirm the trap
+    C consecutive checked windows that are low confirm the trap
     cut    = e_first - W                  the first token of the first window of that streak
     m(y)   = min of z(e) over all e >= W  up to the confirmation; pushed to the FIFO buffer B
 
@@ -21,7 +21,7 @@ from typing import Any
 from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart, RolloutTracker, RunScale
 from kat_ray.termination.calibration import MinimaBuffer
 from kat_ray.termination.settings import KatParameters
-from kat_ray.termination.state import CalibrationState, checked
+from kat_ray.termination.state import CalibrationState, read_state
 from kat_ray.termination.window import WindowMean
 
 _LONG_LAG = 100  # steps; the embedded task's KL scale falls by half within 20
@@ -64,10 +64,10 @@ class KatTracker:
                 break
             z = self._window.push(value)
             if z is not None:
-                self._look(z)
+                self._take(z)
         return self.cut
 
-    def _look(self, z: float) -> None:
+    def _take(self, z: float) -> None:
         rule = self._settings
         if z == z and (self.minimum is None or z < self.minimum):  # z != z: the window holds a NaN
             self.minimum = z
@@ -121,7 +121,7 @@ class KatRule:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from it; a smaller buffer than the one saved keeps the newest minima."""
-        saved = checked(CalibrationState, state)
+        saved = read_state(CalibrationState, state)
         self._buffer.replace(saved.buffer)
         self.threshold = saved.threshold
 

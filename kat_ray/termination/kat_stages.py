@@ -45,7 +45,6 @@ class StagesTracker:
 
     @property
     def threshold(self) -> float | None:
-        """Threshold in nats."""
         return self._kat.threshold
 
     @property
@@ -60,7 +59,6 @@ class StagesTracker:
 
     @property
     def seen(self) -> int:
-        """Number of tokens observed."""
         return self._kat.seen
 
     @property
@@ -75,7 +73,6 @@ class StagesTracker:
         return [1.0] * cut.at + [agreement] * (end - cut.at) + [after] * (self.seen - end)
 
     def observe(self, tokens: NewTokens) -> Cut | None:
-        """Take the next tokens."""
         self._kat.observe(tokens)
         return self.cut
 

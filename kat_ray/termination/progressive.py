@@ -38,7 +38,6 @@ class ProgressiveRule(UncalibratedRule):
         self.budget: int | None = settings.start
 
     def start_step(self, step: int) -> None:
-        """Set the horizon."""
         rule = self._settings
         self.budget = round(rule.start + (self._end - rule.start) * min(1.0, step / rule.steps))
 

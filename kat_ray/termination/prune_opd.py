@@ -20,7 +20,7 @@ from pydantic import Field
 
 from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart, RuleType, RunFacts, RunScale
 from kat_ray.termination.settings import CuttingSettings
-from kat_ray.termination.state import BudgetState, checked
+from kat_ray.termination.state import BudgetState, read_state
 
 
 class PruneSettings(CuttingSettings):
@@ -59,11 +59,9 @@ class PruneTracker:
 
     @property
     def seen(self) -> int:
-        """Number of tokens observed."""
         return len(self.weights)
 
     def observe(self, tokens: NewTokens) -> Cut | None:
-        """Weigh the next tokens."""
         overlap = tokens.overlap.tolist() or [1.0] * len(tokens.d)
         for share in overlap:
             self._bad += share < self._settings.level  # false for NaN
@@ -92,7 +90,6 @@ class PruneRule:
         """The budget was set when the step before ended."""
 
     def begin(self, start: RolloutStart) -> PruneTracker:
-        """Start a rollout."""
         return PruneTracker(self._settings)
 
     def end_step(self, finished: Sequence[Finished]) -> None:
@@ -114,8 +111,7 @@ class PruneRule:
         return BudgetState(budget=self.budget, misses=self._misses).model_dump()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from it."""
-        saved = checked(BudgetState, state)
+        saved = read_state(BudgetState, state)
         self.budget, self._misses = saved.budget, saved.misses
 
 

@@ -111,7 +111,7 @@ def _load(point: EntryPoint) -> RuleType:
         kind = point.load()
     except (ImportError, AttributeError, SyntaxError) as error:
         raise UserError(
-            f"{_described(point)} cannot be loaded: {type(error).__name__}: {error}; mend or uninstall that package"
+            f"{_described(point)} cannot be loaded: {type(error).__name__}: {error}; fix or uninstall that package"
         ) from error
     if not isinstance(kind, RuleType) or not isinstance(kind.settings.model_fields["rule"].default, str):
         raise UserError(f"{_described(point)} is no RuleType whose settings have a field rule: Literal[...] = ...")
