@@ -16,6 +16,7 @@ from kat_ray.run.directory import RunDirectory
 from kat_ray.run.probes import RolloutGrader, is_active, probe_metrics, seen_to_the_end
 from kat_ray.run.step_metrics import rollout_metrics, score_metrics
 from kat_ray.run.summary import Totals
+from kat_ray.termination import RULES, Effect
 
 
 class StepRecorder:
@@ -37,7 +38,8 @@ class StepRecorder:
         features = self._features(tokens)
         prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
         active = is_active(self._config.termination, sampled.step_start.threshold)
-        untouched = seen_to_the_end(sampled.rollouts, cuts=self._config.termination.rule != "none")
+        effect = RULES[self._config.termination.rule].effect
+        untouched = seen_to_the_end(sampled.rollouts, cuts=effect is not Effect.NOTHING)
         correct = self._grader.grade(
             {r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in untouched}
         )

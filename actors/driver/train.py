@@ -17,7 +17,7 @@ from actors.driver.preparation import Prepared, checkpoints_of, make_evaluator, 
 from actors.driver.training_run import TrainingRun
 from kat_ray.config import Config
 from kat_ray.config.load import config_yaml
-from kat_ray.config.rule_warnings import RunScale, warnings_of
+from kat_ray.config.rule_warnings import rule_warnings
 from kat_ray.errors import Stopped
 from kat_ray.observability.logs import name_driver
 from kat_ray.observability.progress import Progress
@@ -72,7 +72,7 @@ def _notes(config: Config, prepared: Prepared) -> Iterator[str]:
     for split in (prepared.train, prepared.heldout):
         if split is not None and split.skipped_too_long:
             yield f"{split.source}: {split.skipped_too_long} prompts are too long and were skipped"
-    for warning in warnings_of(config.termination, RunScale.of(config)):
+    for warning in rule_warnings(config):
         yield f"termination: {warning}"
 
 

@@ -1,7 +1,7 @@
 """Ray jobs that are runs: submitted, followed, stopped, through the HTTP interface of Ray's dashboard.
 
 A job is named after its run, `NAME-1`; a run that is submitted again is `NAME-2`, and goes on where the first ended
-(`run.resume`). Nothing is uploaded before the configuration and the cluster were looked at.
+(`run.resume`). Nothing is uploaded before configuration and cluster have been checked.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ def status_of(job: Any) -> str:
 
 
 def is_over(job: Any) -> bool:
-    """Whether it has ended."""
+    """Whether a job has ended, in whatever way."""
     return status_of(job) in _ENDED
 
 

@@ -45,7 +45,7 @@ def submit(
     jobs: Jobs, config: Config, source: str, overrides: Sequence[str], folder: Path, wait: bool, console: Console
 ) -> int:
     """Submit a run whose configuration was found right; follow it if told to. Returns the exit code."""
-    check_cluster(jobs)
+    check_ray_version(jobs)
     command = train_command(config, source, overrides, folder)
     _say(console, f"uploading {folder}")
     job_id = jobs.submit(config, command, folder, {})
@@ -56,8 +56,8 @@ def submit(
     return follow(jobs, job_id, console)
 
 
-def check_cluster(jobs: Jobs) -> None:
-    """`UserError` where client and cluster do not fit."""
+def check_ray_version(jobs: Jobs) -> None:
+    """`UserError` where the cluster has another release of Ray than this client."""
     from importlib import metadata
 
     ours = metadata.version("ray")
@@ -103,7 +103,7 @@ def _advice(job: Any, log: str) -> Iterator[str]:
     said = f"{job.message or ''}\n{log}"
     # Ray repeats the log in its message, from the second line on.
     reason = next(iter((job.message or "").strip().splitlines()), "Ray gives no reason")
-    found = next((words for sign, words in _ADVICE.items() if sign in said), None)
+    found = next((advice for sign, advice in _ADVICE.items() if sign in said), None)
     if found:
         yield found
     elif exit_code(job) == 137:
@@ -218,12 +218,12 @@ def stop(jobs: Jobs, name: str, console: Console, seconds: float) -> int:
 
 
 @contextmanager
-def _waiting(console: Console, words: str) -> Iterator[None]:
+def _waiting(console: Console, text: str) -> Iterator[None]:
     if console.is_terminal:
-        with console.status(words):
+        with console.status(text):
             yield
     else:
-        _say(console, words)
+        _say(console, text)
         yield
 
 

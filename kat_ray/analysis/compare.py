@@ -19,18 +19,15 @@ from pydantic import TypeAdapter, ValidationError
 from kat_ray.config import Config
 from kat_ray.config.load import load_config, yaml_value
 from kat_ray.errors import UserError
-from kat_ray.termination import RULES, RunFacts, TerminationConfig, make_rule
+from kat_ray.termination import RULES, Effect, RunFacts, TerminationConfig, make_rule
 from kat_ray.termination.settings import KatParameters
-
-# What `length_matched` cannot copy: rules that cut nothing, and itself.
-_NO_CUTS = ("none", "progressive", "kat_stages", "length_matched")
 
 
 @dataclass(frozen=True)
 class Arm:
     """One rule of a comparison: its label, which is also its folder, and its settings' fields.
 
-    `of` is the label of the arm whose runs, of the same seeds, a `length_matched` rule copies.
+    `of` is the label of the arm whose runs, of the same seeds, a control copies.
     """
 
     label: str
@@ -45,47 +42,49 @@ def parse_arm(text: str) -> Arm:
     if name not in RULES:
         raise UserError(f"--rules {text!r}: {name!r} is no rule; there are {', '.join(RULES)}")
     known = [f for f in RULES[name].settings.model_fields if f != "rule"]
-    if name == "length_matched":
+    if RULES[name].copies:
         known.append("of")
     fields, of = {}, None
     for part in filter(None, rest.split(",")):
         field, separator, value = part.partition("=")
         if not separator or field not in known:
             raise UserError(f"--rules {text!r}: {part!r} must be FIELD=VALUE with one of {', '.join(known)}")
-        if field == "of" and name == "length_matched":
+        if field == "of" and RULES[name].copies:
             of = value
         else:
             fields[field] = yaml_value(value, f"--rules {text!r}")
-    if of is not None and "run" in fields:
-        raise UserError(f"--rules {text!r}: `of` and `run` both say what is copied: leave one out")
+    if of is not None and RULES[name].copies in fields:
+        raise UserError(f"--rules {text!r}: `of` and `{RULES[name].copies}` both say what is copied: leave one out")
     shown = fields if of is None else {**fields, "of": of}
     label = "-".join([name, *(f"{k}={v}" for k, v in shown.items())]).replace("/", "_")
     return Arm(label, name, fields, of)
 
 
 def order_of(arms: Sequence[Arm]) -> list[Arm]:
-    """The arms with what each `length_matched` copies, those last: they copy the lengths of a finished run."""
+    """The arms with what each control (`length_matched`) copies, those last: they copy a finished run's lengths."""
     if len({arm.label for arm in arms}) < len(arms):
-        raise UserError("--rules: the same rule stands there twice")
-    return sorted((_with_copied(arm, arms) for arm in arms), key=lambda a: a.rule == "length_matched")
+        raise UserError("--rules: the same rule is named twice")
+    return sorted((_with_copied(arm, arms) for arm in arms), key=lambda a: RULES[a.rule].copies is not None)
 
 
 def _with_copied(arm: Arm, arms: Sequence[Arm]) -> Arm:
-    if arm.rule != "length_matched" or "run" in arm.fields:
+    kind = RULES[arm.rule]
+    if kind.copies is None or kind.copies in arm.fields:
         return arm
     by_label = {a.label: a for a in arms}
     if arm.of is None:
         kats = [a.label for a in arms if a.rule == "kat"]
         if not kats:
             raise UserError(
-                "--rules length_matched: add kat, whose lengths it copies, or name a run: length_matched:run=DIR"
+                f"--rules {arm.rule}: add kat, whose lengths it copies, or name a run: {arm.rule}:{kind.copies}=DIR"
             )
         if len(kats) > 1:
-            raise UserError(f"--rules length_matched: of which? Write length_matched:of={' or :of='.join(kats)}")
+            raise UserError(f"--rules {arm.rule}: of which? Write {arm.rule}:of={' or :of='.join(kats)}")
         return dataclasses.replace(arm, of=kats[0])
     if arm.of not in by_label:
         raise UserError(f"--rules {arm.label}: no rule has the label {arm.of!r}; there are {', '.join(by_label)}")
-    if by_label[arm.of].rule in _NO_CUTS:
+    copied = RULES[by_label[arm.of].rule]
+    if copied.effect is not Effect.CUTS or copied.copies:
         raise UserError(f"--rules {arm.label}: {by_label[arm.of].rule} has no cuts whose lengths could be copied")
     return arm
 
@@ -94,18 +93,17 @@ def config_of(base: Config, arm: Arm, seed: int, out: Path) -> Config:
     """The configuration of one run: only the rule, the seed and the folder differ from `base`.
 
     The rule's fields are those of `base` where it has the same rule, or one of the same family (`kat` and
-    `kat_stages`); else the rule's defaults. A `length_matched` rule that copies another arm copies its run of the
-    same seed.
+    `kat_stages`); else the rule's defaults. A control that copies another arm copies its run of the same seed.
     """
-    settings = RULES[arm.rule].settings
+    settings, copies = RULES[arm.rule].settings, RULES[arm.rule].copies
     fields: dict[str, Any] = {"rule": arm.rule}
     if isinstance(base.termination, KatParameters) and issubclass(settings, KatParameters):
         own = base.termination.model_dump(exclude={"rule"})
         fields |= {name: value for name, value in own.items() if name in settings.model_fields}
     elif base.termination.rule == arm.rule:
         fields |= base.termination.model_dump()
-    if arm.of is not None:
-        fields["run"] = str(out / arm.of / f"seed-{seed}")
+    if arm.of is not None and copies is not None:
+        fields[copies] = str(out / arm.of / f"seed-{seed}")
     if "probe_share" not in fields and "probe_share" in settings.model_fields:
         fields["probe_share"] = getattr(base.termination, "probe_share", 0.1)  # the same share in all arms
     try:
@@ -130,8 +128,7 @@ class Planned:
     done: bool
 
     @property
-    def words(self) -> str:
-        """Rule and seed."""
+    def title(self) -> str:
         return f"{self.arm.label}, seed {self.config.run.seed}"
 
 
@@ -161,7 +158,7 @@ def _check_rule(config: Config, arm: Arm) -> None:
 def run_all(planned: Sequence[Planned], train: Callable[[Config], Any], say: Callable[[str], None]) -> None:
     """Run what has no summary yet; `train` runs one configuration."""
     for number, run in enumerate(planned, 1):
-        say(f"[{number}/{len(planned)}] {run.words}{': done before' if run.done else ''}")
+        say(f"[{number}/{len(planned)}] {run.title}{': done before' if run.done else ''}")
         if not run.done:
             train(run.config)
 

@@ -59,7 +59,6 @@ class FinishedRun:
 
     @property
     def seed(self) -> int:
-        """The run's seed."""
         return self.config.run.seed
 
     @cached_property
@@ -87,12 +86,10 @@ class Result:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Of its runs."""
         return tuple(run.seed for run in self.runs)
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Of its runs."""
         return tuple(run.path for run in self.runs)
 
     @property
@@ -124,7 +121,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
     Runs of one rule that differ in more than their seed are arms of their own.
     """
     if len({path.resolve() for path in paths}) < len(paths):
-        raise UserError("--runs: the same run stands there twice")
+        raise UserError("--runs: the same run is named twice")
     runs = [read_finished(path) for path in paths]
     groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
@@ -255,9 +252,9 @@ def _different_starts(results: Sequence[Result]) -> Iterator[str]:
             a, b = (r.summary.get("eval_before") or {} for r in (first[1], run))
             differing = [n for n in ("avg_at_k", "pass_at_k", "mean_length") if a.get(n) != b.get(n)]
             if differing and run.problems == first[1].problems:
-                words = "; ".join(f"{n} {a.get(n)} and {b.get(n)}" for n in differing)
+                figures = "; ".join(f"{n} {a.get(n)} and {b.get(n)}" for n in differing)
                 yield (
-                    f"seed {seed}: {first[0]} and {label} do not start alike (before training: {words}): another "
+                    f"seed {seed}: {first[0]} and {label} do not start alike (before training: {figures}): another "
                     "student, or engines that do not repeat their own answers"
                 )
 

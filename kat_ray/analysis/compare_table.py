@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kat_ray.analysis.compare_results import MEANING, MEASURES, PARTS, FinishedRun, Result
+from kat_ray.termination import RULES, Effect
 from kat_ray.types.records import FloatArray
 
-BASELINES = ("none", "length_matched")  # rules; differences are taken to their arms
 RESAMPLES = 4000
 _SHARES = ("avg_at_k", "pass_at_k")
 _RELATIVE = ("mean_length", "generated_tokens", "tflop")
@@ -47,8 +47,9 @@ class Paired:
 
 
 def paired(results: Sequence[Result]) -> list[Paired]:
-    """Every arm against every baseline; of two baselines the later one of `BASELINES` against the earlier."""
-    baselines = sorted((r for r in results if r.rule in BASELINES), key=lambda r: BASELINES.index(r.rule))
+    """Every arm against every baseline: rules that do nothing, and controls, which are held against the former."""
+    nothing = [r for r in results if RULES[r.rule].effect is Effect.NOTHING]
+    baselines = nothing + [r for r in results if RULES[r.rule].copies]
     found = []
     for number, baseline in enumerate(baselines):
         for result in results:

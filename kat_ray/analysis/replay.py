@@ -1,6 +1,6 @@
 """Apply a rule again to the recorded KL traces of a run: no model, millions of tokens a second.
 
-What a cut rollout would have gone on to is not in its trace. A replay therefore looks at rollouts that were seen
+What a cut rollout would have gone on to is not in its trace. A replay therefore takes rollouts that were seen
 to their end: the probes of a run with a rule and all rollouts from before it was active; all of a run without.
 """
 
@@ -20,7 +20,7 @@ from kat_ray.config import Config
 from kat_ray.data.prompts import is_probe
 from kat_ray.errors import UserError
 from kat_ray.records.traces import read_rows
-from kat_ray.termination import RunFacts, make_rule
+from kat_ray.termination import RULES, RunFacts, make_rule
 from kat_ray.termination.calibration import MinimaBuffer
 from kat_ray.termination.settings import KatParameters, RuleSettings
 from kat_ray.types.records import FloatArray, IntArray
@@ -148,7 +148,7 @@ def uncensored_rows(traces: Traces, config: Config) -> IntArray:
     if not traces.trapped.any() and not _bounds_lengths(config):
         return np.arange(len(traces.step))
     free = (traces.probe == 1) & ~traces.trapped
-    if isinstance(rule, KatParameters):
+    if RULES[rule.rule].calibrates:
         free |= np.isnan(traces.threshold)  # not active yet
     if not (traces.probe == 1).any():
         raise UserError(
@@ -248,12 +248,12 @@ def _flat(starts: IntArray, lengths: IntArray) -> IntArray:
 def _first_streak(z: FloatArray, thresholds: FloatArray, rule: KatParameters) -> IntArray:
     """Start token of the first streak of low windows in each row; -1 if there is none."""
     skip = -(-rule.exempt // rule.stride)
-    looked = z[:, :: rule.stride][:, skip:]
-    width = looked.shape[1] - rule.consecutive + 1
+    tested = z[:, :: rule.stride][:, skip:]
+    width = tested.shape[1] - rule.consecutive + 1
     if width < 1:
         return np.full(len(z), -1)
     with np.errstate(invalid="ignore"):
-        low = looked < thresholds[:, None]
+        low = tested < thresholds[:, None]
     streak = low[:, :width].copy()
     for shift in range(1, rule.consecutive):
         streak &= low[:, shift : shift + width]
@@ -264,7 +264,7 @@ def _first_streak(z: FloatArray, thresholds: FloatArray, rule: KatParameters) ->
 def _first_high(
     z: FloatArray, thresholds: FloatArray, rule: KatParameters, after: IntArray, lengths: IntArray
 ) -> IntArray:
-    """Start token of the first looked-at window from `after` on that is not low; -1 if there is none."""
+    """Start token of the first checked window from `after` on that is not low; -1 if there is none."""
     starts = np.arange(0, z.shape[1], rule.stride)
     with np.errstate(invalid="ignore"):
         high = ~(z[:, :: rule.stride] < thresholds[:, None])
@@ -345,15 +345,15 @@ def _share(part: Any, whole: Any) -> float:
     return float(part) / float(whole) if whole else 0.0
 
 
-def checked(base: Rule, changes: Mapping[str, Any]) -> Rule:
+def with_changes(base: Rule, changes: Mapping[str, Any]) -> Rule:
     """`base` with other values; `UserError` names the one that is not allowed."""
     try:
         return type(base).model_validate({**base.model_dump(), **changes})
     except ValidationError as error:
-        words = ", ".join(f"{name} = {value!r}" for name, value in changes.items())
+        changed = ", ".join(f"{name} = {value!r}" for name, value in changes.items())
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"][1:] or first["loc"]))
-        raise UserError(": ".join(filter(None, (words, field, first["msg"])))) from error
+        raise UserError(": ".join(filter(None, (changed, field, first["msg"])))) from error
 
 
 def recommend(results: Sequence[Tradeoff], keep_kl: float) -> tuple[Tradeoff, str]:

@@ -19,11 +19,21 @@ from kat_ray.analysis.replay import (
     apply_rule,
     blocks_of,
     calibrate,
-    checked,
     weigh,
+    with_changes,
 )
-from kat_ray.termination import Finished, NewTokens, RolloutStart, RolloutTracker, RunFacts, make_rule
-from kat_ray.termination.settings import KatParameters, RuleSettings
+from kat_ray.termination import (
+    RULES,
+    Effect,
+    Finished,
+    NewTokens,
+    RolloutStart,
+    RolloutTracker,
+    RunFacts,
+    kat_parameters,
+    make_rule,
+)
+from kat_ray.termination.settings import RuleSettings
 
 COLUMNS = tuple(name for name in NewTokens._fields if name != "d")
 
@@ -34,11 +44,12 @@ def sweep(traces: Traces, base: RuleSettings, grid: Mapping[str, Sequence[Any]],
     results = []
     width, blocks = 0, None
     for values in itertools.product(*(grid[name] for name in names)):
-        rule = checked(base, dict(zip(names, values, strict=True)))
-        if isinstance(rule, KatParameters):
-            if blocks is None or rule.window != width:
-                width, blocks = rule.window, blocks_of(traces, rule.window)
-            thresholds, replayed = calibrate(traces, rule, facts.seed, blocks)
+        rule = with_changes(base, dict(zip(names, values, strict=True)))
+        kat = kat_parameters(rule)
+        if kat is not None:
+            if blocks is None or kat.window != width:
+                width, blocks = kat.window, blocks_of(traces, kat.window)
+            thresholds, replayed = calibrate(traces, kat, facts.seed, blocks)
             results.append(weigh(traces, rule, ~np.isnan(thresholds), replayed))
         else:
             replayed = follow(traces, rule, facts)
@@ -54,12 +65,13 @@ def follow(traces: Traces, settings: RuleSettings, facts: RunFacts) -> Replayed:
 def reproduce(traces: Traces, settings: RuleSettings, facts: RunFacts) -> Replayed:
     """A run's own rule on all of the run's own rollouts, as far as each was scored: gives the run's cuts again.
 
-    KAT is taken with the thresholds of the run; of other rules what rollouts share is built up again. `kat_stages`
-    ends no rollout: only what it says of probes is recorded.
+    KAT is taken with the thresholds of the run; of other rules what rollouts share is built up again. Of a rule
+    that cuts none (`kat_stages`), only what it says of probes is recorded.
     """
-    if isinstance(settings, KatParameters):
-        replayed = apply_rule(traces, settings, traces.threshold)
-        if settings.rule == "kat_stages":
+    kat = kat_parameters(settings)
+    if kat is not None:
+        replayed = apply_rule(traces, kat, traces.threshold)
+        if RULES[settings.rule].effect is not Effect.CUTS:
             replayed.cut[traces.probe != 1] = -1
         return replayed
     return _run(traces, settings, facts, as_recorded=True)

@@ -25,7 +25,7 @@ class Check:
 
 
 def ok(name: str, text: str) -> Check:
-    """All is well."""
+    """A check that passed."""
     return Check("ok", name, text)
 
 

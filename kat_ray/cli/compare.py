@@ -50,7 +50,7 @@ def plan(
     if base.evaluation.data is None:
         raise UserError("evaluation.data = null: a comparison needs held-out problems")
     if len(set(numbers)) < len(numbers):
-        raise UserError("--seeds: the same seed stands there twice")
+        raise UserError("--seeds: the same seed is named twice")
     out = out or Path(base.run.dir) / f"compare-{base.run.name}"
     return Comparison(base, arms, numbers, out, plan_runs(base, arms, numbers, out))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from kat_ray.cli.checks import Check, ClusterSeen, fail, ok, placements, resources, same_ray, warn
 from kat_ray.cluster.auth import fault
 from kat_ray.config import Config, DataConfig
-from kat_ray.config.rule_warnings import RunScale, warnings_of
+from kat_ray.config.rule_warnings import rule_warnings
 from kat_ray.errors import UserError
 from kat_ray.models.inspect import ModelFacts, ModelInfo
 
@@ -52,7 +52,7 @@ def examine(config: Config | None) -> Iterator[Check]:
         yield torch
         yield from _ray(os.environ, config)
         if config is not None and (torch.level == "FAIL" or _version("transformers") is None):
-            yield fail("configuration", "not looked at: that needs torch and transformers")
+            yield fail("configuration", "not checked: that needs torch and transformers")
         elif config is not None:
             yield from _disk(config)
             yield from _settings(config)
@@ -81,7 +81,7 @@ def examine_sender(config: Config) -> Iterator[Check]:
 def _machine() -> Iterator[Check]:
     yield ok("machine", f"{os.cpu_count()} cores, {_memory() / GIB:.1f} GiB of memory free")
     yield _python()
-    shm = Path("/dev/shm")  # noqa: S108 - looked at, not written to
+    shm = Path("/dev/shm")  # noqa: S108 - read, not written to
     if shm.is_dir():
         free = shutil.disk_usage(shm).free
         text = f"{free / GIB:.1f} GiB free in /dev/shm, where Ray's object store lies"
@@ -249,7 +249,7 @@ def disk_verdict(folder: Path, free: int) -> Check:
 def _settings(config: Config) -> Iterator[Check]:
     """Settings that are allowed, but do not do what they seem to."""
     rollout = config.rollout
-    for text in warnings_of(config.termination, RunScale.of(config)):
+    for text in rule_warnings(config):
         yield warn("termination", text)
     if config.sampler.replicas > rollout.rollouts_per_step:
         yield warn(
@@ -268,7 +268,7 @@ def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
         facts = check_models(config)
     except UserError as error:
         yield fail("models", str(error))
-        yield warn("data", "not looked at: prompts are read with the student's tokenizer")
+        yield warn("data", "not checked: prompts are read with the student's tokenizer")
         return
     yield ok("student", _describe(facts.student))
     yield ok("teacher", _describe(facts.teacher))

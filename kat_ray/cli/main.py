@@ -84,12 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
     def add(
-        name: str, command: Callable[[argparse.Namespace], int], words: str, about: str = OVERRIDES
+        name: str, command: Callable[[argparse.Namespace], int], summary: str, about: str = OVERRIDES
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(
             name,
-            help=words,
-            description=f"{words[0].upper()}{words[1:]}.\n\n{about}",
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.\n\n{about}",
             epilog=f"{EXAMPLES[name]}\n\n{EXIT_CODES}",
             formatter_class=style,
         )
@@ -178,7 +178,7 @@ def _add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.A
         "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a field of the rule that divides rollouts"
     )
     report.add_argument(
-        "--rollouts", metavar="N", type=_count, default=300, help="rollouts to look at in the page (default 300)"
+        "--rollouts", metavar="N", type=_count, default=300, help="rollouts to show in the page (default 300)"
     )
     report.add_argument(
         "--gradients", metavar="CHECKPOINT", type=_path, nargs="*",

@@ -11,18 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kat_ray.analysis.replay import Replayed, Traces, Tradeoff, checked, load_traces, recommend, uncensored
-from kat_ray.analysis.replay_rules import COLUMNS, reproduce, sweep
+from kat_ray.analysis.replay import Replayed, Traces, Tradeoff, load_traces, recommend, uncensored, with_changes
+from kat_ray.analysis.replay_rules import reproduce, sweep
 from kat_ray.config import Config
 from kat_ray.config.load import load_config, yaml_value
 from kat_ray.errors import UserError, writing
-from kat_ray.termination import RULES, RunFacts
-from kat_ray.termination.settings import KatParameters, KatSettings, RuleSettings
+from kat_ray.termination import RULES, Effect, RunFacts, kat_parameters
+from kat_ray.termination.settings import KatSettings, RuleSettings
 
-# What is swept where the user names nothing: factors of the base's own values, or values.
-_FACTORS = {"window": (0.5, 1, 2), "consecutive": (0.5, 1, 2), "exempt": (0, 1, 2), "stride": (1, 4)}
-_ETAS = (0.1, 0.2, 0.3, 0.5, 0.7)
-_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of rollout.max_tokens
 _KAT_FIELDS = ("window", "consecutive", "exempt", "stride", "eta")
 _KAT_HEADINGS = ("W", "C", "exempt", "stride", "eta")
 
@@ -37,12 +33,12 @@ def replay(
     config = load_config(run_dir / "config.yaml")
     base = _base(config, rule)
     grid = _grid(base, settings, config.rollout.max_tokens)
-    kat_only = isinstance(base, KatParameters) and isinstance(config.termination, KatParameters)
-    traces, notes = load_traces(run_dir, () if kat_only else COLUMNS)
+    read = {name for rule in (base, config.termination) for name in RULES[rule.rule].reads}
+    traces, notes = load_traces(run_dir, sorted(read))
     for note in notes:
         console.print(f"warning: {note}", markup=False)
     facts = RunFacts(config.run.seed, config.rollout.max_tokens)
-    if config.termination.rule != "none":
+    if RULES[config.termination.rule].effect is not Effect.NOTHING:
         replayed = reproduce(traces, config.termination, facts)
         console.print(_reproduction(traces, replayed), markup=False)
     _check_columns(traces, base)
@@ -54,9 +50,9 @@ def replay(
     )
     results = sweep(seen, base, grid, facts)
     best, reason = recommend(results, keep_kl)
-    shown = _KAT_FIELDS if isinstance(base, KatParameters) else tuple(grid)
+    shown = _KAT_FIELDS if kat_parameters(base) else tuple(grid)
     _print(console, sorted(results, key=lambda r: r.generated_tokens), best, shown)
-    console.print(f"recommended: {best.rule.rule} {_words(best.rule, shown)}\n  {reason}", markup=False)
+    console.print(f"recommended: {best.rule.rule} {_values_of(best.rule, shown)}\n  {reason}", markup=False)
     folder = out or run_dir / "replay"
     files = [folder / "replay.csv", folder / "replay.png"]
     with writing(folder):
@@ -71,21 +67,30 @@ def replay(
 def _base(config: Config, rule: str | None) -> RuleSettings:
     """The settings that others are tried around: the run's own where it ran under this rule, else the defaults."""
     own = config.termination
-    name = rule or (own.rule if isinstance(own, KatParameters) else "kat")
-    endless = ("none", "kat_stages")  # they end no rollout: nothing to weigh
-    if name in endless and rule is None and isinstance(own, KatParameters):
-        return KatSettings(**{f: getattr(own, f) for f in KatSettings.model_fields if f != "rule"})
-    if name not in RULES or name in endless:
-        known = ", ".join(n for n in RULES if n not in endless)
+    kat = kat_parameters(own)
+    name = rule or (own.rule if kat else "kat")
+    if rule is None and kat and not _ends_rollouts(name):
+        return KatSettings(**{f: getattr(kat, f) for f in KatSettings.model_fields if f != "rule"})
+    if name not in RULES or not _ends_rollouts(name):
+        known = ", ".join(filter(_ends_rollouts, RULES))
         raise UserError(f"--rule {name!r}: must be one of {known}")
     if own.rule == name:
         return own
     return RULES[name].settings.model_construct(rule=name)  # checked with the user's values: some have no default
 
 
+def _ends_rollouts(rule: str) -> bool:
+    """Whether there is anything to weigh: a rule that ends no rollout saves no token."""
+    return RULES[rule].effect in (Effect.BOUNDS, Effect.CUTS)
+
+
 def _check_columns(traces: Traces, rule: RuleSettings) -> None:
-    if rule.rule == "prune_opd" and "overlap" not in traces.columns:
-        raise UserError("--rule prune_opd: it needs the overlap of every token; record it with run.trace_features")
+    missing = [name for name in RULES[rule.rule].needs if name not in traces.columns]
+    if missing:
+        raise UserError(
+            f"--rule {rule.rule}: it needs the {' and '.join(missing)} of every token; record it with "
+            "run.trace_features"
+        )
 
 
 def _reproduction(traces: Traces, replayed: Replayed) -> str:
@@ -108,7 +113,7 @@ def rule_with(run_dir: Path, settings: Sequence[str]) -> KatSettings:
         if len(values) != 1:
             raise UserError(f"{name} = {values!r}: one value, please")
         changes[name] = values[0]
-    return checked(base, changes)
+    return with_changes(base, changes)
 
 
 def _grid(base: RuleSettings, settings: Sequence[str], max_tokens: int) -> dict[str, list[Any]]:
@@ -122,27 +127,12 @@ def _grid(base: RuleSettings, settings: Sequence[str], max_tokens: int) -> dict[
             raise UserError(f"{setting!r}: must be FIELD=VALUE or FIELD=[VALUE, ...] with one of {fields}")
         value = yaml_value(text, repr(setting))
         grid[name] = value if isinstance(value, list) else [value]
-    return grid or _default_grid(base, max_tokens)
+    if grid:
+        return grid
+    return {name: list(values) for name, values in RULES[base.rule].sweep(base, max_tokens).items()}
 
 
-def _default_grid(base: RuleSettings, max_tokens: int) -> dict[str, list[Any]]:
-    if isinstance(base, KatParameters):
-        grid: dict[str, list[Any]] = {}
-        for name, factors in _FACTORS.items():
-            own = getattr(base, name)
-            grid[name] = sorted({max(0 if name == "exempt" else 1, round(own * f)) for f in factors})
-        return grid | {"eta": sorted({*_ETAS, base.eta})}
-    lengths = sorted({max(1, round(max_tokens * share)) for share in _SHARES})
-    return {
-        "fixed_prefix": {"n": lengths},
-        "random": {"longest": lengths},
-        "repetition": {"repeats": [2, 3, 4, 6, 8]},
-        "prune_opd": {"level": [0.5, 0.6, 0.7, 0.8, 0.9], "decay": [0.01, 0.02, 0.05]},
-        "progressive": {"start": lengths},
-    }.get(base.rule, {})  # type: ignore[return-value]
-
-
-def _words(rule: RuleSettings, shown: Sequence[str]) -> str:
+def _values_of(rule: RuleSettings, shown: Sequence[str]) -> str:
     return " ".join(f"{name}={_cell(getattr(rule, name))}" for name in shown)
 
 
@@ -211,7 +201,7 @@ def plot(path: Path, results: Sequence[Tradeoff], best: Tradeoff, keep_kl: float
         [best.generated_tokens], [best.kept_kl], s=170, facecolors="none", edgecolors="black", linewidths=1.5
     )
     axes.annotate(
-        f"recommended\n{best.rule.rule} {_words(best.rule, fields)}",
+        f"recommended\n{best.rule.rule} {_values_of(best.rule, fields)}",
         (best.generated_tokens, best.kept_kl), textcoords="axes fraction",
         xytext=(0.02, 0.97), ha="left", va="top", fontsize=8,
         arrowprops={"arrowstyle": "-", "color": "black", "lw": 0.6},

@@ -51,7 +51,7 @@ class PoolConfig(PlacementConfig):
     """A role whose number of replicas can change while a run goes on."""
 
     replicas: int = Field(1, ge=1)
-    """Number at the start; the run begins when all of them stand."""
+    """Number at the start; the run begins when all of them are ready."""
     min_replicas: int | None = Field(None, ge=1)
     """Fewest replicas to shrink to; null keeps `replicas`."""
     max_replicas: int | None = Field(None, ge=1)

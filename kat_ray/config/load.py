@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from kat_ray.config import Config, plain_yaml, schema
 from kat_ray.errors import ConfigError
 from kat_ray.observability.redact import redact
+from kat_ray.termination import RULES
 
 DEMO_DIR = Path(__file__).parents[1] / "demo"
 DEMO_FILES = {
@@ -203,6 +204,9 @@ def _apply(tree: dict[str, Any], override: str, source: _Source) -> None:
 
 def _validate(tree: Mapping[str, Any], source: _Source) -> Config:
     _check_texts(tree, (), source)
+    rule = tree["termination"].get("rule") if isinstance(tree.get("termination"), Mapping) else None
+    if isinstance(rule, str):
+        RULES.get(rule)  # one of another package that cannot be used says so here
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:

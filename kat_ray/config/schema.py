@@ -98,12 +98,12 @@ def _allowed(schema: Schema) -> str:
     if kind == "object":
         values = schema.get("additionalProperties")
         return f"{{NAME: {_allowed(values)}, ...}}" if isinstance(values, dict) else "a section with fields"
-    words = _TYPES.get(str(kind), "")
+    kind_text = _TYPES.get(str(kind), "")
     if bounds := " and ".join(f"{sign} {schema[key]}" for key, sign in _BOUNDS if key in schema):
-        return f"{words} {bounds}"
+        return f"{kind_text} {bounds}"
     if schema.get("minLength"):
-        return f"{words} that is not empty"
-    return f"{words} that matches {schema['pattern']}" if "pattern" in schema else words
+        return f"{kind_text} that is not empty"
+    return f"{kind_text} that matches {schema['pattern']}" if "pattern" in schema else kind_text
 
 
 def configuration_markdown() -> str:

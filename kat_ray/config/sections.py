@@ -55,7 +55,7 @@ class RunConfig(Section):
     """Seconds in which a run that is told to end (SIGTERM, Ctrl-C) finishes what cannot be interrupted and writes a
     checkpoint."""
     resume: Resumable[Literal["auto", "never"]] = "auto"
-    """`auto`: inside a Ray job, an unfinished run of the same name and configuration is gone on with, as after a
+    """`auto`: inside a Ray job, an unfinished run of the same name and configuration is resumed, as after a
     retry of the job; elsewhere, and with `never`, a run is always a new one unless `--resume` names it."""
     checkpoint_every: Resumable[int] = Field(10, ge=0)
     """Steps between checkpoints, each with all that a resume needs; 0 writes only the last one."""
@@ -164,7 +164,7 @@ class GuardsConfig(Section):
     entropy_fall: float | None = Field(0.1, gt=0, lt=1)
     """Lower limit of learner/entropy, as a share of its first mean; null switches it off."""
     max_tokens_share: float | None = Field(0.9, ge=0, lt=1)
-    """Upper limit of rollout/max_tokens_share, from the first step on; not looked at where the rule sets a budget.
+    """Upper limit of rollout/max_tokens_share, from the first step on; without effect where the rule sets a budget.
     null switches it off."""
     kl_rise: float | None = Field(3.0, gt=1)
     """Upper limit of kl/mean, as a multiple of its first mean; null switches it off."""

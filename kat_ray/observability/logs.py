@@ -43,7 +43,6 @@ class _StandardError(logging.StreamHandler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
         terminal = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
         self.stream = sys.stderr if terminal.isatty() else terminal
         super().emit(record)

@@ -75,16 +75,15 @@ class Progress:
         self._console.print(Text(text))
 
     def step(self, line: StepLine) -> None:
-        """One step is done."""
         now = time.monotonic()
         if self._last_step is not None:
             self._durations = [*self._durations[-9:], now - self._last_step]
-        self._line = self.words(line)
+        self._line = self.describe(line)
         log.info(self._line)
         if not self._live.is_started:
             self._console.print(Text(self._line))
 
-    def words(self, line: StepLine) -> str:
+    def describe(self, line: StepLine) -> str:
         """A step in one line; the time left is estimated from the last ten steps."""
         left = sum(self._durations) / max(1, len(self._durations)) * (self._steps - line.step)
         kl = "-" if line.kl is None else f"{line.kl:.4f}"

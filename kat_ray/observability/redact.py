@@ -35,5 +35,4 @@ class RedactingFormatter(logging.Formatter):
     """A formatter whose lines, tracebacks included, hold no secret."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One record, redacted."""
         return redact(super().format(record))

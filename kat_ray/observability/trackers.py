@@ -72,11 +72,9 @@ class Trackers:
                 stack.callback(self._tell, tracker, lambda t: t.close())
 
     def start(self, done: int) -> None:
-        """See `Tracker.start`."""
         self._tell_all(lambda t: t.start(done))
 
     def step(self, done: int, metrics: Mapping[str, float]) -> None:
-        """See `Tracker.step`."""
         check_names(metrics)
         self._tell_all(lambda t: t.step(done, metrics))
 
@@ -86,11 +84,9 @@ class Trackers:
         self._tell_all(lambda t: t.evaluation(done, record, metrics))
 
     def checkpoint(self, done: int, path: Path) -> None:
-        """See `Tracker.checkpoint`."""
         self._tell_all(lambda t: t.checkpoint(done, path))
 
     def finish(self, summary: Mapping[str, Any], paths: Mapping[str, Path]) -> None:
-        """See `Tracker.finish`."""
         self._tell_all(lambda t: t.finish(summary, paths))
 
     def _tell_all(self, what: Callable[[Tracker], None]) -> None:
@@ -121,7 +117,6 @@ class ConsoleTracker(Tracker):
         self._progress, self._steps = progress, steps
 
     def step(self, done: int, metrics: Mapping[str, float]) -> None:
-        """One line."""
         self._progress.step(
             StepLine(
                 step=done,
@@ -134,7 +129,6 @@ class ConsoleTracker(Tracker):
         )
 
     def evaluation(self, done: int, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """One line that stays."""
         when = "after training" if done == self._steps else f"after step {done}" if done else "before training"
         k = record["k"]
         self._progress.note(
@@ -143,7 +137,6 @@ class ConsoleTracker(Tracker):
         )
 
     def finish(self, summary: Mapping[str, Any], paths: Mapping[str, Path]) -> None:
-        """The table."""
         self._progress.finish(summary, paths)
 
 

@@ -71,7 +71,7 @@ def read_json(path: Path, kind: TypeAdapter[Any]) -> dict[str, Any]:
     try:
         return _record(_text(path), kind)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is damaged ({_words(error)}); the run has to be made again") from error
+        raise UserError(f"{path}: is damaged ({_message(error)}); the run has to be made again") from error
 
 
 def read_json_lines(path: Path, kind: TypeAdapter[Any]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -105,7 +105,7 @@ def _record(text: str, kind: TypeAdapter[Any]) -> dict[str, Any]:
     return content
 
 
-def _words(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_input=False, include_url=False)[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

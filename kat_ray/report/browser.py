@@ -21,7 +21,7 @@ MAX_TOKENS = 400_000  # in one page: more makes it slow to open
 
 def choose(records: RunRecords, most: int, seed: int = 0) -> IntArray:
     """Indices of at most `most` rollouts: every kind (stop reason, verdict, part of the run) in turn, at random."""
-    traces, stops = records.traces, records.words("stop_reason")
+    traces, stops = records.traces, records.per_rollout("stop_reason")
     last = max(1, int(traces.step.max(initial=0)) + 1)
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i in np.random.default_rng(seed).permutation(len(traces.step)).tolist():

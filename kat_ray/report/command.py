@@ -14,6 +14,7 @@ from kat_ray.report.browser import choose, prompts_of, rollouts_for
 from kat_ray.report.page import Card, Section, embedded_json, png_of, render, script, write_page
 from kat_ray.report.phases import Lens, PhaseRow, Phases, lens_of, phase_table, phases_of, teacher_tokens
 from kat_ray.report.run_records import RunRecords, read_run
+from kat_ray.termination import RULES, Effect, kat_parameters
 from kat_ray.termination.settings import KatParameters, KatSettings
 
 _TOP_TOKENS = 12
@@ -57,9 +58,9 @@ def report(
             "notes": [*records.notes, *filter(None, [trouble, missing])],
             "cards": _cards(records),
             "sections": sections,
-            "browser_words": _browser_words(records, lens, len(chosen)),
+            "browser_text": _browser_text(records, lens, len(chosen)),
             "marks": _marks(records, lens),
-            "stops": sorted(set(records.words("stop_reason"))),
+            "stops": sorted(set(records.per_rollout("stop_reason"))),
             "data": data,
             "data_json": embedded_json(data),
             "config": config_yaml(records.config),
@@ -76,7 +77,8 @@ def _rule_of(records: RunRecords, rule: KatSettings | None) -> tuple[KatParamete
     own = records.config.termination
     if rule is not None:
         return rule, rule == own
-    return (own, True) if isinstance(own, KatParameters) else (KatSettings(), False)
+    kat = kat_parameters(own)
+    return (KatSettings(), False) if kat is None else (kat, True)
 
 
 def _phases(records: RunRecords, rule: KatParameters, own: bool) -> tuple[Phases | None, str | None]:
@@ -92,33 +94,38 @@ def _phases(records: RunRecords, rule: KatParameters, own: bool) -> tuple[Phases
     return phases, None
 
 
-def _browser_words(records: RunRecords, lens: Lens, shown: int) -> str:
+def _browser_text(records: RunRecords, lens: Lens, shown: int) -> str:
     window, own = lens.rule.window, records.config.termination.rule
+    effect = RULES[own].effect
     count = len(records.traces.step)
     how = "All rollouts." if shown == count else f"{shown:,} of {count:,} rollouts, every kind in turn."
-    words = (
+    text = (
         f"{how} "
         "A token is coloured by its reverse KL; point at one, click it or use the arrow keys to see its figures. "
         f"Underlined tokens are not trained on. The curve is the mean KL of the last {window} tokens. "
     )
     if not lens.own:
-        return words + (
+        return text + (
             "Threshold and marks called applied are of the KAT settings named at the top, applied afterwards; "
             f"the run's own rule was {own}, "
-            + ("which cut nothing." if own == "none" else "and what it did is marked as cut and would cut.")
+            + (
+                "which cut nothing."
+                if effect is Effect.NOTHING
+                else "and what it did is marked as cut and would cut."
+            )
         )
-    does = "cuts where it stays" if own == "kat" else "divides the rollout where it stays"
-    return words + f"The run's rule {does} below the threshold for {lens.rule.consecutive} looks in a row."
+    does = "cuts where it stays" if effect is Effect.CUTS else "divides the rollout where it stays"
+    return text + f"The run's rule {does} below the threshold for {lens.rule.consecutive} windows in a row."
 
 
 def _marks(records: RunRecords, lens: Lens) -> list[tuple[str, str, str]]:
     """The marks that the browser can show: class, words, meaning."""
     marks = []
-    if records.config.termination.rule != "none":
+    if RULES[records.config.termination.rule].effect is not Effect.NOTHING:
         marks += [("", "cut", "by the run's rule"), ("would", "would cut", "a probe")]
     if not lens.own:
         marks.append(("applied", "applied", "where the settings applied afterwards would cut"))
-    elif lens.rule.rule != "kat":
+    elif RULES[lens.rule.rule].effect is not Effect.CUTS:
         marks.append(("applied", "KAT", "would cut; tokens after it are weighed"))
     return marks
 

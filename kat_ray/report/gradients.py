@@ -77,7 +77,7 @@ def gradient_evidence(records: RunRecords, phases: Phases, first: Path, last: Pa
     matrices = [(name, p) for name, p in student.named_parameters() if name in bases]
     sums = {phase: {name: torch.zeros_like(p) for name, p in matrices} for phase in PHASES}
     counts = dict.fromkeys(PHASES, 0)
-    names, tokens = records.words("prompt_id"), records.words("token_ids")
+    names, tokens = records.per_rollout("prompt_id"), records.per_rollout("token_ids")
     for i in candidates[:rollouts].tolist():
         span = slice(int(phases.traces.offsets[i]), int(phases.traces.offsets[i + 1]))
         row = int(phases.rows[i])

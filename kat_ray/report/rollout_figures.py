@@ -14,6 +14,7 @@ from kat_ray.analysis.replay import Traces
 from kat_ray.report.phases import NO_TRAP, PHASES, Lens, Phases, phase_means
 from kat_ray.report.run_records import RunRecords
 from kat_ray.report.style import APPLIED, CUT, KEPT, PHASE_COLOURS, SCALE, WOULD, figure, percent, plain
+from kat_ray.termination import RULES, Effect
 from kat_ray.types.records import FloatArray, IntArray
 
 _FLOOR = 1e-4  # nats: below it KL is drawn as one colour
@@ -76,7 +77,7 @@ def _marks(records: RunRecords, lens: Lens) -> dict[str, tuple[str, IntArray]]:
     marks = {"cut": (CUT, traces.cut), "probe: would be cut": (WOULD, would)}
     if not lens.own:
         marks["cut of the settings applied afterwards"] = (APPLIED, lens.cut)
-    elif lens.rule.rule != "kat":
+    elif RULES[lens.rule.rule].effect is not Effect.CUTS:
         marks["KAT would cut"] = (APPLIED, np.where((traces.cut < 0) & (would < 0), lens.cut, -1))
     return marks
 

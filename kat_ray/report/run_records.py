@@ -44,7 +44,7 @@ class RunRecords:
         values = np.asarray(column.combine_chunks().flatten())
         return values if len(values) == len(self.traces.d) else None
 
-    def words(self, name: str) -> list[Any]:
+    def per_rollout(self, name: str) -> list[Any]:
         """A column of the traces, one value a rollout."""
         values: list[Any] = self.table.column(name).to_pylist()
         return values

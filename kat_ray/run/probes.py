@@ -10,7 +10,8 @@ import numpy as np
 from kat_ray.data.accounting import FinishedRollout
 from kat_ray.errors import DataError
 from kat_ray.rewards.verifiers import Verifier, check_golds, grade
-from kat_ray.termination.settings import KatParameters, RuleSettings
+from kat_ray.termination import RULES
+from kat_ray.termination.settings import RuleSettings
 from kat_ray.types.records import FloatArray, Prompt, RolloutOutcome, StopReason
 
 log = logging.getLogger("kat_ray.probes")
@@ -50,11 +51,8 @@ def seen_to_the_end(rollouts: Sequence[FinishedRollout], cuts: bool) -> list[Fin
 
 
 def is_active(settings: RuleSettings, threshold: float | None) -> bool:
-    """Whether a step's rollouts could be cut: a rule that calibrates a threshold must have one.
-
-    A rule from outside counts as active throughout: whether it waits for something is not known.
-    """
-    return threshold is not None or not isinstance(settings, KatParameters)
+    """Whether the rule could do anything in a step: one that calibrates a threshold must have one."""
+    return threshold is not None or not RULES[settings.rule].calibrates
 
 
 def probe_metrics(

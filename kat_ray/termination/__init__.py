@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-# In this order: a rule from outside is loaded by the registry and may import the names of the first line.
 from kat_ray.termination.base import (
     Cut,
+    Effect,
     Finished,
     NewTokens,
     RolloutStart,
     RolloutTracker,
     RuleType,
     RunFacts,
+    RunScale,
     TerminationRule,
 )
-from kat_ray.termination.registry import RULES, TerminationConfig, make_rule
+from kat_ray.termination.registry import RULES, TerminationConfig, kat_parameters, make_rule
 from kat_ray.termination.table import make_table
 
 __all__ = [
     "RULES",
     "Cut",
+    "Effect",
     "Finished",
     "NewTokens",
     "RolloutStart",
     "RolloutTracker",
     "RuleType",
     "RunFacts",
+    "RunScale",
     "TerminationConfig",
     "TerminationRule",
+    "kat_parameters",
     "make_rule",
     "make_table",
 ]

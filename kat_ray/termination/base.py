@@ -9,7 +9,8 @@ they arrive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -39,6 +40,15 @@ class RunFacts:
 
     seed: int
     max_tokens: int  # rollout.max_tokens: the longest a rollout can get
+
+
+@dataclass(frozen=True)
+class RunScale:
+    """What a rule's settings are held against before a run, to warn of those that would do nothing in it."""
+
+    steps: int
+    max_tokens: int  # rollout.max_tokens
+    rollouts_per_step: int
 
 
 @dataclass(frozen=True)
@@ -133,15 +143,44 @@ class TerminationRule(Protocol):
         """Go on from what `state` gave; `UserError` where it is none of this rule's."""
 
 
+class Effect(enum.Enum):
+    """The most that a rule does to a rollout which is no probe."""
+
+    NOTHING = enum.auto()
+    WEIGHS = enum.auto()  # its tokens in the loss; it goes on to its own end
+    BOUNDS = enum.auto()  # its length, by a budget that is fixed before it starts
+    CUTS = enum.auto()  # it ends where the rule decides
+
+
+def _no_values(settings: Any, max_tokens: int) -> Mapping[str, Sequence[Any]]:
+    return {}
+
+
+def _no_warnings(settings: Any, run: RunScale) -> Iterable[str]:
+    return ()
+
+
 @dataclass(frozen=True)
 class RuleType:
     """A kind of rule: its settings, with a field `rule: Literal["name"]`, and what makes it from them.
 
-    `make(settings, facts)` is called once a run, in the monitor (and once before, to see that it works).
+    `make(settings, facts)` is called once a run, in the monitor (and once before, to see that it works). The other
+    fields say what commands and records may expect of the rule; left out, it is one that cuts, is active from the
+    first step on, and may read any feature.
     """
 
     settings: type[RuleSettings]
     make: Callable[[Any, RunFacts], TerminationRule]
+    effect: Effect = Effect.CUTS
+    calibrates: bool = False  # it does nothing to rollouts that start while its threshold is None
+    by_windows: bool = False  # it divides rollouts as kat.py defines; its settings are `KatParameters`
+    reads: tuple[str, ...] = NewTokens._fields[1:]  # fields of `NewTokens` beside d that its trackers use
+    needs: tuple[str, ...] = ()  # those of them without which a replay of it would mean nothing
+    copies: str | None = None  # the setting with the directory of the run whose lengths it copies, for a control
+    # (settings, rollout.max_tokens) -> values of settings that `kat-ray replay` tries where the user names none
+    sweep: Callable[[Any, int], Mapping[str, Sequence[Any]]] = _no_values
+    # (settings, run) -> a line for each setting that does nothing in that run, or not what it seems to
+    warnings: Callable[[Any, RunScale], Iterable[str]] = _no_warnings
 
     @property
     def name(self) -> str:

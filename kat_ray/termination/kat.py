@@ -3,9 +3,9 @@
 With d[i] the reverse KL of generated token i in nats, window W, stride S, exempt region X, count C:
 
     z(e)   = mean(d[e-W .. e-1])          for e >= W, e - W a multiple of S
-    looked at only if e - W >= X
+    checked only if e - W >= X
     low(e) = z(e) < s                     s = Q_{1-eta}(B), fixed when the rollout starts
-    C consecutive looked-at windows that are low confirm the trap
+    C consecutive checked windows that are low confirm the trap
     cut    = e_first - W                  the first token of the first window of that streak
     m(y)   = min of z(e) over all e >= W  up to the confirmation; pushed to the FIFO buffer B
 
@@ -15,14 +15,19 @@ done. Why B is fed by probes once the rule is active: docs/termination.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart, RolloutTracker
+from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart, RolloutTracker, RunScale
 from kat_ray.termination.calibration import MinimaBuffer
 from kat_ray.termination.settings import KatParameters
-from kat_ray.termination.state import CalibrationState, checked
+from kat_ray.termination.state import CalibrationState, read_state
 from kat_ray.termination.window import WindowMean
+
+_LONG_LAG = 100  # steps; the embedded task's KL scale falls by half within 20
+# What a replay tries where the user names nothing: factors of the rule's own values, or values.
+_FACTORS = {"window": (0.5, 1, 2), "consecutive": (0.5, 1, 2), "exempt": (0, 1, 2), "stride": (1, 4)}
+_ETAS = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 
 class KatTracker:
@@ -59,10 +64,10 @@ class KatTracker:
                 break
             z = self._window.push(value)
             if z is not None:
-                self._look(z)
+                self._take(z)
         return self.cut
 
-    def _look(self, z: float) -> None:
+    def _take(self, z: float) -> None:
         rule = self._settings
         if z == z and (self.minimum is None or z < self.minimum):  # z != z: the window holds a NaN
             self.minimum = z
@@ -116,7 +121,7 @@ class KatRule:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from it; a smaller buffer than the one saved keeps the newest minima."""
-        saved = checked(CalibrationState, state)
+        saved = read_state(CalibrationState, state)
         self._buffer.replace(saved.buffer)
         self.threshold = saved.threshold
 
@@ -130,3 +135,34 @@ class KatRule:
                 return not rollout.cut
             case "all":
                 return True
+
+
+def values_to_try(rule: KatParameters, max_tokens: int) -> dict[str, list[Any]]:
+    """Values around the rule's own for a replay to try."""
+    grid: dict[str, list[Any]] = {}
+    for name, factors in _FACTORS.items():
+        own = getattr(rule, name)
+        grid[name] = sorted({max(0 if name == "exempt" else 1, round(own * f)) for f in factors})
+    return grid | {"eta": sorted({*_ETAS, rule.eta})}
+
+
+def settings_in_vain(rule: KatParameters, run: RunScale) -> Iterator[str]:
+    """A line for each setting that keeps the rule from acting in this run, or makes its threshold lag."""
+    first = rule.exempt + rule.window + (rule.consecutive - 1) * rule.stride
+    if first > run.max_tokens:
+        yield (
+            f"the rule can confirm a trap after {first} tokens at the earliest (exempt + window + "
+            f"(consecutive - 1) x stride), rollouts end at rollout.max_tokens = {run.max_tokens}: "
+            "nothing will be cut"
+        )
+    if rule.window > run.max_tokens:
+        yield f"window = {rule.window} > rollout.max_tokens: no window is ever full"
+    if rule.min_steps >= run.steps or rule.min_samples > run.steps * run.rollouts_per_step:
+        yield "the run ends before the rule becomes active (min_steps, min_samples)"
+    probes = rule.probe_share * run.rollouts_per_step
+    if rule.calibrate_on == "probes" and rule.buffer / probes > _LONG_LAG:
+        yield (
+            f"buffer = {rule.buffer} holds the probes of {rule.buffer / probes:.0f} steps ({probes:.3g} a step): "
+            "so long the threshold lags behind the KL. docs/termination.md advises buffer = probe_share x rollouts "
+            f"per step x 10 = {max(1, round(10 * probes))}, with min_samples <= buffer; or raise probe_share"
+        )

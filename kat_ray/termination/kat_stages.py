@@ -20,8 +20,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RunFacts
-from kat_ray.termination.kat import KatRule, KatTracker
+from kat_ray.termination.base import Cut, Effect, NewTokens, RolloutStart, RuleType, RunFacts
+from kat_ray.termination.kat import KatRule, KatTracker, settings_in_vain, values_to_try
 from kat_ray.termination.settings import KatParameters
 
 
@@ -45,7 +45,6 @@ class StagesTracker:
 
     @property
     def threshold(self) -> float | None:
-        """Threshold in nats."""
         return self._kat.threshold
 
     @property
@@ -60,7 +59,6 @@ class StagesTracker:
 
     @property
     def seen(self) -> int:
-        """Number of tokens observed."""
         return self._kat.seen
 
     @property
@@ -75,7 +73,6 @@ class StagesTracker:
         return [1.0] * cut.at + [agreement] * (end - cut.at) + [after] * (self.seen - end)
 
     def observe(self, tokens: NewTokens) -> Cut | None:
-        """Take the next tokens."""
         self._kat.observe(tokens)
         return self.cut
 
@@ -95,3 +92,15 @@ class StagesRule(KatRule):
 def make(settings: KatStagesSettings, facts: RunFacts) -> StagesRule:
     """The rule that the settings describe."""
     return StagesRule(settings)
+
+
+KIND = RuleType(
+    KatStagesSettings,
+    make,
+    Effect.WEIGHS,
+    calibrates=True,
+    by_windows=True,
+    reads=(),
+    sweep=values_to_try,
+    warnings=settings_in_vain,
+)

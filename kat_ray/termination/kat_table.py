@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RunFacts
-from kat_ray.termination.kat import KatRule
-from kat_ray.termination.settings import KatParameters
+from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RuleType, RunFacts
+from kat_ray.termination.kat import KatRule, settings_in_vain, values_to_try
+from kat_ray.termination.settings import KatParameters, KatSettings
 from kat_ray.termination.table import TrackerState, padded
 from kat_ray.types.records import FloatArray, IntArray
 
@@ -29,7 +29,7 @@ class KatTable:
         # prefix[:, c]: sum before value `seen - W + c`; the last column is the sum of all.
         self._prefix = np.zeros((rollouts, settings.window + 1))
         self._seen = np.zeros(rollouts, dtype=np.int64)
-        # Windows that hold this value are undefined. -1 stands before the first value, so that it also covers
+        # Windows that hold this value are undefined. -1 is before the first value, so that it also covers
         # the windows that are not full yet.
         self._last_bad = np.full(rollouts, -1, dtype=np.int64)
         self._streak = np.zeros(rollouts, dtype=np.int64)
@@ -82,13 +82,13 @@ class KatTable:
         if self._threshold is None:
             return n
         starts = ends_RN - rule.window
-        looked = (starts >= rule.exempt) & (starts % rule.stride == 0)
-        high = looked & ~(z_RN < self._threshold)
-        # A streak is what was looked at since the last high window; before the first column it was `_streak`.
-        number = np.cumsum(looked, axis=1)
+        checked = (starts >= rule.exempt) & (starts % rule.stride == 0)
+        high = checked & ~(z_RN < self._threshold)
+        # A streak is what was checked since the last high window; before the first column it was `_streak`.
+        number = np.cumsum(checked, axis=1)
         broken = np.maximum.accumulate(np.where(high, number, -self._streak[rows, None]), axis=1)
         streak = number - broken
-        hit = looked & (streak == rule.consecutive)
+        hit = checked & (streak == rule.consecutive)
         # Past a row's end z is NaN, hence high: it breaks streaks there, and confirms nothing.
         new = hit.any(axis=1) & (self._cut[rows] < 0)
         at = hit.argmax(axis=1)
@@ -119,3 +119,8 @@ class KatTableRule(KatRule):
 def make(settings: KatParameters, facts: RunFacts) -> KatTableRule:
     """The rule that the settings describe."""
     return KatTableRule(settings)
+
+
+KIND = RuleType(
+    KatSettings, make, calibrates=True, by_windows=True, reads=(), sweep=values_to_try, warnings=settings_in_vain
+)

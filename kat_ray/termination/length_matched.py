@@ -25,7 +25,7 @@ from pydantic import Field
 
 from kat_ray.errors import UserError
 from kat_ray.records.traces import read_rows
-from kat_ray.termination.base import RolloutStart, RunFacts
+from kat_ray.termination.base import RolloutStart, RuleType, RunFacts
 from kat_ray.termination.settings import CuttingSettings
 from kat_ray.termination.uncalibrated import LengthRule
 from kat_ray.types.records import FloatArray, IntArray
@@ -118,3 +118,6 @@ def make(settings: LengthMatchedSettings, facts: RunFacts) -> LengthRule:
         return int(reached[0]) if len(reached) else None
 
     return LengthRule(length)
+
+
+KIND = RuleType(LengthMatchedSettings, make, reads=(), copies="run")

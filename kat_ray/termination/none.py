@@ -7,7 +7,7 @@ d's are scored and recorded as with the other rules, and there are no probes: no
 
 from __future__ import annotations
 
-from kat_ray.termination.base import RunFacts
+from kat_ray.termination.base import Effect, RuleType, RunFacts
 from kat_ray.termination.settings import NoneSettings
 from kat_ray.termination.uncalibrated import LengthRule
 
@@ -15,3 +15,6 @@ from kat_ray.termination.uncalibrated import LengthRule
 def make(settings: NoneSettings, facts: RunFacts) -> LengthRule:
     """The rule that never cuts."""
     return LengthRule(lambda start, step: None)
+
+
+KIND = RuleType(NoneSettings, make, Effect.NOTHING, reads=())

@@ -7,13 +7,14 @@ Nothing is cut: the engine ends a rollout at the budget, so no token is generate
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
 
-from kat_ray.termination.base import RolloutStart, RunFacts
+from kat_ray.termination.base import Effect, RolloutStart, RuleType, RunFacts, RunScale
 from kat_ray.termination.settings import CuttingSettings
-from kat_ray.termination.uncalibrated import LengthTracker, UncalibratedRule
+from kat_ray.termination.uncalibrated import LengthTracker, UncalibratedRule, shares_of
 
 
 class ProgressiveSettings(CuttingSettings):
@@ -37,7 +38,6 @@ class ProgressiveRule(UncalibratedRule):
         self.budget: int | None = settings.start
 
     def start_step(self, step: int) -> None:
-        """Set the horizon."""
         rule = self._settings
         self.budget = round(rule.start + (self._end - rule.start) * min(1.0, step / rule.steps))
 
@@ -49,3 +49,21 @@ class ProgressiveRule(UncalibratedRule):
 def make(settings: ProgressiveSettings, facts: RunFacts) -> ProgressiveRule:
     """The rule that the settings describe."""
     return ProgressiveRule(settings, settings.end or facts.max_tokens)
+
+
+def _warnings(settings: ProgressiveSettings, run: RunScale) -> Iterator[str]:
+    end = f"rollout.max_tokens = {run.max_tokens}" if settings.end is None else f"end = {settings.end}"
+    if settings.start > (settings.end or run.max_tokens):
+        yield f"start = {settings.start} > {end}: the horizon falls instead of growing"
+    if settings.start >= run.max_tokens:
+        yield f"start = {settings.start} >= rollout.max_tokens = {run.max_tokens}: the first steps have no horizon"
+
+
+KIND = RuleType(
+    ProgressiveSettings,
+    make,
+    Effect.BOUNDS,
+    reads=(),
+    sweep=lambda settings, max_tokens: {"start": shares_of(max_tokens)},
+    warnings=_warnings,
+)

@@ -13,14 +13,14 @@ taken to be `growth`, and how far, where `shortest` = 64 is our assumption.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import Field
 
-from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart, RunFacts
+from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart, RuleType, RunFacts, RunScale
 from kat_ray.termination.settings import CuttingSettings
-from kat_ray.termination.state import BudgetState, checked
+from kat_ray.termination.state import BudgetState, read_state
 
 
 class PruneSettings(CuttingSettings):
@@ -59,11 +59,9 @@ class PruneTracker:
 
     @property
     def seen(self) -> int:
-        """Number of tokens observed."""
         return len(self.weights)
 
     def observe(self, tokens: NewTokens) -> Cut | None:
-        """Weigh the next tokens."""
         overlap = tokens.overlap.tolist() or [1.0] * len(tokens.d)
         for share in overlap:
             self._bad += share < self._settings.level  # false for NaN
@@ -92,7 +90,6 @@ class PruneRule:
         """The budget was set when the step before ended."""
 
     def begin(self, start: RolloutStart) -> PruneTracker:
-        """Start a rollout."""
         return PruneTracker(self._settings)
 
     def end_step(self, finished: Sequence[Finished]) -> None:
@@ -114,11 +111,25 @@ class PruneRule:
         return BudgetState(budget=self.budget, misses=self._misses).model_dump()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from it."""
-        saved = checked(BudgetState, state)
+        saved = read_state(BudgetState, state)
         self.budget, self._misses = saved.budget, saved.misses
 
 
 def make(settings: PruneSettings, facts: RunFacts) -> PruneRule:
     """The rule that the settings describe."""
     return PruneRule(settings, facts.max_tokens)
+
+
+def _warnings(settings: PruneSettings, run: RunScale) -> Iterator[str]:
+    if settings.start is not None and settings.start > run.max_tokens:
+        yield (f"start = {settings.start} > rollout.max_tokens = {run.max_tokens}: the budget starts at the latter")
+
+
+KIND = RuleType(
+    PruneSettings,
+    make,
+    reads=("overlap",),
+    needs=("overlap",),
+    sweep=lambda settings, max_tokens: {"level": [0.5, 0.6, 0.7, 0.8, 0.9], "decay": [0.01, 0.02, 0.05]},
+    warnings=_warnings,
+)

@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from kat_ray.termination.base import RolloutStart, RunFacts
+from kat_ray.termination.base import RolloutStart, RuleType, RunFacts
 from kat_ray.termination.settings import CuttingSettings
-from kat_ray.termination.uncalibrated import LengthRule
+from kat_ray.termination.uncalibrated import LengthRule, shares_of
 
 _RANDOM = 11  # tells this draw from the others that are seeded with (run seed, rollout id)
 
@@ -35,3 +35,8 @@ def make(settings: RandomSettings, facts: RunFacts) -> LengthRule:
         return 1 + int(np.random.default_rng([facts.seed, _RANDOM, start.rollout_id]).integers(longest))
 
     return LengthRule(length)
+
+
+KIND = RuleType(
+    RandomSettings, make, reads=(), sweep=lambda settings, max_tokens: {"longest": shares_of(max_tokens)}
+)

@@ -1,17 +1,21 @@
 """All termination rules: those of this package, and those that others register.
 
 A package adds rules by entry points of the group `kat_ray.termination_rules`; each names a `RuleType`. How to write
-one: docs/termination.md.
+one: docs/termination.md. Nothing of another package is imported until one of its rules is asked for, or all rules
+are to be listed: a package that is broken stops only the runs that want its rule.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import operator
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter
+from pydantic_core import CoreSchema, core_schema
 
 from kat_ray.errors import UserError
 from kat_ray.termination import (
@@ -26,34 +30,79 @@ from kat_ray.termination import (
     repetition,
 )
 from kat_ray.termination.base import RuleType, RunFacts, TerminationRule
-from kat_ray.termination.settings import KatSettings, NoneSettings, RuleSettings
+from kat_ray.termination.settings import KatParameters, RuleSettings
+
+log = logging.getLogger("kat_ray.termination")
 
 GROUP = "kat_ray.termination_rules"
 _METHODS = ("start_step", "begin", "end_step", "state", "load_state")
 
+_OWN = {
+    kind.name: kind
+    for kind in (
+        none.KIND,
+        kat_table.KIND,
+        kat_stages.KIND,
+        fixed_prefix.KIND,
+        random.KIND,
+        length_matched.KIND,
+        repetition.KIND,
+        prune_opd.KIND,
+        progressive.KIND,
+    )
+}
 
-def _found() -> dict[str, RuleType]:
-    kinds = [
-        RuleType(NoneSettings, none.make),
-        RuleType(KatSettings, kat_table.make),
-        RuleType(kat_stages.KatStagesSettings, kat_stages.make),
-        RuleType(fixed_prefix.FixedPrefixSettings, fixed_prefix.make),
-        RuleType(random.RandomSettings, random.make),
-        RuleType(length_matched.LengthMatchedSettings, length_matched.make),
-        RuleType(repetition.RepetitionSettings, repetition.make),
-        RuleType(prune_opd.PruneSettings, prune_opd.make),
-        RuleType(progressive.ProgressiveSettings, progressive.make),
-    ]
-    rules = {kind.name: kind for kind in kinds}
-    origins = dict.fromkeys(rules, "kat-ray itself")
-    for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
-        kind, origin = _load(point), _described(point)
-        if kind.name in rules:
-            raise UserError(
-                f"two termination rules are called {kind.name!r}: of {origins[kind.name]}, and of {origin}"
-            )
-        rules[kind.name], origins[kind.name] = kind, origin
-    return rules
+
+class Rules(Mapping[str, RuleType]):
+    """Rules by name. A list of all of them leaves out the broken ones of other packages, and says so once."""
+
+    def __init__(self) -> None:
+        self._said = False  # what is left out
+
+    def __getitem__(self, name: str) -> RuleType:
+        """`KeyError` where there is no such rule; `UserError` where there is one that cannot be used."""
+        if name in _OWN and name not in {point.name for point in self._points}:
+            return _OWN[name]
+        found, broken = self._outside
+        if name in broken:
+            raise broken[name]
+        return _OWN[name] if name in _OWN else found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        found, broken = self._outside
+        for error in dict.fromkeys(broken.values()) if not self._said else ():
+            log.warning("a termination rule is left out: %s", error)
+        self._said = True
+        return iter([*_OWN, *found])
+
+    def __len__(self) -> int:
+        return len(_OWN) + len(self._outside[0])
+
+    @functools.cached_property
+    def _points(self) -> list[EntryPoint]:
+        return sorted(entry_points(group=GROUP), key=lambda point: point.name)
+
+    @functools.cached_property
+    def _outside(self) -> tuple[dict[str, RuleType], dict[str, Exception]]:
+        """The rules of other packages, and what is wrong with the others by the names that ask for them."""
+        found: dict[str, RuleType] = {}
+        origins = dict.fromkeys(_OWN, "kat-ray itself")
+        broken: dict[str, Exception] = {}
+        for point in self._points:
+            names = {point.name}
+            try:
+                kind = _load(point)
+                names.add(kind.name)
+                if kind.name in origins:
+                    raise UserError(
+                        f"two termination rules are called {kind.name!r}: of {origins[kind.name]}, and of "
+                        f"{_described(point)}; uninstall one of the two packages"
+                    )
+            except Exception as error:  # another's code: it is raised where that rule is asked for
+                broken |= dict.fromkeys(names, error)
+            else:
+                found[kind.name], origins[kind.name] = kind, _described(point)
+        return {name: kind for name, kind in found.items() if name not in broken}, broken
 
 
 def _load(point: EntryPoint) -> RuleType:
@@ -62,7 +111,7 @@ def _load(point: EntryPoint) -> RuleType:
         kind = point.load()
     except (ImportError, AttributeError, SyntaxError) as error:
         raise UserError(
-            f"{_described(point)} cannot be loaded: {type(error).__name__}: {error}; mend or uninstall that package"
+            f"{_described(point)} cannot be loaded: {type(error).__name__}: {error}; fix or uninstall that package"
         ) from error
     if not isinstance(kind, RuleType) or not isinstance(kind.settings.model_fields["rule"].default, str):
         raise UserError(f"{_described(point)} is no RuleType whose settings have a field rule: Literal[...] = ...")
@@ -74,14 +123,53 @@ def _described(point: EntryPoint) -> str:
     return f"entry point {point.name!r} = {point.value} of {package} (group {GROUP})"
 
 
-RULES = _found()
+RULES = Rules()
+
+
+def _union(kinds: Iterable[RuleType]) -> TypeAdapter[Any]:
+    """Settings of one of several rules, told apart by their field `rule`."""
+    settings = functools.reduce(operator.or_, (kind.settings for kind in kinds))
+    union: Any = Annotated[settings, Field(discriminator="rule")]
+    return TypeAdapter(union)
+
+
+@functools.cache
+def _union_of_own() -> TypeAdapter[Any]:
+    return _union(_OWN.values())
+
+
+@functools.cache
+def _union_of_all() -> TypeAdapter[Any]:
+    return _union(RULES.values())
+
+
+class _AnyRule:
+    """Pydantic's view of `TerminationConfig`: the union of all rules' settings, made when it is first needed."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(cls._validate)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return handler(_union_of_all().core_schema)
+
+    @staticmethod
+    def _validate(value: Any) -> Any:
+        name = value.get("rule") if isinstance(value, Mapping) else getattr(value, "rule", None)
+        is_own = isinstance(name, str) and name in _OWN
+        return (_union_of_own() if is_own else _union_of_all()).validate_python(value)
+
 
 if TYPE_CHECKING:
     TerminationConfig: TypeAlias = RuleSettings
 else:
-    TerminationConfig = Annotated[
-        functools.reduce(operator.or_, (kind.settings for kind in RULES.values())), Field(discriminator="rule")
-    ]
+    TerminationConfig = Annotated[RuleSettings, _AnyRule]
+
+
+def kat_parameters(settings: RuleSettings) -> KatParameters | None:
+    """The settings, where the rule divides rollouts by KAT's windows; else None."""
+    return settings if isinstance(settings, KatParameters) and RULES[settings.rule].by_windows else None
 
 
 def make_rule(settings: RuleSettings, facts: RunFacts) -> TerminationRule:

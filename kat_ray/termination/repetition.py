@@ -8,19 +8,19 @@
 Source: none; a control of this project, of the kind that serving engines bring as repetition detection.
 
 For each period p a counter holds for how many tokens the rollout has been equal to itself p tokens before; a
-loop is p * (repeats - 1) of them in a row. O(max_period) work per token. KL is not looked at.
+loop is p * (repeats - 1) of them in a row. O(max_period) work per token. KL plays no part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import Field, model_validator
 
-from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RunFacts
+from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RuleType, RunFacts, RunScale
 from kat_ray.termination.settings import CuttingSettings
 from kat_ray.termination.uncalibrated import UncalibratedRule
 from kat_ray.types.records import IntArray
@@ -33,9 +33,9 @@ class RepetitionSettings(CuttingSettings):
     min_period: int = Field(1, ge=1)
     """Shortest n-gram that counts, tokens."""
     max_period: int = Field(64, ge=1)
-    """Longest n-gram that is looked for, tokens."""
+    """Longest n-gram that is searched for, tokens."""
     repeats: int = Field(4, ge=2)
-    """Times that the n-gram stands in a row."""
+    """Times that the n-gram must occur in a row."""
 
     @model_validator(mode="after")
     def _periods_in_order(self) -> RepetitionSettings:
@@ -63,13 +63,12 @@ class RepetitionTracker:
         self.seen = 0
 
     def observe(self, tokens: NewTokens) -> Cut | None:
-        """Take the next tokens."""
         if self.cut is None and len(tokens.token_ids):
-            self._look(tokens.token_ids)
+            self._count(tokens.token_ids)
         self.seen += len(tokens.token_ids)
         return self.cut
 
-    def _look(self, token_ids: IntArray) -> None:
+    def _count(self, token_ids: IntArray) -> None:
         """All new tokens at all periods at once, [periods, n]."""
         rule, n = self._settings, len(token_ids)
         both = np.concatenate([self._last, token_ids])
@@ -96,10 +95,27 @@ class RepetitionRule(UncalibratedRule):
         self._settings = settings
 
     def begin(self, start: RolloutStart) -> RepetitionTracker:
-        """Start a rollout."""
         return RepetitionTracker(self._settings)
 
 
 def make(settings: RepetitionSettings, facts: RunFacts) -> RepetitionRule:
     """The rule that the settings describe."""
     return RepetitionRule(settings)
+
+
+def _warnings(settings: RepetitionSettings, run: RunScale) -> Iterator[str]:
+    shortest = settings.min_period * settings.repeats
+    if shortest > run.max_tokens:
+        yield (
+            f"min_period x repeats = {shortest} tokens > rollout.max_tokens = {run.max_tokens}: no loop is ever "
+            "complete, nothing will be cut"
+        )
+
+
+KIND = RuleType(
+    RepetitionSettings,
+    make,
+    reads=("token_ids",),
+    sweep=lambda settings, max_tokens: {"repeats": [2, 3, 4, 6, 8]},
+    warnings=_warnings,
+)

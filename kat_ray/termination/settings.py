@@ -1,7 +1,7 @@
 """Parameters that termination rules share, and those of the rule of the paper and of no rule.
 
 Symbols and defaults are those of arXiv 2606.09471 where it gives them; the other defaults and the
-reasons for them are in docs/termination.md. The other rules' parameters stand in their own files.
+reasons for them are in docs/termination.md. The other rules' parameters are in their own files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class KatParameters(CuttingSettings):
     window: int = Field(64, ge=1)
     """W, tokens: z(e) is the mean reverse KL of the last W tokens."""
     stride: int = Field(1, ge=1)
-    """Tokens between two windows that are looked at."""
+    """Tokens between two windows that are checked."""
     consecutive: int = Field(4, ge=1)
     """C: consecutive low windows that confirm a trap."""
     eta: float = Field(0.3, gt=0, lt=1)
@@ -50,7 +50,7 @@ class KatParameters(CuttingSettings):
     min_steps: int = Field(50, ge=0)
     """The rule is inactive in the first so many optimiser steps."""
     exempt: int = Field(128, ge=0)
-    """Tokens at the start of a rollout that no window looked at may reach into: e - W >= exempt."""
+    """Tokens at the start of a rollout that no checked window may reach into: e - W >= exempt."""
     calibrate_on: Literal["probes", "all", "finished"] = "probes"
     """Whose minima feed the buffer once the rule is active: `probes` (unbiased), `all` (a cut rollout
     counts with its minimum so far), `finished` (only uncut ones; the threshold can run away).

@@ -33,7 +33,7 @@ class BudgetState(RuleState):
 S = TypeVar("S", bound=RuleState)
 
 
-def checked(kind: type[S], state: Mapping[str, Any]) -> S:
+def read_state(kind: type[S], state: Mapping[str, Any]) -> S:
     """The state as what the rule saves; `UserError` where it is another rule's, or damaged."""
     try:
         return kind.model_validate(dict(state))

@@ -1,4 +1,4 @@
-"""What rules without a calibration share: they look at one rollout at a time and learn nothing from others."""
+"""What rules without a calibration share: they take one rollout at a time and learn nothing from others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart
-from kat_ray.termination.state import RuleState, checked
+from kat_ray.termination.state import RuleState, read_state
+
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class LengthTracker:
@@ -27,7 +29,6 @@ class LengthTracker:
         self.seen = 0
 
     def observe(self, tokens: NewTokens) -> Cut | None:
-        """Count the tokens."""
         self.seen += len(tokens.d)
         if self.cut is None and self._length is not None and self.seen > self._length:
             self.cut = Cut(at=self._length, confirmed=self._length + 1)
@@ -53,7 +54,7 @@ class UncalibratedRule:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Nothing to go on from."""
-        checked(RuleState, state)
+        read_state(RuleState, state)
 
 
 class LengthRule(UncalibratedRule):
@@ -68,5 +69,9 @@ class LengthRule(UncalibratedRule):
         self._step = step
 
     def begin(self, start: RolloutStart) -> LengthTracker:
-        """Start a rollout."""
         return LengthTracker(self._length(start, self._step))
+
+
+def shares_of(max_tokens: int) -> list[int]:
+    """Lengths for a replay to try: a tenth of `rollout.max_tokens`, two tenths, ... nine."""
+    return sorted({max(1, round(max_tokens * share)) for share in _SHARES})

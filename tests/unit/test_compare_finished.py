@@ -89,7 +89,7 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path, capsys):
     for arguments, message in (
         (["--runs", str(tmp_path)], "no config.yaml"),
         (["--runs", done, str(tmp_path / "open")], "its run has not ended"),
-        (["--runs", done, f"{done}/../seed-0"], "the same run stands there twice"),
+        (["--runs", done, f"{done}/../seed-0"], "the same run is named twice"),
         (["demo", "--runs", done], "leave demo out"),
         (["--runs", done, "--seeds", "0"], "leave --seeds out"),
         (["--runs", done, "--rules", "kat"], "leave --rules out"),

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from actors.ray_jobs import client as jobs
 from actors.ray_jobs.client import RUN_KEY, Jobs, address_of, exit_code, run_of
-from actors.ray_jobs.commands import _advice, _Lines, check_cluster, train_command
+from actors.ray_jobs.commands import _advice, _Lines, check_ray_version, train_command
 from kat_ray.cli import main as cli
 from kat_ray.cluster.versions import CLIENT_VARIABLE, skew, versions
 from kat_ray.errors import UserError
@@ -154,7 +154,7 @@ def test_a_wrong_configuration_is_refused_before_the_cluster_is_asked(argv, word
 
 def test_another_ray_is_refused():
     with pytest.raises(UserError, match=r"runs Ray 2\.9\.1, here is Ray 2\..*: install ray==2\.9\.1 here"):
-        check_cluster(SimpleNamespace(address="http://a", ray_version="2.9.1"))
+        check_ray_version(SimpleNamespace(address="http://a", ray_version="2.9.1"))
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,8 @@ def test_a_pipe_gets_plain_lines():
 def test_time_left_comes_from_the_last_steps():
     progress = Progress(100, io.StringIO())
     progress._durations = [2.0, 4.0]
-    assert progress.words(LINE).endswith("ETA 4:39")  # 93 steps of 3 s
-    assert "KL -" in progress.words(StepLine(1, None, 0, 0.0, 0.5, 0.0))
+    assert progress.describe(LINE).endswith("ETA 4:39")  # 93 steps of 3 s
+    assert "KL -" in progress.describe(StepLine(1, None, 0, 0.0, 0.5, 0.0))
 
 
 def test_a_run_without_evaluation_still_ends_with_its_paths():

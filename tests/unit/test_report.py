@@ -114,7 +114,7 @@ def test_the_sample_shows_every_kind(tmp_path_factory, rollouts, most):
     assert len(set(chosen.tolist())) == len(chosen) == min(most, len(rollouts))
     last = int(records.traces.step.max()) + 1
     kind = [(s, c, int(4 * t / last)) for s, c, t in zip(
-        records.words("stop_reason"), records.words("correct"), records.words("step"), strict=True)]  # fmt: skip
+        *(records.per_rollout(name) for name in ("stop_reason", "correct", "step")), strict=True)]  # fmt: skip
     shown = {kind[i] for i in chosen}
     assert len(shown) == min(most, len(set(kind))), "each kind is there before any comes twice"
     assert choose(records, most).tolist() == chosen.tolist()

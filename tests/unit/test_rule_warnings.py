@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from kat_ray.config.load import load_config
-from kat_ray.config.rule_warnings import RunScale, warnings_of
 from kat_ray.errors import UserError
+from kat_ray.termination import RULES, RunScale
 from tests.unit.test_rules import settings_from
 
 
@@ -40,7 +40,8 @@ from tests.unit.test_rules import settings_from
     ],
 )  # fmt: skip
 def test_settings_that_do_nothing_are_named(fields, words):
-    warnings = list(warnings_of(settings_from(**fields), RunScale(steps=20, max_tokens=50, rollouts_per_step=8)))
+    run = RunScale(steps=20, max_tokens=50, rollouts_per_step=8)
+    warnings = list(RULES[fields["rule"]].warnings(settings_from(**fields), run))
     assert len(warnings) == len(words)
     assert all(word in warning for word, warning in zip(words, warnings, strict=True))
 
