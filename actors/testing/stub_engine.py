@@ -54,7 +54,7 @@ class StubEngine:
     def add(self, request_id: str, prompt_ids: Sequence[int], seed: int, settings: SamplingSettings) -> None:
         """Queue one request; it ends after `settings.max_tokens` tokens."""
         self._left[request_id] = settings.max_tokens
-        self._row[request_id] = int(request_id)
+        self._row[request_id] = int(request_id.rpartition("-")[2])  # an evaluation's are named complete-N
 
     def step(self) -> list[EngineRows]:
         """One token of every running request, not before the rate allows it."""

@@ -14,11 +14,11 @@ from kat_ray.errors import UserError
 from kat_ray.run.checkpoint import Checkpoints
 from tests.cluster.disturb import steps_done
 from tests.cluster.test_recovery import check_books, stub_config
-from tests.cluster.test_run import files  # noqa: F401 (a fixture)
+from tests.cluster.test_run import QUICK, SINGLE, files  # noqa: F401 (a fixture)
 from tests.deploy.conftest import lacking
 
 pytestmark = pytest.mark.integration
-STUBS = Engines(fast_stub_engine, stub_teacher)  # and a real learner, whose files take room
+REAL_LEARNER = Engines(fast_stub_engine, stub_teacher)
 
 
 @pytest.fixture
@@ -51,7 +51,9 @@ def fill(disk):
 
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(ray_local, files, tmp_path, mounted, monkeypatch):  # noqa: F811
     disk = mounted(tmp_path / "disk", 90)
-    config = stub_config(files, disk, steps=12, run={"steps": 12, "checkpoint_every": 2, "tensorboard": False})
+    config = stub_config(
+        files, disk, steps=12, run={"steps": 12, "checkpoint_every": 2, "tensorboard": False}, **SINGLE
+    )
     run = disk / "run"
     write_traces = job.RunDirectory.write_traces
 
@@ -62,20 +64,22 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(ray_local, fil
 
     monkeypatch.setattr(job.RunDirectory, "write_traces", full)
     with pytest.raises(UserError, match=r"(cannot be written|No space left on device)") as error:
-        job.train(config, engines=STUBS)
+        job.train(config, engines=QUICK)
     assert "intact" in str(error.value)
     assert steps_done(run / "metrics.jsonl") == 5
     loaded, notes = Checkpoints(run / "checkpoints", 3, True).newest()
     assert loaded is not None and loaded.step == 4 and not notes
     (disk / "filler").unlink()
     monkeypatch.undo()
-    assert job.train(config, resume=run, engines=STUBS) == run
+    assert job.train(config, resume=run, engines=QUICK) == run
     check_books(config, run)
 
 
 def test_a_disk_that_is_full_while_the_learner_writes(ray_local, files, tmp_path, mounted, monkeypatch):  # noqa: F811
     """Checkpoints have a disk of their own, so that it is the learner's process whose writing fails."""
-    config = stub_config(files, tmp_path, steps=6, run={"steps": 6, "checkpoint_every": 2, "tensorboard": False})
+    config = stub_config(
+        files, tmp_path, steps=6, run={"steps": 6, "checkpoint_every": 2, "tensorboard": False}, **SINGLE
+    )
     run = tmp_path / "run"
     disk = run / "checkpoints"
     begin = Checkpoints.begin
@@ -92,7 +96,7 @@ def test_a_disk_that_is_full_while_the_learner_writes(ray_local, files, tmp_path
     with pytest.raises(
         UserError, match=r"the checkpoint of step 4 to be written: .*No space left on device.*intact"
     ):
-        job.train(config, engines=STUBS)
+        job.train(config, engines=REAL_LEARNER)
     # The files are written while the next step goes on: that one was learnt before the error was heard of.
     assert steps_done(run / "metrics.jsonl") == 4 and list(run.glob("traces/**/step-*4.*"))
     assert not (disk / "step-4").exists()
@@ -100,5 +104,5 @@ def test_a_disk_that_is_full_while_the_learner_writes(ray_local, files, tmp_path
     assert loaded is not None and loaded.step == 2 and not notes
     (disk / "filler").unlink()
     monkeypatch.undo()
-    assert job.train(config, resume=run, engines=STUBS) == run
+    assert job.train(config, resume=run, engines=REAL_LEARNER) == run
     check_books(config, run)
