@@ -35,6 +35,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from kat_ray.errors import Forgotten
 from tests.support.virtual_time import START, Killed, Owner, Scheduler, Task, patched
 
 
@@ -561,12 +562,18 @@ class _Failed:
 
 
 def _task_error(method: str, cause: BaseException) -> RayTaskError:
-    trace = "".join(traceback.format_exception(cause))
+    expected = isinstance(cause, (RayError, Forgotten))  # told in one line: a trace of each would take long
+    trace = repr(cause) if expected else "".join(traceback.format_exception(cause))
     return RayTaskError(method, trace, cause, proctitle="actor", pid=1, ip="127.0.0.1")
 
 
 def _raised(error: RayError) -> RayError:
-    return error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
+    """What arrives, which is made once: a new class each time would take long."""
+    if not isinstance(error, RayTaskError):
+        return error
+    made: RayError = error.__dict__.setdefault("made", None) or error.as_instanceof_cause()
+    error.made = made
+    return made
 
 
 def _short(value: Any) -> str:

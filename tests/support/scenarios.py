@@ -354,6 +354,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "pools": {"grow_after": 1, "shrink_after": 1},
     },
 }
+SMALL = {"prompts_per_step": 3, "max_tokens": 12}  # where thousands are run
 PROMPT_LENGTH = 3
 PROMPTS = PromptSet(tuple(Prompt(f"p{i}", (20 + i, 30 + i, 40)) for i in range(5)), 0, "unused.jsonl")
 
@@ -373,6 +374,12 @@ def _undisturbed(changes: str) -> dict[str, Any]:
     return result.fingerprint()
 
 
+def small(layout: str) -> dict[str, dict[str, Any]]:
+    """A layout with fewer and shorter rollouts."""
+    changes = LAYOUTS[layout]
+    return {**changes, "rollout": {**changes.get("rollout", {}), **SMALL}}
+
+
 def check_schedule(
     seed: int,
     schedule: Sequence[tuple[int, str, str]],
@@ -380,7 +387,7 @@ def check_schedule(
     trace: Callable[[str], Any] | None = None,
 ) -> Result:
     """Run a schedule, and check what holds of all of them; one that was told to end is gone on with."""
-    changes = LAYOUTS[layout]
+    changes = small(layout)
     run = Run(seed, changes).disturb(schedule)
     run.cluster.trace = trace
     result = run.go()

@@ -25,6 +25,7 @@ from tests.support.scenarios import (
     compare,
     config_of,
     make_engine,
+    small,
     undisturbed,
 )
 
@@ -58,8 +59,9 @@ def test_an_undisturbed_run_depends_on_no_interleaving():
         finish(Run(seed))
 
 
-def test_the_plain_run_has_rollouts_of_every_kind():
-    ended = Run().go().run.summary["rollouts_ended"]
+@pytest.mark.parametrize("changes", [{}, small("plain")], ids=["plain", "small"])
+def test_the_plain_run_has_rollouts_of_every_kind(changes):
+    ended = Run(0, changes).go().run.summary["rollouts_ended"]
     assert min(ended[reason] for reason in ("trapped", "eos", "max_tokens")) >= 3
 
 
@@ -113,8 +115,8 @@ def test_a_lost_sampler_whose_first_chunk_is_late(seconds):
 
 
 def test_a_decision_that_comes_after_the_next_chunk_was_sent():
-    """A chunk is on its way when one of its rollouts is cut, and then its scorer dies: another scores the chunk, and
-    has to let go of what was cut.
+    """A chunk is on its way when one of its rollouts is cut, and then its scorer dies: another scores the chunk,
+    and has to let go of what was cut.
     """
     run = Run()
 
@@ -244,9 +246,9 @@ def test_a_role_that_dies_too_often_in_one_step_ends_the_run(role, method):
 
 WAITS = [
     ("sampler", "ready"), ("scorer", "ready"), ("learner", "start"), ("sampler", "connect"),
-    ("sampler", "generate"), ("scorer", "score"), ("monitor", "start_step"), ("monitor", "close_step"), ("monitor", "learn"),
-    ("learner", "collect"), ("learner", "learn"), ("learner", "weights"), ("sampler", "load_weights"),
-    ("learner", "snapshot"), ("learner", "written"),
+    ("sampler", "generate"), ("scorer", "score"), ("monitor", "start_step"), ("monitor", "close_step"),
+    ("monitor", "learn"), ("learner", "collect"), ("learner", "learn"), ("learner", "weights"),
+    ("sampler", "load_weights"), ("learner", "snapshot"), ("learner", "written"),
 ]  # fmt: skip
 
 
@@ -396,8 +398,8 @@ def test_sigterm_while_a_frozen_scorer_is_told_of_a_lost_sampler():
     strict=True, reason="Watch and `started` know no ObjectLostError of a ping: node lost, result gone"
 )
 def test_a_ping_that_is_lost_with_its_node():
-    """A scorer's results lie in its node's object store (RAY_max_direct_call_object_size), those of pings too: it is
-    taken for a lost record, and the step is sampled twice at once.
+    """A scorer's results lie in its node's object store (RAY_max_direct_call_object_size), those of pings too: one
+    is taken for a lost record, and the step is sampled twice at once.
     """
     for nth in (2, 3):
         run = Run(0, {"cluster": {"hang_timeout": 4.0}})

@@ -1,8 +1,8 @@
 """Thousands of schedules of failures on a fake cluster: whatever happens, the run comes to the same.
 
 A schedule is a seed, which draws every latency and who runs next, and a list of what is done at which switch. One
-that fails is shrunk, and printed as the command that replays it with every call. `KAT_RAY_SCHEDULES=N` runs N times as
-many, other ones each time.
+that fails is shrunk, and printed as the command that replays it with every call. `KAT_RAY_SCHEDULES=N` runs N times
+as many, other ones each time.
 """
 
 import os
