@@ -29,6 +29,7 @@ class ReplicaRevival:
         self._supervisor, self._briefing = supervisor, briefing
         self._limit = Limit.of(supervisor.limits, "start_timeout")
         self._told: list[Any] | None = None  # answers to the briefing
+        self._awaited: list[Any] = []  # those of them that are not there
         self._told_at = 0.0
         self._begin()
 
@@ -68,7 +69,7 @@ class ReplicaRevival:
 
     def _begin(self) -> None:
         self._told, self._ping = None, None
-        self._awaited: list[Any] = []
+        self._awaited = []
         self._machine: Revival = self._supervisor.begin_revival(self.replica)
 
     def _has_new_process(self) -> bool:

@@ -35,7 +35,8 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from tests.support.virtual_time import Killed, Owner, Scheduler, Task, patched
+from kat_ray.errors import StateLost
+from tests.support.virtual_time import START, Killed, Owner, Scheduler, Task, patched
 
 
 class Ref:
@@ -193,6 +194,7 @@ class FakeCluster:
         self.actors: list[Actor] = []
         self.rules: list[Rule] = []
         self.log: list[str] = []  # what was done to it
+        self.trace: Callable[[str], Any] | None = None  # takes a line for every call, its execution and its answer
         self.full: set[str] = set()  # actors that find no place
         self.one_node = bool(seed % 2)  # arguments are at hand when a call goes out, not when it is carried out
         self.pings_in_store = False  # a scorer's other results, too: RAY_max_direct_call_object_size = 0 does it
@@ -320,6 +322,11 @@ class FakeCluster:
 
     def _note(self, what: str, whom: str) -> None:
         self.log.append(f"{self.scheduler.switches}:{what}:{whom}")
+        if self.trace is not None:
+            self.trace(self._line(f"***   {what} {whom}"))
+
+    def _line(self, text: str) -> str:
+        return f"{self.scheduler.switches:5d} {self.scheduler.now - START:8.3f} {self.here.name:10s} {text}"
 
     def _latency(self) -> float:
         """Of a message: short as a rule, at times longer than all that is waited for."""
@@ -473,6 +480,11 @@ class FakeCluster:
             self._pump(lane)
 
     def _happens(self, at: str, call: _Call) -> float:
+        if self.trace is not None and at in ("call", "begin", "reply"):
+            value = f" -> {_short(call.refs[0])}" if at == "reply" else ""
+            self.trace(
+                self._line(f"{at:5s} {call.actor.name}.{call.method}({', '.join(map(_short, call.args))}){value}")
+            )
         seconds = 0.0
         for rule in self.rules:
             if rule.method == call.method and rule.at == at and f"{call.actor.name}:".startswith(f"{rule.actor}:"):
@@ -550,12 +562,29 @@ class _Failed:
 
 
 def _task_error(method: str, cause: BaseException) -> RayTaskError:
-    trace = "".join(traceback.format_exception(cause))
+    expected = isinstance(cause, (RayError, StateLost))  # told in one line: a trace of each would take long
+    trace = repr(cause) if expected else "".join(traceback.format_exception(cause))
     return RayTaskError(method, trace, cause, proctitle="actor", pid=1, ip="127.0.0.1")
 
 
 def _raised(error: RayError) -> RayError:
-    return error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
+    """What arrives, which is made once: a new class each time would take long."""
+    if not isinstance(error, RayTaskError):
+        return error
+    made: RayError = error.__dict__.setdefault("made", None) or error.as_instanceof_cause()
+    error.made = made
+    return made
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Ref):
+        value = (value.value if value.error is None else value.error) if value.done else ...
+    if isinstance(value, RayTaskError):
+        return f"RayTaskError({type(value.cause).__name__})"
+    if hasattr(value, "rollout_ids") and hasattr(value, "offsets"):
+        rows = zip(value.rollout_ids.tolist(), value.start.tolist(), value.offsets[1:].tolist(), strict=True)
+        return f"{type(value).__name__}({value.attempt}: {' '.join(f'{i}@{start}' for i, start, _ in rows)})"
+    return " ".join(repr(value).split())[:70]
 
 
 class FakePlacement:

@@ -1,14 +1,17 @@
 """A small run on a fake cluster: what is done to it, what comes of it, and what must be so whatever was done.
 
+Replay a schedule with `python -m tests.support.scenarios --seed N --schedule 400:kill:scorer:0,...`.
+
 The one place that knows how a run is put together from the classes of `actors` is `build`.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -285,7 +288,7 @@ class Run:
         self.held: dict[str, int] = {}  # rollouts that an actor still has at the end
 
     def disturb(self, schedule: Sequence[tuple[int, str, str]]) -> Run:
-        """Have things happen at switches of the schedule: kill, freeze or lose an actor, terminate the driver."""
+        """Have things happen at switches of the schedule, such as (400, "kill", "scorer:0")."""
         for switch, what, whom in schedule:
             do = getattr(self.cluster, what)
             act = do if what == "terminate" else functools.partial(do, whom)
@@ -348,6 +351,21 @@ class Run:
         }
 
 
+# Runs of other shapes than the plain one.
+LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "two of each": {"monitor": {"shards": 2}, "learner": {"world_size": 2}},
+    "one scorer": {"sampler": {"replicas": 3}, "scorer": {"replicas": 1}},
+    "deterministic": {"run": {"deterministic": True}},
+    "sampled ahead": {"rollout": {"staleness": 1}, "run": {"checkpoint_every": 1}},
+    "elastic": {
+        "sampler": {"replicas": 3, "min_replicas": 1, "max_replicas": 4},
+        "scorer": {"replicas": 2, "min_replicas": 1, "max_replicas": 3},
+        "cluster": {"hang_timeout": 4.0, "replacement_timeout": 6.0, "max_restarts": 8},
+        "pools": {"grow_after": 1, "shrink_after": 1},
+    },
+}
+SMALL = {"prompts_per_step": 3, "max_tokens": 12}  # where thousands are run
 PROMPT_LENGTH = 3
 PROMPTS = PromptSet(tuple(Prompt(f"p{i}", (20 + i, 30 + i, 40)) for i in range(5)), 0, "unused.jsonl")
 
@@ -360,18 +378,30 @@ def undisturbed(changes: Mapping[str, Mapping[str, Any]] | None = None) -> dict[
 @functools.cache
 def _undisturbed(changes: str) -> dict[str, Any]:
     sections = json.loads(changes)
-    sections["run"] = {**sections.get("run", {}), "checkpoint_every": 1}
+    sections["run"] = {**sections.get("run", {}), "checkpoint_every": 1}  # to be compared with any other
     result = Run(0, sections).go()
     assert result.error is None, result.error
     check(result)
     return result.fingerprint()
 
 
+def small(layout: str) -> dict[str, dict[str, Any]]:
+    """A layout with fewer and shorter rollouts."""
+    changes = LAYOUTS[layout]
+    return {**changes, "rollout": {**changes.get("rollout", {}), **SMALL}}
+
+
 def check_schedule(
-    seed: int, schedule: Sequence[tuple[int, str, str]], changes: Mapping[str, Mapping[str, Any]] | None = None
+    seed: int,
+    schedule: Sequence[tuple[int, str, str]],
+    layout: str = "plain",
+    trace: Callable[[str], Any] | None = None,
 ) -> Result:
     """Run a schedule, and check what holds of all of them; one that was told to end is gone on with."""
-    result = Run(seed, changes).disturb(schedule).go()
+    changes = small(layout)
+    run = Run(seed, changes).disturb(schedule)
+    run.cluster.trace = trace
+    result = run.go()
     check(result)
     if result.error is not None:
         done = {line.split(":")[1] for line in result.cluster.log}
@@ -409,3 +439,20 @@ def check(result: Result) -> None:
         ), summary
         assert summary["trained_tokens"] == summary["kept_tokens"], summary
         assert sorted(result.run.traces) == list(range(summary["steps"]))
+
+
+def main() -> None:
+    """Replay a schedule, and print every call."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layout", choices=sorted(LAYOUTS), default="plain")
+    parser.add_argument("--schedule", default="", help="such as 400:kill:scorer:0,500:terminate:driver")
+    options = parser.parse_args()
+    events = [event.split(":", 2) for event in options.schedule.split(",") if event]
+    schedule = [(int(switch), what, whom) for switch, what, whom in events if what != "ray.kill"]
+    result = check_schedule(options.seed, schedule, options.layout, print)
+    print(*result.notes, result.run.summary, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,15 +13,20 @@ from actors.cluster.signals import Preempted
 from actors.sampler.student_sampler import StudentSampler
 from kat_ray.errors import UserError
 from kat_ray.types.records import GenerateRequest, RolloutSpec
-from tests.support.scenarios import Run, check, check_schedule, compare, config_of, make_engine, undisturbed
+from tests.support.scenarios import (
+    LAYOUTS,
+    Run,
+    check,
+    check_schedule,
+    compare,
+    config_of,
+    make_engine,
+    small,
+    undisturbed,
+)
 
 ROLES = ("sampler:1", "scorer:0", "monitor:0", "learner:0")
-ELASTIC = {
-    "sampler": {"replicas": 3, "min_replicas": 1, "max_replicas": 4},
-    "scorer": {"replicas": 2, "min_replicas": 1, "max_replicas": 3},
-    "cluster": {"hang_timeout": 4.0, "replacement_timeout": 6.0, "start_timeout": 60.0, "max_restarts": 8},
-    "pools": {"grow_after": 1, "shrink_after": 1},
-}
+ELASTIC = LAYOUTS["elastic"]
 
 
 def finish(run, *done):
@@ -50,24 +55,16 @@ def test_an_undisturbed_run_depends_on_no_interleaving():
         finish(Run(seed))
 
 
-def test_the_plain_run_has_rollouts_of_every_kind():
-    ended = Run().go().run.summary["rollouts_ended"]
+@pytest.mark.parametrize("changes", [{}, small("plain")], ids=["plain", "small"])
+def test_the_plain_run_has_rollouts_of_every_kind(changes):
+    ended = Run(0, changes).go().run.summary["rollouts_ended"]
     assert min(ended[reason] for reason in ("trapped", "eos", "max_tokens")) >= 3
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"monitor": {"shards": 2}, "learner": {"world_size": 2}},
-        {"sampler": {"replicas": 3}, "scorer": {"replicas": 1}},
-        {"run": {"deterministic": True}},
-        {"rollout": {"staleness": 1}},
-    ],
-    ids=["two of each", "three samplers", "deterministic", "sampled ahead"],
-)
-def test_one_death_of_each_role_in_another_layout(changes):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_death_of_each_role_in_each_layout(layout):
     for role in ("sampler:0", "scorer:0", "monitor:0", "learner:0"):
-        run = Run(1, changes)
+        run = Run(1, LAYOUTS[layout])
         run.cluster.when("scorer", "score", lambda role=role, run=run: run.cluster.kill(role), nth=14)
         finish(run, f"kill:{role}")
 

@@ -1,0 +1,52 @@
+"""Thousands of schedules of failures on a fake cluster: whatever happens, the run comes to the same.
+
+A schedule is a seed, which draws every latency and who runs next, and a list of what is done at which switch. One
+that fails is shrunk, and printed as the command that replays it with every call. `KAT_RAY_SCHEDULES=N` runs N times
+as many, other ones each time.
+"""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+
+from tests.support.scenarios import LAYOUTS, check_schedule
+
+MORE = int(os.environ.get("KAT_RAY_SCHEDULES", "0"))
+ACTORS = ("sampler:0", "sampler:1", "scorer:0", "scorer:1", "monitor:0", "monitor:1", "learner:0", "learner:1")
+SWITCHES = st.integers(30, 1000)  # of a run that has some 800 of them
+
+
+def schedules(*kinds):
+    """Up to four failures; what is done to an actor that is not there does nothing."""
+    return st.lists(st.tuples(SWITCHES, st.sampled_from(kinds), st.sampled_from(ACTORS)), max_size=4)
+
+
+def checked(count, layout, *kinds):
+    """Check so many schedules of this layout."""
+
+    @settings(
+        max_examples=count * max(1, MORE), derandomize=not MORE, database=None, deadline=None,
+        suppress_health_check=list(HealthCheck), print_blob=False,
+    )  # fmt: skip
+    @given(seed=st.integers(0, 2**16), schedule=schedules(*kinds))
+    def check(seed, schedule):
+        events = ",".join(f"{switch}:{what}:{whom}" for switch, what, whom in schedule)
+        note(f"python -m tests.support.scenarios --layout '{layout}' --seed {seed} --schedule '{events}'")
+        check_schedule(seed, schedule, layout)
+
+    check()
+
+
+def test_deaths():
+    checked(500, "plain", "kill")
+
+
+def test_deaths_freezes_lost_nodes_and_the_end():
+    checked(500, "plain", "kill", "kill", "freeze", "lose", "terminate")
+
+
+@pytest.mark.parametrize("layout", sorted({*LAYOUTS} - {"plain"}))
+def test_all_of_it_in_other_layouts(layout):
+    checked(200, layout, "kill", "kill", "freeze", "lose", "terminate")
