@@ -168,7 +168,8 @@ class TrapMonitor:
         rows, count = rows[new], count[new]
         gap = np.flatnonzero(chunk.start[new] != attempt.scored[rows])
         if len(gap):
-            raise ValueError(
+            # Scores that a new monitor was to see again were lost on the way: whoever sent them sends all again.
+            raise StateLost(
                 f"rollout {chunk.rollout_ids[new][gap[0]]}: a chunk starts at token "
                 f"{chunk.start[new][gap[0]]}, but {attempt.scored[rows[gap[0]]]} tokens were scored so far"
             )
