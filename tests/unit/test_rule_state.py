@@ -146,6 +146,6 @@ def test_a_rule_without_these_methods_is_named(monkeypatch):
     class Settings(CuttingSettings):
         rule: str = "forgetful"
 
-    monkeypatch.setitem(registry.RULES, "forgetful", RuleType(Settings, lambda settings, facts: Forgetful()))
+    monkeypatch.setitem(registry._OWN, "forgetful", RuleType(Settings, lambda settings, facts: Forgetful()))
     with pytest.raises(UserError, match=r"'forgetful': .*Forgetful has no state\(\) and no load_state\(\), which"):
         make_rule(Settings(), RunFacts(0, 9))
