@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from actors.teacher.backend import TeacherColumns, columns_of
+from actors.teacher.settings import ScorerSettings
 from actors.teacher.slot_cache import ATTENTION, SlotCache, Span
-from kat_ray.config import Config
 from kat_ray.errors import StateLost, UserError
 from kat_ray.models.load import load_causal_lm
 from kat_ray.types.records import IntArray, RolloutChunk
@@ -51,9 +51,9 @@ def logits_tokens(vocabulary: int) -> int:
 class TransformersTeacher:
     """The model, its slots, and which rollout lies in which."""
 
-    def __init__(self, config: Config, model_dir: str, stop_ids: tuple[int, ...]) -> None:
-        teacher = config.teacher
-        self._model = load_causal_lm(teacher, model_dir, teacher.dtype, "teacher")
+    def __init__(self, settings: ScorerSettings) -> None:
+        teacher = settings.teacher
+        self._model = load_causal_lm(teacher, settings.teacher_dir, teacher.dtype, "teacher")
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(self._device)
         model_config = self._model.config
@@ -70,8 +70,8 @@ class TransformersTeacher:
                 "attention interface, which the transformers backend needs. Use scorer.backend = vllm on a GPU."
             )
         self._cache = SlotCache(model_config.num_hidden_layers)
-        self._budget = config.scorer.max_batch_tokens
-        self._stop_ids = stop_ids
+        self._budget = settings.scorer.max_batch_tokens
+        self._stop_ids = settings.stop_ids
         self._states: dict[int, _State] = {}
         self.run_tokens = 0
 

@@ -14,7 +14,7 @@ import torch
 
 from actors.teacher.backend import OVERLAP_TOP, TeacherColumns
 from actors.teacher.scorer import TeacherScorer
-from kat_ray.config import Config
+from actors.teacher.settings import ScorerSettings
 from kat_ray.errors import StateLost
 from kat_ray.types.records import IntArray, RolloutChunk
 
@@ -75,11 +75,9 @@ class StubTeacher:
         self._held.difference_update(rollout_ids)
 
 
-def stub_teacher(
-    config: Config, teacher_dir: str, stop_ids: tuple[int, ...], max_model_len: int = 0
-) -> StubTeacher:
+def stub_teacher(settings: ScorerSettings) -> StubTeacher:
     """A `make` of TeacherScorer."""
-    return StubTeacher(config.rollout.max_tokens)
+    return StubTeacher(settings.rollout.max_tokens)
 
 
 def stub_kl(rollout: np.ndarray, position: np.ndarray, horizon: int) -> np.ndarray:

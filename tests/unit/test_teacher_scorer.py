@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from actors.teacher.scorer import TeacherScorer
+from actors.teacher.settings import ScorerSettings
 from kat_ray.errors import StateLost
 from kat_ray.losses.divergence import full_reverse_kl
 from kat_ray.types.records import EngineEnd
@@ -13,7 +14,7 @@ from tests.conftest import chunk_of, make_config, make_model, random_rollouts
 
 def scorer_of(models, teacher="teacher", **sections):
     config = make_config(models["student"][0], models[teacher][0], **sections)
-    return TeacherScorer("scorer:0", config, models[teacher][0], (1,))
+    return TeacherScorer("scorer:0", ScorerSettings.from_config(config, models[teacher][0], (1,), 64))
 
 
 def score_in_pieces(scorer, student, rollouts, size):
@@ -149,7 +150,7 @@ def test_a_teacher_without_finite_values_gives_nan_in_that_row_only(models):
 def test_llama_scores_like_its_full_forward(models, tmp_path):
     teacher = make_model(tmp_path / "llama", kind="llama", seed=4, tied=False)
     config = make_config(models["student"][0], str(tmp_path / "llama"))
-    scorer = TeacherScorer("scorer:0", config, str(tmp_path / "llama"), (1,))
+    scorer = TeacherScorer("scorer:0", ScorerSettings.from_config(config, str(tmp_path / "llama"), (1,), 64))
     student, rollouts = models["student"][1], random_rollouts(3, seed=8)
     _scored, rows = scorer.score(chunk_of(student, rollouts))
     chunk = chunk_of(student, rollouts)
@@ -166,7 +167,7 @@ def test_a_teacher_with_sliding_windows_is_refused(models, tmp_path):
                use_sliding_window=True)  # fmt: skip
     config = make_config(models["student"][0], str(tmp_path / "m"))
     with pytest.raises(ValueError, match="sliding_attention"):
-        TeacherScorer("scorer:0", config, str(tmp_path / "m"), (1,))
+        TeacherScorer("scorer:0", ScorerSettings.from_config(config, str(tmp_path / "m"), (1,), 64))
 
 
 def test_the_vllm_teacher_needs_a_gpu(models):
