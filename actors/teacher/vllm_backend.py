@@ -74,12 +74,12 @@ class VllmTeacher:
         """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked."""
         asked: dict[int, np.ndarray] = {}
         for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
-            if chunk.context(i).size:
-                self._tokens[rollout_id] = chunk.context(i).tolist()
+            if chunk.whole_past[i]:
+                self._tokens[rollout_id] = []
             elif rollout_id not in self._tokens:
                 raise StateLost(f"the past of rollouts [{rollout_id}] is not held: send their context")
             new = chunk.new_tokens(i)
-            self._tokens[rollout_id].extend(new.tolist())
+            self._tokens[rollout_id] += [*chunk.context(i).tolist(), *new.tolist()]
             self.run_tokens += len(new) + chunk.context(i).size
             if new.size:
                 rows = topk_ids[chunk.offsets[i] : chunk.offsets[i + 1]].astype(np.int64)
