@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.cluster.disturb import role_of
 from tests.cluster.local_cluster import local_cluster
 from tests.cluster.test_recovery import check_alike, stub_config
 from tests.cluster.test_run import QUICK, files  # noqa: F401 (a fixture)
-from tests.deploy.held_steps import Gate, held_engine
+from tests.deploy.held_steps import Gate, HeldEngine
 from tests.deploy.ray_process import until
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
@@ -108,7 +109,7 @@ def test_a_run_survives_the_loss_of_a_node(cluster, quiet, files, tmp_path, capl
     try:
         with ThreadPoolExecutor(1) as beside:
             losing = beside.submit(lose_a_node, cluster, scene, gate)
-            path = job.train(config, engines=Engines(held_engine, stub_teacher, StubLearner))
+            path = job.train(config, engines=Engines(partial(HeldEngine, gate), stub_teacher, StubLearner))
             losing.result()
     finally:
         cluster.kill(LOST)
