@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from actors.sampler.score_stream import ScoringStream
+from actors.sampler.score_stream import ScoringStream, scorer_ranges
 from actors.sampler.settings import SamplerSettings
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.chunks import PendingRollout, build_chunk
@@ -81,7 +81,7 @@ class StudentSampler:
         self._name = name
         self._settings = settings
         self._version = 0
-        self._scorers: Sequence[Any] = ()
+        self._teachers: Mapping[str, Sequence[Any]] = {}
         self._monitor: Any = None
         self._timeline = Timeline()
         self._heartbeat = Heartbeat()
@@ -99,9 +99,11 @@ class StudentSampler:
         """What it is at."""
         return self._heartbeat.read()
 
-    def connect(self, scorers: Sequence[Any], monitor: Any, index: int = 0, samplers: int = 1) -> None:
-        """Handles of all scorers and of this sampler's monitor; it is the `index`-th of `samplers`."""
-        self._scorers, self._monitor = tuple(scorers), monitor
+    def connect(
+        self, teachers: Mapping[str, Sequence[Any]], monitor: Any, index: int = 0, samplers: int = 1
+    ) -> None:
+        """Handles of each teacher's scorers and of this sampler's monitor; it is the `index`-th of `samplers`."""
+        self._teachers, self._monitor = teachers, monitor
         self._index, self._samplers = index, samplers
 
     def load_weights(self, update: WeightUpdate) -> int:
@@ -120,7 +122,7 @@ class StudentSampler:
 
         `StateLost` if this process is a new one that does not hold the order's weights yet.
         """
-        if order.version != self._version or not self._scorers:
+        if order.version != self._version or not self._teachers:
             raise StateLost(f"{self._name} holds version {self._version}, not {order.version}: its process is new")
         with self._heartbeat.busy("generate"):
             return _Generation(self, order).run()
@@ -162,13 +164,15 @@ class _Generation:
         self._control_seconds = 0.0
         specs = order.specs
         self._rollouts: dict[int, PendingRollout] = {}
+        ranges = scorer_ranges(sampler._teachers)
         for i, spec in enumerate(specs):
-            scorer = scorer_of(i, len(specs), sampler._index, sampler._samplers, len(sampler._scorers))
+            peers = ranges[spec.teacher]
+            scorer = peers[scorer_of(i, len(specs), sampler._index, sampler._samplers, len(peers))]
             self._rollouts[spec.rollout_id] = PendingRollout(spec.rollout_id, spec.prompt_ids, scorer)
         self._active = {str(i): r for i, r in self._rollouts.items()}
         self._stream = ScoringStream(
             order,
-            sampler._scorers,
+            sampler._teachers,
             sampler._monitor,
             self._rollouts,
             self._abort,

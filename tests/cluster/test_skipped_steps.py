@@ -222,7 +222,7 @@ def test_generations_without_a_token_go_through_sampler_scorer_and_monitor(ray_l
         config, config.student, "", stop_ids=(1,), vocabulary=200, max_model_len=64
     )
     sampler = StudentSampler("sampler:0", settings, lambda _: SilentEngine(8))
-    sampler.connect([scorer], monitor)
+    sampler.connect({"default": [scorer]}, monitor)
     for step, ids in enumerate(([0, 1, 2, 3], [4, 6])):  # in the second step nobody generates anything
         specs = [RolloutSpec(i, "p", (7,) * (1 + i), 0, False, 64) for i in ids]
         step_start = ray.get(monitor.start_step.remote(step))

@@ -11,7 +11,7 @@ from kat_ray.types.records import RolloutSpec
 
 
 def specs_of(count):
-    return [RolloutSpec(i, f"p{i}", (5,), seed=i, probe=False, step=0, max_tokens=8) for i in range(count)]
+    return [RolloutSpec(i, f"p{i}", (5,), seed=i, probe=False, max_tokens=8) for i in range(count)]
 
 
 def ids(instruction):

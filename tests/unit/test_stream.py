@@ -13,6 +13,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from actors.sampler.score_stream import scorer_ranges
 from actors.sampler.stream import (
     Abort,
     Admit,
@@ -83,7 +84,7 @@ class World:
         self.inbox = deque()
         self.scores, self.decisions, self.chunks = {}, {}, {}
         self.aborted = Counter()
-        self.stream = Stream(self.rollouts, scorers, max_restarts)
+        self.stream = Stream(self.rollouts, [range(scorers)], max_restarts)
         self.carry_out([Admit()])
 
     # --- the sampler
@@ -353,6 +354,18 @@ def test_a_lost_scorers_chunk_goes_to_the_next_with_its_context():
         AwaitScorer(0), Release(1, (1,)), Rescore(1, 0), Observe(1),
     ]  # fmt: skip
     assert (stream.owing, list(stream.owed(0))) == ([0], [0, 1])
+
+
+def test_a_lost_scorers_chunk_goes_to_one_of_the_same_teacher():
+    world = a_chunk_each(4)
+    assert scorer_ranges({"math": "ab", "code": "cd"}) == {"math": range(2), "code": range(2, 4)}
+    world.stream = Stream(world.rollouts, [range(2), range(2, 4)], 5)
+    for number in range(4):
+        world.stream.handle(Sent(number, (number,)))
+    for lost, target in ((1, 0), (3, 2)):
+        instructions = world.stream.handle(ScorerLost(lost, frozenset(), ""))
+        assert [i for i in instructions if isinstance(i, Rescore)] == [Rescore(lost, target)]
+        assert world.rollouts[lost].scorer == target
 
 
 def test_a_lost_monitor_sees_all_again_and_nothing_else_is_done():

@@ -69,7 +69,7 @@ def sampler_with(engine):
     sampler = StudentSampler("sampler:0", settings, lambda _: engine)
     scorer = SimpleNamespace(score=method((Answers(None), Answers(None))), release=method(None))
     nothing = TerminationDecision(np.zeros(0, np.int64))
-    sampler.connect([scorer], SimpleNamespace(admit=method(None), observe=method(Answers(nothing))))
+    sampler.connect({"default": [scorer]}, SimpleNamespace(admit=method(None), observe=method(Answers(nothing))))
     return sampler
 
 
