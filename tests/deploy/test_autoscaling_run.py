@@ -164,4 +164,4 @@ def test_a_run_grows_and_survives_the_loss_of_a_samplers_node(files, tmp_path): 
     sizes = [m["pools/sampler_replicas"] for m in metrics]
     assert sizes == sorted(sizes) and (sizes[0], sizes[-1]) == (1, 2), sizes
     said = (path / "run.log").read_text()
-    assert re.findall(r"(\S+) was lost", said) == ["sampler:0"] and "is done without" not in said
+    assert re.findall(r"(\S+) was lost", said) == ["sampler:0"] and "goes on without it" not in said
