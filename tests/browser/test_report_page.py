@@ -11,7 +11,7 @@ from selenium.webdriver.support.select import Select
 
 from kat_ray.cli import main as cli
 from kat_ray.types.records import StopReason
-from tests.unit.test_report import APPLIED, STAGES, row, small_run, write_run
+from tests.unit.kat_ray.report.test_report import APPLIED, STAGES, row, small_run, write_run
 
 # Change a filter; returns how many elements the page then has.
 CHANGE = """

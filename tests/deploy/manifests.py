@@ -10,8 +10,8 @@ import yaml
 
 from kat_ray.config import Config
 from kat_ray.config.load import load_config
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy/kuberay/chart"
 PROFILES = {path.stem: path for path in sorted((ROOT / "deploy/kuberay/profiles").glob("*.yaml"))}
 NAMESPACE = "kat-ray"

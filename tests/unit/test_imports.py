@@ -4,13 +4,12 @@ import ast
 import pkgutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import kat_ray
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 HEAVY = ("ray", "vllm", "deepspeed")
 # A room may import rooms of lower floors, and no other room of its own.
 FLOORS = (
