@@ -11,8 +11,7 @@ from actors.driver import train as job
 from actors.testing.stub_engine import StubEngine, fast_stub_engine
 from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import StubTeacher, stub_teacher
-from tests.cluster.test_recovery import check_books, stub_config
-from tests.cluster.test_run import files  # noqa: F401 (a fixture)
+from tests.support.runs import check_books, stub_config
 
 pytestmark = pytest.mark.integration
 
@@ -71,7 +70,7 @@ def hanging_teacher(config, teacher_dir, stop_ids, max_model_len=0):
     ],
     ids=["sampler", "scorer"],
 )
-def test_an_actor_that_answers_and_makes_no_progress_is_replaced(ray_local, files, tmp_path, role, task, engines):  # noqa: F811
+def test_an_actor_that_answers_and_makes_no_progress_is_replaced(ray_local, files, tmp_path, role, task, engines):
     # Who is not found would be waited for until step_timeout, and fail the run.
     config = stub_config(files, tmp_path, STEPS, cluster={"hang_timeout": HANG, "step_timeout": 120})
     path = job.train(config, engines=engines)

@@ -15,6 +15,7 @@ from tests.support.paths import ROOT
 CHART = ROOT / "deploy/kuberay/chart"
 PROFILES = {path.stem: path for path in sorted((ROOT / "deploy/kuberay/profiles").glob("*.yaml"))}
 NAMESPACE = "kat-ray"
+KUBERNETES = ("1.28", "1.34")  # the oldest that the chart takes, and one of today
 
 Manifest = dict[str, Any]
 

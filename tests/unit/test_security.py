@@ -17,7 +17,7 @@ from kat_ray.observability.redact import RedactingFormatter, redact
 from kat_ray.records.json_records import METRICS, SUMMARY, read_json, read_json_lines
 from kat_ray.records.traces import read_rows, write_traces
 from tests.support.paths import ROOT
-from tests.unit.kat_ray.report.test_report import STAGES, row, small_run
+from tests.support.reports import STAGES, row, small_run
 
 SOURCES = sorted(p for folder in ("kat_ray", "actors", ".ci") for p in (ROOT / folder).rglob("*.py"))
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

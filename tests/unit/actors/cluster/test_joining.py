@@ -7,7 +7,7 @@ import ray
 
 from actors.cluster.preflight import check_cluster, check_versions
 from kat_ray.errors import UserError
-from tests.conftest import make_config
+from tests.support.configs import make_config
 
 HERE = {"ray_version": ray.__version__, "python_version": ".".join(map(str, sys.version_info[:3]))}
 

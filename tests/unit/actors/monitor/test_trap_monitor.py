@@ -6,7 +6,7 @@ from actors.monitor.trap_monitor import TrapMonitor
 from kat_ray.errors import StateLost
 from kat_ray.termination import RunFacts
 from kat_ray.termination.settings import NoneSettings
-from tests.unit.kat_ray.termination.test_termination import chunk
+from tests.support.chunks import chunk
 
 
 def test_a_gap_is_told_as_state_that_was_lost():

@@ -16,7 +16,7 @@ from actors.ray_jobs.commands import _advice, _Lines, check_ray_version, train_c
 from kat_ray.cli import main as cli
 from kat_ray.cluster.versions import CLIENT_VARIABLE, skew, versions
 from kat_ray.errors import UserError
-from tests.conftest import make_config
+from tests.support.configs import make_config
 
 
 def job(status="SUCCEEDED", code=None, message=None, **more):

@@ -8,7 +8,7 @@ import pytest
 from actors.sampler.student_sampler import StudentSampler
 from actors.testing.stub_engine import StubEngine
 from kat_ray.types.records import GenerateRequest, RolloutSpec, SamplingSettings, TerminationDecision
-from tests.conftest import make_config
+from tests.support.configs import make_config
 
 
 class Failing(StubEngine):

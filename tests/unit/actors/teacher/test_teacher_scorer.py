@@ -8,7 +8,9 @@ from actors.teacher.scorer import TeacherScorer
 from kat_ray.errors import StateLost
 from kat_ray.losses.divergence import full_reverse_kl
 from kat_ray.types.records import EngineEnd
-from tests.conftest import chunk_of, make_config, make_model, random_rollouts
+from tests.support.chunks import chunk_of, random_rollouts
+from tests.support.configs import make_config
+from tests.support.models import make_model
 
 
 def scorer_of(models, teacher="teacher", **sections):

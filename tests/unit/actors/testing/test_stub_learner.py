@@ -12,7 +12,7 @@ from actors.testing.stub_learner import StubLearner
 from kat_ray.data.batch import TrainingSample
 from kat_ray.errors import StateLost
 from kat_ray.run.checkpoint import Checkpoints
-from tests.conftest import make_config
+from tests.support.configs import make_config
 
 
 def row(rollout_id, tokens):

@@ -12,7 +12,7 @@ from kat_ray.analysis.compare_table import paired
 from kat_ray.cli import main as cli
 from kat_ray.config.load import save_config
 from kat_ray.errors import UserError
-from tests.unit.kat_ray.analysis.test_compare import BASE, SUMMARY, changed, finish, finish_rule
+from tests.support.comparisons import BASE, SUMMARY, changed, finish, finish_rule
 
 
 def test_finished_runs_are_compared_and_their_other_differences_named(tmp_path, capsys):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_ray.analysis.replay import Traces, apply_rule, calibrate, load_traces, recommend, uncensored, weigh
+from kat_ray.analysis.replay import apply_rule, calibrate, load_traces, recommend, uncensored, weigh
 from kat_ray.analysis.replay_rules import COLUMNS, follow, reproduce, sweep
 from kat_ray.cli import main as cli
 from kat_ray.config import Config
@@ -20,21 +20,7 @@ from kat_ray.records.traces import TokenFeatures, TraceRow, write_traces
 from kat_ray.termination import Finished, NewTokens, RolloutStart, RunFacts, make_rule
 from kat_ray.termination.kat import KatTracker
 from kat_ray.types.records import StopReason
-from tests.unit.kat_ray.termination.test_rules import settings_from
-from tests.unit.kat_ray.termination.test_termination import rule_of
-
-
-def traces_of(values, thresholds=None, steps=None, correct=None, probe=None, trapped=None):
-    count = len(values)
-    flat = np.array([x for v in values for x in v], dtype=np.float32).astype(np.float64)
-    column = lambda given, default: np.array(given if given is not None else [default] * count)  # noqa: E731
-    return Traces(
-        d=flat, offsets=np.cumsum([0, *map(len, values)]).astype(np.int64), step=column(steps, 0),
-        rollout_id=np.arange(count), full=column(None, False),
-        threshold=column(thresholds, math.nan), probe=column(probe, False), trapped=column(trapped, False),
-        cut=column(None, -1), would_cut=column(None, -1), correct=column(correct, -1),
-    )  # fmt: skip
-
+from tests.support.rules import rule_of, settings_from, traces_of
 
 FACTS = RunFacts(seed=0, max_tokens=60)
 values = st.lists(

@@ -253,7 +253,7 @@ def test_doctor_reports_and_returns_its_verdict(config, monkeypatch, capsys):
 )
 def test_a_local_ray_gets_a_token_of_its_own(monkeypatch, environment, address, expected):
     from kat_ray.cli.main import _keep_others_out
-    from tests.conftest import make_config
+    from tests.support.configs import make_config
 
     monkeypatch.setattr("os.environ", environment := dict(environment))
     _keep_others_out(make_config("a", "b", cluster={"address": address}))

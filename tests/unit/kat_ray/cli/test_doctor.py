@@ -11,7 +11,8 @@ from kat_ray.cli import doctor
 from kat_ray.cli.checks import ClusterSeen, resources, same_ray
 from kat_ray.cli.doctor import GIB, Check, disk_verdict, vllm_verdict
 from kat_ray.cluster.roles import Node
-from tests.conftest import make_config, make_model
+from tests.support.configs import make_config
+from tests.support.models import make_model
 from tests.support.paths import ROOT
 from tests.support.tokenizers import make_tokenizer
 

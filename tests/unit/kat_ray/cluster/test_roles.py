@@ -3,7 +3,7 @@
 import pytest
 
 from kat_ray.cluster.roles import Node, cpus_asked, place, roles_of
-from tests.conftest import make_config
+from tests.support.configs import make_config
 
 
 def gpu_node(name, role=None, gpus=1, **more):

@@ -8,7 +8,7 @@ import pytest
 from kat_ray.config.load import load_config
 from kat_ray.errors import UserError
 from kat_ray.termination import RULES, RunScale
-from tests.unit.kat_ray.termination.test_rules import settings_from
+from tests.support.rules import settings_from
 
 
 @pytest.mark.parametrize(

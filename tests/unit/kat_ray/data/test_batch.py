@@ -8,29 +8,8 @@ from hypothesis import strategies as st
 from kat_ray.data.batch import assign_ranks, collect_samples
 from kat_ray.data.chunks import PendingRollout, build_chunk, tail_logprobs
 from kat_ray.data.collate import PaddedCollator
-from kat_ray.types.records import EngineEnd, KeptRollout, TeacherRows
-
-K = 3
-
-
-def stream(rollouts, size):
-    """Chunks of `size` tokens as a sampler builds them, with teacher rows that name their token."""
-    pending = {i: PendingRollout(i, tuple(p), scorer=0) for i, (p, _) in rollouts.items()}
-    chunks, teacher = [], []
-    for at in range(0, max(len(t) for _, t in rollouts.values()), size):
-        for i, (_, tokens) in rollouts.items():
-            for token in tokens[at : at + size]:
-                row = np.arange(token, token + K + 1, dtype=np.int32)[None]
-                pending[i].add([token], row, -row.astype(np.float32) / 10)
-            if at < len(tokens) <= at + size:
-                pending[i].end = EngineEnd.EOS
-        news = [r for r in pending.values() if r.has_news]
-        chunks.append(build_chunk(news, [], attempt=0, top_k=K, vocabulary=500))
-        ids = chunks[-1].token_ids
-        column = ids.astype(np.float32)
-        teacher.append(TeacherRows(np.repeat(column[:, None], K, 1), column + 0.25, column + 0.5))
-    return chunks, teacher
-
+from kat_ray.types.records import EngineEnd, KeptRollout
+from tests.support.chunks import K, stream
 
 rollout = st.tuples(
     st.lists(st.integers(2, 400), min_size=1, max_size=6), st.lists(st.integers(2, 400), min_size=1, max_size=12)

@@ -13,7 +13,7 @@ from kat_ray.config import DataConfig
 from kat_ray.data.prompts import PromptOrder, load_prompts, rollout_specs
 from kat_ray.errors import DataError
 from kat_ray.types.records import Prompt
-from tests.conftest import make_config
+from tests.support.configs import make_config
 from tests.support.tokenizers import TEMPLATE, make_tokenizer
 
 PLAIN = make_tokenizer()

@@ -8,7 +8,8 @@ import pytest
 from kat_ray.config import ModelConfig
 from kat_ray.errors import ConfigError, ModelError
 from kat_ray.models.inspect import check_models, compare_tokenizers, inspect_model, load_tokenizer, resolve_model
-from tests.conftest import make_config, make_model
+from tests.support.configs import make_config
+from tests.support.models import make_model
 from tests.support.tokenizers import make_tokenizer
 
 

@@ -14,7 +14,7 @@ from kat_ray.cli import main as cli
 from kat_ray.config.load import load_config
 from kat_ray.models.inspect import resolve_model
 from kat_ray.report.gradients import bases_of, groups_of, projected
-from tests.unit.kat_ray.report.test_report import STAGES, row, small_run, write_run
+from tests.support.reports import STAGES, row, small_run, write_run
 
 
 @pytest.fixture

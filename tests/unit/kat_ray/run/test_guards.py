@@ -20,10 +20,10 @@ from kat_ray.run.collapse_guards import CollapseGuards
 from kat_ray.run.skipped_steps import SkipGuard
 from kat_ray.run.step_guards import StepWatch
 from kat_ray.types.records import KeptRollout
-from tests.conftest import make_config
-from tests.unit.kat_ray.data.test_batch import stream
-from tests.unit.kat_ray.run.test_step_result import REPORT, a_step
-from tests.unit.kat_ray.termination.test_termination import chunk as scored_chunk
+from tests.support.chunks import chunk as scored_chunk
+from tests.support.chunks import stream
+from tests.support.configs import make_config
+from tests.support.step_results import REPORT, a_step
 
 HEALTHY = {
     "learner/stop_mass": 0.01,

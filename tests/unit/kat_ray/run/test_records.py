@@ -23,7 +23,7 @@ from kat_ray.termination.fixed_prefix import FixedPrefixSettings
 from kat_ray.termination.kat_stages import KatStagesSettings
 from kat_ray.termination.settings import KatSettings
 from kat_ray.types.records import Prompt, RolloutOutcome, SampledRollout, StepStart, StopReason
-from tests.unit.kat_ray.termination.test_termination import chunk
+from tests.support.chunks import chunk
 
 
 def outcome(rollout_id, reason, scored, cut=None, confirmed=None, probe=False, would_cut=None, minimum=0.5):

@@ -21,7 +21,7 @@ from kat_ray.termination import (
     registry,
 )
 from kat_ray.termination.settings import CuttingSettings
-from tests.unit.kat_ray.termination.test_rules import recorded_run, settings_from
+from tests.support.rules import recorded_run, settings_from
 
 # Settings under which the rule does in a few steps of short rollouts what it is there for.
 FIELDS = {

@@ -8,29 +8,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
 
 from actors.monitor.trap_monitor import TrapMonitor
 from kat_ray.config.load import load_config
 from kat_ray.errors import UserError
-from kat_ray.records.traces import TraceRow, write_traces
 from kat_ray.termination import (
     RULES,
     Finished,
     NewTokens,
     RolloutStart,
     RunFacts,
-    TerminationConfig,
     make_rule,
 )
 from kat_ray.termination.length_matched import survival
 from kat_ray.termination.repetition import RepetitionSettings, RepetitionTracker
 from kat_ray.types.records import EngineEnd, StepStart, StopReason
-from tests.unit.kat_ray.termination.test_termination import chunk, kl
-
-
-def settings_from(**fields):
-    return TypeAdapter(TerminationConfig).validate_python(fields)
+from tests.support.chunks import chunk
+from tests.support.rules import kl, recorded_run, settings_from
 
 
 def rule_from(seed=3, max_tokens=50, **fields):
@@ -69,23 +63,6 @@ def test_random_lengths_are_uniform_and_seeded():
     assert cuts[:50] == [follow(rule, [4] * 10, rollout_id=i).at for i in range(50)]
     other = rule_from(rule="random", longest=5, seed=4)
     assert cuts[:50] != [follow(other, [4] * 10, rollout_id=i).at for i in range(50)]
-
-
-def recorded_run(path, steps):
-    """A run whose rollouts are (length, cut, probe), step by step; a step without a cut was not active."""
-    (path / "traces").mkdir(parents=True)
-    for step, rollouts in enumerate(steps):
-        active = any(cut is not None for _, cut, _ in rollouts)
-        rows = [
-            TraceRow(
-                rollout_id=i, prompt_id="p", step=step, policy_version=step, token_ids=np.zeros(length, np.int32),
-                d=np.zeros(length, np.float32), stop_reason=StopReason.EOS, cut=cut, confirmed=None,
-                threshold=0.5 if active else None, probe=probe, minimum=None, would_cut=None, correct=None,
-            )
-            for i, (length, cut, probe) in enumerate(rollouts)
-        ]  # fmt: skip
-        write_traces(path / "traces", step, rows)
-    return str(path)
 
 
 def test_length_matched_makes_rollouts_as_long_as_those_it_copies(tmp_path):

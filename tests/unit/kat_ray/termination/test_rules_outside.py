@@ -23,7 +23,7 @@ from kat_ray.run.probes import is_active
 from kat_ray.termination import RULES, Effect, RuleType, kat_parameters, make_rule, registry
 from kat_ray.termination.settings import CuttingSettings, NoneSettings
 from tests.support.paths import ROOT
-from tests.unit.kat_ray.analysis.test_replay import traces_of
+from tests.support.rules import traces_of
 
 OUTSIDE = '''
 from typing import Literal
@@ -225,8 +225,8 @@ from kat_ray.config import Config
 from kat_ray.config.load import load_config
 from kat_ray.termination import RunFacts
 from kat_ray.types.records import EngineEnd
-from tests.unit.kat_ray.analysis.test_replay import traces_of
-from tests.unit.kat_ray.termination.test_termination import chunk
+from tests.support.chunks import chunk
+from tests.support.rules import traces_of
 
 (point,) = entry_points(group="kat_ray.termination_rules")
 config = load_config("demo", sys.argv[1:])

@@ -12,10 +12,12 @@ from kat_ray.termination import Cut, Finished, NewTokens, RolloutStart, RunFacts
 from kat_ray.termination.calibration import MinimaBuffer, quantile
 from kat_ray.termination.kat import KatRule, KatTracker
 from kat_ray.termination.kat_table import KatTable, KatTableRule
-from kat_ray.termination.settings import KatSettings, NoneSettings
+from kat_ray.termination.settings import NoneSettings
 from kat_ray.termination.table import TrackerTable
 from kat_ray.termination.window import WindowMean
-from kat_ray.types.records import EngineEnd, ScoredChunk, StopReason
+from kat_ray.types.records import EngineEnd, StopReason
+from tests.support.chunks import chunk
+from tests.support.rules import kl, rule_of
 
 
 def reference(d, s, W, C, stride, exempt):
@@ -34,15 +36,6 @@ def reference(d, s, W, C, stride, exempt):
 
 
 FACTS = RunFacts(seed=0, max_tokens=100)
-
-
-def kl(values):
-    """New tokens of which only the KL is known."""
-    return NewTokens(np.asarray(values, dtype=np.float64))
-
-
-def rule_of(**changes):
-    return KatSettings(**{"window": 4, "consecutive": 2, "exempt": 0, "min_samples": 1, "min_steps": 0} | changes)
 
 
 # Multiples of 1/8 add up exactly in binary, so the brute-force sum and the prefix sums agree to the bit.
@@ -145,18 +138,6 @@ def test_calibration_admits_what_it_says(source, expected):
     assert rule.threshold == 9.0
     rule.end_step([Finished(1.0, True, False), Finished(2.0, False, True), Finished(3.0, False, False)])
     assert set(rule._buffer._values) - {9.0} == expected
-
-
-def chunk(ids, start, rows, ended=None, overlap=None):
-    offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int32)
-    d = np.concatenate([np.asarray(r, dtype=np.float32) for r in rows])
-    extra = dict.fromkeys(("overlap", "teacher_max", "teacher_entropy", "student_entropy", "student_tail"), d)
-    extra["overlap"] = d if overlap is None else np.concatenate([np.asarray(r, np.float32) for r in overlap])
-    return ScoredChunk(
-        scorer="s", attempt=0, rollout_ids=np.asarray(ids, np.int64), start=np.asarray(start,
-        np.int32), offsets=offsets, d=d, token_ids=np.zeros(len(d), np.int32), teacher_top=np.zeros(len(d),
-        np.int32), ended=np.asarray(ended or [0] * len(ids), np.int8), seconds=0.0, **extra,
-    )  # fmt: skip
 
 
 def active_monitor(**changes):
