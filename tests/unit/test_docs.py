@@ -7,8 +7,8 @@ import re
 import pytest
 import yaml
 
+from tests.support.house import FLOOR
 from tests.support.paths import ROOT
-from tests.unit.test_imports import FLOOR
 
 # Records of a day keep the names of that day: docs/glossary.md translates them.
 DATED = {"docs/log.md", "docs/benchmarks.md", "CHANGELOG.md"}
