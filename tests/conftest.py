@@ -1,14 +1,10 @@
-"""Environment of all tests: loopback, no hub, one thread per process; and what tests of several folders take."""
+"""Environment of all tests, and the fixtures that tests of several folders take."""
 
 import os
 
-os.environ.update(
-    RAY_AUTH_MODE="disabled",
-    RAY_USAGE_STATS_ENABLED="0",
-    HF_HUB_OFFLINE="1",
-    TOKENIZERS_PARALLELISM="false",
-)
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from tests.support.environment import VARIABLES
+
+os.environ.update(VARIABLES)
 
 import pytest
 import ray

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from actors.testing.stub_teacher import stub_teacher
 from kat_ray.config import Config
 from kat_ray.config.load import load_config
 from kat_ray.records.traces import read_traces
+from tests.support.environment import VARIABLES
 from tests.support.models import write_job_files
 
 FOLDER = Path(__file__).parent
@@ -177,6 +179,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="+", choices=sorted(STEPS))
     parser.add_argument("--record", action="store_true", help="write what was found instead of comparing it")
     options = parser.parse_args(arguments)
+    os.environ.update(VARIABLES)
     code = 0
     for name in options.names:
         with tempfile.TemporaryDirectory() as folder:
