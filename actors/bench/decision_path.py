@@ -134,12 +134,15 @@ def bytes_figure(rollouts: int = 256, length: int = 256, prompt: int = 128, voca
 def _records(rollouts: int, length: int, prompt: int, vocabulary: int, chunk_tokens: int = 16) -> Any:
     """The records of every chunk of a step: RolloutChunk, ScoredChunk and TeacherRows."""
     from actors.bench.fleet import bench_config
+    from actors.teacher.settings import ScorerSettings
     from actors.testing.stub_engine import StubEngine
     from actors.testing.stub_teacher import StubScorer, stub_teacher
     from kat_ray.types.records import SamplingSettings
 
     engine = StubEngine(64, vocabulary)
-    scorer = StubScorer("scorer:0", bench_config(rollouts), "stub", (1,), make=stub_teacher)
+    scorer = StubScorer(
+        "scorer:0", ScorerSettings.from_config(bench_config(rollouts), "stub", (1,), length), stub_teacher
+    )
     pending = {str(i): PendingRollout(i, tuple(range(prompt)), 0) for i in range(rollouts)}
     for name in pending:
         engine.add(name, (), 0, SamplingSettings(length, 1.0, 1.0, 64, (1,)))

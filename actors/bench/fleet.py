@@ -25,6 +25,8 @@ from actors.cluster.samplers import SamplerGroup
 from actors.cluster.signals import StopRequest
 from actors.cluster.supervisor import Supervisor
 from actors.driver.steps import SampledStep, Steps
+from actors.sampler.settings import SamplerSettings
+from actors.teacher.settings import ScorerSettings
 from actors.testing.stub_engine import PlainMonitor, StubSampler, stub_engine
 from actors.testing.stub_teacher import StubScorer, stub_teacher
 from kat_ray.config import Config
@@ -155,16 +157,12 @@ class Fleet:
 
         # Monitors that share a calibration have learnt from the same steps: each number of shards has its own.
         self.monitors = {n: [make(PlainMonitor, config.termination, facts) for _ in range(n)] for n in {1, *shards}}
-        self.scorers = [
-            make(StubScorer, f"scorer:{i}", config, "stub", (1,), make=stub_teacher) for i in range(scorers)
-        ]
-        self.samplers = [
-            make(
-                StubSampler, f"sampler:{i}", config, config.student, str(vocabulary),
-                stop_ids=(1,), vocabulary=vocabulary, max_model_len=MAX_TOKENS, make_engine=stub_engine,
-            )
-            for i in range(samplers)
-        ]  # fmt: skip
+        scoring = ScorerSettings.from_config(config, "stub", (1,), MAX_TOKENS)
+        self.scorers = [make(StubScorer, f"scorer:{i}", scoring, stub_teacher) for i in range(scorers)]
+        sampling = SamplerSettings.from_config(
+            config, config.student, str(vocabulary), stop_ids=(1,), vocabulary=vocabulary, max_model_len=MAX_TOKENS
+        )
+        self.samplers = [make(StubSampler, f"sampler:{i}", sampling, stub_engine) for i in range(samplers)]
         ray.get([a.ready.remote() for a in (*self.scorers, *self.samplers)])
         self._prompts = [Prompt(str(i), tuple(range(2, 34))) for i in range(64)]
         self._step = 0

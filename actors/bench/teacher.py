@@ -14,7 +14,7 @@ from typing import Any
 
 from actors.bench.child import alternate, pair_main, ratio, run_child
 from actors.bench.figure import Figure
-from actors.bench.pairs import Pair, make_pair
+from actors.bench.pairs import MAX_POSITIONS, Pair, make_pair
 from actors.bench.work import Rollouts, chunks_of, random_rollouts
 
 GOAL = 1.3
@@ -41,6 +41,7 @@ def _name(pair: str) -> str:
 def scorer_of(student: Path, teacher: Path, prompts: Path, threads: int) -> Any:
     """A scorer in this process."""
     from actors.teacher.scorer import TeacherScorer
+    from actors.teacher.settings import ScorerSettings
     from kat_ray.config import Config
 
     config = Config.model_validate(
@@ -51,7 +52,7 @@ def scorer_of(student: Path, teacher: Path, prompts: Path, threads: int) -> Any:
             "scorer": {"threads": threads},
         }
     )
-    return TeacherScorer("scorer:0", config, str(teacher), (1,))
+    return TeacherScorer("scorer:0", ScorerSettings.from_config(config, str(teacher), (1,), MAX_POSITIONS))
 
 
 def measure(pair: Pair, threads: int) -> list[Figure]:

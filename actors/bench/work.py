@@ -65,6 +65,7 @@ def _chunk(
         tail_logprobs=tail_logprobs(logprobs),
         context_offsets=_offsets(contexts),
         context_ids=np.concatenate(contexts),
+        inserted=np.zeros(len(ids), dtype=bool),
         ended=np.where(ended, EngineEnd.MAX_TOKENS, EngineEnd.RUNNING).astype(np.int8),
         released=np.zeros(0, dtype=np.int64),
     )

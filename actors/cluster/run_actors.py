@@ -20,6 +20,7 @@ from actors.cluster.waiting import SLICE, LearnersLost
 from actors.learner.settings import LearnerSettings
 from actors.monitor.trap_monitor import TrapMonitor
 from actors.teacher.scorer import TeacherScorer
+from actors.teacher.settings import ScorerSettings
 from kat_ray.config import Config
 from kat_ray.termination import RunFacts
 from kat_ray.types.records import GenerateRequest
@@ -50,13 +51,11 @@ class RunActors:
         """Start the actors but for the samplers, which `samplers.use_student` starts."""
         supervisor = Supervisor(config.cluster, stop)
         facts = RunFacts(config.run.seed, config.rollout.max_tokens)
+        scorers = ScorerSettings.from_config(config, paths.teacher_dir, paths.stop_ids, paths.max_model_len)
         ranks = LearnerSettings.from_config(config, paths.student_dir, paths.stop_ids)
 
         def scorer(name: str, options: dict[str, Any]) -> Any:
-            actor = remote_class(TeacherScorer).options(**options)
-            return actor.remote(
-                name, config, paths.teacher_dir, paths.stop_ids, paths.max_model_len, engines.scorer
-            )
+            return remote_class(TeacherScorer).options(**options).remote(name, scorers, engines.scorer)
 
         def monitor(name: str, options: dict[str, Any]) -> Any:
             return remote_class(TrapMonitor).options(**options).remote(config.termination, facts)

@@ -14,6 +14,7 @@ from actors.cluster.placement import Placement
 from actors.cluster.replica import Replica, remote_class
 from actors.cluster.supervisor import Supervisor
 from actors.learner.learner import Learner
+from actors.sampler.settings import SamplerSettings
 from actors.sampler.student_sampler import EngineMaker, StudentSampler, vllm_engine
 from actors.teacher.scorer import TeacherMaker, make_teacher
 from kat_ray.config import Config, ModelConfig
@@ -99,12 +100,8 @@ class SamplerGroup(ActorGroup):
         assert all(v == version for v in loaded), f"samplers hold versions {loaded}, published was {version}"
 
     def _make_sampler(self, name: str, options: Mapping[str, Any]) -> Any:
-        return (
-            remote_class(StudentSampler)
-            .options(**options)
-            .remote(
-                name, self._config, self._model, self._model_dir, stop_ids=self._paths.student_stop_ids,
-                vocabulary=self._paths.vocabulary, max_model_len=self._paths.max_model_len,
-                make_engine=self._make_engine,
-            )
+        settings = SamplerSettings.from_config(
+            self._config, self._model, self._model_dir, stop_ids=self._paths.student_stop_ids,
+            vocabulary=self._paths.vocabulary, max_model_len=self._paths.max_model_len,
         )  # fmt: skip
+        return remote_class(StudentSampler).options(**options).remote(name, settings, self._make_engine)

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from actors.sampler.score_stream import ScoringStream
+from actors.sampler.settings import SamplerSettings
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
-from kat_ray.config import Config, ModelConfig
 from kat_ray.data.chunks import PendingRollout, build_chunk
 from kat_ray.errors import StateLost
 from kat_ray.observability.logs import label_logs
@@ -56,43 +56,30 @@ class Engine(Protocol):
         """Replace the weights; no request may be running."""
 
 
-EngineMaker = Callable[[Config, ModelConfig, str, int], Engine]
+EngineMaker = Callable[[SamplerSettings], Engine]
 
 
-def vllm_engine(config: Config, model: ModelConfig, model_dir: str, max_model_len: int) -> Engine:
+def vllm_engine(settings: SamplerSettings) -> Engine:
     """The engine of every run."""
     from actors.sampler.vllm_engine import VllmEngine  # here: the driver places samplers, it need not load vLLM
 
     return VllmEngine(
-        model,
-        config.sampler,
-        model_dir,
-        max_model_len=max_model_len,
-        top_k=config.rollout.top_k_logprobs,
-        seed=config.run.seed,
+        settings.model,
+        settings.sampler,
+        settings.model_dir,
+        max_model_len=settings.max_model_len,
+        top_k=settings.rollout.top_k_logprobs,
+        seed=settings.seed,
     )
 
 
 class StudentSampler:
     """One engine and the loop around it."""
 
-    def __init__(
-        self,
-        name: str,
-        config: Config,
-        model: ModelConfig,
-        model_dir: str,
-        *,
-        stop_ids: tuple[int, ...],
-        vocabulary: int,
-        max_model_len: int,
-        make_engine: EngineMaker = vllm_engine,
-    ) -> None:
+    def __init__(self, name: str, settings: SamplerSettings, make_engine: EngineMaker = vllm_engine) -> None:
         label_logs()
         self._name = name
-        self._config = config
-        self._stop_ids = stop_ids
-        self._vocabulary = vocabulary
+        self._settings = settings
         self._version = 0
         self._scorers: Sequence[Any] = ()
         self._monitor: Any = None
@@ -100,9 +87,9 @@ class StudentSampler:
         self._heartbeat = Heartbeat()
         self._index, self._samplers = 0, 1
         started = time.monotonic()
-        self._engine = make_engine(config, model, model_dir, max_model_len)
+        self._engine = make_engine(settings)
         self._load_seconds = time.monotonic() - started
-        log.info("%s stands, loaded in %.1f s", model_dir, self._load_seconds)
+        log.info("%s stands, loaded in %.1f s", settings.model_dir, self._load_seconds)
 
     def ready(self) -> dict[str, Any]:
         """Answers once the engine stands."""
@@ -170,7 +157,7 @@ class _Generation:
     def __init__(self, sampler: StudentSampler, order: GenerateRequest) -> None:
         self._sampler = sampler
         self._engine = sampler._engine
-        self._rollout = sampler._config.rollout
+        self._rollout = sampler._settings.rollout
         self._order = order
         self._control_seconds = 0.0
         specs = order.specs
@@ -185,7 +172,7 @@ class _Generation:
             sampler._monitor,
             self._rollouts,
             self._abort,
-            sampler._config.cluster,
+            sampler._settings.cluster,
             sampler._heartbeat,
         )
 
@@ -215,7 +202,7 @@ class _Generation:
             temperature=self._rollout.temperature,
             top_p=self._rollout.top_p,
             logprobs=self._rollout.top_k_logprobs,
-            stop_ids=self._sampler._stop_ids,
+            stop_ids=self._sampler._settings.stop_ids,
         )
         for spec in self._order.specs:
             own = replace(settings, max_tokens=spec.max_tokens)
@@ -223,7 +210,7 @@ class _Generation:
 
     def _generate(self) -> None:
         span, heartbeat = self._sampler._timeline.span, self._sampler._heartbeat
-        fixed = self._sampler._config.run.deterministic
+        fixed = self._sampler._settings.deterministic
         while self._engine.running:
             with span("generate"):
                 for _ in range(self._rollout.chunk_tokens):
@@ -273,7 +260,7 @@ class _Generation:
             self._stream.take_released(scorer),
             attempt=self._order.attempt,
             top_k=self._rollout.top_k_logprobs,
-            vocabulary=self._sampler._vocabulary,
+            vocabulary=self._sampler._settings.vocabulary,
         )
         self._stream.send(scorer, chunk)
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from actors.teacher.backend import Teacher, TeacherColumns
+from actors.teacher.settings import ScorerSettings
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
-from kat_ray.config import Config
 from kat_ray.data.chunks import check_chunk_vocabulary
 from kat_ray.errors import StateLost, UserError
 from kat_ray.losses.divergence import EosMode, dequantise, entropy, event_logprobs, is_stop, quantise, reverse_kl
@@ -27,9 +27,9 @@ from kat_ray.observability.timeline import Span, Timeline
 from kat_ray.types.records import EngineEnd, IntArray, RolloutChunk, ScoredChunk, TeacherRows
 
 
-def make_teacher(config: Config, teacher_dir: str, stop_ids: tuple[int, ...], max_model_len: int) -> Teacher:
+def make_teacher(settings: ScorerSettings) -> Teacher:
     """The engine that `scorer.backend` names; `auto` takes vLLM on a GPU, transformers elsewhere."""
-    backend = config.scorer.backend
+    backend = settings.scorer.backend
     if backend == "vllm" and not torch.cuda.is_available():
         raise UserError(
             "scorer.backend = 'vllm': scoring given ids needs vLLM's V2 model runner, which needs a GPU, and this "
@@ -38,44 +38,36 @@ def make_teacher(config: Config, teacher_dir: str, stop_ids: tuple[int, ...], ma
     if backend == "vllm" or (backend == "auto" and torch.cuda.is_available()):
         from actors.teacher.vllm_backend import VllmTeacher
 
-        return VllmTeacher(config, teacher_dir, stop_ids, max_model_len)
+        return VllmTeacher(settings)
     from actors.teacher.transformers_backend import TransformersTeacher
 
-    return TransformersTeacher(config, teacher_dir, stop_ids)
+    return TransformersTeacher(settings)
 
 
 log = logging.getLogger("kat_ray.scorer")
 
-TeacherMaker = Callable[[Config, str, tuple[int, ...], int], Teacher]
+TeacherMaker = Callable[[ScorerSettings], Teacher]
 
 
 class TeacherScorer:
     """One replica of the teacher."""
 
-    def __init__(
-        self,
-        name: str,
-        config: Config,
-        teacher_dir: str,
-        stop_ids: tuple[int, ...],
-        max_model_len: int = 0,
-        make: TeacherMaker = make_teacher,
-    ) -> None:
+    def __init__(self, name: str, settings: ScorerSettings, make: TeacherMaker = make_teacher) -> None:
         started = time.monotonic()
-        torch.set_num_threads(config.scorer.threads)
+        torch.set_num_threads(settings.scorer.threads)
         label_logs()
         self._name = name
-        self._stop_ids = stop_ids
-        self._teacher_name = f"teacher.path = {config.teacher.path!r}"
-        self._eos: EosMode = config.rollout.eos
-        self._teacher = make(config, teacher_dir, stop_ids, max_model_len)
+        self._stop_ids = settings.stop_ids
+        self._teacher_name = f"teacher.path = {settings.teacher.path!r}"
+        self._eos: EosMode = settings.rollout.eos
+        self._teacher = make(settings)
         self._timeline = Timeline()
         self._heartbeat = Heartbeat()
         self._abandoned: set[int] = set()
         self._scored_tokens = 0
         self._busy_seconds = 0.0
         self._load_seconds = time.monotonic() - started
-        log.info("%s stands, loaded in %.1f s", teacher_dir, self._load_seconds)
+        log.info("%s stands, loaded in %.1f s", settings.teacher_dir, self._load_seconds)
 
     def ready(self) -> dict[str, Any]:
         """Answers once the model stands."""

@@ -15,23 +15,13 @@ import torch
 from torch import Tensor
 
 from actors.teacher.backend import TeacherColumns, columns_of
+from actors.teacher.settings import ScorerSettings
 from actors.teacher.slot_cache import ATTENTION, SlotCache, Span
-from kat_ray.config import Config
 from kat_ray.errors import StateLost, UserError
 from kat_ray.models.load import load_causal_lm
 from kat_ray.types.records import IntArray, RolloutChunk
 
 _LOGITS = 2**25  # logits that exist at once: tokens x vocabulary, 128 MiB in float32
-
-
-@dataclass(frozen=True)
-class _Feed:
-    """Tokens of one rollout to run: `past` tokens are in its slot; the last `wanted` give a row each."""
-
-    slot: int
-    past: int
-    token_ids: Sequence[int]
-    wanted: int
 
 
 @dataclass
@@ -43,6 +33,16 @@ class _State:
     pending: int
 
 
+@dataclass(frozen=True)
+class _Feed:
+    """Tokens of one rollout to run, after those in its slot; the last `wanted` give a row each."""
+
+    state: _State
+    token_ids: Sequence[int]
+    wanted: int
+    pending: int  # the token after them, not run yet
+
+
 def logits_tokens(vocabulary: int) -> int:
     """Tokens whose logits over the vocabulary exist at once."""
     return max(1, _LOGITS // vocabulary)
@@ -51,9 +51,9 @@ def logits_tokens(vocabulary: int) -> int:
 class TransformersTeacher:
     """The model, its slots, and which rollout lies in which."""
 
-    def __init__(self, config: Config, model_dir: str, stop_ids: tuple[int, ...]) -> None:
-        teacher = config.teacher
-        self._model = load_causal_lm(teacher, model_dir, teacher.dtype, "teacher")
+    def __init__(self, settings: ScorerSettings) -> None:
+        teacher = settings.teacher
+        self._model = load_causal_lm(teacher, settings.teacher_dir, teacher.dtype, "teacher")
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(self._device)
         model_config = self._model.config
@@ -70,8 +70,8 @@ class TransformersTeacher:
                 "attention interface, which the transformers backend needs. Use scorer.backend = vllm on a GPU."
             )
         self._cache = SlotCache(model_config.num_hidden_layers)
-        self._budget = config.scorer.max_batch_tokens
-        self._stop_ids = stop_ids
+        self._budget = settings.scorer.max_batch_tokens
+        self._stop_ids = settings.stop_ids
         self._states: dict[int, _State] = {}
         self.run_tokens = 0
 
@@ -103,7 +103,7 @@ class TransformersTeacher:
         `StateLost` names rollouts whose past is not held: send them again with their context.
         """
         feeds = self._feeds(chunk)
-        rows = self._run(feeds)
+        rows = self._run([f for f in feeds if f.token_ids])
         self.run_tokens += sum(len(f.token_ids) for f in feeds)
         parts = []
         if rows:
@@ -113,7 +113,9 @@ class TransformersTeacher:
                 part = slice(first, first + step)
                 ids = torch.from_numpy(topk_ids[part].astype("int64"))
                 parts.append(self.columns(hidden_NH[part], ids))
-        self._advance(chunk)
+        for feed in feeds:
+            feed.state.fed += len(feed.token_ids)
+            feed.state.pending = feed.pending
         return TeacherColumns.join(parts, chunk.topk_logprobs.shape[1])
 
     def columns(self, hidden_NH: Tensor, ids: Tensor) -> TeacherColumns:
@@ -125,38 +127,26 @@ class TransformersTeacher:
         return torch.log_softmax(self._model.lm_head(hidden_NH).float(), dim=-1).cpu()
 
     def _feeds(self, chunk: RolloutChunk) -> list[_Feed]:
-        """What has to be run for each rollout: its unseen context and all new tokens but the last."""
+        """What has to be run for each rollout: what was not run yet, except its last token."""
         unknown = [
             rollout_id
-            for i, rollout_id in enumerate(chunk.rollout_ids.tolist())
-            if not chunk.context(i).size and rollout_id not in self._states
+            for rollout_id, whole in zip(chunk.rollout_ids.tolist(), chunk.whole_past.tolist(), strict=True)
+            if not whole and rollout_id not in self._states
         ]
         if unknown:
             raise StateLost(f"the past of rollouts {unknown} is not held: send their context")
-        feeds = []
+        feeds, whole_past = [], chunk.whole_past
         for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
-            context, new = chunk.context(i).tolist(), chunk.new_tokens(i).tolist()
-            if context:
+            new = chunk.new_tokens(i).tolist()
+            tokens = [*chunk.context(i).tolist(), *new]
+            if whole_past[i]:
                 self.release([rollout_id])
                 self._states[rollout_id] = _State(self._cache.take(), fed=0, pending=-1)
-                # A row per new token: after the context, and after each new token but the last.
-                tokens = context + new[:-1] if new else context[:-1]
             else:
-                tokens = [self._states[rollout_id].pending, *new[:-1]] if new else []
+                tokens.insert(0, self._states[rollout_id].pending)
             state = self._states[rollout_id]
-            if tokens:
-                feeds.append(_Feed(state.slot, state.fed, tokens, wanted=len(new)))
+            feeds.append(_Feed(state, tokens[:-1], wanted=len(new), pending=tokens[-1]))
         return feeds
-
-    def _advance(self, chunk: RolloutChunk) -> None:
-        for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
-            state = self._states[rollout_id]
-            context = chunk.context(i)
-            tokens = [*context.tolist(), *chunk.new_tokens(i).tolist()]
-            if tokens:
-                # The pending token was run if any new one came after it.
-                state.fed += len(tokens) - (1 if context.size else 0)
-                state.pending = tokens[-1]
 
     def _run(self, feeds: Sequence[_Feed]) -> list[Tensor]:
         """Run all feeds; returns the wanted rows, [wanted, H] each, in the order of the feeds.
@@ -175,7 +165,7 @@ class TransformersTeacher:
         return rows + self._pass(group) if group else rows
 
     def _pass(self, feeds: Sequence[_Feed]) -> list[Tensor]:
-        spans = [Span(f.slot, f.past, len(f.token_ids)) for f in feeds]
+        spans = [Span(f.state.slot, f.state.fed, len(f.token_ids)) for f in feeds]
         ids = torch.tensor([t for f in feeds for t in f.token_ids], dtype=torch.long, device=self._device)
         positions_T = self._cache.select(spans, self._model.dtype, self._device)
         hidden_TH = self._model.model(

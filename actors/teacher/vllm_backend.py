@@ -17,7 +17,7 @@ from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.inputs.engine import tokens_input
 
 from actors.teacher.backend import TeacherColumns
-from kat_ray.config import Config
+from actors.teacher.settings import ScorerSettings
 from kat_ray.errors import StateLost, UserError
 from kat_ray.losses.divergence import LOG_FLOOR, tail_from_topk
 from kat_ray.types.records import IntArray, RolloutChunk
@@ -28,17 +28,17 @@ class VllmTeacher:
 
     cache_bytes = 0  # the engine's own block pool; nothing is held here but token ids
 
-    def __init__(self, config: Config, model_dir: str, stop_ids: tuple[int, ...], max_model_len: int) -> None:
-        model, scorer = config.teacher, config.scorer
+    def __init__(self, settings: ScorerSettings) -> None:
+        model = settings.teacher
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
-                model=model_dir,
+                model=settings.teacher_dir,
                 revision=model.revision,
                 dtype=model.dtype,
                 trust_remote_code=model.trust_remote_code,
                 skip_tokenizer_init=True,
-                max_model_len=max_model_len + 1,  # scoring a finished rollout still generates one token
-                gpu_memory_utilization=scorer.gpu_memory_utilization,
+                max_model_len=settings.max_model_len + 1,  # scoring a finished rollout still generates one token
+                gpu_memory_utilization=settings.scorer.gpu_memory_utilization,
                 enable_prefix_caching=True,
                 logprobs_mode="raw_logprobs",
                 disable_log_stats=True,
@@ -50,7 +50,7 @@ class VllmTeacher:
                 "given ids; set VLLM_USE_V2_MODEL_RUNNER=1, or scorer.backend = 'transformers'"
             )
         self._tasks = self._engine.get_supported_tasks()
-        self._stop_ids = stop_ids
+        self._stop_ids = settings.stop_ids
         self._tokens: dict[int, list[int]] = {}
         self._numbers = count()
         self.run_tokens = 0
@@ -74,12 +74,12 @@ class VllmTeacher:
         """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked."""
         asked: dict[int, np.ndarray] = {}
         for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
-            if chunk.context(i).size:
-                self._tokens[rollout_id] = chunk.context(i).tolist()
+            if chunk.whole_past[i]:
+                self._tokens[rollout_id] = []
             elif rollout_id not in self._tokens:
                 raise StateLost(f"the past of rollouts [{rollout_id}] is not held: send their context")
             new = chunk.new_tokens(i)
-            self._tokens[rollout_id].extend(new.tolist())
+            self._tokens[rollout_id] += [*chunk.context(i).tolist(), *new.tolist()]
             self.run_tokens += len(new) + chunk.context(i).size
             if new.size:
                 rows = topk_ids[chunk.offsets[i] : chunk.offsets[i + 1]].astype(np.int64)

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from actors.monitor.trap_monitor import TrapMonitor
+from actors.sampler.settings import SamplerSettings
 from actors.sampler.student_sampler import StudentSampler
-from kat_ray.config import Config, ModelConfig
 from kat_ray.types.records import EngineEnd, EngineRows, SamplingSettings, WeightUpdate
 
 _ROWS = 256  # different rows of log-probabilities
@@ -84,19 +84,19 @@ class StubEngine:
         """There are none."""
 
 
-def stub_engine(config: Config, model: ModelConfig, model_dir: str, max_model_len: int) -> StubEngine:
+def stub_engine(settings: SamplerSettings) -> StubEngine:
     """A `make_engine` of StudentSampler; `model_dir` is the size of the vocabulary."""
-    return StubEngine(config.rollout.top_k_logprobs, int(model_dir))
+    return StubEngine(settings.rollout.top_k_logprobs, int(settings.model_dir))
 
 
-def small_stub_engine(config: Config, model: ModelConfig, model_dir: str, max_model_len: int) -> StubEngine:
+def small_stub_engine(settings: SamplerSettings) -> StubEngine:
     """A `make_engine` whose tokens a model of some hundred tokens can learn from; slow enough to be disturbed."""
-    return StubEngine(config.rollout.top_k_logprobs, vocabulary=16, rate=STUB_RATE)
+    return StubEngine(settings.rollout.top_k_logprobs, vocabulary=16, rate=STUB_RATE)
 
 
-def fast_stub_engine(config: Config, model: ModelConfig, model_dir: str, max_model_len: int) -> StubEngine:
+def fast_stub_engine(settings: SamplerSettings) -> StubEngine:
     """A `make_engine` of the same tokens, as fast as it can."""
-    return StubEngine(config.rollout.top_k_logprobs, vocabulary=16)
+    return StubEngine(settings.rollout.top_k_logprobs, vocabulary=16)
 
 
 class StubSampler(StudentSampler):

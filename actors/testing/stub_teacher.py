@@ -14,7 +14,7 @@ import torch
 
 from actors.teacher.backend import OVERLAP_TOP, TeacherColumns
 from actors.teacher.scorer import TeacherScorer
-from kat_ray.config import Config
+from actors.teacher.settings import ScorerSettings
 from kat_ray.errors import StateLost
 from kat_ray.types.records import IntArray, RolloutChunk
 
@@ -50,8 +50,7 @@ class StubTeacher:
     def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
         """The student's own rows, lower by the KL that is wanted: sum p (log p - (log p - c)) = c."""
         started = time.thread_time()
-        known = np.diff(chunk.context_offsets) > 0
-        unknown = [i for i in chunk.rollout_ids[~known].tolist() if i not in self._held]
+        unknown = [i for i in chunk.rollout_ids[~chunk.whole_past].tolist() if i not in self._held]
         if unknown:
             raise StateLost(f"the past of rollouts {unknown} is not held: send their context")
         self._held.update(chunk.rollout_ids.tolist())
@@ -75,11 +74,9 @@ class StubTeacher:
         self._held.difference_update(rollout_ids)
 
 
-def stub_teacher(
-    config: Config, teacher_dir: str, stop_ids: tuple[int, ...], max_model_len: int = 0
-) -> StubTeacher:
+def stub_teacher(settings: ScorerSettings) -> StubTeacher:
     """A `make` of TeacherScorer."""
-    return StubTeacher(config.rollout.max_tokens)
+    return StubTeacher(settings.rollout.max_tokens)
 
 
 def stub_kl(rollout: np.ndarray, position: np.ndarray, horizon: int) -> np.ndarray:

@@ -48,7 +48,8 @@ def collect_samples(
 ) -> list[TrainingSample]:
     """Gather the first `kept` tokens of each rollout from its chunks, in the order of `kept`.
 
-    ValueError if a rollout's rows are missing, out of order or not contiguous.
+    ValueError if a rollout's rows are missing, out of order or not contiguous, or if tokens were inserted before
+    one that is kept: a sample is a prompt and an answer without gaps.
     """
     wanted = {k.rollout_id: k for k in kept}
     pieces: dict[int, list[tuple[int, int, slice]]] = {k.rollout_id: [] for k in kept}
@@ -59,10 +60,22 @@ def collect_samples(
                 continue
             rows = slice(int(chunk.offsets[i]), int(chunk.offsets[i + 1]))
             pieces[rollout_id].append((int(chunk.start[i]), c, rows))
-            context = chunk.context_ids[chunk.context_offsets[i] : chunk.context_offsets[i + 1]]
-            if len(context):
-                prompts[rollout_id] = context[: wanted[rollout_id].prompt_length]
+            _check_without_insertions(wanted[rollout_id], chunk, i)
+            if chunk.whole_past[i]:
+                prompts[rollout_id] = chunk.context(i)[: wanted[rollout_id].prompt_length]
     return [_join(k, prompts.get(k.rollout_id), sorted(pieces[k.rollout_id]), chunks, teacher) for k in kept]
+
+
+def _check_without_insertions(kept: KeptRollout, chunk: RolloutChunk, i: int) -> None:
+    start, context = int(chunk.start[i]), len(chunk.context(i))
+    if not chunk.inserted[i]:  # the whole past may hold insertions, and does not say where
+        context = max(0, context - kept.prompt_length - start)
+        start = 0
+    if context and start < kept.kept:
+        raise ValueError(
+            f"rollout {kept.rollout_id}: {context} tokens were inserted among its {kept.kept} kept ones; "
+            "the learner cannot train on such a rollout"
+        )
 
 
 def _join(

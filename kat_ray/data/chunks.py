@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kat_ray.errors import UserError
 from kat_ray.types.records import EngineEnd, FloatArray, IntArray, RolloutChunk
@@ -36,6 +37,7 @@ class PendingRollout:
     end_sent: bool = False
     known: bool = False  # whether its scorer holds what was sent
     cut: bool = False  # ended by a decision
+    inserted: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by the number of generated tokens before
     topk_ids: list[IntArray] = field(default_factory=list)
     logprobs: list[FloatArray] = field(default_factory=list)
 
@@ -45,12 +47,30 @@ class PendingRollout:
         self.topk_ids.append(topk_ids)
         self.logprobs.append(logprobs)
 
-    @property
-    def context(self) -> Sequence[int]:
-        """What the scorer must run before the next chunk's first row: everything sent so far, where it has none of
-        it.
+    def insert(self, token_ids: Sequence[int]) -> None:
+        """Add tokens that the student did not generate, as an environment's answer; they go with the next chunk.
+
+        ValueError while generated tokens are unsent: a chunk has room for context before its first row only.
         """
-        return () if self.known else (*self.prompt_ids, *self.token_ids[: self.sent])
+        if self.unsent:
+            raise ValueError(
+                f"rollout {self.rollout_id}: {self.unsent} generated tokens are not sent yet; send them in a chunk "
+                "before tokens are inserted after them"
+            )
+        self.inserted[self.sent] = (*self.inserted.get(self.sent, ()), *token_ids)
+
+    def context(self, start: int) -> Sequence[int]:
+        """What the scorer must run before generated token `start`, the first of a chunk: what was inserted there,
+        or the whole past where the scorer does not hold it.
+        """
+        return self.inserted.get(start, ()) if self.known else self._past(start)
+
+    def _past(self, start: int) -> list[int]:
+        past, have = list(self.prompt_ids), 0
+        for position in sorted(p for p in self.inserted if p <= start):
+            past += (*self.token_ids[have:position], *self.inserted[position])
+            have = position
+        return past + self.token_ids[have:start]
 
     @property
     def unsent(self) -> int:
@@ -76,7 +96,7 @@ def build_chunk(
     All rollouts belong to one scorer. `released` names rollouts whose state that scorer can drop.
     """
     counts = [r.unsent for r in rollouts]
-    contexts = [r.context for r in rollouts]
+    contexts = [r.context(r.sent) for r in rollouts]
     rows = sum(counts)
     ids = np.zeros((rows, top_k + 1), dtype=np.int32)
     logprobs = np.zeros((rows, top_k + 1), dtype=np.float32)
@@ -98,6 +118,7 @@ def build_chunk(
         tail_logprobs=tail_logprobs(logprobs[:, 1:]),
         context_offsets=_offsets([len(c) for c in contexts]),
         context_ids=np.array([t for c in contexts for t in c], dtype=np.int32),
+        inserted=_inserted(rollouts, contexts),
         released=np.asarray(released, dtype=np.int64),
     )
     for rollout in rollouts:
@@ -127,17 +148,22 @@ def with_context(chunk: RolloutChunk, rollouts: Mapping[int, PendingRollout]) ->
     """A chunk as a scorer can take it that has seen nothing of those rollouts that are not `known`; they now
     are.
     """
-    contexts: list[Sequence[int]] = []
-    for i, start in zip(chunk.rollout_ids.tolist(), chunk.start.tolist(), strict=True):
-        rollout = rollouts[i]
-        contexts.append(() if rollout.known else (*rollout.prompt_ids, *rollout.token_ids[:start]))
+    own = [rollouts[i] for i in chunk.rollout_ids.tolist()]
+    contexts = [r.context(start) for r, start in zip(own, chunk.start.tolist(), strict=True)]
+    inserted = _inserted(own, contexts)
+    for rollout in own:
         rollout.known = True
     return replace(
         chunk,
         context_offsets=_offsets([len(c) for c in contexts]),
         context_ids=np.array([t for c in contexts for t in c], dtype=np.int32),
+        inserted=inserted,
         released=np.zeros(0, dtype=np.int64),
     )
+
+
+def _inserted(rollouts: Sequence[PendingRollout], contexts: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+    return np.array([r.known and len(c) > 0 for r, c in zip(rollouts, contexts, strict=True)], dtype=bool)
 
 
 def _offsets(counts: Sequence[int]) -> IntArray:

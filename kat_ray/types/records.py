@@ -9,7 +9,9 @@ A worked example. Rollout 7 has the prompt `[5, 6]` and the student has generate
 Its first chunk (two tokens) has `start = 0`, `token_ids = [9, 4]`, `context_ids = [5, 6]`; row 0 holds
 the student's top-k after `[5, 6]`, row 1 after `[5, 6, 9]`. Its second chunk has `start = 2`,
 `token_ids = [2]`, an empty context, and one row: the top-k after `[5, 6, 9, 4]`. `d[i]` of the rollout
-belongs to generated token i and is KL(student || teacher) on the prefix *before* that token.
+belongs to generated token i and is KL(student || teacher) on the prefix *before* that token. If an environment
+had inserted `[8, 8]` after 4, the second chunk would have `context_ids = [8, 8]` with `inserted` set, and its row
+would be the top-k after `[5, 6, 9, 4, 8, 8]`: inserted tokens are context, never rows.
 
 Where a rollout is not cut, its `cut` is None; where cuts lie in an integer array, -1.
 """
@@ -129,10 +131,11 @@ class RolloutChunk(ChunkRows):
     topk_ids_high: IntArray  # [N, *] uint8; no columns if the vocabulary fits into 16 bits
     topk_logprobs: FloatArray  # [N, k] float16, see kat_ray.types.token_ids
     tail_logprobs: FloatArray  # [N] float32, log of the mass outside the top k, taken before narrowing
-    # Tokens a scorer must run before the first row and has not seen: the prompt for a new rollout,
-    # prompt + generated tokens when another scorer takes the rollout over, nothing in between.
+    # Tokens a scorer must run before the first row and has not seen: the prompt for a new rollout, all tokens
+    # before the first row when another scorer takes the rollout over, else what was inserted since the last chunk.
     context_offsets: IntArray  # [R + 1] int32
     context_ids: IntArray  # [C] int32
+    inserted: NDArray[np.bool_]  # [R], the context follows what the scorer holds; else it is the whole past
     released: IntArray  # [*] int64, rollouts (not in this chunk) whose scorer state can be dropped
 
     def topk_ids(self, rows: slice = slice(None)) -> IntArray:
@@ -142,6 +145,11 @@ class RolloutChunk(ChunkRows):
     def context(self, i: int) -> IntArray:
         """Context tokens of the i-th rollout."""
         return self.context_ids[self.context_offsets[i] : self.context_offsets[i + 1]]
+
+    @property
+    def whole_past(self) -> NDArray[np.bool_]:
+        """[R], whether a rollout's context is all that went before; of others, the scorer must hold that."""
+        return (np.diff(self.context_offsets) > 0) & ~self.inserted
 
 
 @dataclass(frozen=True)

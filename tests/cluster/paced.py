@@ -13,6 +13,7 @@ from typing import Any
 
 from actors.cluster.samplers import Engines
 from actors.driver import train as job
+from actors.sampler.settings import SamplerSettings
 from actors.testing.stub_engine import StubEngine
 from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import stub_teacher
@@ -28,9 +29,9 @@ def seen_file(config: Config) -> Path:
 class PacedEngine(StubEngine):
     """`rate` tokens a second, and from the moment that the file is there as many as it can."""
 
-    def __init__(self, config: Config, rate: float) -> None:
-        super().__init__(config.rollout.top_k_logprobs, vocabulary=16, rate=rate)
-        self._seen = seen_file(config)
+    def __init__(self, settings: SamplerSettings, rate: float, seen: Path) -> None:
+        super().__init__(settings.rollout.top_k_logprobs, vocabulary=16, rate=rate)
+        self._seen = seen
 
     def step(self) -> list[EngineRows]:
         """One token of every running request."""
@@ -39,13 +40,9 @@ class PacedEngine(StubEngine):
         return super().step()
 
 
-def _make_engine(rate: float, config: Config, *_: Any) -> PacedEngine:
-    return PacedEngine(config, rate)
-
-
-def paced(rate: float) -> Engines:
+def paced(config: Config, rate: float) -> Engines:
     """Stub engines for a run; the tokens of a rollout are those of any stub."""
-    return Engines(partial(_make_engine, rate), stub_teacher, StubLearner)
+    return Engines(partial(PacedEngine, rate=rate, seen=seen_file(config)), stub_teacher, StubLearner)
 
 
 def train_beside(config: Config, watch: Callable[[], Any], rate: float) -> Path:
@@ -59,6 +56,6 @@ def train_beside(config: Config, watch: Callable[[], Any], rate: float) -> Path:
 
     with ThreadPoolExecutor(1) as beside:
         watching = beside.submit(watched)
-        path = job.train(config, engines=paced(rate))
+        path = job.train(config, engines=paced(config, rate))
         watching.result()
     return path

@@ -15,7 +15,7 @@ RATE = 1500.0  # half a second a step of 16 rollouts of 48 tokens
 def main() -> int:
     """What the command line returns."""
     real = run.train
-    run.train = lambda config, resume=None: real(config, resume, paced(RATE))
+    run.train = lambda config, resume=None: real(config, resume, paced(config, RATE))
     return cli.main()
 
 

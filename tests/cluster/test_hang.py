@@ -2,7 +2,7 @@
 
 import re
 import time
-from pathlib import Path
+from functools import partial
 
 import pytest
 
@@ -21,7 +21,7 @@ MARK = "hung-once"  # in run.dir: whoever makes it sleeps for ever, whoever find
 
 def hang_once(folder):
     try:
-        (Path(folder) / MARK).touch(exist_ok=False)
+        (folder / MARK).touch(exist_ok=False)
     except FileExistsError:
         return
     time.sleep(1e6)
@@ -30,10 +30,10 @@ def hang_once(folder):
 class HangingEngine(StubEngine):
     """Sleeps in `step` once, in the middle of the second step's rollouts."""
 
-    def __init__(self, config):
-        super().__init__(config.rollout.top_k_logprobs, vocabulary=16)
-        self._dir, self._first = config.run.dir, config.rollout.rollouts_per_step
-        self._half = config.rollout.max_tokens // 2
+    def __init__(self, folder, settings):
+        super().__init__(settings.rollout.top_k_logprobs, vocabulary=16)
+        self._dir, self._first = folder, settings.rollout.rollouts_per_step
+        self._half = settings.rollout.max_tokens // 2
 
     def step(self):
         if any(int(request) >= self._first and left < self._half for request, left in self._left.items()):
@@ -44,9 +44,9 @@ class HangingEngine(StubEngine):
 class HangingTeacher(StubTeacher):
     """Sleeps in `score` once, in the middle of the second step's rollouts."""
 
-    def __init__(self, config):
-        super().__init__(config.rollout.max_tokens)
-        self._dir, self._first = config.run.dir, config.rollout.rollouts_per_step
+    def __init__(self, folder, settings):
+        super().__init__(settings.rollout.max_tokens)
+        self._dir, self._first = folder, settings.rollout.rollouts_per_step
 
     def score(self, chunk, topk_ids):
         if chunk.rollout_ids.max() >= self._first and chunk.start.max() > 0:
@@ -54,26 +54,17 @@ class HangingTeacher(StubTeacher):
         return super().score(chunk, topk_ids)
 
 
-def hanging_engine(config, model, model_dir, max_model_len):
-    return HangingEngine(config)
-
-
-def hanging_teacher(config, teacher_dir, stop_ids, max_model_len=0):
-    return HangingTeacher(config)
-
-
 @pytest.mark.parametrize(
-    ("role", "task", "engines"),
-    [
-        ("sampler", "generate", Engines(hanging_engine, stub_teacher, StubLearner)),
-        ("scorer", "score", Engines(fast_stub_engine, hanging_teacher, StubLearner)),
-    ],
+    ("role", "task", "hanging"),
+    [("sampler", "generate", {"sampler": HangingEngine}), ("scorer", "score", {"scorer": HangingTeacher})],
     ids=["sampler", "scorer"],
 )
-def test_an_actor_that_answers_and_makes_no_progress_is_replaced(ray_local, files, tmp_path, role, task, engines):
+def test_an_actor_that_answers_and_makes_no_progress_is_replaced(ray_local, files, tmp_path, role, task, hanging):
     # Who is not found would be waited for until step_timeout, and fail the run.
     config = stub_config(files, tmp_path, STEPS, cluster={"hang_timeout": HANG, "step_timeout": 120})
-    path = job.train(config, engines=engines)
+    made = {"sampler": fast_stub_engine, "scorer": stub_teacher}
+    made |= {which: partial(engine, tmp_path) for which, engine in hanging.items()}
+    path = job.train(config, engines=Engines(**made, learner=StubLearner))
     assert (tmp_path / MARK).exists(), "nobody hung"
     _, _, metrics = check_books(config, path)
     said = re.findall(

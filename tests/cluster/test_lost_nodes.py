@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -12,7 +13,7 @@ from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import stub_teacher
 from tests.cluster.disturb import role_of
 from tests.cluster.local_cluster import local_cluster
-from tests.deploy.held_steps import Gate, held_engine
+from tests.deploy.held_steps import Gate, HeldEngine
 from tests.deploy.ray_process import until
 from tests.support.runs import QUICK, check_alike, stub_config
 
@@ -107,7 +108,7 @@ def test_a_run_survives_the_loss_of_a_node(cluster, quiet, files, tmp_path, capl
     try:
         with ThreadPoolExecutor(1) as beside:
             losing = beside.submit(lose_a_node, cluster, scene, gate)
-            path = job.train(config, engines=Engines(held_engine, stub_teacher, StubLearner))
+            path = job.train(config, engines=Engines(partial(HeldEngine, gate), stub_teacher, StubLearner))
             losing.result()
     finally:
         cluster.kill(LOST)

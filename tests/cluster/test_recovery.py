@@ -31,7 +31,7 @@ def test_a_run_survives_kills_and_gives_what_it_gives_without(ray_local, files, 
     config = stub_config(files, tmp_path / "chaos", steps=steps, run=run)
     metrics = tmp_path / "chaos" / "run" / "metrics.jsonl"
     with Disturber(metrics, VICTIMS, kills, freeze_every=12, then=seen_file(config).touch) as disturber:
-        path = job.train(config, engines=paced(STUB_RATE))
+        path = job.train(config, engines=paced(config, STUB_RATE))
     assert len(disturber.killed) == kills and {role for role, _ in disturber.killed} == set(CLASSES)
     assert [number for _, number in disturber.killed].count(signal.SIGSTOP) == -(-kills // 12)
     assert "it is killed and replaced" in (path / "run.log").read_text(), "a frozen one was noticed"

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -115,9 +116,9 @@ def test_who_waits_for_an_actor_hears_that_the_run_is_to_end(ray_local):
     ray.kill(actor)
 
 
-def waiting_engine(config, model, model_dir, max_model_len):
+def waiting_engine(folder, settings):
     """Takes very long to load, and says when it has step_start to."""
-    (Path(config.run.dir) / "loading").touch()
+    (folder / "loading").touch()
     time.sleep(1e6)
 
 
@@ -132,18 +133,18 @@ def test_told_to_end_while_models_are_loaded(ray_local, files, tmp_path):
     teller = threading.Thread(target=tell)
     teller.start()
     with pytest.raises(Stopped, match=r"go on with: kat-ray train --resume .*run") as stopped:
-        job.train(config, engines=Engines(waiting_engine, stub_teacher, StubLearner))
+        job.train(config, engines=Engines(partial(waiting_engine, tmp_path), stub_teacher, StubLearner))
     teller.join()
     assert stopped.value.code == 128 + signal.SIGTERM
 
 
-def one_good_engine(config, model, model_dir, max_model_len):
+def one_good_engine(folder, settings):
     """Loads once; whoever comes later finds no room."""
     try:
-        (Path(config.run.dir) / "taken").touch(exist_ok=False)
+        (folder / "taken").touch(exist_ok=False)
     except FileExistsError:
         raise MemoryError("no room for a second engine") from None
-    return StubEngine(config.rollout.top_k_logprobs, vocabulary=16, rate=600.0)  # all wait for it
+    return StubEngine(settings.rollout.top_k_logprobs, vocabulary=16, rate=600.0)  # all wait for it
 
 
 def test_a_replica_that_cannot_load_ends_no_run(ray_local, files, tmp_path):
@@ -151,7 +152,7 @@ def test_a_replica_that_cannot_load_ends_no_run(ray_local, files, tmp_path):
         files, tmp_path, steps=16, run={"steps": 16, "checkpoint_every": 0, "tensorboard": False},
         pools={"grow_after": 1}, **SINGLE | {"sampler": {"replicas": 1, "max_replicas": 2, "num_cpus": 0.5}},
     )  # fmt: skip
-    path = job.train(config, engines=Engines(one_good_engine, stub_teacher, StubLearner))
+    path = job.train(config, engines=Engines(partial(one_good_engine, tmp_path), stub_teacher, StubLearner))
     check_books(config, path)
     _, _, metrics = records_of(path)
     assert {m["pools/sampler_replicas"] for m in metrics} == {1}

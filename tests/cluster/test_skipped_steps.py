@@ -13,8 +13,10 @@ from actors.driver import train as job
 from actors.learner.model import load_student
 from actors.learner.schedule import lr_factor
 from actors.monitor.trap_monitor import TrapMonitor
+from actors.sampler.settings import SamplerSettings
 from actors.sampler.student_sampler import StudentSampler
 from actors.teacher.scorer import TeacherScorer
+from actors.teacher.settings import ScorerSettings
 from kat_ray.data.accounting import join_outcomes, kept_rollouts
 from kat_ray.errors import UserError
 from kat_ray.run.step_metrics import rollout_metrics
@@ -211,12 +213,14 @@ def test_generations_without_a_token_go_through_sampler_scorer_and_monitor(ray_l
         models["student"][0], models["teacher"][0], rollout={"top_k_logprobs": 8, "chunk_tokens": 2}
     )
     actor = ray.remote(num_cpus=0.5, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
-    scorer = actor(TeacherScorer).remote("scorer:0", config, models["teacher"][0], (1,))
+    scorer = actor(TeacherScorer).remote(
+        "scorer:0", ScorerSettings.from_config(config, models["teacher"][0], (1,), 64)
+    )
     monitor = actor(TrapMonitor).remote(config.termination, RunFacts(0, 64))
-    sampler = StudentSampler(
-        "sampler:0", config, config.student, "", stop_ids=(1,), vocabulary=200, max_model_len=64,
-        make_engine=lambda *_: SilentEngine(8),
-    )  # fmt: skip
+    settings = SamplerSettings.from_config(
+        config, config.student, "", stop_ids=(1,), vocabulary=200, max_model_len=64
+    )
+    sampler = StudentSampler("sampler:0", settings, lambda _: SilentEngine(8))
     sampler.connect([scorer], monitor)
     for step, ids in enumerate(([0, 1, 2, 3], [4, 6])):  # in the second step nobody generates anything
         specs = [RolloutSpec(i, "p", (7,) * (1 + i), 0, False, 64) for i in ids]

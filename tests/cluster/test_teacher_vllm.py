@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from actors.teacher.settings import ScorerSettings
 from actors.teacher.transformers_backend import TransformersTeacher
 from kat_ray.errors import StateLost
 from tests.support.chunks import chunk_of, random_rollouts
@@ -75,11 +76,13 @@ def test_both_engines_give_the_same_columns(models, block):
     student, (teacher_dir, teacher_model) = models["student"][1], models["teacher"]
     engine = StubEngine(teacher_model, block)
     ours = vllm_teacher(engine)
-    other = TransformersTeacher(make_config(models["student"][0], teacher_dir), teacher_dir, (1, 5))
+    other = TransformersTeacher(
+        ScorerSettings.from_config(make_config(models["student"][0], teacher_dir), teacher_dir, (1, 5), 64)
+    )
     rollouts = random_rollouts(6, tokens=(9, 20))
     for start, end in ((0, 4), (4, 8), (8, 9)):
         chunk = chunk_of(student, rollouts, start=dict.fromkeys(rollouts, start), end=dict.fromkeys(rollouts, end))
-        a, b = ours.score(chunk), other.score(chunk)
+        a, b = (teacher.score(chunk, chunk.topk_ids()) for teacher in (ours, other))
         np.testing.assert_allclose(a.topk, b.topk, atol=1e-4)
         np.testing.assert_allclose(a.tail.exp(), b.tail.exp(), atol=1e-5)
         np.testing.assert_allclose(a.stop, b.stop, atol=1e-4)
@@ -88,4 +91,4 @@ def test_both_engines_give_the_same_columns(models, block):
     ours.release(list(rollouts))
     assert ours.held == 0
     with pytest.raises(StateLost, match="is not held"):
-        ours.score(chunk)
+        ours.score(chunk, chunk.topk_ids())

@@ -14,8 +14,8 @@ from typing import Any
 
 import ray
 
+from actors.sampler.settings import SamplerSettings
 from actors.testing.stub_engine import STUB_RATE, StubEngine
-from kat_ray.config import Config, ModelConfig
 from kat_ray.types.records import EngineRows
 
 
@@ -65,10 +65,11 @@ def _write(path: Path, value: Any) -> None:
 class HeldEngine(StubEngine):
     """The stub, whose rollouts wait half-way while the gate is shut."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config.rollout.top_k_logprobs, vocabulary=16, rate=2 * STUB_RATE)
-        self._gate = Gate(Path(config.run.dir))
-        self._per_step, self._half = config.rollout.rollouts_per_step, config.rollout.max_tokens // 2
+    def __init__(self, gate: Gate, settings: SamplerSettings) -> None:
+        rollout = settings.rollout
+        super().__init__(rollout.top_k_logprobs, vocabulary=16, rate=2 * STUB_RATE)
+        self._gate = gate
+        self._per_step, self._half = rollout.rollouts_per_step, rollout.max_tokens // 2
         self._told: set[int] = set()  # steps
 
     def step(self) -> list[EngineRows]:
@@ -83,8 +84,3 @@ class HeldEngine(StubEngine):
             self._gate.stop_at(step, here.get_actor_name(), Stand(here.get_node_id(), os.getppid(), self.running))
         time.sleep(0.02)
         return []
-
-
-def held_engine(config: Config, model: ModelConfig, model_dir: str, max_model_len: int) -> HeldEngine:
-    """A `make_engine` of StudentSampler."""
-    return HeldEngine(config)

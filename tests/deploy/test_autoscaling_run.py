@@ -9,6 +9,7 @@ import re
 import signal
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import helm_python as helm
 import pytest
@@ -21,7 +22,7 @@ from actors.testing.stub_teacher import stub_teacher
 from kat_ray.cluster.roles import ROLE_LABEL
 from tests.cluster.disturb import lines_of, steps_done
 from tests.deploy.autoscaled import NAME, PATIENCE, SMALL, by_role
-from tests.deploy.held_steps import Gate, held_engine
+from tests.deploy.held_steps import Gate, HeldEngine
 from tests.deploy.manifests import job_config, merged, ray_cluster, render
 from tests.deploy.on_kuberay import kuberay
 from tests.deploy.ray_nodes import workers
@@ -149,7 +150,8 @@ def test_a_run_grows_and_survives_the_loss_of_a_samplers_node(files, tmp_path):
     with kuberay(ray_cluster(docs)) as cluster:
         with ThreadPoolExecutor(1) as beside:
             watching = beside.submit(Beside(cluster, tmp_path).grow_and_lose)
-            path = job.train(config, engines=Engines(held_engine, stub_teacher, StubLearner))
+            engine = partial(HeldEngine, Gate(tmp_path))
+            path = job.train(config, engines=Engines(engine, stub_teacher, StubLearner))
             lost_in = watching.result()
         cluster.settled(**MINIMUM)
         cluster.looked_again(5)

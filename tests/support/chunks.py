@@ -17,6 +17,7 @@ def chunk_of(
     start=None,
     end=None,
     context=None,
+    inserted=(),
     ended=None,
     released=(),
     logprob_dtype=np.float16,
@@ -55,6 +56,7 @@ def chunk_of(
         tail_logprobs=torch.cat(tails).numpy().astype(np.float32),
         context_offsets=offsets(contexts),
         context_ids=flat(contexts, np.int32),
+        inserted=np.array([i in inserted for i in rollouts], dtype=bool),
         ended=np.array([ended.get(i, EngineEnd.RUNNING) for i in rollouts], dtype=np.int8),
         released=np.array(released, dtype=np.int64),
     )

@@ -26,6 +26,8 @@ from actors.cluster.samplers import Engines, ModelPaths
 from actors.cluster.signals import Preempted, StopRequest
 from actors.driver.preparation import Prepared
 from actors.driver.training_run import TrainingRun
+from actors.sampler.settings import SamplerSettings
+from actors.teacher.settings import ScorerSettings
 from actors.testing.stub_engine import StubEngine
 from actors.testing.stub_teacher import stub_kl
 from kat_ray.config import Config
@@ -106,9 +108,9 @@ class ShiftingEngine(StubEngine):
         self._shift = 0 if self._fixed else int(update.arrays[0][0]) % 251
 
 
-def make_engine(fixed: bool, config: Config, *_: Any) -> ShiftingEngine:
+def make_engine(fixed: bool, settings: SamplerSettings) -> ShiftingEngine:
     """A `make_engine` of StudentSampler."""
-    return ShiftingEngine(config.rollout.top_k_logprobs, fixed)
+    return ShiftingEngine(settings.rollout.top_k_logprobs, fixed)
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ class QuickTeacher:
     vocabulary = 2**24
     cache_bytes = 0
 
-    def __init__(self, config: Config, *_: Any) -> None:
-        self._horizon = config.rollout.max_tokens
+    def __init__(self, settings: ScorerSettings) -> None:
+        self._horizon = settings.rollout.max_tokens
         self._held: dict[int, int] = {}  # tokens of a rollout that it knows
 
     @property

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from actors.cluster.signals import Preempted
+from actors.sampler.settings import SamplerSettings
 from actors.sampler.student_sampler import StudentSampler
 from kat_ray.errors import UserError
 from kat_ray.types.records import GenerateRequest, RolloutSpec
@@ -366,11 +367,11 @@ def test_a_ping_that_is_lost_with_its_node():
 
 def test_an_order_that_fails_while_it_is_added_leaves_the_engine_idle():
     config = config_of()
-    engine = make_engine(True, config)
-    sampler = StudentSampler(
-        "sampler:0", config, config.student, "student", stop_ids=(1,), vocabulary=64, max_model_len=64,
-        make_engine=lambda *_: engine,
-    )  # fmt: skip
+    settings = SamplerSettings.from_config(
+        config, config.student, "student", stop_ids=(1,), vocabulary=64, max_model_len=64
+    )
+    engine = make_engine(True, settings)
+    sampler = StudentSampler("sampler:0", settings, lambda _: engine)
 
     class NoMonitor:
         @property

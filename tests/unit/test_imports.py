@@ -52,6 +52,9 @@ def test_no_module_imports_the_cluster():
 @pytest.mark.parametrize(
     "module",
     [
+        "actors.sampler.settings",
+        "actors.teacher.settings",
+        "actors.testing.stub_engine",
         "kat_ray.cli.main",
         "kat_ray.config.load",
         "kat_ray.data.prompts",

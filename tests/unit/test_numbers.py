@@ -6,6 +6,7 @@ import torch
 
 from actors.monitor.trap_monitor import TrapMonitor
 from actors.teacher.scorer import TeacherScorer
+from actors.teacher.settings import ScorerSettings
 from kat_ray.data.accounting import ScoredTokens, join_outcomes, kept_rollouts
 from kat_ray.data.chunks import PendingRollout, build_chunk
 from kat_ray.errors import UserError
@@ -29,7 +30,7 @@ class Line:
 
     def __init__(self, models, teacher="teacher"):
         config = make_config(models["student"][0], models[teacher][0])
-        self.scorer = TeacherScorer("scorer:0", config, models[teacher][0], (1,))
+        self.scorer = TeacherScorer("scorer:0", ScorerSettings.from_config(config, models[teacher][0], (1,), 64))
         self.monitor = TrapMonitor(RULE, RunFacts(0, 64))
         self.steps = 0
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from actors.sampler.settings import SamplerSettings
 from actors.sampler.student_sampler import StudentSampler
 from actors.testing.stub_engine import StubEngine
 from kat_ray.types.records import GenerateRequest, RolloutSpec, SamplingSettings, TerminationDecision
@@ -62,10 +63,10 @@ def method(answer):
 def sampler_with(engine):
     """A sampler whose monitor never cuts."""
     config = make_config("a", "b", rollout={"top_k_logprobs": 4, "chunk_tokens": 2})
-    sampler = StudentSampler(
-        "sampler:0", config, config.student, "", stop_ids=(1,), vocabulary=50, max_model_len=64,
-        make_engine=lambda *_: engine,
-    )  # fmt: skip
+    settings = SamplerSettings.from_config(
+        config, config.student, "", stop_ids=(1,), vocabulary=50, max_model_len=64
+    )
+    sampler = StudentSampler("sampler:0", settings, lambda _: engine)
     scorer = SimpleNamespace(score=method((Answers(None), Answers(None))), release=method(None))
     nothing = TerminationDecision(np.zeros(0, np.int64))
     sampler.connect([scorer], SimpleNamespace(admit=method(None), observe=method(Answers(nothing))))

@@ -1,10 +1,13 @@
 """The scorer on real tiny models: incremental = whole, each token once, nothing held for the ended."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from actors.teacher.scorer import TeacherScorer
+from actors.teacher.settings import ScorerSettings
 from kat_ray.errors import StateLost
 from kat_ray.losses.divergence import full_reverse_kl
 from kat_ray.types.records import EngineEnd
@@ -15,7 +18,7 @@ from tests.support.models import make_model
 
 def scorer_of(models, teacher="teacher", **sections):
     config = make_config(models["student"][0], models[teacher][0], **sections)
-    return TeacherScorer("scorer:0", config, models[teacher][0], (1,))
+    return TeacherScorer("scorer:0", ScorerSettings.from_config(config, models[teacher][0], (1,), 64))
 
 
 def score_in_pieces(scorer, student, rollouts, size):
@@ -111,6 +114,47 @@ def test_a_chunk_may_mix_new_continued_taken_over_and_silent_rollouts(models):
     assert scorer.stats()["states"] == 3  # rollout 3 has ended
 
 
+def test_tokens_inserted_between_turns_are_run_and_give_no_rows(models):
+    """The rows of both turns are those of one plain forward over the whole sequence, whoever scored them."""
+    student, teacher = models["student"][1], models["teacher"][1]
+    prompt, first, answer, second = [5, 6, 7], [9, 4, 8], [60, 61, 62, 63], [11, 12, 13]
+    other = ([20, 21], [30, 31, 32])
+    one, two = {0: (prompt, first), 1: other}, {0: ([*prompt, *first, *answer], second), 1: other}
+    with torch.no_grad():
+        whole = torch.tensor([[*prompt, *first, *answer, *second]])
+        q = torch.log_softmax(teacher(whole).logits[0].float(), -1)
+
+    def chunk_two(context, inserted, **changes):
+        chunk = chunk_of(student, two, start={1: 1}, end={1: 2}, context=context, inserted=inserted, **changes)
+        return replace(chunk, start=np.array([3, 1], dtype=np.int32))
+
+    def check(scorer, chunk, tokens, at):
+        _, rows = scorer.score(chunk)
+        ids = torch.from_numpy(chunk.topk_ids()[: len(tokens)].astype("int64"))
+        expected = q[at : at + len(tokens)].gather(-1, ids)
+        np.testing.assert_allclose(rows.topk_logprobs[: len(tokens)], expected, rtol=2**-10, atol=1e-4)
+
+    scorer = scorer_of(models)
+    check(scorer, chunk_of(student, one, end={1: 1}), first, len(prompt) - 1)
+    check(scorer, chunk_two({0: answer}, (0,), ended={0: EngineEnd.EOS}), second, len(prompt) + 6)
+    assert scorer.stats()["run_tokens"] == whole.shape[1] - 1 + len(other[0]) + 1, "each token once"
+    past = {0: [*prompt, *first, *answer], 1: [*other[0], other[1][0]]}
+    check(scorer_of(models), chunk_two(past, ()), second, len(prompt) + 6)
+    with pytest.raises(StateLost, match=r"the past of rollouts \[0, 1\] is not held"):
+        scorer_of(models).score(chunk_two({0: answer}, (0,)))
+
+
+def test_an_insertion_without_new_tokens_is_not_lost(models):
+    """A chunk that brings context and no row, and one that brings the rows."""
+    student, scorer = models["student"][1], scorer_of(models)
+    scorer.score(chunk_of(student, {0: ([5, 6], [9, 4])}))
+    longer = {0: ([5, 6, 9, 4, 60, 61], [7, 8])}
+    scorer.score(chunk_of(student, longer, end={0: 0}, context={0: [60, 61]}, inserted=(0,)))
+    scored, _ = scorer.score(chunk_of(student, longer, context={0: []}))
+    expected, _ = scorer_of(models).score(chunk_of(student, longer))
+    np.testing.assert_allclose(scored.d, expected.d, atol=1e-5)
+
+
 def test_the_past_of_an_unknown_rollout_is_asked_for(models):
     student = models["student"][1]
     chunk = chunk_of(student, {7: ([5, 6], [8, 9, 10])}, start={7: 1})
@@ -151,7 +195,7 @@ def test_a_teacher_without_finite_values_gives_nan_in_that_row_only(models):
 def test_llama_scores_like_its_full_forward(models, tmp_path):
     teacher = make_model(tmp_path / "llama", kind="llama", seed=4, tied=False)
     config = make_config(models["student"][0], str(tmp_path / "llama"))
-    scorer = TeacherScorer("scorer:0", config, str(tmp_path / "llama"), (1,))
+    scorer = TeacherScorer("scorer:0", ScorerSettings.from_config(config, str(tmp_path / "llama"), (1,), 64))
     student, rollouts = models["student"][1], random_rollouts(3, seed=8)
     _scored, rows = scorer.score(chunk_of(student, rollouts))
     chunk = chunk_of(student, rollouts)
@@ -168,7 +212,7 @@ def test_a_teacher_with_sliding_windows_is_refused(models, tmp_path):
                use_sliding_window=True)  # fmt: skip
     config = make_config(models["student"][0], str(tmp_path / "m"))
     with pytest.raises(ValueError, match="sliding_attention"):
-        TeacherScorer("scorer:0", config, str(tmp_path / "m"), (1,))
+        TeacherScorer("scorer:0", ScorerSettings.from_config(config, str(tmp_path / "m"), (1,), 64))
 
 
 def test_the_vllm_teacher_needs_a_gpu(models):

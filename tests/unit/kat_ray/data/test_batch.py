@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kat_ray.data.batch import assign_ranks, collect_samples
-from kat_ray.data.chunks import PendingRollout, build_chunk, tail_logprobs
+from kat_ray.data.chunks import PendingRollout, build_chunk, tail_logprobs, with_context
 from kat_ray.data.collate import PaddedCollator
-from kat_ray.types.records import EngineEnd, KeptRollout
+from kat_ray.types.records import EngineEnd, KeptRollout, TeacherRows
 from tests.support.chunks import K, stream
 
 rollout = st.tuples(
@@ -115,6 +115,62 @@ def test_an_end_without_tokens_is_news_once():
     chunk = build_chunk([pending], [3], **arguments)
     assert (chunk.tokens, chunk.ended.tolist(), chunk.released.tolist()) == (0, [2], [3])
     assert not pending.has_news
+
+
+def generated(rollout, *tokens):
+    for token in tokens:
+        rollout.add([token], np.full((1, K + 1), token, np.int32), np.full((1, K + 1), -1.0, np.float32))
+
+
+def turns():
+    """Chunks of a rollout of two turns, 7 8 and 9, with 40 41 between them; a third has no tokens."""
+    rollout, arguments = PendingRollout(1, (5, 6), scorer=0), dict(attempt=0, top_k=K, vocabulary=500)
+    chunks = []
+    for tokens, after in (((7, 8), (40, 41)), ((9,), (42,)), ((), ())):
+        generated(rollout, *tokens)
+        rollout.end = EngineEnd.RUNNING if tokens else EngineEnd.EOS
+        chunks.append(build_chunk([rollout], [], **arguments))
+        rollout.insert(after)
+    return rollout, chunks
+
+
+def contexts(chunks):
+    return [(c.start[0], c.context(0).tolist(), bool(c.inserted[0]), bool(c.whole_past[0])) for c in chunks]
+
+
+def test_inserted_tokens_are_context_of_the_next_chunk_and_no_rows():
+    _, chunks = turns()
+    assert [c.token_ids.tolist() for c in chunks] == [[7, 8], [9], []]
+    assert contexts(chunks) == [(0, [5, 6], False, True), (2, [40, 41], True, False), (3, [42], True, False)]
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_chunk_that_comes_again_has_what_was_inserted_before_it(first):
+    rollout, chunks = turns()
+    rollout.known = False
+    again = contexts([with_context(chunk, {1: rollout}) for chunk in chunks[first:]])
+    past = [[5, 6], [5, 6, 7, 8, 40, 41], [5, 6, 7, 8, 40, 41, 9, 42]][first]
+    assert again == [(first and first + 1, past, False, True), *contexts(chunks)[first + 1 :]]
+
+
+def test_tokens_are_inserted_after_those_that_were_sent_only():
+    rollout = PendingRollout(1, (5,), scorer=0)
+    generated(rollout, 7, 8)
+    with pytest.raises(ValueError, match="rollout 1: 2 generated tokens are not sent yet"):
+        rollout.insert([40])
+
+
+def test_kept_tokens_after_inserted_ones_are_refused():
+    rollout, chunks = turns()
+    teacher = [TeacherRows(np.zeros((c.tokens, K)), np.zeros(c.tokens), np.zeros(c.tokens)) for c in chunks]
+    (sample,) = collect_samples(chunks, teacher, [KeptRollout(1, 2, 2)])  # a cut before them
+    assert (sample.prompt_ids.tolist(), sample.token_ids.tolist()) == ([5, 6], [7, 8])
+    with pytest.raises(ValueError, match="rollout 1: 2 tokens were inserted among its 3 kept ones"):
+        collect_samples(chunks, teacher, [KeptRollout(1, 2, 3)])
+    rollout.known = False  # the second chunk was scored by another scorer
+    chunks[1] = with_context(chunks[1], {1: rollout})
+    with pytest.raises(ValueError, match="rollout 1: 2 tokens were inserted among its 3 kept ones"):
+        collect_samples(chunks, teacher, [KeptRollout(1, 2, 3)])
 
 
 @pytest.mark.parametrize(("mass", "tail"), [([0.5, 0.25], 0.25), ([1.0, 0.0], 2.0**-24), ([0.5, 0.5 - 1e-5], 1e-5)])

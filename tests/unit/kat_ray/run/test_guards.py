@@ -18,7 +18,7 @@ from kat_ray.observability.metric_catalog import METRICS
 from kat_ray.run.batch_dump import StepBatch, dump_batch
 from kat_ray.run.collapse_guards import CollapseGuards
 from kat_ray.run.skipped_steps import SkipGuard
-from kat_ray.run.step_guards import StepWatch
+from kat_ray.run.step_guards import StepGuards
 from kat_ray.types.records import KeptRollout
 from tests.support.chunks import chunk as scored_chunk
 from tests.support.chunks import stream
@@ -240,13 +240,13 @@ def test_a_dump_that_cannot_be_written_says_so(tmp_path):
 
 def test_the_watch_says_the_first_skip_and_ends_the_run_with_a_dump(tmp_path):
     lines, saved = [], []
-    watched = StepWatch(make_config("s", "t", learner={"max_skipped_steps": 3}), tmp_path, lines.append)
+    watched = StepGuards(make_config("s", "t", learner={"max_skipped_steps": 3}), tmp_path, lines.append)
     bad = HEALTHY | {"learner/skipped": True, "learner/loss": math.nan}
     for number in (1, 2):
         assert watched.check(step(number, bad)) == {"guards/fired": 0.0}
         watched.end_if_due(a_batch, functools.partial(saved.append, number))
     assert lines == ["step 1 was skipped: its loss or gradient was not finite"] and not saved
-    resumed = StepWatch(make_config("s", "t", learner={"max_skipped_steps": 3}), tmp_path, lines.append)
+    resumed = StepGuards(make_config("s", "t", learner={"max_skipped_steps": 3}), tmp_path, lines.append)
     resumed.load_state(json.loads(json.dumps(watched.state(), allow_nan=False)))
     resumed.check(step(3, bad))
     with pytest.raises(UserError) as error:
@@ -258,7 +258,7 @@ def test_the_watch_says_the_first_skip_and_ends_the_run_with_a_dump(tmp_path):
 
 
 def test_a_batch_that_is_lost_does_not_hide_why_the_run_ends(tmp_path):
-    watched = StepWatch(make_config("s", "t", learner={"max_skipped_steps": 1}), tmp_path, print)
+    watched = StepGuards(make_config("s", "t", learner={"max_skipped_steps": 1}), tmp_path, print)
     watched.check(step(1, HEALTHY | {"learner/skipped": True, "learner/loss": math.nan}))
     with pytest.raises(UserError, match=r"max_skipped_steps = 1: step 1 .*Its batch was lost with the node"):
         watched.end_if_due(lambda: None, lambda: None)
@@ -268,7 +268,7 @@ def test_a_batch_that_is_lost_does_not_hide_why_the_run_ends(tmp_path):
 def test_the_watch_ends_the_run_for_a_guard_after_a_checkpoint(tmp_path):
     saved, lines = [], []
     guards = {"action": "stop", "patience": 2, "max_tokens_share": 0.5}
-    watched = StepWatch(make_config("s", "t", guards=guards), tmp_path, lines.append)
+    watched = StepGuards(make_config("s", "t", guards=guards), tmp_path, lines.append)
     full = HEALTHY | {"rollout/max_tokens_share": 0.75}
     assert watched.check(step(1, full)) == {"guards/fired": 0.0} and len(lines) == 1
     watched.end_if_due(a_batch, lambda: saved.append(1))

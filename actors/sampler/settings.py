@@ -1,0 +1,49 @@
+"""What a sampler is told of the run. Without torch: a process with a stub engine does without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kat_ray.config import ClusterConfig, Config, ModelConfig, RolloutConfig, SamplerConfig
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """The same for all samplers that hold one model: the student, or the teacher while it is evaluated."""
+
+    model: ModelConfig
+    model_dir: str  # where its files are: a directory, or a hub id
+    stop_ids: tuple[int, ...]  # those that end a rollout
+    vocabulary: int  # the student's
+    max_model_len: int  # longest prompt and answer together
+    sampler: SamplerConfig
+    rollout: RolloutConfig
+    cluster: ClusterConfig
+    deterministic: bool
+    seed: int
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        model: ModelConfig,
+        model_dir: str,
+        *,
+        stop_ids: Sequence[int],
+        vocabulary: int,
+        max_model_len: int,
+    ) -> SamplerSettings:
+        """The sections of `config` that concern a sampler."""
+        return cls(
+            model=model,
+            model_dir=model_dir,
+            stop_ids=tuple(stop_ids),
+            vocabulary=vocabulary,
+            max_model_len=max_model_len,
+            sampler=config.sampler,
+            rollout=config.rollout,
+            cluster=config.cluster,
+            deterministic=config.run.deterministic,
+            seed=config.run.seed,
+        )

@@ -1,0 +1,34 @@
+"""What a scorer is told of the run. Without torch, as `actors.sampler.settings`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kat_ray.config import Config, ModelConfig, RolloutConfig, ScorerConfig
+
+
+@dataclass(frozen=True)
+class ScorerSettings:
+    """The same for all scorers."""
+
+    teacher: ModelConfig
+    teacher_dir: str  # where the teacher's files are: a directory, or a hub id
+    stop_ids: tuple[int, ...]  # of both models
+    max_model_len: int  # longest prompt and answer together
+    scorer: ScorerConfig
+    rollout: RolloutConfig
+
+    @classmethod
+    def from_config(
+        cls, config: Config, teacher_dir: str, stop_ids: Sequence[int], max_model_len: int
+    ) -> ScorerSettings:
+        """The sections of `config` that concern a scorer."""
+        return cls(
+            teacher=config.teacher,
+            teacher_dir=teacher_dir,
+            stop_ids=tuple(stop_ids),
+            max_model_len=max_model_len,
+            scorer=config.scorer,
+            rollout=config.rollout,
+        )
