@@ -22,12 +22,11 @@ from kat_ray.errors import UserError
 from kat_ray.run.step_metrics import rollout_metrics
 from kat_ray.termination import RunFacts
 from kat_ray.types.records import EngineEnd, EngineRows, GenerateRequest, KeptRollout, RolloutSpec
-from tests.cluster import test_run
 from tests.cluster.ranks import Group, step_of
-from tests.cluster.test_run import QUICK, SINGLE, config_of
-from tests.conftest import make_config, make_model, random_rollouts
-
-files = test_run.files
+from tests.support.chunks import random_rollouts
+from tests.support.configs import make_config
+from tests.support.models import make_model
+from tests.support.runs import QUICK, SINGLE, config_of
 
 
 def with_weight(step, value):

@@ -3,14 +3,13 @@
 import ast
 import functools
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.unit.test_imports import FLOOR
+from tests.support.house import FLOOR
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 # Records of a day keep the names of that day: docs/glossary.md translates them.
 DATED = {"docs/log.md", "docs/benchmarks.md", "CHANGELOG.md"}
 PAGES = sorted(
