@@ -1,1 +1,1 @@
-"""The trap monitor: one named actor around `kat_ray.termination`."""
+"""The trap monitor: an actor around `kat_ray.termination`."""

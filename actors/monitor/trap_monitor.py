@@ -1,10 +1,10 @@
-"""The trap monitor: one named actor around the termination rule.
+"""The trap monitor: an actor around the termination rule.
 
-It receives floats, never tensors. It decides online which rollouts are trapped and keeps the only ledger of
-how rollouts end. Several of them share a run's rollouts as `actors.driver.monitor_group` deals them out.
+It receives floats per token, never tensors. It decides online which rollouts are trapped, and holds the only record
+of how rollouts end. Several monitors can share a run's rollouts; see `actors.driver.monitor_group`.
 
-Rollouts come in attempts: those that one sampler was given at once. Those of a sampler that was lost come again
-under another number, and what is still on its way of the first is looked at by nobody.
+Rollouts are grouped by attempt: those that one sampler was given at once. If the sampler is lost, its rollouts come
+again under another number, and late scores of the first attempt are ignored.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _REASONS = {
 
 
 class _Attempt:
-    """The rollouts of one order, as rows of arrays: `scored` counts the d's received, `end` is set exactly once."""
+    """The rollouts of an attempt as rows of arrays: `scored` counts the d's received, `end` is set exactly once."""
 
     def __init__(self, rule: TerminationRule, rollout_ids: Sequence[int], probes: Sequence[bool]) -> None:
         self.row = {rollout_id: row for row, rollout_id in enumerate(rollout_ids)}
@@ -62,28 +62,28 @@ class _Attempt:
         self.end = np.zeros(len(starts), dtype=np.int64)
 
     def outcome(self, rollout_id: int) -> RolloutOutcome:
-        """How a rollout ended."""
         row = self.row[rollout_id]
-        followed, probe = self.table.tracker_state(row), bool(self.probe[row])
-        cut = followed.cut if self.end[row] == _TRAPPED else None
+        state, probe = self.table.tracker_state(row), bool(self.probe[row])
+        cut = state.cut if self.end[row] == _TRAPPED else None
         return RolloutOutcome(
             rollout_id=rollout_id,
             stop_reason=_REASONS[int(self.end[row])],
             scored=int(self.scored[row]),
             cut=cut.at if cut else None,
             confirmed=cut.confirmed if cut else None,
-            threshold=followed.threshold,
-            minimum=followed.minimum,
+            threshold=state.threshold,
+            minimum=state.minimum,
             probe=probe,
-            would_cut=followed.cut.at if probe and followed.cut else None,
-            weights=None if followed.weights is None else np.asarray(followed.weights, dtype=np.float32),
+            would_cut=state.cut.at if probe and state.cut else None,
+            weights=None if state.weights is None else np.asarray(state.weights, dtype=np.float32),
         )
 
 
 class TrapMonitor:
-    """Decides online. Call order per step: `start_step`, then `admit` and any number of `observe` for each attempt,
-    and `end_step`. A monitor that was started anew in between is told everything again: by `admit`, and by the
-    chunks that were scored so far, in their order.
+    """Calls per step: `start_step`; for each attempt `admit`, then any number of `observe`; `end_step`.
+
+    A monitor that was restarted in between must be given everything again: `admit`, then all chunks scored so far,
+    in order.
     """
 
     def __init__(self, termination: TerminationConfig, facts: RunFacts) -> None:
@@ -100,7 +100,6 @@ class TrapMonitor:
         self._heartbeat = Heartbeat()
 
     def health(self) -> HeartbeatReport:
-        """What it is at."""
         return self._heartbeat.read()
 
     def state(self) -> dict[str, Any]:
@@ -114,10 +113,10 @@ class TrapMonitor:
         probes: Sequence[bool] = (),
         state: Mapping[str, Any] | None = None,
     ) -> StepStart:
-        """Open a step; returns the threshold and the budget that all its rollouts get.
+        """Open a step; returns the threshold and the budget of its rollouts.
 
-        `state` is the calibration that it must begin with, None for the one at hand. Rollouts named here are
-        attempt 0; others come by `admit`.
+        `state` is the calibration to begin with, None for the current one. Rollouts named here are attempt 0;
+        others are added by `admit`.
         """
         open_ = sum(int((a.end == EngineEnd.RUNNING).sum()) for a in self._attempts.values())
         assert state is not None or not open_, f"step {step} starts while {open_} rollouts are open"
@@ -140,7 +139,7 @@ class TrapMonitor:
         probes: Sequence[bool],
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        """Take an attempt's rollouts in; those of an attempt that is known are left as they are."""
+        """Add an attempt's rollouts; an attempt that is known is left as it is."""
         if self._step != step:
             self.start_step(step, state=state)
         if attempt not in self._attempts:
@@ -149,8 +148,8 @@ class TrapMonitor:
     def observe(self, chunk: ScoredChunk) -> TerminationDecision:
         """Take the d's of a chunk; returns the rollouts that are newly confirmed as trapped.
 
-        What was seen before is passed over. `StateLost` if the attempt is not known: `admit` it, and say it all
-        again.
+        Rows that were seen before are skipped. `StateLost` if the attempt is not known or rows before these are
+        missing: `admit` it, and send all its chunks again.
         """
         with self._timeline.span("observe"), self._heartbeat.busy("observe"):
             return self._observe(chunk)
@@ -163,12 +162,12 @@ class TrapMonitor:
         rows = np.array([attempt.row[i] for i in chunk.rollout_ids.tolist()], dtype=np.int64)
         count = np.diff(chunk.offsets)
         running = attempt.end[rows] == EngineEnd.RUNNING
-        self._late_tokens += int(count[~running].sum())  # scored while the decision was on its way
+        self._late_tokens += int(count[~running].sum())  # scored before the decision arrived
         new = running & (chunk.start >= attempt.scored[rows])  # what starts before that was seen before
         rows, count = rows[new], count[new]
         gap = np.flatnonzero(chunk.start[new] != attempt.scored[rows])
         if len(gap):
-            # Scores that a new monitor was to see again were lost on the way: whoever sent them sends all again.
+            # Scores that a restarted monitor should have seen again were lost: the sampler sends all again.
             raise StateLost(
                 f"rollout {chunk.rollout_ids[new][gap[0]]}: a chunk starts at token "
                 f"{chunk.start[new][gap[0]]}, but {attempt.scored[rows[gap[0]]]} tokens were scored so far"
@@ -184,17 +183,17 @@ class TrapMonitor:
         return decision
 
     def end_step(self) -> StepEnd:
-        """Close the step of the only monitor with all attempts, and learn from it."""
+        """Close the step with all attempts, where there is one monitor only, and update the calibration."""
         closed = self.close_step(tuple(self._attempts))
         assert self._step is not None
         self.learn(self._step, [finished(o) for o in closed.outcomes if o.stop_reason is not StopReason.FAILED])
         return closed
 
     def learn(self, step: int, ended: Sequence[Finished]) -> dict[str, Any]:
-        """Feed the calibration with *all* rollouts of the step, in the order of rollout ids; returns its state.
+        """Update the calibration with *all* rollouts of the step, in the order of rollout ids; returns its state.
 
-        So it depends neither on who finished first nor on which of several monitors saw it. A step is learnt from
-        once, however often this is said. `StateLost` if the step is not open.
+        So it depends neither on which rollout ended first nor on which of several monitors saw it. A repeated call
+        for the same step changes nothing. `StateLost` if the step is not open.
         """
         if self._next != step + 1:
             if self._step != step:
@@ -204,9 +203,9 @@ class TrapMonitor:
         return self._rule.state()
 
     def close_step(self, attempts: Sequence[int]) -> StepEnd:
-        """Outcomes of these attempts, in the order of rollout ids: all of their rollouts have ended.
+        """The outcomes of these attempts, by rollout id. All of their rollouts must have ended.
 
-        Other attempts were lost with their samplers. `StateLost` if one is not known.
+        Other attempts were lost with their samplers. `StateLost` if one of these is not known.
         """
         started = time.thread_time()
         unknown = [a for a in attempts if a not in self._attempts]
@@ -220,11 +219,11 @@ class TrapMonitor:
         return StepEnd(tuple(outcomes), self._busy_seconds + time.thread_time() - started)
 
     def spans(self) -> tuple[Span, ...]:
-        """What was done since this was last asked."""
+        """The spans since the last call."""
         return self._timeline.drain()
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start, and what is held now."""
+        """Counters since the start, and the current state."""
         return {
             "open_rollouts": sum(len(a.row) for a in self._attempts.values()),
             "calibration_samples": self._rule.samples,

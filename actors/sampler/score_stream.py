@@ -1,7 +1,7 @@
-"""Chunks of one attempt on their way from a sampler to scorers and monitor, and the decisions that come back.
+"""Sends the chunks of one attempt to scorers and monitor, and receives the decisions.
 
-Scorers and monitors may die at any moment; Ray starts them anew, empty, under the same handle. What to do then is
-decided by `actors.sampler.stream` and carried out here.
+Scorers and monitors may die at any moment; Ray restarts them, empty, under the same handle. `actors.sampler.stream`
+decides what to do then; this module does it.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from kat_ray.data.chunks import PendingRollout, with_context
 from kat_ray.errors import StateLost, UserError
 from kat_ray.types.records import ChunkRefs, EngineEnd, GenerateRequest, RolloutChunk, TerminationDecision
 
-# What says that an actor is gone, or is a new process under the old name.
+# Errors that mean that an actor is gone, or is a new process under the old name.
 LOST = (RayActorError, StateLost, ObjectLostError)
-_SLICE = 1.0  # seconds between two signs of life while waiting for another actor
+_SLICE = 1.0  # seconds between two heartbeats while waiting for another actor
 
 
 def scorer_ranges(teachers: Mapping[str, Sequence[Any]]) -> dict[str, range]:
@@ -53,8 +53,8 @@ def scorer_ranges(teachers: Mapping[str, Sequence[Any]]) -> dict[str, range]:
 
 
 class ScoringStream:
-    """All chunks of one attempt. `rollouts` are its rollouts by id, with every token so far; `abort` is called with
-    those that a decision cuts.
+    """All chunks of one attempt. `rollouts` are its rollouts by id; `abort` is called with the ids of those that a
+    decision cuts.
     """
 
     def __init__(
@@ -81,37 +81,36 @@ class ScoringStream:
 
     @property
     def recovered(self) -> int:
-        """Times that a scorer or the monitor was lost."""
         return self._stream.recovered
 
     def unanswered(self, scorer: int) -> int:
-        """Chunks that this scorer has not been answered for."""
+        """Number of this scorer's chunks without a decision."""
         return len(self._stream.owed(scorer))
 
     def take_released(self, scorer: int) -> list[int]:
-        """Rollouts that this scorer is to drop with the next chunk."""
+        """Rollouts that this scorer must drop with its next chunk. Each is returned once."""
         return self._stream.take_released(scorer)
 
     def send(self, scorer: int, chunk: RolloutChunk) -> None:
-        """Have a chunk scored, and the scores looked at."""
+        """Have the scorer score a chunk, and the monitor observe the scores."""
         self._sent_at.append(time.monotonic())
         ended = frozenset(chunk.rollout_ids[chunk.ended != EngineEnd.RUNNING].tolist())
         self._handle(Sent(scorer, tuple(chunk.rollout_ids.tolist()), ended), chunk)
 
     def poll(self) -> None:
-        """Apply the decisions that are there, oldest first of each scorer."""
+        """Apply the decisions that have arrived, the oldest of each scorer first."""
         for scorer in self._stream.owing:
             while (owed := self._stream.owed(scorer)) and self._decisions[owed[0]].done():
                 self._answer(scorer)
 
     def wait(self, scorer: int) -> None:
-        """Wait for the oldest decision on a chunk of this scorer, and apply it."""
+        """Wait for the decision on this scorer's oldest chunk, and apply it."""
         started = time.monotonic()
         self._answer(scorer)
         self.wait_seconds += time.monotonic() - started
 
     def drain(self) -> None:
-        """Wait for all decisions; then let the scorers forget what was cut since their last chunk."""
+        """Wait for all decisions; then have the scorers drop what was cut since their last chunk."""
         while owing := self._stream.owing:
             self.wait(owing[0])
         self._handle(Drained())
@@ -154,9 +153,9 @@ class ScoringStream:
         return ChunkRefs(tuple(chunk.rollout_ids.tolist()), chunk_ref, scored, teacher)
 
     def _answer(self, scorer: int) -> None:
-        """Apply the oldest answer of a scorer's chunks; what was lost on the way is sent again first."""
+        """Apply the decision on a scorer's oldest chunk; what was lost is sent again first."""
         while True:
-            if not self._stream.owed(scorer):  # all that this one owed went to another
+            if not self._stream.owed(scorer):  # its chunks went to another
                 scorer = self._stream.owing[0]
             number = self._stream.owed(scorer)[0]
             try:
@@ -170,7 +169,7 @@ class ScoringStream:
             return
 
     def _loss(self, scorer: int, error: Exception) -> ScorerLost | MonitorLost:
-        """Who was lost: a monitor fails on a chunk that was scored."""
+        """Whether scorer or monitor was lost: the monitor, if the chunk was scored."""
         owed = self._stream.owed(scorer)
         reason = str(error).splitlines()[-1] if str(error) else type(error).__name__
         if self._is_scored(owed[0]):
@@ -185,7 +184,7 @@ class ScoringStream:
         return True
 
     def _result(self, future: Any, what: str) -> Any:
-        """A future's result. Waiting for others is no sign of being stuck; for how long is bounded."""
+        """A future's result. It beats while it waits for others, for at most `cluster.step_timeout`."""
         deadline = time.monotonic() + self._limits.step_timeout
         while True:
             try:

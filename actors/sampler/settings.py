@@ -1,4 +1,4 @@
-"""What a sampler is told of the run. Without torch: a process with a stub engine does without it."""
+"""The settings of a sampler. They import no torch, which a process with a stub engine does not need."""
 
 from __future__ import annotations
 
@@ -34,7 +34,6 @@ class SamplerSettings:
         vocabulary: int,
         max_model_len: int,
     ) -> SamplerSettings:
-        """The sections of `config` that concern a sampler."""
         return cls(
             model=model,
             model_dir=model_dir,

@@ -1,12 +1,12 @@
-"""A sampler's chunks on their way to scorers and monitor, as a machine: events in, instructions out.
+"""A state machine for a sampler's chunks: it takes events and returns instructions.
 
     Sent         Score, Observe             a chunk goes to its scorer, its scores to the monitor
     Answered     Abort                      the monitor's decision on the oldest chunk of a scorer
     ScorerLost   AwaitScorer, Rescore ...   its rollouts go to the next scorer, with what was not scored
-    MonitorLost  AwaitMonitor, Admit, ...   a new one has every chunk to see again, in order
+    MonitorLost  AwaitMonitor, Admit, ...   the new one must see every chunk again, in order
     Drained      Release                    nothing is owed: scorers drop what was cut since their last chunk
 
-No Ray, no clock, no threads: `actors.sampler.score_stream` carries the instructions out, in their order.
+It uses no Ray, clock or threads: `actors.sampler.score_stream` executes the instructions in order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Answered:
-    """The decision on the oldest chunk that a scorer owes."""
+    """The decision on the oldest chunk that a scorer owes has arrived."""
 
     scorer: int
     trapped: tuple[int, ...]
@@ -39,7 +39,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class ScorerLost:
-    """The oldest chunk that a scorer owes was not scored, and will not be. `scored`: those it owes that were."""
+    """The oldest chunk that a scorer owes will not be scored. `scored` are the chunks it owes that were."""
 
     scorer: int
     scored: frozenset[int]
@@ -48,14 +48,14 @@ class ScorerLost:
 
 @dataclass(frozen=True)
 class MonitorLost:
-    """The monitor does not know these rollouts: it was started anew."""
+    """The monitor does not know these rollouts: it was restarted."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Drained:
-    """Nothing more is sent, and no chunk is owed."""
+    """No chunk is owed, and none will be sent."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Rescore:
 
 @dataclass(frozen=True)
 class Observe:
-    """Have the monitor look at a chunk's scores. Where it was `answered` before, nobody waits for the decision, but
-    its scores must be there.
+    """Have the monitor observe a chunk's scores. If it was `answered` before, nobody waits for the decision, but
+    its scores must exist.
     """
 
     number: int
@@ -91,7 +91,7 @@ class Observe:
 
 @dataclass(frozen=True)
 class Abort:
-    """Stop generating these rollouts: they are cut. No rollout is named twice."""
+    """Stop generating these rollouts, which are cut. Each rollout is named once."""
 
     rollout_ids: tuple[int, ...]
 
@@ -121,10 +121,7 @@ Instruction: TypeAlias = Admit | Score | Rescore | Observe | Abort | Release | A
 
 
 class Stream:
-    """The chunks of one attempt. Of `rollouts` it sets who scores them (`scorer`, `known`) and which are `cut`.
-
-    Their tokens are the sampler's.
-    """
+    """The chunks of one attempt. It sets `scorer`, `known` and `cut` of `rollouts`; the sampler adds the tokens."""
 
     def __init__(
         self, rollouts: Mapping[int, PendingRollout], teachers: Collection[range], max_restarts: int
@@ -140,20 +137,19 @@ class Stream:
         self.recovered = 0  # losses so far
 
     def owed(self, scorer: int) -> Sequence[int]:
-        """Chunks of this scorer that have no decision yet, oldest first."""
+        """Chunks of a scorer without a decision, oldest first."""
         return self._owed.get(scorer, ())
 
     @property
     def owing(self) -> list[int]:
-        """Scorers that owe a chunk."""
         return [scorer for scorer, numbers in self._owed.items() if numbers]
 
     def take_released(self, scorer: int) -> list[int]:
-        """What this scorer is to drop with its next chunk; it is not said again."""
+        """Rollouts that this scorer must drop with its next chunk. Each is returned once."""
         return self._released.pop(scorer, [])
 
     def handle(self, event: Event) -> list[Instruction]:
-        """What is to be done next, in this order. UserError after too many losses."""
+        """The instructions that follow from an event, in order. UserError after too many losses."""
         match event:
             case Sent():
                 return self._sent(event)
@@ -178,11 +174,11 @@ class Stream:
 
     def _answered(self, event: Answered) -> list[Instruction]:
         self._owed[event.scorer].popleft()
-        # A monitor that was told everything again names a rollout again; it was cut then.
+        # A restarted monitor, which sees everything again, names rollouts that were cut before.
         cut = tuple(i for i in event.trapped if not self._rollouts[i].cut)
         for rollout in (self._rollouts[i] for i in cut):
             rollout.cut = True
-            if rollout.known and not rollout.end_sent:  # one that was told of the end has dropped it already
+            if rollout.known and not rollout.end_sent:  # a scorer that was told of the end has dropped it
                 self._drop(rollout.scorer, [rollout.rollout_id])
         return [Abort(cut)] if cut else []
 
@@ -196,7 +192,7 @@ class Stream:
         target = peers[(lost + 1 - peers.start) % len(peers)]
         instructions: list[Instruction] = [AwaitScorer(target)]
         moved = [r for r in self._rollouts.values() if r.scorer == lost]
-        # Where scores were lost with a node, the scorer may be alive and hold what it held.
+        # If only scores were lost, with a node, the scorer is alive and still holds its rollouts.
         if target != lost and (left := (*self.take_released(lost), *self._held(moved, event))):
             instructions.append(Release(lost, left))
         for rollout in moved:
@@ -210,7 +206,7 @@ class Stream:
         return instructions
 
     def _to_rescore(self, numbers: Iterable[int], scored: frozenset[int]) -> list[int]:
-        """What was not scored, and what follows it in a rollout: its tokens are scored and seen without a gap."""
+        """Chunks that were not scored, and those that follow them in a rollout, which is scored without a gap."""
         again: list[int] = []
         gaps: set[int] = set()
         for number in numbers:
@@ -221,14 +217,14 @@ class Stream:
         return again
 
     def _held(self, moved: Iterable[PendingRollout], event: ScorerLost) -> list[int]:
-        """Those of its rollouts that a lost scorer was told of, and neither of their end nor to drop them."""
+        """Rollouts that a lost scorer may still hold: it was told neither of their end nor to drop them."""
         unscored = [self._chunks[n] for n in self._owed[event.scorer] if n not in event.scored]
         untold = {i for chunk in unscored for i in chunk.ended}
         running = {r.rollout_id for r in self._rollouts.values() if not r.cut and not r.end_sent}
         return [r.rollout_id for r in moved if r.known and r.rollout_id in running | untold]
 
     def _left_by(self, numbers: Sequence[int]) -> list[int]:
-        """Rollouts that were cut meanwhile and that a scorer takes up again with these chunks, to no end."""
+        """Rollouts that were cut meanwhile, and that a scorer takes up again with these chunks for nothing."""
         left: dict[int, None] = {}
         for number in numbers:
             chunk = self._chunks[number]

@@ -1,9 +1,8 @@
-"""The student sampler: generates rollouts, streams chunks out, and aborts what is terminated.
+"""The student sampler: generates rollouts, sends chunks to scorers, and aborts rollouts that are cut.
 
-It never waits for a score as long as fewer than `max_chunks_ahead` chunks are unanswered at each scorer: a
-decision is a callback that the loop looks at between two engine steps. What is lost on the way to scorers and
-monitor is `actors.sampler.stream`'s to mend; a sampler that dies is replaced by the driver
-(`actors.driver.dispatcher`).
+It does not wait for a score while fewer than `max_chunks_ahead` chunks are unanswered at each scorer: decisions are
+futures that the loop polls between two engine steps. `actors.sampler.stream` recovers what is lost with scorers and
+monitor; the driver replaces a sampler that dies (`actors.driver.dispatcher`).
 """
 
 from __future__ import annotations
@@ -40,14 +39,12 @@ class Engine(Protocol):
     """What the loop needs of an engine; see `actors.sampler.vllm_engine.VllmEngine`."""
 
     @property
-    def running(self) -> int:
-        """Requests that have not ended."""
+    def running(self) -> int: ...
 
-    def add(self, request_id: str, prompt_ids: Sequence[int], seed: int, settings: SamplingSettings) -> None:
-        """Queue one request."""
+    def add(self, request_id: str, prompt_ids: Sequence[int], seed: int, settings: SamplingSettings) -> None: ...
 
     def step(self) -> list[EngineRows]:
-        """New tokens of the requests it scheduled."""
+        """Run one engine step; returns the new tokens of the requests that it scheduled."""
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Stop requests at once; those that ended are ignored."""
@@ -60,7 +57,7 @@ EngineMaker = Callable[[SamplerSettings], Engine]
 
 
 def vllm_engine(settings: SamplerSettings) -> Engine:
-    """The engine of every run."""
+    """A vLLM engine, which every run uses except for tests and benchmarks."""
     from actors.sampler.vllm_engine import VllmEngine  # here: the driver places samplers, it need not load vLLM
 
     return VllmEngine(
@@ -89,48 +86,52 @@ class StudentSampler:
         started = time.monotonic()
         self._engine = make_engine(settings)
         self._load_seconds = time.monotonic() - started
-        log.info("%s stands, loaded in %.1f s", settings.model_dir, self._load_seconds)
+        log.info("%s is ready, loaded in %.1f s", settings.model_dir, self._load_seconds)
 
     def ready(self) -> dict[str, Any]:
-        """Answers once the engine stands."""
+        """Returns once the engine is loaded."""
         return {"name": self._name, "seconds": self._load_seconds}
 
     def health(self) -> HeartbeatReport:
-        """What it is at."""
         return self._heartbeat.read()
 
     def connect(
         self, teachers: Mapping[str, Sequence[Any]], monitor: Any, index: int = 0, samplers: int = 1
     ) -> None:
-        """Handles of each teacher's scorers and of this sampler's monitor; it is the `index`-th of `samplers`."""
+        """Take the handles of each teacher's scorers and of this sampler's monitor.
+
+        This is sampler `index` of `samplers`.
+        """
         self._teachers, self._monitor = teachers, monitor
         self._index, self._samplers = index, samplers
 
     def load_weights(self, update: WeightUpdate) -> int:
-        """Take new weights between two steps; returns the policy version now sampled from."""
+        """Replace the weights between two steps; returns their policy version."""
         with self._timeline.span("load weights"), self._heartbeat.busy("load weights"):
             self._engine.load_weights(update)
         self._version = update.policy_version
         return self._version
 
     def spans(self) -> tuple[Span, ...]:
-        """What was done since this was last asked."""
+        """The spans since the last call."""
         return self._timeline.drain()
 
-    def generate(self, order: GenerateRequest) -> SamplerReport:
-        """Generate rollouts to their end, scored and monitored on the way. Blocks until all have ended.
+    def generate(self, request: GenerateRequest) -> SamplerReport:
+        """Generate rollouts to their ends, scored and monitored meanwhile. Returns once all have ended.
 
-        `StateLost` if this process is a new one that does not hold the order's weights yet.
+        `StateLost` if this is a new process that does not hold the requested weights yet.
         """
-        if order.version != self._version or not self._teachers:
-            raise StateLost(f"{self._name} holds version {self._version}, not {order.version}: its process is new")
+        if request.version != self._version or not self._teachers:
+            raise StateLost(
+                f"{self._name} holds version {self._version}, not {request.version}: its process is new"
+            )
         with self._heartbeat.busy("generate"):
-            return _Generation(self, order).run()
+            return _Generation(self, request).run()
 
     def complete(
         self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], settings: SamplingSettings, version: int
     ) -> list[list[int]]:
-        """Plain completions (evaluation): the token ids of each prompt's answer, stop id included."""
+        """Complete prompts for an evaluation, without scoring: each answer's token ids, stop id included."""
         if version != self._version:
             raise StateLost(f"{self._name} holds version {self._version}, not {version}: its process is new")
         answers: dict[str, list[int]] = {f"complete-{i}": [] for i in range(len(prompts))}
@@ -145,7 +146,7 @@ class StudentSampler:
 
     @contextmanager
     def _idle_after(self, requests: Collection[str]) -> Iterator[None]:
-        """Whatever ends the work inside, the engine is left without these requests: the next call finds it idle."""
+        """Abort these requests if the work inside fails, so that the next call finds the engine idle."""
         try:
             yield
         except BaseException:
@@ -154,15 +155,15 @@ class StudentSampler:
 
 
 class _Generation:
-    """One `generate` call: the rollouts under way."""
+    """The state of one `generate` call."""
 
-    def __init__(self, sampler: StudentSampler, order: GenerateRequest) -> None:
+    def __init__(self, sampler: StudentSampler, request: GenerateRequest) -> None:
         self._sampler = sampler
         self._engine = sampler._engine
         self._rollout = sampler._settings.rollout
-        self._order = order
+        self._request = request
         self._control_seconds = 0.0
-        specs = order.specs
+        specs = request.specs
         self._rollouts: dict[int, PendingRollout] = {}
         ranges = scorer_ranges(sampler._teachers)
         for i, spec in enumerate(specs):
@@ -171,7 +172,7 @@ class _Generation:
             self._rollouts[spec.rollout_id] = PendingRollout(spec.rollout_id, spec.prompt_ids, scorer)
         self._active = {str(i): r for i, r in self._rollouts.items()}
         self._stream = ScoringStream(
-            order,
+            request,
             sampler._teachers,
             sampler._monitor,
             self._rollouts,
@@ -200,7 +201,6 @@ class _Generation:
         )
 
     def _start(self) -> None:
-        """Give the engine all requests."""
         settings = SamplingSettings(
             max_tokens=self._rollout.max_tokens,
             temperature=self._rollout.temperature,
@@ -208,7 +208,7 @@ class _Generation:
             logprobs=self._rollout.top_k_logprobs,
             stop_ids=self._sampler._settings.stop_ids,
         )
-        for spec in self._order.specs:
+        for spec in self._request.specs:
             own = replace(settings, max_tokens=spec.max_tokens)
             self._engine.add(str(spec.rollout_id), spec.prompt_ids, spec.seed, own)
 
@@ -245,14 +245,14 @@ class _Generation:
             rollout.end = rows.end
 
     def _flush(self) -> None:
-        """Send what is new to the scorers, each rollout to its own."""
+        """Send new tokens and ends to the rollouts' scorers."""
         by_scorer: dict[int, list[PendingRollout]] = {}
         for rollout in self._active.values():
             if rollout.has_news:
                 by_scorer.setdefault(rollout.scorer, []).append(rollout)
         for index, news in by_scorer.items():
             self._wait_for_room(index)
-            # Waiting may have brought decisions, and moved rollouts to another scorer: what was cut is not sent.
+            # While this waited, decisions may have cut rollouts, and a loss may have moved them to another scorer.
             live = [r for r in news if not r.cut]
             for scorer in sorted({r.scorer for r in live}):
                 with self._sampler._timeline.span("send"):
@@ -262,20 +262,20 @@ class _Generation:
         chunk = build_chunk(
             news,
             self._stream.take_released(scorer),
-            attempt=self._order.attempt,
+            attempt=self._request.attempt,
             top_k=self._rollout.top_k_logprobs,
             vocabulary=self._sampler._settings.vocabulary,
         )
         self._stream.send(scorer, chunk)
 
     def _wait_for_room(self, scorer: int) -> None:
-        """With `run.deterministic` a decision takes hold here and nowhere else: at the same token in every run."""
+        """With `run.deterministic` decisions are applied only here, at the same token in every run."""
         with self._sampler._timeline.span("wait"):
             while self._stream.unanswered(scorer) >= self._rollout.max_chunks_ahead:
                 self._stream.wait(scorer)
 
     def _abort(self, rollout_ids: Sequence[int]) -> None:
-        """End what a decision cuts. A rollout that the engine ended meanwhile has nothing to abort."""
+        """Abort rollouts that a decision cuts. The engine ignores those that have ended meanwhile."""
         names = [str(i) for i in rollout_ids]
         self._engine.abort(names)
         for name in names:
@@ -285,9 +285,10 @@ class _Generation:
 
 
 def scorer_of(position: int, rollouts: int, sampler: int, samplers: int, scorers: int) -> int:
-    """The scorer of a sampler's `position`-th of `rollouts`: both roles are laid along one line of equal parts.
+    """The scorer of a sampler's `position`-th of `rollouts`.
 
-    Every scorer gets as many rollouts as any other, from as few samplers as can be: chunks per period number less
-    than samplers + scorers, where dealing to all would make samplers x scorers.
+    Samplers and scorers each divide the same line of rollouts into equal parts. So every scorer gets the same
+    number of rollouts, from as few samplers as possible: a period has fewer than samplers + scorers chunks, not
+    samplers x scorers.
     """
     return int((sampler + (position + 0.5) / rollouts) / samplers * scorers)

@@ -25,7 +25,7 @@ _ENDS = {FinishReason.STOP: EngineEnd.EOS, FinishReason.LENGTH: EngineEnd.MAX_TO
 
 
 class VllmEngine:
-    """One engine in this process (or, with tensor parallelism, one whose workers it starts)."""
+    """One engine in this process, or with tensor parallelism in worker processes that it starts."""
 
     def __init__(
         self,
@@ -67,7 +67,6 @@ class VllmEngine:
 
     @property
     def running(self) -> int:
-        """Requests that have not ended."""
         return len(self._running)
 
     def add(self, request_id: str, prompt_ids: Sequence[int], seed: int, settings: SamplingSettings) -> None:
@@ -88,7 +87,7 @@ class VllmEngine:
         self._running.add(request_id)
 
     def step(self) -> list[EngineRows]:
-        """Run one engine step: new tokens of the requests it scheduled."""
+        """Run one engine step; returns the new tokens of the requests that it scheduled."""
         rows = [_rows(output) for output in self._core.get_output().outputs]
         self._running.difference_update(r.request_id for r in rows if r.end is not EngineEnd.RUNNING)
         return rows
@@ -106,7 +105,6 @@ class VllmEngine:
         self._engine.reset_prefix_cache()
 
     def close(self) -> None:
-        """Free the engine's memory."""
         self._core.shutdown()
         del self._core, self._engine
         gc.collect()

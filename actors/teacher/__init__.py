@@ -1,1 +1,1 @@
-"""The teacher scorer and its backends: each token through the teacher once."""
+"""The teacher scorer and its backends: each token is run through the teacher once."""

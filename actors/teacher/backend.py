@@ -1,4 +1,4 @@
-"""What a teacher says about the rows of a chunk, whichever engine it runs on."""
+"""The interface of a teacher, whichever engine it runs on, and what it returns for the rows of a chunk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OVERLAP_TOP = 16  # ids compared for the overlap ratio (arXiv 2604.13016)
 
 @dataclass(frozen=True)
 class TeacherColumns:
-    """One row per new token; NaN where an engine does not tell."""
+    """One row per new token; NaN for what an engine does not report."""
 
     topk: Tensor  # [N, k] log q at the student's top-k ids
     tail: Tensor  # [N] log of the mass outside them
@@ -25,18 +25,18 @@ class TeacherColumns:
     overlap: Tensor  # [N] share of the student's top-16 ids among the teacher's
     teacher_max: Tensor  # [N] largest probability
     teacher_entropy: Tensor  # [N] nats, whole vocabulary
-    top: Tensor  # [N] int32, the most likely id; -1 where an engine does not tell
+    top: Tensor  # [N] int32, the most likely id; -1 if an engine does not report it
 
     @classmethod
     def join(cls, parts: Sequence[TeacherColumns], top_k: int) -> TeacherColumns:
-        """Parts one after the other; without parts, no rows."""
+        """Concatenate parts; without any, no rows."""
         none = torch.zeros(0)
         empty = cls(torch.zeros(0, top_k), none, none, none, none, none, none.int())
         return cls(*(torch.cat([getattr(p, f.name) for p in (empty, *parts)]) for f in fields(cls)))
 
 
 class Teacher(Protocol):
-    """An engine that scores chunks and keeps what it needs to do so incrementally."""
+    """An engine that scores chunks, and keeps a state per rollout so that each token is run once."""
 
     run_tokens: int
 
@@ -46,17 +46,17 @@ class Teacher(Protocol):
 
     @property
     def held(self) -> int:
-        """Rollouts with a state."""
+        """Number of rollouts with a state."""
 
     @property
     def cache_bytes(self) -> int:
-        """Memory of that state."""
+        """Memory of these states."""
 
     def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
         """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked."""
 
     def release(self, rollout_ids: Sequence[int]) -> None:
-        """Forget rollouts; unknown ones are ignored."""
+        """Drop the state of rollouts; unknown ones are ignored."""
 
 
 def columns_of(logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int]) -> TeacherColumns:

@@ -1,9 +1,8 @@
-"""The teacher scorer: reverse KL at every new position, each token run through the teacher once.
+"""The teacher scorer: reverse KL at every new position; each token is run through the teacher once.
 
-A request is stateless in effect: it brings the context that this scorer has not seen, and rows are scored from
-`start` on. The KV cache is an optimisation keyed by rollout, so any scorer can take over any rollout. d is
-computed here, where both distributions are; the monitor gets floats, and the teacher's rows stay in the object
-store for the learner.
+Any scorer can take over any rollout: a chunk brings the context that this scorer has not seen, and the KV cache is
+only an optimisation. d is computed here, where both distributions are; the monitor gets one float per token, and
+the teacher's rows stay in the object store for the learner.
 """
 
 from __future__ import annotations
@@ -67,20 +66,19 @@ class TeacherScorer:
         self._scored_tokens = 0
         self._busy_seconds = 0.0
         self._load_seconds = time.monotonic() - started
-        log.info("%s stands, loaded in %.1f s", settings.teacher_dir, self._load_seconds)
+        log.info("%s is ready, loaded in %.1f s", settings.teacher_dir, self._load_seconds)
 
     def ready(self) -> dict[str, Any]:
-        """Answers once the model stands."""
+        """Returns once the model is loaded."""
         return {"name": self._name, "seconds": self._load_seconds, "backend": type(self._teacher).__name__}
 
     def health(self) -> HeartbeatReport:
-        """What it is at."""
         return self._heartbeat.read()
 
     def score(self, chunk: RolloutChunk) -> tuple[ScoredChunk, TeacherRows]:
-        """Score all rows of a chunk; rollouts that ended are forgotten.
+        """Score all rows of a chunk, and drop the rollouts that have ended.
 
-        `StateLost` names rollouts whose past this scorer does not hold: send them again with their context.
+        `StateLost` names rollouts whose past this scorer does not hold: send them again with their whole past.
         UserError names a token id that the teacher has no token for.
         """
         if chunk.attempt in self._abandoned:
@@ -89,7 +87,7 @@ class TeacherScorer:
             return self._score(chunk)
 
     def abandon(self, attempt: int, rollout_ids: Sequence[int]) -> None:
-        """Forget the rollouts of an attempt whose sampler was lost, and what may still be on its way of it."""
+        """Drop the rollouts of an attempt whose sampler was lost, and refuse chunks of it from now on."""
         self._abandoned.add(attempt)
         self.release(rollout_ids)
 
@@ -106,15 +104,15 @@ class TeacherScorer:
         return scored, rows
 
     def release(self, rollout_ids: Sequence[int]) -> None:
-        """Forget rollouts; unknown ones are ignored."""
+        """Drop the state of rollouts; unknown ones are ignored."""
         self._teacher.release(rollout_ids)
 
     def spans(self) -> tuple[Span, ...]:
-        """What was done since this was last asked."""
+        """The spans since the last call."""
         return self._timeline.drain()
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start, and what is held now."""
+        """Counters since the start, and the current state."""
         return {
             "scored_tokens": self._scored_tokens,
             "run_tokens": self._teacher.run_tokens,
@@ -127,7 +125,7 @@ class TeacherScorer:
     def _compare(
         self, chunk: RolloutChunk, topk_ids: IntArray, teacher: TeacherColumns, started: float
     ) -> tuple[ScoredChunk, TeacherRows]:
-        """Reverse KL of every row on the partition that the student's top k makes; the teacher's rows, narrowed."""
+        """Reverse KL of every row over the student's top k and the tail; the teacher's rows, quantised."""
         stops = is_stop(torch.from_numpy(topk_ids), self._stop_ids)
         topk, tail = (torch.from_numpy(a.astype(np.float32)) for a in (chunk.topk_logprobs, chunk.tail_logprobs))
         topk, tail = dequantise(topk, tail)

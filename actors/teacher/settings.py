@@ -1,4 +1,4 @@
-"""What a scorer is told of the run. Without torch, as `actors.sampler.settings`."""
+"""The settings of a scorer. They import no torch, like those of a sampler."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ class ScorerSettings:
     def from_config(
         cls, config: Config, teacher_dir: str, stop_ids: Sequence[int], max_model_len: int
     ) -> ScorerSettings:
-        """The sections of `config` that concern a scorer."""
         return cls(
             teacher=config.teacher,
             teacher_dir=teacher_dir,

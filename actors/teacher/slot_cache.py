@@ -1,9 +1,9 @@
-"""Keys and values of live rollouts in slots, and attention over them: ragged, without padding, without copies.
+"""Keys and values of live rollouts in slots, and ragged attention over them, without padding or copies.
 
-A forward pass takes the new tokens of some slots one after the other, as one row of T tokens, with their positions.
-Everything but attention treats tokens one by one and needs no more. The cache layer stores new keys and values in
-the slots; the attention, registered with transformers under `ATTENTION`, then runs rollout by rollout on views of
-the slots: gathering the pasts of all rollouts, padded, was half of the scoring time of a small model (docs/log.md).
+A forward pass takes the new tokens of some slots, one after the other, as one row of T tokens with their positions.
+All layers but attention treat tokens independently. The cache layer stores new keys and values in the slots; the
+attention, registered with transformers under `ATTENTION`, then runs rollout by rollout on views of the slots: to
+gather and pad the pasts of all rollouts took half of the scoring time of a small model (docs/log.md).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Span(NamedTuple):
 
 
 class _Selection:
-    """What all layers share: the size of the slots, and the spans of the pass under way."""
+    """The state that all layers share: the size of the slots, and the spans of the current pass."""
 
     def __init__(self) -> None:
         self.slots = 0
@@ -41,7 +41,7 @@ class _Selection:
         self.mask_NC: Tensor | None = None
 
     def mask(self, span: Span) -> Tensor | None:
-        """What is added to the scores [new, past + new] of a span; None where nothing is hidden."""
+        """Added to a span's attention scores [new, past + new]; None if nothing is masked."""
         if span.new == 1:
             return None
         assert self.mask_NC is not None
@@ -66,7 +66,7 @@ class _SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def fit(self) -> None:
-        """Grow to the slots and the capacity now needed."""
+        """Grow to the number and capacity of slots that are needed."""
         if not self.is_initialized:
             return
         slots, capacity = self._shared.slots, self._shared.capacity
@@ -78,7 +78,7 @@ class _SlotLayer(CacheLayerMixin):
                 setattr(self, name, new)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """Store [1, heads, T, width] in the slots; hands itself on in the keys' place, to `_slot_attention`."""
+        """Store [1, heads, T, width] in the slots; returns itself instead of keys, for `_slot_attention`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows_T = self._shared.rows_T
@@ -91,7 +91,7 @@ class _SlotLayer(CacheLayerMixin):
         shared = self._shared
         heads = self.keys.shape[2]
         parts = []
-        # Query heads that share a key head lie beside each other: [key heads, sharers, T, width].
+        # Query heads that share a key head are adjacent: [key heads, sharers, T, width].
         queries = query[0].unflatten(0, (heads, -1))
         for span, own in zip(shared.spans, queries.split(shared.counts, dim=2), strict=True):
             keys = self._view(self.keys, span, own.shape[1])
@@ -115,15 +115,13 @@ class _SlotLayer(CacheLayerMixin):
         return 0
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Not used: transformers makes no mask for this attention."""
+        """Not used: transformers builds no mask for this attention."""
         return int(query_length), 0
 
     def get_max_cache_shape(self) -> int:
-        """No fixed size."""
         return -1
 
     def get_max_length(self) -> int:
-        """No fixed size."""
         return -1
 
 
@@ -151,7 +149,6 @@ class SlotCache(Cache):
         self._free: list[int] = []
 
     def take(self) -> int:
-        """A slot for a new rollout."""
         if not self._free:
             old = self._selection.slots
             self._selection.slots = max(8, old * 2)
@@ -160,11 +157,11 @@ class SlotCache(Cache):
         return self._free.pop()
 
     def free(self, slot: int) -> None:
-        """Give a slot back; what it holds is overwritten by the next rollout."""
+        """Free a slot; the next rollout overwrites its content."""
         self._free.append(slot)
 
     def select(self, spans: Sequence[Span], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Set up a pass over these spans in this order; returns the positions [T] of its tokens."""
+        """Prepare a pass over these spans, in order; returns the positions [T] of its tokens."""
         s = self._selection
         longest = max(span.past + span.new for span in spans)
         if longest > s.capacity:
@@ -192,7 +189,7 @@ class SlotCache(Cache):
 
 
 def _band(spans: Sequence[Span], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """One mask of which each span's is a part: the i-th new token sees what lies up to i after the past's end."""
+    """One mask that contains every span's as a part: the i-th new token sees the past and i + 1 new tokens."""
     wide = [span for span in spans if span.past and span.new > 1]
     if not wide:
         return None

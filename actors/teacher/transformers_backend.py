@@ -1,9 +1,9 @@
-"""A teacher on transformers with a KV cache that outlives calls: every token is run once.
+"""A teacher on transformers with a KV cache that persists between calls: every token is run once.
 
-Keys and values of all live rollouts lie in slots (actors/teacher/slot_cache.py). A forward pass takes the new
-tokens of some rollouts, one after the other, without padding. Left out: models whose attention is not causal over
-the whole past (sliding windows, linear attention) or does not go through transformers' attention interface; they
-are refused by name.
+Keys and values of all live rollouts are in slots (actors/teacher/slot_cache.py). A forward pass takes the new
+tokens of some rollouts, one after the other, without padding. Not supported, and refused: models whose attention is
+not causal over the whole past (sliding windows, linear attention), or does not use transformers' attention
+interface.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kat_ray.errors import StateLost, UserError
 from kat_ray.models.load import load_causal_lm
 from kat_ray.types.records import IntArray, RolloutChunk
 
-_LOGITS = 2**25  # logits that exist at once: tokens x vocabulary, 128 MiB in float32
+_LOGITS = 2**25  # logits in memory at once: tokens x vocabulary, 128 MiB in float32
 
 
 @dataclass
@@ -44,12 +44,12 @@ class _Feed:
 
 
 def logits_tokens(vocabulary: int) -> int:
-    """Tokens whose logits over the vocabulary exist at once."""
+    """Number of tokens whose logits over the vocabulary are in memory at once."""
     return max(1, _LOGITS // vocabulary)
 
 
 class TransformersTeacher:
-    """The model, its slots, and which rollout lies in which."""
+    """The model, and the slots of the rollouts."""
 
     def __init__(self, settings: ScorerSettings) -> None:
         teacher = settings.teacher
@@ -77,12 +77,10 @@ class TransformersTeacher:
 
     @property
     def vocabulary(self) -> int:
-        """Ids that the model has a token for."""
         return int(self._model.config.vocab_size)
 
     @property
     def held(self) -> int:
-        """Rollouts with a state."""
         return len(self._states)
 
     @property
@@ -91,7 +89,6 @@ class TransformersTeacher:
         return self._cache.bytes
 
     def release(self, rollout_ids: Sequence[int]) -> None:
-        """Forget rollouts; unknown ones are ignored."""
         for rollout_id in rollout_ids:
             if (state := self._states.pop(rollout_id, None)) is not None:
                 self._cache.free(state.slot)
@@ -100,7 +97,7 @@ class TransformersTeacher:
     def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
         """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked.
 
-        `StateLost` names rollouts whose past is not held: send them again with their context.
+        `StateLost` names rollouts whose past is not held: send them again with their whole past.
         """
         feeds = self._feeds(chunk)
         rows = self._run([f for f in feeds if f.token_ids])
@@ -127,7 +124,7 @@ class TransformersTeacher:
         return torch.log_softmax(self._model.lm_head(hidden_NH).float(), dim=-1).cpu()
 
     def _feeds(self, chunk: RolloutChunk) -> list[_Feed]:
-        """What has to be run for each rollout: what was not run yet, except its last token."""
+        """What to run for each rollout: all that was not run yet, except the last token."""
         unknown = [
             rollout_id
             for rollout_id, whole in zip(chunk.rollout_ids.tolist(), chunk.whole_past.tolist(), strict=True)

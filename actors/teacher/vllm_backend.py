@@ -1,9 +1,9 @@
 """A teacher on vLLM, which scores given ids at given rows of a prompt. Not run on a GPU by this project.
 
 A rollout's tokens so far are sent as a prompt of which only the new rows are scored; the prefix cache keeps what
-was run before, so that a token is run about once (a block that is not full is run again). vLLM has this in its V2
-model runner only (`SamplingParams.prompt_logprob_token_ids`), hence on a GPU. It tells log-probabilities of the ids
-asked for and nothing else: overlap, largest probability and entropy are NaN.
+was run before, so that a token is run about once (a block that is not full is run again). Only vLLM's V2 model
+runner can do this (`SamplingParams.prompt_logprob_token_ids`), and it needs a GPU. It returns log-probabilities of
+the requested ids and nothing else: overlap, largest probability and entropy are NaN.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kat_ray.types.records import IntArray, RolloutChunk
 class VllmTeacher:
     """One engine, and the tokens so far of every live rollout."""
 
-    cache_bytes = 0  # the engine's own block pool; nothing is held here but token ids
+    cache_bytes = 0  # the engine has its own block pool; only token ids are held here
 
     def __init__(self, settings: ScorerSettings) -> None:
         model = settings.teacher
@@ -57,16 +57,14 @@ class VllmTeacher:
 
     @property
     def vocabulary(self) -> int:
-        """Ids that the model has a token for."""
         return int(self._engine.model_config.get_vocab_size())
 
     @property
     def held(self) -> int:
-        """Rollouts whose tokens are held."""
         return len(self._tokens)
 
     def release(self, rollout_ids: Sequence[int]) -> None:
-        """Forget rollouts; their blocks age out of the prefix cache."""
+        """Drop the tokens of rollouts; their blocks age out of the prefix cache."""
         for rollout_id in rollout_ids:
             self._tokens.pop(rollout_id, None)
 
@@ -86,13 +84,13 @@ class VllmTeacher:
                 stops = np.broadcast_to(np.array(self._stop_ids, dtype=np.int64), (len(rows), len(self._stop_ids)))
                 asked[rollout_id] = np.concatenate([rows, stops], axis=1)
         scores = self._ask(asked, skip_cache=False)
-        # A prefix cached up to the end of a block may swallow the first row asked for; vLLM then gives none.
+        # If the cached prefix, whole blocks, covers the first requested row, vLLM returns no scores.
         scores |= self._ask({i: ids for i, ids in asked.items() if i not in scores}, skip_cache=True)
         top_k = chunk.topk_logprobs.shape[1]
         return TeacherColumns.join([_columns(scores[i], top_k) for i in asked], top_k)
 
     def _ask(self, asked: dict[int, np.ndarray], skip_cache: bool) -> dict[int, torch.Tensor]:
-        """Score the last rows of each rollout: [n, ids] log-probabilities; those not given are left out."""
+        """Log-probabilities [n, ids] of each rollout's last n rows; rollouts without scores are left out."""
         names = {}
         for rollout_id, ids in asked.items():
             prompt = self._tokens[rollout_id]

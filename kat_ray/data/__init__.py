@@ -1,1 +1,1 @@
-"""Prompts and their order, and what rollouts become: chunks, token accounting, samples, micro-batches."""
+"""Prompts and their order; rollouts as chunks, token accounting, samples and micro-batches."""

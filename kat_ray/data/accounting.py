@@ -1,4 +1,4 @@
-"""From what samplers and monitor report to the token counts of a step: every rollout once, every token once."""
+"""The token counts of a step, from the reports of samplers and monitor: each rollout and each token once."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from kat_ray.types.records import (
 class TokenCounts:
     """Where the tokens of one rollout went: generated = kept + cut_back + overshoot.
 
-    `cut_back` tokens lie between the cut and the confirmation; `overshoot` was generated after it, while
-    the decision was on its way. A failed rollout keeps nothing: all its tokens count as overshoot.
+    `cut_back` tokens lie between the cut and the confirmation; `overshoot` was generated after it, before the
+    decision arrived. A failed rollout keeps nothing: all its tokens count as overshoot.
     """
 
     generated: int
@@ -36,7 +36,7 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class FinishedRollout:
-    """A rollout that reached its end: the monitor's outcome, what the engine generated, and where that went."""
+    """A rollout that has ended: the monitor's outcome, the engine's tokens, and their counts."""
 
     outcome: RolloutOutcome
     token_ids: IntArray  # [T] int32, every token the engine generated, overshoot included
@@ -44,7 +44,6 @@ class FinishedRollout:
 
     @property
     def rollout_id(self) -> int:
-        """Unique in a run."""
         return self.outcome.rollout_id
 
 
@@ -83,7 +82,7 @@ def join_outcomes(sampled: Iterable[SampledRollout], outcomes: Sequence[RolloutO
 
 
 def kept_rollouts(rollouts: Sequence[FinishedRollout], specs: Iterable[RolloutSpec]) -> list[KeptRollout]:
-    """The learner's work list of a step: every rollout of which a token is kept, in the order of ids."""
+    """The rollouts of a step that are trained on, those with at least one kept token, by id."""
     prompts = {s.rollout_id: len(s.prompt_ids) for s in specs}
     kept = []
     for rollout in rollouts:
@@ -95,7 +94,7 @@ def kept_rollouts(rollouts: Sequence[FinishedRollout], specs: Iterable[RolloutSp
 
 
 def finished(outcome: RolloutOutcome) -> Finished:
-    """What a rule learns from a rollout's end."""
+    """The outcome in the form that a rule's calibration takes."""
     return Finished(
         outcome.minimum,
         cut=outcome.cut is not None,
@@ -106,7 +105,7 @@ def finished(outcome: RolloutOutcome) -> Finished:
 
 
 class ScoredTokens:
-    """Every scored token of a step by rollout, in the order of tokens: sorted once, for all columns."""
+    """All scored tokens of a step by rollout, in order. Sorted once for all columns."""
 
     def __init__(self, scored: Sequence[ScoredChunk]) -> None:
         self._scored = scored
@@ -130,7 +129,7 @@ class ScoredTokens:
         self._index = np.repeat(rows - (ends - counts), counts) + np.arange(int(counts.sum()))
 
     def column(self, field: str) -> Mapping[int, FloatArray]:
-        """A column of the ScoredChunks by rollout."""
+        """A field of ScoredChunk by rollout id, [T] each."""
         if not len(self._ids):
             return {}
         values = np.concatenate([getattr(c, field) for c in self._scored])[self._index]
@@ -142,12 +141,12 @@ def _flat(parts: Sequence[IntArray]) -> IntArray:
 
 
 def traces_of(scored: Sequence[ScoredChunk], field: str = "d") -> Mapping[int, FloatArray]:
-    """A column of every scored token by rollout, in the order of tokens; `d` is the reverse KL, nats, float32."""
+    """A field of ScoredChunk by rollout id, [T] each; `d` is the reverse KL in nats, float32."""
     return ScoredTokens(scored).column(field)
 
 
 def kept_rows(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> list[np.ndarray]:
-    """For each chunk a mask [N] of the rows that belong to kept tokens."""
+    """For each chunk a mask [N] of the rows of kept tokens. `kept` is the number of kept tokens by rollout id."""
     masks = []
     for chunk in scored:
         mask = np.zeros(int(chunk.offsets[-1]), dtype=bool)

@@ -1,4 +1,4 @@
-"""A step's kept rollouts, dealt to the learner's ranks, and each rank's as samples to train on. numpy only."""
+"""A step's kept rollouts: assigned to the learner's ranks, and gathered into training samples. numpy only."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TrainingSample:
 
 
 def assign_ranks(kept: Sequence[KeptRollout], world_size: int) -> list[list[KeptRollout]]:
-    """Deal rollouts to ranks, the longest first, each to the rank with the fewest tokens; deterministic."""
+    """Assign rollouts to ranks, the longest first, each to the rank with the fewest tokens. Deterministic."""
     shares: list[list[KeptRollout]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     for rollout in sorted(kept, key=lambda k: (-(k.prompt_length + k.kept), k.rollout_id)):
@@ -113,9 +113,9 @@ def _join(
 
 
 def check_vocabulary(samples: Sequence[TrainingSample], vocabulary: int, model: str) -> None:
-    """UserError where a sample holds an id that `model`, a field and its value, has no token for.
+    """UserError if a sample holds an id that `model`, a field and its value, has no token for.
 
-    The model would end in an index error, on a GPU in one that names neither tensor nor sample.
+    Without this check the model fails with an index error, which on a GPU names neither tensor nor sample.
     """
     for sample in samples:
         parts = (("prompt", sample.prompt_ids), ("answer", sample.token_ids), ("top k", sample.topk_ids))

@@ -1,4 +1,4 @@
-"""From an engine's rows to RolloutChunks: what has been generated and not yet been sent to a scorer."""
+"""RolloutChunks from an engine's rows: what was generated and is not yet sent to a scorer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class PendingRollout:
     sent: int = 0
     end: EngineEnd = EngineEnd.RUNNING
     end_sent: bool = False
-    known: bool = False  # whether its scorer holds what was sent
+    known: bool = False  # its scorer holds what was sent
     cut: bool = False  # ended by a decision
     inserted: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by the number of generated tokens before
     topk_ids: list[IntArray] = field(default_factory=list)
@@ -74,12 +74,12 @@ class PendingRollout:
 
     @property
     def unsent(self) -> int:
-        """Tokens not yet sent."""
+        """Number of tokens not yet sent."""
         return len(self.token_ids) - self.sent
 
     @property
     def has_news(self) -> bool:
-        """Whether a chunk has to mention this rollout: new tokens, or its end."""
+        """Whether the next chunk must include this rollout: it has new tokens, or its end is not sent yet."""
         return self.unsent > 0 or (self.end is not EngineEnd.RUNNING and not self.end_sent)
 
 
@@ -91,9 +91,9 @@ def build_chunk(
     top_k: int,
     vocabulary: int,
 ) -> RolloutChunk:
-    """One chunk of everything the rollouts have not sent yet; marks it as sent.
+    """One chunk of everything that is not sent yet of these rollouts, which is then marked as sent.
 
-    All rollouts belong to one scorer. `released` names rollouts whose state that scorer can drop.
+    All rollouts belong to one scorer. `released` are rollouts whose state that scorer can drop.
     """
     counts = [r.unsent for r in rollouts]
     contexts = [r.context(r.sent) for r in rollouts]
@@ -131,8 +131,9 @@ def build_chunk(
 
 
 def check_chunk_vocabulary(chunk: RolloutChunk, topk_ids: IntArray, vocabulary: int, model: str) -> None:
-    """UserError where a chunk, with `topk_ids` as it unpacks them, holds an id that `model`, a field and its value,
-    has no token for.
+    """UserError if a chunk holds an id that `model`, a field and its value, has no token for.
+
+    `topk_ids` are the chunk's, unpacked.
     """
     if all(out_of_vocabulary(ids, vocabulary) is None for ids in (chunk.context_ids, chunk.token_ids, topk_ids)):
         return
@@ -145,9 +146,7 @@ def check_chunk_vocabulary(chunk: RolloutChunk, topk_ids: IntArray, vocabulary: 
 
 
 def with_context(chunk: RolloutChunk, rollouts: Mapping[int, PendingRollout]) -> RolloutChunk:
-    """A chunk as a scorer can take it that has seen nothing of those rollouts that are not `known`; they now
-    are.
-    """
+    """A chunk to score again, with the whole past of rollouts that are not `known`; they then are."""
     own = [rollouts[i] for i in chunk.rollout_ids.tolist()]
     contexts = [r.context(start) for r, start in zip(own, chunk.start.tolist(), strict=True)]
     inserted = _inserted(own, contexts)

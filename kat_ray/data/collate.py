@@ -1,6 +1,6 @@
-"""From samples to the inputs of forward passes: which samples share one, and how they lie in its arrays.
+"""Training samples as inputs of forward passes: which samples share a pass, and how they are laid out.
 
-Padding is known by lengths, never by token ids: any id may be a real token.
+Padding is recognised by lengths, never by token ids: any id may be a real token.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ class ModelInputs:
     positions: IntArray  # [T, 2] int64
 
     def arguments(self) -> dict[str, IntArray]:
-        """What the model's `forward` takes, by name."""
+        """Keyword arguments of the model's `forward`."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The samples of one forward pass, in the order in which their tokens are listed in `inputs.positions`."""
+    """The samples of one forward pass, in the order of `inputs.positions`."""
 
     samples: tuple[TrainingSample, ...]
     inputs: ModelInputs
 
 
 class Collator(Protocol):
-    """How samples are put into micro-batches."""
+    """Groups samples into micro-batches."""
 
     def micro_batches(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
-        """All kept tokens of all samples, each once. A sample of which no token is kept is in none."""
+        """Micro-batches that hold each kept token of the samples once. Samples without one are left out."""
 
 
 @dataclass(frozen=True)
 class PaddedCollator:
-    """A sequence for each sample, samples of similar length together, padded to the longest of them."""
+    """One sequence per sample; samples of similar length share a batch, padded to the longest."""
 
     max_tokens: int  # B x L of a micro-batch, padding included
 
     def micro_batches(self, samples: Sequence[TrainingSample]) -> list[MicroBatch]:
-        """See `Collator`; a sample longer than `max_tokens` is a micro-batch of its own."""
+        """A sample longer than `max_tokens` gets a micro-batch of its own."""
         batches: list[MicroBatch] = []
         group: list[TrainingSample] = []
         kept = (s for s in samples if len(s.token_ids))
@@ -69,7 +69,7 @@ class PaddedCollator:
 
 
 def _pad(samples: Sequence[TrainingSample]) -> MicroBatch:
-    """One micro-batch of these samples, a sequence for each; at least one."""
+    """One micro-batch of at least one sample."""
     width = max(s.input_length for s in samples)
     input_ids = np.zeros((len(samples), width), dtype=np.int64)
     mask = np.zeros((len(samples), width), dtype=np.int64)

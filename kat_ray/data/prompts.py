@@ -1,7 +1,7 @@
-"""Prompts in: JSONL, Parquet or a Hugging Face data set; tokenised, checked, and dealt out to steps.
+"""Prompts from JSONL, Parquet or a Hugging Face data set: read, checked, tokenised, and assigned to steps.
 
-Every mistake names file and line (row, for formats without lines). The order of prompts, the seeds of rollouts
-and the choice of probes are functions of (run seed, step, rollout id) alone: to resume a run is to name a step.
+Every error names file and line (row, for formats without lines). The order of prompts, the seeds of rollouts and
+the choice of probes depend on (run seed, step, rollout id) alone, so that a run can resume at any step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kat_ray.types.records import Prompt, RolloutSpec
 ID_COLUMN = "id"
 
 _BATCH = 1000  # texts tokenised in one call
-# Domains of the run seed: streams that must not meet.
+# Domains of the run seed: independent random streams.
 _ORDER, _SAMPLING, _PROBE = 1, 2, 3
 
 
@@ -44,7 +44,7 @@ class PromptSet:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of every prompt's id, token ids and answer, in order: what a resumed run must find again."""
+        """SHA-256 of every prompt's id, token ids and answer, in order. A resumed run must find the same."""
         sums = hashlib.sha256()
         for p in self.prompts:
             sums.update(json.dumps([p.prompt_id, p.token_ids, p.answer]).encode())
@@ -53,7 +53,7 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of the source: where it stands, its number from 1 among all rows, and its columns."""
+    """One row of the source: its place, for messages, its number from 1, and its columns."""
 
     where: str  # "file.jsonl:3"
     number: int
@@ -63,10 +63,10 @@ class _Row:
 def load_prompts(
     data: DataConfig, tokenizer: Any, max_prompt_tokens: int | None, *, graded: bool = False
 ) -> PromptSet:
-    """Read, check and tokenise a split. `graded` demands an answer in every row.
+    """Read, check and tokenise a split. If `graded`, every row must have an answer.
 
     Prompts with more than `max_prompt_tokens` tokens are skipped and counted, or refused (`data.too_long`); None
-    knows no limit. `data.limit` counts rows of the source, before any is skipped.
+    sets no limit. `data.limit` counts rows of the source, before any is skipped.
     """
     if data.chat_template and not getattr(tokenizer, "chat_template", None):
         raise DataError("data.chat_template = true: the student's tokenizer has no chat template")
@@ -223,7 +223,7 @@ def _json_object(line: bytes, where: str) -> Mapping[str, Any]:
 
 
 def _refuse_half_characters(value: Any, where: str) -> None:
-    r"""JSON can spell half of a surrogate pair (`\ud800`), which is no text: no tokenizer takes it."""
+    r"""JSON can encode half of a surrogate pair (`\ud800`), which is not valid text: tokenizers fail on it."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -279,9 +279,9 @@ def _hugging_face(data: DataConfig, path: Path) -> Iterator[_Row]:
 
 
 class PromptOrder:
-    """An infinite order of prompts: epoch after epoch, each a permutation drawn from (seed, epoch).
+    """An endless order of prompts, epoch after epoch, each a permutation drawn from (seed, epoch).
 
-    Holds no position: `batch(step, n)` is a pure function.
+    It keeps no position: `batch` is a pure function.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool) -> None:
@@ -308,10 +308,10 @@ def _permutation(size: int, seed: int, shuffle: bool, epoch: int) -> list[int]:
 
 
 def rollout_specs(order: PromptOrder, config: Config, step: int) -> list[RolloutSpec]:
-    """The rollouts of a step (from 0): all rollouts of a prompt side by side, ids consecutive over the run.
+    """The rollouts of a step (from 0): those of one prompt are adjacent, ids are consecutive over the run.
 
-    A rollout is a probe with probability `termination.probe_share`, each on its own; the same rollouts are
-    probes at any larger share.
+    Each rollout is a probe with probability `termination.probe_share`, independently; a larger share only adds
+    probes.
     """
     rollout, seed = config.rollout, config.run.seed
     share = getattr(config.termination, "probe_share", 0.0)  # rule none has no probes
@@ -332,10 +332,10 @@ def rollout_specs(order: PromptOrder, config: Config, step: int) -> list[Rollout
 
 
 def is_probe(seed: int, rollout_id: int, share: float) -> bool:
-    """Whether a rollout is a probe: drawn from (run seed, rollout id)."""
+    """Whether a rollout is a probe: a draw from (run seed, rollout id)."""
     return _draw(seed, _PROBE, rollout_id) < share * 2**32
 
 
 def _draw(seed: int, domain: int, rollout_id: int) -> int:
-    """32 random bits that depend on nothing but the three numbers; the same on every machine."""
+    """32 random bits that depend on the three numbers only; the same on every machine."""
     return int(np.random.SeedSequence([seed, domain, rollout_id]).generate_state(1)[0])

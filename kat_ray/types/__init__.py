@@ -1,1 +1,1 @@
-"""Records that cross actor boundaries, and token ids packed for the journey. No torch, no I/O."""
+"""Records that cross actor boundaries, and the packing of token ids. No torch, no I/O."""

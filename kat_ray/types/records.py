@@ -1,6 +1,6 @@
 """The frozen records that cross actor boundaries.
 
-Everything moves forward as a new record in the object store; no later stage fills a record in.
+Each stage writes a new record to the object store; none changes a record that it was given.
 Ragged data is flat: `offsets[i]:offsets[i + 1]` are the rows of the i-th rollout of a chunk. All
 log-probabilities are natural logarithms of the *unfiltered* distributions at temperature 1; all KL
 values are in nats.
@@ -33,9 +33,9 @@ FloatArray: TypeAlias = NDArray[np.floating[Any]]
 
 
 class StopReason(enum.StrEnum):
-    """How a rollout ended. Every rollout that was started reaches exactly one of these.
+    """How a rollout ended. Every rollout that was started ends in exactly one of these ways.
 
-    Where the rule confirms a cut at or before the last token, `TRAPPED` goes before what the engine says.
+    `TRAPPED` takes precedence over what the engine says if the rule confirms a cut at or before the last token.
     """
 
     EOS = "eos"
@@ -58,7 +58,7 @@ DEFAULT_TEACHER = "default"  # the one of the configuration's section `teacher`
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of the data set, tokenised. `answer` is the gold answer of a graded task."""
+    """A tokenised prompt. `answer` is the gold answer of a graded task."""
 
     prompt_id: str
     token_ids: tuple[int, ...]
@@ -68,10 +68,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class RolloutSpec:
-    """One rollout to be generated: an order to a sampler.
+    """One rollout to generate.
 
-    `rollout_id` is unique in a run. `seed` makes the draw independent of which sampler serves it.
-    A `probe` is never cut; its d's feed the calibration uncensored. `max_tokens` is what the rule's budget leaves.
+    `rollout_id` is unique in a run. With `seed` the tokens do not depend on which sampler draws them. A `probe` is
+    never cut; its d's enter the calibration uncensored. `max_tokens` is limited by the rule's budget.
     """
 
     rollout_id: int
@@ -85,10 +85,9 @@ class RolloutSpec:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Rollouts given to one sampler, once: an attempt. Rollouts that it loses are ordered again under another
-    number.
+    """One attempt: rollouts for one sampler. If the sampler is lost, they are requested again under another number.
 
-    `rule_state` is the calibration that the step began with: a monitor that was started anew meanwhile needs it.
+    `rule_state` is the calibration that the step began with: a monitor that was restarted needs it.
     """
 
     attempt: int  # unique in a run
@@ -100,12 +99,12 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class ChunkRows:
-    """Which rows a chunk has, one per new token: what a sampler's chunk and the scores of it have in common.
+    """The rows of a chunk, one per new token: what a sampler's chunk and its scores have in common.
 
     Shapes here and below: R rollouts, N new tokens in all, k = top-k, C context tokens in all.
     """
 
-    attempt: int  # the order that these rollouts belong to
+    attempt: int  # that these rollouts belong to
     rollout_ids: IntArray  # [R] int64
     start: IntArray  # [R] int32, index of the first new token among the rollout's generated tokens
     offsets: IntArray  # [R + 1] int32, rows of each rollout
@@ -122,20 +121,20 @@ class ChunkRows:
         return self.token_ids[self.offsets[i] : self.offsets[i + 1]]
 
     def of_rows(self) -> dict[str, Any]:
-        """The fields of this class: for another record of the same rows."""
+        """The fields of this class, to make another record of the same rows."""
         return {f.name: getattr(self, f.name) for f in fields(ChunkRows)}
 
 
 @dataclass(frozen=True)
 class RolloutChunk(ChunkRows):
-    """New tokens of all active rollouts of one sampler that stay with one scorer."""
+    """New tokens of all active rollouts of one sampler that belong to one scorer."""
 
     sampled_logprobs: FloatArray  # [N] float32, log p(token) at generation time
     # The student's top-k ids, most likely first, packed by kat_ray.types.token_ids: `topk_ids` unpacks them.
     topk_ids_low: IntArray  # [N, k] uint16
     topk_ids_high: IntArray  # [N, *] uint8; no columns if the vocabulary fits into 16 bits
     topk_logprobs: FloatArray  # [N, k] float16, see kat_ray.types.token_ids
-    tail_logprobs: FloatArray  # [N] float32, log of the mass outside the top k, taken before narrowing
+    tail_logprobs: FloatArray  # [N] float32, log of the mass outside the top k, taken before quantising
     # Tokens a scorer must run before the first row and has not seen: the prompt for a new rollout, all tokens
     # before the first row when another scorer takes the rollout over, else what was inserted since the last chunk.
     context_offsets: IntArray  # [R + 1] int32
@@ -159,7 +158,7 @@ class RolloutChunk(ChunkRows):
 
 @dataclass(frozen=True)
 class ScoredChunk(ChunkRows):
-    """What the monitor sees of a chunk: numbers per token only. Rows as in the RolloutChunk it answers."""
+    """What the monitor sees of a chunk: numbers only. The rows are those of the RolloutChunk that was scored."""
 
     scorer: str
     d: FloatArray  # [N] float32, reverse KL in nats; NaN where the teacher gave no finite value
@@ -169,15 +168,15 @@ class ScoredChunk(ChunkRows):
     teacher_entropy: FloatArray  # nats, full vocabulary
     student_entropy: FloatArray  # nats, of the (k + 1)-event student distribution
     student_tail: FloatArray  # probability mass outside the student's top k
-    teacher_top: IntArray  # [N] int32, the teacher's most likely id; -1 where the engine does not tell
+    teacher_top: IntArray  # [N] int32, the teacher's most likely id; -1 where the engine does not say
     seconds: float  # time the scorer worked on this chunk
 
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """The teacher's side of the loss for one chunk; stays in the object store until the learner.
+    """The teacher's side of the loss for one chunk; stays in the object store until the learner fetches it.
 
-    Narrowed by `kat_ray.losses.divergence.quantise`; `dequantise` gives distributions that add up to 1 again.
+    Quantised by `kat_ray.losses.divergence.quantise`; `dequantise` returns distributions that sum to 1.
     """
 
     topk_logprobs: FloatArray  # [N, k] float16, log q at the student's top-k ids
@@ -194,11 +193,11 @@ class TerminationDecision:
 
 @dataclass(frozen=True)
 class RolloutOutcome:
-    """The monitor's last word on a rollout.
+    """How a rollout ended, as the monitor recorded it.
 
-    `cut` is None when nothing is cut. `would_cut` is what the rule says of a probe. `scored` counts
-    the d's that reached the monitor before the rollout ended. `minimum` is m(y) in nats, None when
-    no window was full. `weights` [seen by the rule] are the tokens' weights in the loss, None where all are 1.
+    `cut` is None if nothing is cut. `would_cut` is where the rule would have cut a probe. `scored` counts the d's
+    that reached the monitor before the rollout ended. `minimum` is m(y) in nats, None if no window was full.
+    `weights` [tokens that the rule saw] are the tokens' weights in the loss, None if all are 1.
     """
 
     rollout_id: int
@@ -215,7 +214,7 @@ class RolloutOutcome:
 
 @dataclass(frozen=True)
 class StepStart:
-    """What the rule sets for a step's rollouts: threshold in nats, longest rollout in tokens; None: not set."""
+    """The rule's limits for a step's rollouts: threshold in nats, longest rollout in tokens; None if not set."""
 
     threshold: float | None
     budget: int | None
@@ -223,7 +222,7 @@ class StepStart:
 
 @dataclass(frozen=True)
 class StepEnd:
-    """The monitor's account of a step: every rollout's outcome, and the seconds that it was busy."""
+    """Every rollout's outcome, and the seconds that the monitor worked on the step."""
 
     outcomes: tuple[RolloutOutcome, ...]
     busy_seconds: float
@@ -231,9 +230,9 @@ class StepEnd:
 
 @dataclass(frozen=True)
 class KeptRollout:
-    """One row of a learner's work list: the first `kept` generated tokens are trained on.
+    """A rollout to train on: its first `kept` generated tokens.
 
-    `weights` [kept] float32 scales each token's KL; None weighs all alike. A weight of 0 is not in the loss at all.
+    `weights` [kept] float32 scales each token's KL; None weighs all alike. Tokens of weight 0 are left out.
     """
 
     rollout_id: int
@@ -249,10 +248,10 @@ class KeptRollout:
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """The whole student under one `policy_version`, as it travels to the samplers.
+    """All weights of the student at one `policy_version`, as sent to the samplers.
 
-    Arrays are contiguous; bfloat16 travels as uint16 with its name in `dtypes`. `lm_head.weight` is
-    present even where embeddings are tied: vLLM would silently keep the old output layer.
+    Arrays are contiguous; bfloat16 is sent as uint16 with its name in `dtypes`. `lm_head.weight` is included even
+    if embeddings are tied: without it vLLM silently keeps the old output layer.
     """
 
     policy_version: int
@@ -263,7 +262,7 @@ class WeightUpdate:
 
 @dataclass(frozen=True)
 class ChunkRefs:
-    """Where the records of one chunk lie in the object store (Ray object references)."""
+    """The records of one chunk in the object store."""
 
     rollout_ids: tuple[int, ...]
     chunk: Any  # reference to a RolloutChunk
@@ -281,7 +280,7 @@ class SampledRollout:
 
 @dataclass(frozen=True)
 class SamplerReport:
-    """A sampler's account of one `generate` call."""
+    """The result of one `generate` call of a sampler."""
 
     rollouts: tuple[SampledRollout, ...]
     chunks: tuple[ChunkRefs, ...]
@@ -289,7 +288,7 @@ class SamplerReport:
     wait_seconds: float  # part of it spent waiting for decisions (back-pressure and the last chunks)
     control_seconds: float  # CPU time of the loop's thread in sending chunks and applying decisions
     decision_seconds: FloatArray  # [chunks] from building a chunk to applying the decision on it
-    recovered: int = 0  # times that a scorer or the monitor was lost meanwhile, and its work done again
+    recovered: int = 0  # times that a scorer or the monitor was lost, and its work was repeated
 
 
 @dataclass(frozen=True)

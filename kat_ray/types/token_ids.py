@@ -1,11 +1,11 @@
-"""Token ids as few bytes: k of them per generated token are most of what a chunk carries.
+"""Token ids in few bytes: with k of them per generated token, they are most of a chunk.
 
     vocabulary <= 2^16    2 bytes an id
     vocabulary <= 2^18    2 bytes and 2 bits (Qwen3, Llama 3, Gemma); int32 would take 4 bytes
     vocabulary <= 2^24    3 bytes
 
-Log-probabilities travel as float16: it rounds by a constant share of the value, 2^-11 at most, so that the tokens
-that weigh, those near 0, are held best. What is lost in d and in the loss: docs/log.md, "Narrow records".
+Log-probabilities are sent as float16, whose rounding error is relative, 2^-11 at most: those near 0, of the likely
+tokens, are the most exact. The error in d and in the loss: docs/log.md, "Narrow records".
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def unpack_ids(low: NDArray[Any], high: NDArray[Any]) -> NDArray[np.int32]:
 
 
 def out_of_vocabulary(ids: NDArray[Any], vocabulary: int) -> int | None:
-    """An id outside 0..vocabulary - 1 if the array, of any shape, holds one."""
+    """An id outside 0..vocabulary - 1 in an array of any shape; None if there is none."""
     if not ids.size:
         return None
     lowest, highest = int(ids.min()), int(ids.max())
@@ -61,7 +61,7 @@ def out_of_vocabulary(ids: NDArray[Any], vocabulary: int) -> int | None:
 
 
 def out_of_vocabulary_message(rollout_id: int, part: str, foreign: int, vocabulary: int, model: str) -> str:
-    """What to tell a user of an id that `model`, a configuration field and its value, has no token for."""
+    """The message for an id that `model`, a configuration field and its value, has no token for."""
     return (
         f"rollout {rollout_id}: its {part} holds the token id {foreign}, but {model} has a vocabulary of "
         f"{vocabulary} ids; use models and a tokenizer that belong together (kat-ray doctor compares them)"

@@ -225,7 +225,6 @@ def test_rollout_specs_number_the_whole_run():
     specs = rollout_specs(order, config(), 2)
     assert [s.rollout_id for s in specs] == [12, 13, 14, 15, 16, 17]
     assert [s.prompt_id for s in specs] == ["1", "1", "2", "2", "3", "3"]  # prompts 6, 7, 8 of 5
-    assert {s.step for s in specs} == {2}
     assert specs[0].prompt_ids == (1,)
     assert not any(s.probe for s in specs)  # rule none has no probes
 
