@@ -6,11 +6,11 @@ into the names of tests; pytest no longer lets it.
 
 import re
 from functools import cache
-from pathlib import Path
 
 from xdist.scheduler import LoadScopeScheduling
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.paths import ROOT
+
 GROUPS = {"own_ray": "own", "ray_local": "shared"}  # by fixture
 
 

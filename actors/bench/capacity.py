@@ -45,7 +45,7 @@ class Costs:
     sampler: Cost
     scorer: Cost
     monitor: Cost
-    driver: Cost  # Trainer.sample in the driver, per rollout and per token
+    driver: Cost  # Steps.sample in the driver, per rollout and per token
     books_token: float  # traces, metrics and Parquet in the driver, CPU seconds per token
     bytes_token: float  # put into the object store
 

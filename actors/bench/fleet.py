@@ -32,7 +32,7 @@ from actors.testing.stub_teacher import StubScorer, stub_teacher
 from kat_ray.config import Config
 from kat_ray.data.prompts import PromptOrder
 from kat_ray.termination import RunFacts
-from kat_ray.types.records import Prompt
+from kat_ray.types.records import DEFAULT_TEACHER, Prompt
 
 CHUNK_TOKENS = 16
 MAX_TOKENS = 64
@@ -141,7 +141,13 @@ def fleet_actors(config: Config, handles: Mapping[str, Sequence[Any]]) -> RunAct
     scorers, monitors = (ActorGroup(role, supervisor, nowhere, nowhere) for role in ("scorer", "monitor"))
     for group in (samplers, scorers, monitors):
         group.replicas = tuple(Replica(group.role, i, h, nowhere) for i, h in enumerate(handles[group.role]))
-    return RunActors(supervisor, samplers, scorers, monitors, LearnerGroup("learner", supervisor, nowhere, nowhere))
+    return RunActors(
+        supervisor,
+        samplers,
+        {DEFAULT_TEACHER: scorers},
+        monitors,
+        LearnerGroup("learner", supervisor, nowhere, nowhere),
+    )
 
 
 class Fleet:

@@ -23,6 +23,7 @@ from actors.cluster.waiting import get, last_line, ready
 from kat_ray.cluster.scaling_policy import Change, ScalingPolicy, StageTimes, scaling_metrics, size_metrics
 from kat_ray.config import Config
 from kat_ray.errors import UserError
+from kat_ray.types.records import DEFAULT_TEACHER
 
 ROLES = ("sampler", "scorer")
 
@@ -44,7 +45,10 @@ class Resizing:
         self, config: Config, actors: RunActors, placement: Placement, note: Callable[[str], object]
     ) -> None:
         self._actors, self._placement, self._note = actors, placement, note
-        self._groups: dict[str, ActorGroup] = {"sampler": actors.samplers, "scorer": actors.scorers}
+        self._groups: dict[str, ActorGroup] = {
+            "sampler": actors.samplers,
+            "scorer": actors.teachers[DEFAULT_TEACHER],
+        }
         self._bounds = {"sampler": config.sampler.bounds, "scorer": config.scorer.bounds}
         self._is_elastic = any(low < high for low, high in self._bounds.values())
         self._policy = ScalingPolicy(config.pools, self._bounds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from actors.teacher.scorer import TeacherScorer
 from actors.teacher.settings import ScorerSettings
 from kat_ray.config import Config
 from kat_ray.termination import RunFacts
-from kat_ray.types.records import GenerateRequest
+from kat_ray.types.records import DEFAULT_TEACHER, GenerateRequest
 
 
 def shard_of(sampler: int, shards: int) -> int:
@@ -37,7 +38,7 @@ class RunActors:
 
     supervisor: Supervisor
     samplers: SamplerGroup
-    scorers: ActorGroup
+    teachers: Mapping[str, ActorGroup]  # scorers, by the teacher's name
     monitors: ActorGroup
     learners: LearnerGroup
 
@@ -67,18 +68,23 @@ class RunActors:
         actors = cls(
             supervisor,
             SamplerGroup(config, paths, supervisor, placement, engines.sampler),
-            ActorGroup("scorer", supervisor, placement, scorer, config.scorer.bounds[0]),
+            {DEFAULT_TEACHER: ActorGroup("scorer", supervisor, placement, scorer, config.scorer.bounds[0])},
             ActorGroup("monitor", supervisor, placement, monitor),
             LearnerGroup("learner", supervisor, placement, learner),
         )
-        for group in (actors.monitors, actors.learners, actors.scorers):
+        for group in (actors.monitors, actors.learners, *actors.teachers.values()):
             group.start()
         return actors
 
     @property
     def groups(self) -> tuple[ActorGroup, ...]:
-        """All four."""
-        return self.samplers, self.scorers, self.monitors, self.learners
+        """All of them."""
+        return self.samplers, *self.teachers.values(), self.monitors, self.learners
+
+    @property
+    def scorers(self) -> list[Any]:
+        """The scorers of all teachers."""
+        return [scorer for group in self.teachers.values() for scorer in group.handles]
 
     def by_name(self) -> dict[str, Any]:
         """All actors, as `sampler:0`."""
@@ -90,12 +96,12 @@ class RunActors:
         """Begin to load the models of scorers and learners."""
         self.supervisor.watch(self.learners.replicas)
         self._loading = self.learners.begin_start()
-        for scorer in self.scorers.handles:
+        for scorer in self.scorers:
             scorer.ready.remote()
 
     def wait_until_ready(self) -> None:
         """Wait until every model is loaded, and wire samplers, scorers and monitors."""
-        ready = [scorer.ready.remote for scorer in self.scorers.handles]
+        ready = [scorer.ready.remote for scorer in self.scorers]
         self.supervisor.wait_for_start(ready, "scorers to load", interruptible=True)
         try:
             self.learners.wait(self._loading, "the learner to start", interruptible=True, limit="start_timeout")
@@ -119,7 +125,10 @@ class RunActors:
         index, samplers = self.samplers.handles.index(sampler), len(self.samplers.replicas)
         monitors = self.monitors.handles
         return sampler.connect.remote(
-            self.scorers.handles, monitors[shard_of(index, len(monitors))], index, samplers
+            {name: group.handles for name, group in self.teachers.items()},
+            monitors[shard_of(index, len(monitors))],
+            index,
+            samplers,
         )
 
     # --- weights ----------------------------------------------------------------------------------------------
@@ -137,7 +146,7 @@ class RunActors:
     def abandon(self, request: GenerateRequest) -> None:
         """Have the scorers forget a request whose sampler was lost, before its rollouts are given out again."""
         ids = [spec.rollout_id for spec in request.specs]
-        left = [scorer.abandon.remote(request.attempt, ids) for scorer in self.scorers.handles]
+        left = [scorer.abandon.remote(request.attempt, ids) for scorer in self.scorers]
         limit = self.supervisor.limits.hang_timeout  # a scorer that is lost has forgotten it too
         deadline = time.monotonic() + limit
         while left and time.monotonic() < deadline:

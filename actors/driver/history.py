@@ -20,7 +20,7 @@ from kat_ray.observability.trackers import Trackers
 from kat_ray.run.checkpoint import FileDigest, Loaded
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.state import RunState
-from kat_ray.run.step_guards import StepWatch
+from kat_ray.run.step_guards import StepGuards
 from kat_ray.run.summary import Totals
 
 
@@ -137,7 +137,7 @@ class RunHistory:
         self.rule_state = self._steps.rule_state
         self._evaluation.go_back(state.evaluations, state.evaluated)
         self.writer.go_back(state.done, None)
-        self.guards = StepWatch(self._config, self._run.path, self._progress.note)
+        self.guards = StepGuards(self._config, self._run.path, self._progress.note)
         self.guards.load_state(state.watch.model_dump())
 
     def _begin_checkpoint(self) -> None:

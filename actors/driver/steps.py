@@ -17,8 +17,10 @@ from actors.cluster.run_actors import RunActors
 from actors.cluster.waiting import ACTOR_LOST
 from actors.driver.dispatcher import RolloutDispatcher
 from actors.driver.monitor_group import MonitorGroup
+from kat_ray.algorithms.base import Algorithm
+from kat_ray.algorithms.distillation import OnPolicyDistillation
 from kat_ray.config import Config
-from kat_ray.data.accounting import FinishedRollout, join_outcomes, kept_rollouts
+from kat_ray.data.accounting import FinishedRollout, join_outcomes
 from kat_ray.data.batch import assign_ranks
 from kat_ray.data.prompts import PromptOrder, rollout_specs
 from kat_ray.observability.timeline import Span
@@ -46,8 +48,11 @@ class SampledStep:
 class Steps:
     """The verbs of a step. They move references; no token or logit passes through but for the accounting."""
 
-    def __init__(self, config: Config, actors: RunActors, order: PromptOrder) -> None:
+    def __init__(
+        self, config: Config, actors: RunActors, order: PromptOrder, algorithm: Algorithm | None = None
+    ) -> None:
         self._config = config
+        self._algorithm = algorithm or OnPolicyDistillation()
         self._actors = actors
         self._order = order
         self._attempts = itertools.count(1)
@@ -101,7 +106,7 @@ class Steps:
         Nothing is learnt yet: `ObjectLostError` says that records were lost with a node, and the step's rollouts
         must be sampled again.
         """
-        kept = kept_rollouts(sampled.rollouts, sampled.specs)
+        kept = self._algorithm.credit(sampled.rollouts, sampled.specs)
         learners = self._actors.learners
         pending = []
         shares = assign_ranks(kept, len(learners.replicas))
@@ -125,7 +130,7 @@ class Steps:
                 chunks=wait([c.chunk for c in sampled.chunks], "the batch"),
                 teacher=wait([c.teacher for c in sampled.chunks], "the batch"),
                 scored=sampled.scored,
-                kept=kept_rollouts(sampled.rollouts, sampled.specs),
+                kept=self._algorithm.credit(sampled.rollouts, sampled.specs),
                 prompt_ids={s.rollout_id: s.prompt_id for s in sampled.specs},
             )
         except ObjectLostError:

@@ -43,6 +43,15 @@ LOST = (RayActorError, StateLost, ObjectLostError)
 _SLICE = 1.0  # seconds between two heartbeats while waiting for another actor
 
 
+def scorer_ranges(teachers: Mapping[str, Sequence[Any]]) -> dict[str, range]:
+    """Numbers of each teacher's scorers, all of them counted from 0."""
+    ranges: dict[str, range] = {}
+    start = 0
+    for name, scorers in teachers.items():
+        ranges[name] = range(start, start := start + len(scorers))
+    return ranges
+
+
 class ScoringStream:
     """All chunks of one attempt. `rollouts` are its rollouts by id; `abort` is called with the ids of those that a
     decision cuts.
@@ -51,17 +60,18 @@ class ScoringStream:
     def __init__(
         self,
         request: GenerateRequest,
-        scorers: Sequence[Any],
+        teachers: Mapping[str, Sequence[Any]],
         monitor: Any,
         rollouts: Mapping[int, PendingRollout],
         abort: Callable[[Sequence[int]], None],
         limits: ClusterConfig,
         heartbeat: Heartbeat,
     ) -> None:
-        self._request, self._scorers, self._monitor = request, scorers, monitor
+        self._request, self._monitor = request, monitor
+        self._scorers = [scorer for scorers in teachers.values() for scorer in scorers]
         self._rollouts, self._abort = rollouts, abort
         self._limits, self._heartbeat = limits, heartbeat
-        self._stream = Stream(rollouts, len(scorers), limits.max_restarts)
+        self._stream = Stream(rollouts, scorer_ranges(teachers).values(), limits.max_restarts)
         self._decisions: dict[int, Any] = {}  # futures, of chunks that have no answer yet
         self._sent_at: list[float] = []
         self.chunks: list[ChunkRefs] = []

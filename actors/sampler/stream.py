@@ -12,7 +12,7 @@ It uses no Ray, clock or threads: `actors.sampler.score_stream` executes the ins
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -123,9 +123,13 @@ Instruction: TypeAlias = Admit | Score | Rescore | Observe | Abort | Release | A
 class Stream:
     """The chunks of one attempt. It sets `scorer`, `known` and `cut` of `rollouts`; the sampler adds the tokens."""
 
-    def __init__(self, rollouts: Mapping[int, PendingRollout], scorers: int, max_restarts: int) -> None:
+    def __init__(
+        self, rollouts: Mapping[int, PendingRollout], teachers: Collection[range], max_restarts: int
+    ) -> None:
+        """Scorers are numbered from 0; those of one teacher are a range of `teachers`, and stand in for another."""
         self._rollouts = rollouts
-        self._scorers = scorers
+        self._peers = {scorer: peers for peers in teachers for scorer in peers}
+        self._scorers = len(self._peers)
         self._max_restarts = max_restarts
         self._chunks: list[Sent] = []
         self._owed: dict[int, deque[int]] = {}  # by scorer: chunks without a decision, oldest first
@@ -184,7 +188,8 @@ class Stream:
             yield Observe(number, answered=number not in owed)
 
     def _scorer_lost(self, event: ScorerLost) -> list[Instruction]:
-        lost, target = event.scorer, (event.scorer + 1) % self._scorers
+        lost, peers = event.scorer, self._peers[event.scorer]
+        target = peers[(lost + 1 - peers.start) % len(peers)]
         instructions: list[Instruction] = [AwaitScorer(target)]
         moved = [r for r in self._rollouts.values() if r.scorer == lost]
         # If only scores were lost, with a node, the scorer is alive and still holds its rollouts.

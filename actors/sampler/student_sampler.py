@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
-from actors.sampler.score_stream import ScoringStream
+from actors.sampler.score_stream import ScoringStream, scorer_ranges
 from actors.sampler.settings import SamplerSettings
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.chunks import PendingRollout, build_chunk
@@ -78,7 +78,7 @@ class StudentSampler:
         self._name = name
         self._settings = settings
         self._version = 0
-        self._scorers: Sequence[Any] = ()
+        self._teachers: Mapping[str, Sequence[Any]] = {}
         self._monitor: Any = None
         self._timeline = Timeline()
         self._heartbeat = Heartbeat()
@@ -95,9 +95,14 @@ class StudentSampler:
     def health(self) -> HeartbeatReport:
         return self._heartbeat.read()
 
-    def connect(self, scorers: Sequence[Any], monitor: Any, index: int = 0, samplers: int = 1) -> None:
-        """Take the handles of all scorers and of this sampler's monitor. This is sampler `index` of `samplers`."""
-        self._scorers, self._monitor = tuple(scorers), monitor
+    def connect(
+        self, teachers: Mapping[str, Sequence[Any]], monitor: Any, index: int = 0, samplers: int = 1
+    ) -> None:
+        """Take the handles of each teacher's scorers and of this sampler's monitor.
+
+        This is sampler `index` of `samplers`.
+        """
+        self._teachers, self._monitor = teachers, monitor
         self._index, self._samplers = index, samplers
 
     def load_weights(self, update: WeightUpdate) -> int:
@@ -116,7 +121,7 @@ class StudentSampler:
 
         `StateLost` if this is a new process that does not hold the requested weights yet.
         """
-        if request.version != self._version or not self._scorers:
+        if request.version != self._version or not self._teachers:
             raise StateLost(
                 f"{self._name} holds version {self._version}, not {request.version}: its process is new"
             )
@@ -160,13 +165,15 @@ class _Generation:
         self._control_seconds = 0.0
         specs = request.specs
         self._rollouts: dict[int, PendingRollout] = {}
+        ranges = scorer_ranges(sampler._teachers)
         for i, spec in enumerate(specs):
-            scorer = scorer_of(i, len(specs), sampler._index, sampler._samplers, len(sampler._scorers))
+            peers = ranges[spec.teacher]
+            scorer = peers[scorer_of(i, len(specs), sampler._index, sampler._samplers, len(peers))]
             self._rollouts[spec.rollout_id] = PendingRollout(spec.rollout_id, spec.prompt_ids, scorer)
         self._active = {str(i): r for i, r in self._rollouts.items()}
         self._stream = ScoringStream(
             request,
-            sampler._scorers,
+            sampler._teachers,
             sampler._monitor,
             self._rollouts,
             self._abort,

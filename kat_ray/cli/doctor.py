@@ -24,7 +24,7 @@ from kat_ray.models.inspect import ModelFacts, ModelInfo
 
 GIB = 2**30
 
-# What pyproject.toml asks for; tests/unit/test_doctor.py keeps the two equal.
+# What pyproject.toml asks for; its test keeps the two equal.
 TESTED = {
     "ray": "==2.60.0",
     "torch": "==2.13.0",

@@ -397,7 +397,3 @@ def _config(args: argparse.Namespace) -> int:
 
     print(config_yaml(load_config(args.config, args.overrides)), end="")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -325,6 +325,7 @@ def rollout_specs(order: PromptOrder, config: Config, step: int) -> list[Rollout
             seed=_draw(seed, _SAMPLING, rollout_id) >> 1,  # 31 bits: a seed that every engine takes
             probe=is_probe(seed, rollout_id, share),
             max_tokens=rollout.max_tokens,
+            teacher=prompt.teacher,
         )
         for rollout_id, prompt in enumerate((p for p in prompts for _ in range(rollout.rollouts_per_prompt)), first)
     ]

@@ -48,7 +48,7 @@ class SkipsState(_Saved):
 
 
 class WatchState(_Saved):
-    """`StepWatch`."""
+    """`StepGuards`."""
 
     guards: GuardsState = GuardsState()
     skips: SkipsState = SkipsState()

@@ -14,7 +14,7 @@ from kat_ray.run.skipped_steps import SkipGuard
 from kat_ray.run.step_result import StepResult
 
 
-class StepWatch:
+class StepGuards:
     """Call order for each step: `check` before its metrics are written, `end_if_due` after."""
 
     def __init__(self, config: Config, run_dir: Path, note: Callable[[str], None]) -> None:

@@ -53,6 +53,9 @@ class EngineEnd(enum.IntEnum):
     FAILED = 3
 
 
+DEFAULT_TEACHER = "default"  # the one of the configuration's section `teacher`
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A tokenised prompt. `answer` is the gold answer of a graded task."""
@@ -60,6 +63,7 @@ class Prompt:
     prompt_id: str
     token_ids: tuple[int, ...]
     answer: str | None = None
+    teacher: str = DEFAULT_TEACHER  # the name of the one that scores its rollouts
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class RolloutSpec:
     seed: int
     probe: bool
     max_tokens: int
+    teacher: str = DEFAULT_TEACHER
 
 
 @dataclass(frozen=True)

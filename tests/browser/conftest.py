@@ -1,29 +1,11 @@
-"""A headless Chromium. `.ci/run` demands one; elsewhere these tests are skipped without it."""
-
-import os
-import shutil
+"""The browser in which pages are opened."""
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 
-ARGUMENTS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1300,1000",
-)  # fmt: skip
+from tests.support.chromium import chromium
 
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        assert not os.environ.get("KAT_RAY_REQUIRE_BROWSER"), "chromium and chromedriver are missing"
-        pytest.skip("chromium and chromedriver are not installed (Debian: apt install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    session = webdriver.Chrome(options=options, service=Service(driver))
-    yield session
-    session.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as session:
+        yield session

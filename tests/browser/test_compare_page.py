@@ -3,8 +3,8 @@
 from selenium.webdriver.common.by import By
 
 from kat_ray.cli import main as cli
-from tests.browser.test_report_page import open_page
-from tests.unit.test_compare import finish_rule
+from tests.browser.pages import open_page
+from tests.support.comparisons import finish_rule
 
 
 def test_the_page_opens(browser, tmp_path):

@@ -1,7 +1,5 @@
 """The report in a real browser: it opens without a network, and its rollouts can be filtered and looked at."""
 
-import json
-
 import numpy as np
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
@@ -11,7 +9,8 @@ from selenium.webdriver.support.select import Select
 
 from kat_ray.cli import main as cli
 from kat_ray.types.records import StopReason
-from tests.unit.test_report import APPLIED, STAGES, row, small_run, write_run
+from tests.browser.pages import open_page
+from tests.support.reports import APPLIED, STAGES, row, small_run, write_run
 
 # Change a filter; returns how many elements the page then has.
 CHANGE = """
@@ -28,16 +27,6 @@ def get(browser, name):
 
 def entries(browser):
     return get(browser, "list").find_elements(By.TAG_NAME, "button")
-
-
-def open_page(browser, path):
-    browser.get_log("browser"), browser.get_log("performance")
-    browser.get(path.as_uri())
-    trouble = [e for e in browser.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
-    assert not trouble
-    messages = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
-    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert urls and all(u.startswith(("file:", "data:")) for u in urls), urls
 
 
 @pytest.fixture(scope="module")

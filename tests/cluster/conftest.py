@@ -7,8 +7,9 @@ import sys
 import pytest
 import ray
 
-from tests.deploy.manifests import ROOT
 from tests.deploy.ray_process import agent_port_of_its_own
+from tests.support.chromium import chromium
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +38,10 @@ def call(tmp_path):
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """For Ray's dashboard."""
+    with chromium(tmp_path_factory.mktemp("profile")) as session:
+        yield session

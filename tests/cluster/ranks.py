@@ -16,7 +16,8 @@ from actors.learner.learner import Learner
 from actors.learner.settings import LearnerSettings
 from kat_ray.data.batch import assign_ranks
 from kat_ray.types.records import KeptRollout, TeacherRows
-from tests.conftest import chunk_of, make_config, random_rollouts
+from tests.support.chunks import chunk_of, random_rollouts
+from tests.support.configs import make_config
 
 SECONDS = 120  # that a call may take
 PRELOADED = [

@@ -9,8 +9,8 @@ import pytest
 
 from kat_ray.cluster.auth import WHERE_FROM
 from tests.cluster.local_cluster import local_cluster
-from tests.cluster.test_no_cluster import refusal
 from tests.deploy.ray_process import until
+from tests.support.commands import refusal
 
 pytestmark = pytest.mark.integration
 

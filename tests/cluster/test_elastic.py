@@ -2,43 +2,14 @@
 
 import pytest
 
-from tests.cluster.disturb import lines_of
+from tests.cluster.elastic import RATE, column, elastic_config, wait_for
 from tests.cluster.paced import train_beside
-from tests.cluster.test_recovery import check_books, records_of, stub_config
-from tests.cluster.test_run import files  # noqa: F401 (a fixture)
-from tests.deploy.ray_process import until
+from tests.support.runs import check_books, records_of
 
 pytestmark = pytest.mark.integration
 
-# Two seconds a step of one sampler: on a slow machine too sampling is what everything waits for, and a run outlasts
-# the start of a replica.
-RATE = 100.0
-STEPS = 60
-PATIENCE = 300  # seconds that any change may take before a test fails
 
-
-def elastic_config(files, tmp_path, steps=STEPS, **sections):  # noqa: F811
-    sampler, scorer = sections.pop("sampler", {}), sections.pop("scorer", {})
-    return stub_config(
-        files, tmp_path, steps=steps,
-        run={"steps": steps, "checkpoint_every": 0, "tensorboard": False},
-        rollout={"prompts_per_step": 4, "top_k_logprobs": 16, "max_tokens": 24,
-                 "staleness": sections.pop("staleness", 0)},
-        sampler={"replicas": 1, "num_cpus": 0.5} | sampler, scorer={"replicas": 1, "num_cpus": 0.5} | scorer,
-        pools={"grow_after": 1, "shrink_after": 1}, **sections,
-    )  # fmt: skip
-
-
-def column(metrics, name):
-    return [m[f"pools/{name}"] for m in metrics]
-
-
-def wait_for(tmp_path, seen, what):
-    """Until the steps that a run has done show it."""
-    until(lambda: seen(lines_of(tmp_path / "run" / "metrics.jsonl")), PATIENCE, what)
-
-
-def test_the_stage_that_is_waited_for_grows_and_the_idle_one_shrinks(ray_local, files, tmp_path):  # noqa: F811
+def test_the_stage_that_is_waited_for_grows_and_the_idle_one_shrinks(ray_local, files, tmp_path):
     """Sampling ahead: a replica that goes has made records that are learnt a step later."""
     config = elastic_config(
         files, tmp_path, staleness=1, sampler={"max_replicas": 3}, scorer={"replicas": 3, "min_replicas": 1}
@@ -61,7 +32,7 @@ def test_the_stage_that_is_waited_for_grows_and_the_idle_one_shrinks(ray_local, 
     assert "pools: one sampler more than 1: the learner waited" in said and "pools: one scorer less: " in said
 
 
-def test_a_replica_that_finds_no_place_holds_nobody_up(ray_local, files, tmp_path):  # noqa: F811
+def test_a_replica_that_finds_no_place_holds_nobody_up(ray_local, files, tmp_path):
     """Two samplers fit on the eight CPUs, the third never comes."""
     config = elastic_config(files, tmp_path, sampler={"num_cpus": 3, "max_replicas": 3})
 

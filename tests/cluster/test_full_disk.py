@@ -13,9 +13,8 @@ from actors.testing.stub_teacher import stub_teacher
 from kat_ray.errors import UserError
 from kat_ray.run.checkpoint import Checkpoints
 from tests.cluster.disturb import steps_done
-from tests.cluster.test_recovery import check_books, stub_config
-from tests.cluster.test_run import QUICK, SINGLE, files  # noqa: F401 (a fixture)
-from tests.deploy.conftest import lacking
+from tests.support.lacking import lacking
+from tests.support.runs import QUICK, SINGLE, check_books, stub_config
 
 pytestmark = pytest.mark.integration
 REAL_LEARNER = Engines(fast_stub_engine, stub_teacher)
@@ -49,7 +48,7 @@ def fill(disk):
     return filler
 
 
-def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(ray_local, files, tmp_path, mounted, monkeypatch):  # noqa: F811
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(ray_local, files, tmp_path, mounted, monkeypatch):
     disk = mounted(tmp_path / "disk", 90)
     config = stub_config(
         files, disk, steps=12, run={"steps": 12, "checkpoint_every": 2, "tensorboard": False}, **SINGLE
@@ -75,7 +74,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(ray_local, fil
     check_books(config, run)
 
 
-def test_a_disk_that_is_full_while_the_learner_writes(ray_local, files, tmp_path, mounted, monkeypatch):  # noqa: F811
+def test_a_disk_that_is_full_while_the_learner_writes(ray_local, files, tmp_path, mounted, monkeypatch):
     """Checkpoints have a disk of their own, so that it is the learner's process whose writing fails."""
     config = stub_config(
         files, tmp_path, steps=6, run={"steps": 6, "checkpoint_every": 2, "tensorboard": False}, **SINGLE

@@ -11,8 +11,7 @@ from actors.driver import train as job
 from actors.testing.stub_engine import StubEngine, fast_stub_engine
 from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import StubTeacher, stub_teacher
-from tests.cluster.test_recovery import check_books, stub_config
-from tests.cluster.test_run import files  # noqa: F401 (a fixture)
+from tests.support.runs import check_books, stub_config
 
 pytestmark = pytest.mark.integration
 
@@ -60,7 +59,7 @@ class HangingTeacher(StubTeacher):
     [("sampler", "generate", {"sampler": HangingEngine}), ("scorer", "score", {"scorer": HangingTeacher})],
     ids=["sampler", "scorer"],
 )
-def test_an_actor_that_answers_and_makes_no_progress_is_replaced(ray_local, files, tmp_path, role, task, hanging):  # noqa: F811
+def test_an_actor_that_answers_and_makes_no_progress_is_replaced(ray_local, files, tmp_path, role, task, hanging):
     # Who is not found would be waited for until step_timeout, and fail the run.
     config = stub_config(files, tmp_path, STEPS, cluster={"hang_timeout": HANG, "step_timeout": 120})
     made = {"sampler": fast_stub_engine, "scorer": stub_teacher}

@@ -13,7 +13,8 @@ from kat_ray.data.batch import collect_samples
 from kat_ray.losses.divergence import event_logprobs, is_stop, reverse_kl, stop_mass, tail_from_logprobs
 from kat_ray.models.load import check_output_layer
 from tests.cluster.ranks import Group, step_of
-from tests.conftest import make_model, random_rollouts
+from tests.support.chunks import random_rollouts
+from tests.support.models import make_model
 
 
 def train(models, world_size, steps=3, **learner):

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from kat_ray.run.checkpoint import CheckpointError, Checkpoints, FileDigest
 from tests.cluster.ranks import Group
-from tests.conftest import make_model
+from tests.support.models import make_model
 
 
 @pytest.fixture

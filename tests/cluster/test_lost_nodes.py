@@ -13,10 +13,9 @@ from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import stub_teacher
 from tests.cluster.disturb import role_of
 from tests.cluster.local_cluster import local_cluster
-from tests.cluster.test_recovery import check_alike, stub_config
-from tests.cluster.test_run import QUICK, files  # noqa: F401 (a fixture)
 from tests.deploy.held_steps import Gate, HeldEngine
 from tests.deploy.ray_process import until
+from tests.support.runs import QUICK, check_alike, stub_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
 
@@ -68,14 +67,14 @@ def cluster():
         yield cluster
 
 
-def config_for(files, cluster, folder, sections):  # noqa: F811
+def config_for(files, cluster, folder, sections):
     """Limits are the defaults: the loss of a node must not need others."""
     run = {"steps": STEPS, "checkpoint_every": 4, "deterministic": True}
     return stub_config(files, folder, STEPS, run=run, cluster={"address": cluster.address}, **sections)
 
 
 @pytest.fixture(scope="module")
-def quiet(cluster, files, tmp_path_factory):  # noqa: F811
+def quiet(cluster, files, tmp_path_factory):
     """The run that nothing happens to: its configuration and directory."""
     config = config_for(files, cluster, tmp_path_factory.mktemp("quiet"), {})
     return config, job.train(config, engines=QUICK)
@@ -102,7 +101,7 @@ TIERS = {"a sampler and a scorer": pytest.mark.nightly}  # a lost sampler's node
 
 
 @pytest.mark.parametrize("scene", [pytest.param(s, marks=TIERS.get(s.name, ()), id=s.name) for s in SCENES])
-def test_a_run_survives_the_loss_of_a_node(cluster, quiet, files, tmp_path, caplog, scene):  # noqa: F811
+def test_a_run_survives_the_loss_of_a_node(cluster, quiet, files, tmp_path, caplog, scene):
     config, gate = config_for(files, cluster, tmp_path, scene.sections), Gate(tmp_path)
     gate.open(LOST_IN - 1)
     cluster.start_node(LOST, scene.cpus, gpus=scene.gpus)

@@ -6,16 +6,9 @@ import time
 import pytest
 
 from tests.deploy.ray_process import outside_port
+from tests.support.commands import refusal
 
 pytestmark = pytest.mark.integration
-
-
-def refusal(done):
-    """The one message of a command that was refused."""
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line.removeprefix("error: ")
 
 
 @pytest.mark.parametrize("command", ["train", "eval"])

@@ -27,8 +27,7 @@ from kat_ray.cluster.heartbeat import Heartbeat
 from kat_ray.config.cluster import ClusterConfig
 from kat_ray.errors import Stopped, UserError
 from tests.cluster.disturb import newest_of
-from tests.cluster.test_recovery import QUICK, check_books, records_of, stub_config
-from tests.cluster.test_run import SINGLE, files  # noqa: F401 (a fixture)
+from tests.support.runs import QUICK, SINGLE, check_books, records_of, stub_config
 
 pytestmark = pytest.mark.integration
 
@@ -46,7 +45,7 @@ def before(monkeypatch, owner, name, act):
     return calls
 
 
-def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path, monkeypatch):  # noqa: F811
+def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path, monkeypatch):
     """Once in a step, then before it takes the checkpoint, then before it publishes; sampling goes on ahead."""
     config = stub_config(
         files, tmp_path, steps=5, rollout={"top_k_logprobs": 16, "staleness": 1},
@@ -69,7 +68,7 @@ def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path
     assert (path / "run.log").read_text().count("going on from step 2") == 1
 
 
-def test_a_rank_that_dies_before_the_ranks_have_met(ray_local, files, tmp_path, monkeypatch):  # noqa: F811
+def test_a_rank_that_dies_before_the_ranks_have_met(ray_local, files, tmp_path, monkeypatch):
     config = stub_config(files, tmp_path, steps=2, **SINGLE | {"learner": {"world_size": 2}})
     before(monkeypatch, RunActors, "wait_until_ready", lambda n: newest_of("learner").kill())
     path = job.train(config, engines=Engines(fast_stub_engine, stub_teacher))  # real ranks: the others wait for it
@@ -123,7 +122,7 @@ def waiting_engine(folder, settings):
     time.sleep(1e6)
 
 
-def test_told_to_end_while_models_are_loaded(ray_local, files, tmp_path):  # noqa: F811
+def test_told_to_end_while_models_are_loaded(ray_local, files, tmp_path):
     config = stub_config(files, tmp_path, steps=2, **SINGLE)
 
     def tell():
@@ -148,7 +147,7 @@ def one_good_engine(folder, settings):
     return StubEngine(settings.rollout.top_k_logprobs, vocabulary=16, rate=600.0)  # all wait for it
 
 
-def test_a_replica_that_cannot_load_ends_no_run(ray_local, files, tmp_path):  # noqa: F811
+def test_a_replica_that_cannot_load_ends_no_run(ray_local, files, tmp_path):
     config = stub_config(
         files, tmp_path, steps=16, run={"steps": 16, "checkpoint_every": 0, "tensorboard": False},
         pools={"grow_after": 1}, **SINGLE | {"sampler": {"replicas": 1, "max_replicas": 2, "num_cpus": 0.5}},

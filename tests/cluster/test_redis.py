@@ -13,10 +13,9 @@ import pytest
 from kat_ray.config.load import config_yaml
 from tests.cluster.disturb import role_of, steps_done
 from tests.cluster.local_cluster import HEAD, local_cluster
-from tests.cluster.test_recovery import check_books
-from tests.cluster.test_run import config_of, files  # noqa: F401 (a fixture)
-from tests.deploy.conftest import lacking
 from tests.deploy.ray_process import free_port, process, until
+from tests.support.lacking import lacking
+from tests.support.runs import check_books, config_of
 
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("own_ray")]
 
@@ -127,7 +126,7 @@ def train(cluster, log, *arguments):
         return subprocess.Popen(command, env=cluster.environment(), stdout=out, stderr=out, start_new_session=True)
 
 
-def test_a_run_goes_on_when_the_head_is_back(redis, files, tmp_path):  # noqa: F811
+def test_a_run_goes_on_when_the_head_is_back(redis, files, tmp_path):
     with local_cluster() as cluster:
         start_head(cluster, redis)
         cluster.start_node(WORKER, 4, **PATIENT)

@@ -21,9 +21,9 @@ import yaml
 from kat_ray.config.load import config_yaml
 from kat_ray.records.traces import read_traces
 from tests.cluster.disturb import steps_done, wait_for_step
-from tests.cluster.test_run import config_of, files  # noqa: F401 (a fixture)
 from tests.deploy.manifests import ROOT
 from tests.deploy.ray_process import job_logs, ray_process, submitted, until
+from tests.support.runs import config_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
 
@@ -66,7 +66,7 @@ def finish(process, code=0, timeout=300):
     return out, err
 
 
-def run_config(kind, files, tmp_path, name):  # noqa: F811
+def run_config(kind, files, tmp_path, name):
     config = config_of(
         files, tmp_path,
         run={"name": name, "steps": kind.steps, "checkpoint_every": kind.every, "deterministic": True,
@@ -106,7 +106,7 @@ def everything(run):
 
 
 @pytest.fixture(scope="module")
-def straight(files, tmp_path_factory):  # noqa: F811
+def straight(files, tmp_path_factory):
     """What a run of a kind leaves that nothing happens to."""
 
     @cache
@@ -140,7 +140,7 @@ def check_same(run, straight):
 
 
 @kinds(STUBS)
-def test_a_kill_and_a_resumption_change_nothing(straight, files, tmp_path, kind):  # noqa: F811
+def test_a_kill_and_a_resumption_change_nothing(straight, files, tmp_path, kind):
     config, run = run_config(kind, files, tmp_path, "killed")
     process = start(kind, config)
     wait_for_step(run / "metrics.jsonl", 2 * kind.every + 2, process)
@@ -165,7 +165,7 @@ def test_a_kill_and_a_resumption_change_nothing(straight, files, tmp_path, kind)
 
 
 @kinds(REAL)
-def test_told_to_end_it_saves_and_a_second_run_goes_on(straight, files, tmp_path, kind):  # noqa: F811
+def test_told_to_end_it_saves_and_a_second_run_goes_on(straight, files, tmp_path, kind):
     config, run = run_config(kind, files, tmp_path, "told")
     process = start(kind, config)
     wait_for_step(run / "metrics.jsonl", kind.every + 1, process)
@@ -185,7 +185,7 @@ def test_told_to_end_it_saves_and_a_second_run_goes_on(straight, files, tmp_path
 
 
 @kinds(STUBS)
-def test_a_retried_job_goes_on_by_itself(straight, files, tmp_path, monkeypatch, kind):  # noqa: F811
+def test_a_retried_job_goes_on_by_itself(straight, files, tmp_path, monkeypatch, kind):
     """As a Ray job, submitted again and again under one name: after a kill of its driver, and after `job stop`."""
     from ray.job_submission import JobStatus
 

@@ -8,72 +8,17 @@ import pytest
 from actors.cluster.samplers import Engines
 from actors.cluster.waiting import Limit, wait_for_start
 from actors.driver import train as job
-from actors.testing.stub_engine import fast_stub_engine
 from actors.testing.stub_learner import StubLearner
-from actors.testing.stub_teacher import stub_teacher
 from kat_ray.analysis.replay import load_traces
 from kat_ray.analysis.replay_rules import COLUMNS, reproduce
-from kat_ray.config import Config
-from kat_ray.demo.tokenizer import build_tokenizer
 from kat_ray.records.traces import read_traces
 from kat_ray.termination import RunFacts
 from kat_ray.termination.calibration import quantile
-from tests.conftest import make_model, random_rollouts
+from tests.support.runs import AHEAD, CHUNK, QUICK, SINGLE, config_of
 
 pytestmark = pytest.mark.integration
 
-CHUNK, AHEAD = 4, 1
-# What a test needs that does not ask for two of everything, nor for what is evaluated.
-SINGLE = {
-    "sampler": {"replicas": 1},
-    "scorer": {"replicas": 1},
-    "learner": {"world_size": 1},
-    "evaluation": {"data": None},
-}
 SAME = {"run": {"deterministic": True}}
-QUICK = Engines(fast_stub_engine, stub_teacher, StubLearner)  # their tokens depend on the rollout alone
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Random student and teacher with the demo's tokenizer, and prompts that both can read."""
-    root = tmp_path_factory.mktemp("job")
-    tokenizer = build_tokenizer()
-    for name, seed in (("student", 1), ("teacher", 2)):
-        make_model(root / name, seed=seed, vocabulary=len(tokenizer))
-        tokenizer.save_pretrained(root / name)
-    rows = [
-        {"prompt": " ".join(str(n % 150) for n in prompt) + "\n", "answer": "7"}
-        for prompt, _ in random_rollouts(40).values()
-    ]
-    (root / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return root
-
-
-def config_of(root, tmp_path, **sections):
-    tree = {
-        "run": {"dir": str(tmp_path), "steps": 5, "tensorboard": False},
-        "student": {"path": str(root / "student"), "dtype": "float32"},
-        "teacher": {"path": str(root / "teacher"), "dtype": "float32"},
-        "data": {"path": str(root / "prompts.jsonl")},
-        "rollout": {
-            "prompts_per_step": 8, "rollouts_per_prompt": 2, "max_tokens": 48, "chunk_tokens": CHUNK,
-            "max_chunks_ahead": AHEAD,
-        },
-        "termination": {
-            "rule": "kat", "window": 8, "exempt": 4, "consecutive": 2, "eta": 0.5, "buffer": 32, "min_samples": 12,
-            "min_steps": 1, "probe_share": 0.25,
-        },
-        "sampler": {"replicas": 2, "kv_cache_gib": 0.05, "num_cpus": 0.5, "max_num_seqs": 64},
-        "scorer": {"replicas": 2, "num_cpus": 0.5},
-        "learner": {"world_size": 2, "dtype": "float32", "lr": 1e-3, "num_cpus": 0.5},
-        "evaluation": {
-            "data": {"path": str(root / "prompts.jsonl"), "limit": 6}, "k": 2, "max_tokens": 16, "teacher": False,
-        },
-    }  # fmt: skip
-    for name, values in sections.items():
-        tree[name] = values if "rule" in values else {**tree.get(name, {}), **values}
-    return Config.model_validate(tree)
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,11 @@ from kat_ray.errors import UserError
 from kat_ray.run.step_metrics import rollout_metrics
 from kat_ray.termination import RunFacts
 from kat_ray.types.records import EngineEnd, EngineRows, GenerateRequest, KeptRollout, RolloutSpec
-from tests.cluster import test_run
 from tests.cluster.ranks import Group, step_of
-from tests.cluster.test_run import QUICK, SINGLE, config_of
-from tests.conftest import make_config, make_model, random_rollouts
-
-files = test_run.files
+from tests.support.chunks import random_rollouts
+from tests.support.configs import make_config
+from tests.support.models import make_model
+from tests.support.runs import QUICK, SINGLE, config_of
 
 
 def with_weight(step, value):
@@ -222,7 +221,7 @@ def test_generations_without_a_token_go_through_sampler_scorer_and_monitor(ray_l
         config, config.student, "", stop_ids=(1,), vocabulary=200, max_model_len=64
     )
     sampler = StudentSampler("sampler:0", settings, lambda _: SilentEngine(8))
-    sampler.connect([scorer], monitor)
+    sampler.connect({"default": [scorer]}, monitor)
     for step, ids in enumerate(([0, 1, 2, 3], [4, 6])):  # in the second step nobody generates anything
         specs = [RolloutSpec(i, "p", (7,) * (1 + i), 0, False, 64) for i in ids]
         step_start = ray.get(monitor.start_step.remote(step))

@@ -13,8 +13,7 @@ from actors.testing.stub_engine import fast_stub_engine
 from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import stub_teacher
 from tests.cluster.disturb import CLASSES, Beside, processes_of
-from tests.cluster.test_recovery import check_books, stub_config
-from tests.cluster.test_run import files  # noqa: F401 (a fixture)
+from tests.support.runs import check_books, stub_config
 
 pytestmark = pytest.mark.integration
 
@@ -52,7 +51,7 @@ class Gauge(Beside):
 @pytest.mark.parametrize(
     ("steps", "grown"), [(400, 6.0), pytest.param(2000, 16.0, marks=pytest.mark.nightly)], ids=["gate", "long"]
 )
-def test_many_steps_leave_nothing_behind(ray_local, files, tmp_path, steps, grown):  # noqa: F811
+def test_many_steps_leave_nothing_behind(ray_local, files, tmp_path, steps, grown):
     config = stub_config(
         files, tmp_path, steps=steps,
         run={"steps": steps, "checkpoint_every": steps // 5, "trace_features": False, "tensorboard": False},

@@ -13,14 +13,13 @@ from actors.driver import training_run as job_module
 from actors.testing.stub_engine import fast_stub_engine
 from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import stub_teacher
-from tests.cluster.test_recovery import check_books, stub_config
-from tests.cluster.test_run import SINGLE, files  # noqa: F401 (a fixture)
 from tests.deploy.ray_process import until
+from tests.support.runs import SINGLE, check_books, stub_config
 
 pytestmark = pytest.mark.integration
 
 
-def test_sampling_ahead_waits_until_the_store_has_room(ray_local, files, tmp_path, monkeypatch):  # noqa: F811
+def test_sampling_ahead_waits_until_the_store_has_room(ray_local, files, tmp_path, monkeypatch):
     """Something else fills half of a real store until the second step is recorded; then it has room."""
     monkeypatch.setattr(object_store, "_EVERY", 0.0)  # steps are short here: look in each of them
     config = stub_config(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser.conftest import browser  # noqa: F401 (a fixture)
 from tests.cluster.disturb import lines_of
 from tests.cluster.local_cluster import local_cluster
 from tests.deploy.manifests import ROOT
@@ -103,7 +102,7 @@ def actors(cluster):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_run_is_submitted_watched_stopped_and_gone_on_with(run, cluster, browser):  # noqa: F811
+def test_a_run_is_submitted_watched_stopped_and_gone_on_with(run, cluster, browser):
     first = submit(run, "run.steps=400", "--no-wait")
     assert first.returncode == 0, first.stderr
     assert f"job night-1 is submitted: http://127.0.0.1:{cluster.dashboard}/#/jobs/night-1" in first.stdout
@@ -154,7 +153,7 @@ def test_a_role_without_a_node_is_named_by_the_job(run):
     assert "zone=mars" in done.stdout and "job nowhere-1: FAILED" in done.stdout
 
 
-def look_at_the_dashboard(cluster, browser):  # noqa: F811
+def look_at_the_dashboard(cluster, browser):
     """Job and actors by name, in a browser; KAT_RAY_PICTURES names a folder for the picture of the docs."""
     page = f"http://127.0.0.1:{cluster.dashboard}"
     browser.get(page)

@@ -14,7 +14,8 @@ import torch
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.transformers_backend import TransformersTeacher
 from kat_ray.errors import StateLost
-from tests.conftest import chunk_of, make_config, random_rollouts
+from tests.support.chunks import chunk_of, random_rollouts
+from tests.support.configs import make_config
 
 pytestmark = pytest.mark.integration  # vLLM takes seconds to import
 

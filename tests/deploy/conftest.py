@@ -1,20 +1,11 @@
-"""What the tests of manifests need beside Python; CI requires it, elsewhere a test says what it lacks."""
+"""What the tests of manifests take."""
 
-import os
 import shutil
 
 import pytest
 
 from tests.deploy.crd import ENVIRONMENT, crd_folder
-
-REQUIRED = bool(os.environ.get("KAT_RAY_REQUIRE_DEPLOY"))  # set by .ci/run
-
-
-def lacking(what: str) -> None:
-    """Skip, or fail where everything must be there."""
-    if REQUIRED:
-        pytest.fail(what)
-    pytest.skip(what)
+from tests.support.lacking import lacking
 
 
 @pytest.fixture(scope="session")

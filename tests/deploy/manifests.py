@@ -10,11 +10,12 @@ import yaml
 
 from kat_ray.config import Config
 from kat_ray.config.load import load_config
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "deploy/kuberay/chart"
 PROFILES = {path.stem: path for path in sorted((ROOT / "deploy/kuberay/profiles").glob("*.yaml"))}
 NAMESPACE = "kat-ray"
+KUBERNETES = ("1.28", "1.34")  # the oldest that the chart takes, and one of today
 
 Manifest = dict[str, Any]
 

@@ -21,13 +21,12 @@ from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import stub_teacher
 from kat_ray.cluster.roles import ROLE_LABEL
 from tests.cluster.disturb import lines_of, steps_done
-from tests.cluster.test_recovery import check_books
-from tests.cluster.test_run import files  # noqa: F401 (a fixture)
 from tests.deploy.autoscaled import NAME, PATIENCE, SMALL, by_role
 from tests.deploy.held_steps import Gate, HeldEngine
 from tests.deploy.manifests import job_config, merged, ray_cluster, render
 from tests.deploy.on_kuberay import kuberay
 from tests.deploy.ray_nodes import workers
+from tests.support.runs import check_books
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray", "openssl")]
 
@@ -38,7 +37,7 @@ FIRST, SECOND = "kat:sampler:0", "kat:sampler:1"
 OTHERS = (SECOND, "kat:scorer:0", "kat:learner:0", "kat:monitor:0")
 
 
-def run_job(files, folder):  # noqa: F811
+def run_job(files, folder):
     """The documents of the profile `run` for small models and two cores; its pools grow as shipped, but sooner."""
     small = helm.parse_set_string(",".join((*SMALL, "workers.learner.replicas=1", "workers.learner.minReplicas=1")))
     config = {
@@ -144,7 +143,7 @@ def pids(*names):
     return [beat.pid for beat in ray.get(pings, timeout=PATIENCE)]
 
 
-def test_a_run_grows_and_survives_the_loss_of_a_samplers_node(files, tmp_path):  # noqa: F811
+def test_a_run_grows_and_survives_the_loss_of_a_samplers_node(files, tmp_path):
     docs = run_job(files, tmp_path)
     config = job_config(docs, tmp_path)
     assert config.cluster.by_role and config.sampler.bounds == (1, 2)
@@ -164,4 +163,4 @@ def test_a_run_grows_and_survives_the_loss_of_a_samplers_node(files, tmp_path): 
     sizes = [m["pools/sampler_replicas"] for m in metrics]
     assert sizes == sorted(sizes) and (sizes[0], sizes[-1]) == (1, 2), sizes
     said = (path / "run.log").read_text()
-    assert re.findall(r"(\S+) was lost", said) == ["sampler:0"] and "is done without" not in said
+    assert re.findall(r"(\S+) was lost", said) == ["sampler:0"] and "goes on without it" not in said

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.conftest import lacking
 from tests.deploy.manifests import CHART, ROOT
+from tests.support.lacking import lacking
 
 DOCKERFILES = ("docker/Dockerfile", "docker/Dockerfile.cpu")
 SHELL = ("docker/install.sh", "actors/bench/peer/install.sh", ".ci/run")

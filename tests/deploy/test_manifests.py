@@ -7,10 +7,20 @@ import pytest
 import yaml
 
 from tests.deploy.crd import crd_errors
-from tests.deploy.manifests import CHART, PROFILES, ROOT, helm, one, profile_values, ray_cluster, ray_pods, render
+from tests.deploy.manifests import (
+    CHART,
+    KUBERNETES,
+    PROFILES,
+    ROOT,
+    helm,
+    one,
+    profile_values,
+    ray_cluster,
+    ray_pods,
+    render,
+)
 from tests.deploy.operator_rules import APPLICATION, operator_errors
 
-KUBERNETES = ("1.28", "1.34")  # the oldest that the chart takes, and one of today
 PROMETHEUS_KINDS = {"PodMonitor", "PrometheusRule"}
 
 every_profile = pytest.mark.parametrize("profile", PROFILES)

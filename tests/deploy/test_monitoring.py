@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from kat_ray.observability.prometheus import exported_names
-from tests.deploy.conftest import lacking
 from tests.deploy.manifests import ROOT, one, render
 from tests.deploy.monitoring import FOLDER, alerts, dashboard, dashboard_queries, names_in
+from tests.support.lacking import lacking
 
 RULES_TEST = ROOT / "tests/deploy/alerts_test.yaml"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.conftest import lacking
 from tests.deploy.manifests import ROOT, ray_pods, render
+from tests.support.lacking import lacking
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
 

@@ -8,11 +8,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.deploy.conftest import lacking
-from tests.deploy.manifests import ROOT, one, profile_values, ray_cluster, ray_pods, render
+from tests.deploy.manifests import KUBERNETES, ROOT, one, profile_values, ray_cluster, ray_pods, render
+from tests.deploy.pod_security import restricted_errors
 from tests.deploy.ray_process import free_port, process, until
-from tests.deploy.test_manifests import KUBERNETES
-from tests.deploy.test_security import restricted_errors
+from tests.support.lacking import lacking
 
 PASSWORD = "f00d" * 12  # as `openssl rand -hex 24` writes it
 

@@ -13,9 +13,9 @@ from kat_ray.observability.metric_catalog import METRICS
 from kat_ray.observability.prometheus import RUN_METRICS, exported_name
 from tests.cluster.disturb import role_of
 from tests.cluster.local_cluster import local_cluster, outside_port
-from tests.deploy.conftest import lacking
 from tests.deploy.monitoring import FOLDER, alerts, dashboard_queries, names_in
 from tests.deploy.ray_process import free_port, process, until
+from tests.support.lacking import lacking
 
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("own_ray")]
 

@@ -18,7 +18,7 @@ from kat_ray.records.traces import SCHEMA
 from kat_ray.report import style
 from kat_ray.types.records import StopReason
 from tests.fuzz.harness import check, fuzz, mutated, run, scalars, sizes, trees
-from tests.unit.test_report import STAGES, row, write_run
+from tests.support.reports import STAGES, row, write_run
 
 SUMMARY = {
     "rollouts_started": 8, "rollouts_ended": {"eos": 8}, "prompt_tokens": 40, "generated_tokens": 90,

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -27,9 +28,9 @@ from actors.testing.stub_engine import fast_stub_engine
 from actors.testing.stub_teacher import stub_teacher
 from kat_ray.config import Config
 from kat_ray.config.load import load_config
-from kat_ray.demo.tokenizer import build_tokenizer
 from kat_ray.records.traces import read_traces
-from tests.conftest import make_model, random_rollouts
+from tests.support.environment import VARIABLES
+from tests.support.models import write_job_files
 
 FOLDER = Path(__file__).parent
 CLOCKED = ("time", "throughput/", "store/", "learner/seconds")  # of metrics: a clock or the machine decides them
@@ -38,13 +39,7 @@ STEPS = {"stub": 6, "demo": 20}
 
 def stub_config(root: Path) -> Config:
     """Two of everything, KAT, probes, evaluation, staleness 0; models and prompts are written below `root`."""
-    tokenizer = build_tokenizer()
-    for name, seed in (("student", 1), ("teacher", 2)):
-        make_model(root / name, seed=seed, vocabulary=len(tokenizer))
-        tokenizer.save_pretrained(root / name)
-    prompts = [" ".join(str(n % 150) for n in prompt) + "\n" for prompt, _ in random_rollouts(40).values()]
-    lines = [json.dumps({"prompt": p, "answer": "7"}) for p in prompts]
-    (root / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    write_job_files(root)
     return Config.model_validate(
         {
             "run": {
@@ -184,6 +179,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("names", nargs="+", choices=sorted(STEPS))
     parser.add_argument("--record", action="store_true", help="write what was found instead of comparing it")
     options = parser.parse_args(arguments)
+    os.environ.update(VARIABLES)
     code = 0
     for name in options.names:
         with tempfile.TemporaryDirectory() as folder:

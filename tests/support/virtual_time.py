@@ -24,6 +24,7 @@ from typing import Any, ClassVar, TypeAlias
 START = 1000.0  # of the clock: code that takes 0 for long ago is right, as on any machine
 _EPOCH = 1.7e9
 _MOST_SWITCHES = 200_000
+_MOST_SPINS = 5_000
 
 _wait, _notify, _notify_all = threading.Condition.wait, threading.Condition.notify, threading.Condition.notify_all
 _submit, _shutdown = ThreadPoolExecutor.submit, ThreadPoolExecutor.shutdown
@@ -98,6 +99,7 @@ class Scheduler:
         self.now = START
         self.random = random.Random(seed) if seed else None
         self.switches = 0
+        self._spins = 0  # verbs since the clock last moved
         self.agenda: dict[int, list[Callable[[], Any]]] = {}  # what happens at which switch
         self.tasks: set[Task] = set()
         self._runnable: list[Task] = []
@@ -145,6 +147,10 @@ class Scheduler:
         task = self.current
         if task.killed:
             raise Killed
+        self._spins += 1
+        if self._spins > _MOST_SPINS:
+            self._spins = 0
+            raise Stuck(f"{task.name} spins: {_MOST_SPINS} calls of Ray, and none of them waited")
         draw = self.random
         if task.owner.frozen or (draw is not None and draw.random() < chance):
             kind = draw.random() if draw is not None else 0.0
@@ -250,6 +256,7 @@ class Scheduler:
             if not self._timers:
                 self._fail(Stuck("nothing can run: " + ", ".join(sorted(t.name for t in self.tasks))))
                 continue
+            self._spins = 0
             when, _, call = heapq.heappop(self._timers)
             self.now = max(self.now, when)
             try:

@@ -1,11 +1,12 @@
 """The dependency audit: a finding fails, silence is called silence."""
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 
-spec = importlib.util.spec_from_file_location("audit", Path(__file__).parents[2] / ".ci" / "audit.py")
+from tests.support.paths import ROOT
+
+spec = importlib.util.spec_from_file_location("audit", ROOT / ".ci" / "audit.py")
 tool = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tool)
 

@@ -378,7 +378,7 @@ def test_an_order_that_fails_while_it_is_added_leaves_the_engine_idle():
         def admit(self):
             raise RuntimeError("no connection")
 
-    sampler.connect([SimpleNamespace()], NoMonitor())
+    sampler.connect({"default": [SimpleNamespace()]}, NoMonitor())
     spec = RolloutSpec(0, "p0", (20, 30, 40), 7, False, 8)
     with pytest.raises(RuntimeError, match="no connection"):
         sampler.generate(GenerateRequest(1, 0, 0, (spec,), {}))

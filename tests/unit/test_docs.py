@@ -3,14 +3,13 @@
 import ast
 import functools
 import re
-from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.unit.test_imports import FLOOR
+from tests.support.house import FLOOR
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 # Records of a day keep the names of that day: docs/glossary.md translates them.
 DATED = {"docs/log.md", "docs/benchmarks.md", "CHANGELOG.md"}
 PAGES = sorted(
@@ -28,28 +27,6 @@ FOREIGN = {  # classes and kinds of other projects
     "RayCluster",
     "RayJob",
     "RuntimeDefault",
-}
-
-# Named by pages a little before they are in the tree.
-COMING = {
-    "docs/testing.md",
-    "make test-integration",
-    "make test-nightly",
-    "actors/cluster/health.py",
-    "actors/cluster/run_actors.py",
-    "actors/cluster/signals.py",
-    "actors/driver/dispatch.py",
-    "actors/driver/training_run.py",
-    "actors/learner/report.py",
-    "actors/sampler/stream.py",
-    "kat_ray/cluster/failure_policy.py",
-    "kat_ray/data/collate.py",
-    "kat_ray/losses/fused_head.py",
-    "kat_ray/losses/term.py",
-    "kat_ray/observability/trackers.py",
-    "kat_ray/run/state.py",
-    "LossTerm",
-    "StudentModel",
 }
 
 
@@ -129,7 +106,7 @@ def resolves(dotted):
 def missing_paths(page):
     """Of the paths that the text names; those in code blocks are the reader's own."""
     named = {found.rstrip("./,") for found in PATH.findall(prose(page))} - NOT_OURS
-    return sorted(path for name in named for path in braces(name) if not is_there(path) and path not in COMING)
+    return sorted(path for name in named for path in braces(name) if not is_there(path))
 
 
 def missing_modules(page):
@@ -145,7 +122,7 @@ def missing_classes(page):
     missing = set()
     for span in code_spans(page):
         found = re.fullmatch(r"([A-Z][a-z0-9]+[A-Z]\w*|[A-Z]\w+(?=\.))(?:\.(\w+))?(?:\(.*\))?", span)
-        if found and found[1] not in FOREIGN | COMING:
+        if found and found[1] not in FOREIGN:
             name, member = found.groups()
             if name not in classes or (member and member not in classes[name]):
                 missing.add(span)
@@ -160,8 +137,6 @@ def test_links_and_anchors_resolve(page):
         if re.match(r"[a-z]+:", link):
             continue
         file = ((ROOT / page).parent / target).resolve() if target else ROOT / page
-        if str(file.relative_to(ROOT)) in COMING:
-            continue
         if not file.exists() or (anchor and anchor not in headings(str(file.relative_to(ROOT)))):
             broken.append(link)
     assert broken == []
@@ -191,13 +166,6 @@ def test_the_checks_find_what_is_missing(monkeypatch):
     assert missing_classes("x.md") == ["Checkpoints.bgin", "TeacherScorr"]
 
 
-def test_nothing_that_has_come_is_still_awaited():
-    targets = re.findall(r"^([a-z-]+):", text("Makefile"), re.M)
-    there = {*targets, *defined()[0]}
-    come = {name for name in COMING if is_there(name) or name.removeprefix("make ") in there}
-    assert come == set(), "in the tree now: take it out of COMING"
-
-
 def test_the_floors_are_those_that_the_imports_are_held_to():
     block = re.search(r"no other room of its own:\n\n(.*?)\n\n", text("docs/architecture.md"), re.S)[1]
     floors = {}
@@ -225,9 +193,7 @@ def test_every_answer_names_one_file():
 
 
 def test_make_targets_exist():
-    targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.M)) | {
-        name.removeprefix("make ") for name in COMING
-    }
+    targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.M))
     for page in NOW:
         blocks = re.findall(r"^(?:    |\$ )+make ([a-z-]+)", text(page), re.M)
         spans = re.findall(r"`make ([a-z-]+)", text(page))

@@ -8,11 +8,11 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
+
 PAGES = sorted((ROOT / "docs/howto").glob("*.md"))
 TREE = ("kat_ray", "actors", "tests", "docs/configuration.md", "pyproject.toml")
 

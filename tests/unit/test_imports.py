@@ -4,57 +4,14 @@ import ast
 import pkgutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import kat_ray
+from tests.support.house import FLOOR, home, imported, imports_between_rooms, is_upward, sources, tree_of
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 HEAVY = ("ray", "vllm", "deepspeed")
-# A room may import rooms of lower floors, and no other room of its own.
-FLOORS = (
-    ("kat_ray.errors", "kat_ray.types", "kat_ray.losses", "kat_ray.observability"),
-    ("kat_ray.records", "kat_ray.rewards"),
-    ("kat_ray.termination",),
-    ("kat_ray.config",),
-    ("kat_ray.cluster", "kat_ray.data", "kat_ray.models", "kat_ray.demo"),
-    ("kat_ray.analysis", "kat_ray.run"),
-    ("kat_ray.report",),
-    ("actors.sampler", "actors.teacher", "actors.learner", "actors.monitor", "actors.ray_jobs"),
-    ("actors.cluster", "actors.testing"),
-    ("actors.driver",),
-    ("actors.bench",),
-    ("kat_ray.cli",),  # imports actors inside its commands only
-)
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-
-
-def sources():
-    return sorted(p for package in ("kat_ray", "actors") for p in (ROOT / package).rglob("*.py"))
-
-
-def imported(tree):
-    """Each name that a module imports, with the node that does it."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            deeper = {f"{module}.{alias.name}" for alias in node.names} if module in ("kat_ray", "actors") else ()
-            yield from ((name, node) for name in (deeper or [module]))
-
-
-def room(module):
-    """`kat_ray.data` of `kat_ray.data.prompts`; None for what is not ours, and for the two packages themselves."""
-    parts = module.split(".")
-    return ".".join(parts[:2]) if parts[0] in ("kat_ray", "actors") and len(parts) > 1 else None
-
-
-def home(path):
-    """The room that a source file is in; None for the two packages' own `__init__`."""
-    found = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    return None if found and found.endswith(".__init__") else found
 
 
 def modules():
@@ -71,21 +28,15 @@ def fresh(code):
 
 
 def test_every_package_is_a_room_on_one_floor():
-    rooms = {
-        room(".".join(p.relative_to(ROOT).with_suffix("").parts)) for p in sources() if p.parent.name != p.parts[-1]
-    }
-    found = {r for r in rooms if r and not r.endswith("__init__")}
-    assert found == set(FLOOR), "a new package gets a floor"
+    assert {home(path) for path in sources()} - {None} == set(FLOOR), "a new package gets a floor"
 
 
 def test_rooms_import_lower_floors_only():
-    upwards = []
-    for path in sources():
-        own = home(path)
-        for name, node in imported(ast.parse(path.read_text(encoding="utf-8"))):
-            other = room(name)
-            if own and other not in (None, own) and FLOOR[other] >= FLOOR[own]:
-                upwards.append(f"{path.relative_to(ROOT)}:{node.lineno} imports {name}")
+    upwards = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path, line, own, name, other in imports_between_rooms()
+        if is_upward(own, other)
+    ]
     assert upwards == []
 
 
@@ -119,7 +70,7 @@ def test_what_answers_at_once_does_not_import_torch(module):
 def test_actors_are_imported_inside_commands_only():
     wrong = []
     for path in (p for p in sources() if p.is_relative_to(ROOT / "kat_ray")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = tree_of(path)
         inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
         for name, node in imported(tree):
             package = name.split(".")[0]

@@ -19,7 +19,8 @@ from kat_ray.run.step_metrics import rollout_metrics, score_metrics
 from kat_ray.termination import RunFacts
 from kat_ray.termination.settings import KatSettings
 from kat_ray.types.records import EngineEnd, RolloutSpec, SampledRollout, StopReason
-from tests.conftest import chunk_of, make_config, random_rollouts
+from tests.support.chunks import chunk_of, random_rollouts
+from tests.support.configs import make_config
 
 RULE = KatSettings(window=4, consecutive=1, exempt=0, min_samples=1, min_steps=0, eta=0.5, calibrate_on="all")
 

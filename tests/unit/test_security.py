@@ -6,7 +6,6 @@ import logging
 import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +16,9 @@ from kat_ray.errors import UserError
 from kat_ray.observability.redact import RedactingFormatter, redact
 from kat_ray.records.json_records import METRICS, SUMMARY, read_json, read_json_lines
 from kat_ray.records.traces import read_rows, write_traces
-from tests.unit.test_report import STAGES, row, small_run
+from tests.support.paths import ROOT
+from tests.support.reports import STAGES, row, small_run
 
-ROOT = Path(__file__).parents[2]
 SOURCES = sorted(p for folder in ("kat_ray", "actors", ".ci") for p in (ROOT / folder).rglob("*.py"))
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 # module or object -> what of it reads pickles or runs what it reads

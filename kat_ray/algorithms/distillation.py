@@ -1,0 +1,16 @@
+"""On-policy distillation: every token before the cut counts, by the rule's weight where it weighs tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kat_ray.data.accounting import FinishedRollout, kept_rollouts
+from kat_ray.types.records import KeptRollout, RolloutSpec
+
+
+class OnPolicyDistillation:
+    """The credit of a token depends on nothing but its rollout; the teacher's signal comes with the rows."""
+
+    def credit(self, rollouts: Sequence[FinishedRollout], specs: Sequence[RolloutSpec]) -> list[KeptRollout]:
+        """Every rollout of which a token is kept."""
+        return kept_rollouts(rollouts, specs)

@@ -1,0 +1,285 @@
+"""Configuration files and overrides: what is read, what is refused, and in which words."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from kat_ray.config import Config, schema
+from kat_ray.config.load import DEMO_FILES, config_yaml, load_config, resolve_path, save_config
+from kat_ray.errors import ConfigError
+from tests.support.paths import ROOT
+
+MINIMAL = """\
+student: {path: a}
+teacher: {path: b}
+data: {path: c.jsonl}
+"""
+
+
+@pytest.fixture
+def write(tmp_path):
+    def _write(text, extra=MINIMAL):
+        path = tmp_path / "config.yaml"
+        path.write_bytes(
+            (extra.encode() if isinstance(text, str) else b"") + (text.encode() if isinstance(text, str) else text)
+        )
+        return path
+
+    return _write
+
+
+def refusal(path, overrides=()):
+    with pytest.raises(ConfigError) as error:
+        load_config(path, overrides)
+    return str(error.value).replace(str(path), "F")
+
+
+def test_minimal_file_takes_the_defaults(write):
+    config = load_config(write(""))
+    assert config == Config.model_validate(
+        {"student": {"path": "a"}, "teacher": {"path": "b"}, "data": {"path": "c.jsonl"}}
+    )
+    assert config.termination.rule == "kat"
+    assert config.learner.lr == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "field", "value"),
+    [
+        ("learner.lr=1e-4", "learner", "lr", 1e-4),  # YAML 1.1 reads text
+        ("learner.lr=1E+2", "learner", "lr", 100.0),
+        ("learner.lr=.5", "learner", "lr", 0.5),
+        ("learner.betas=[0.8, 0.9]", "learner", "betas", (0.8, 0.9)),
+        ("evaluation.max_tokens=null", "evaluation", "max_tokens", None),
+        ("evaluation.max_tokens=~", "evaluation", "max_tokens", None),
+        ("run.name=no", "run", "name", "no"),  # YAML 1.1 reads false
+        ("run.name=2026-01-02", "run", "name", "2026-01-02"),  # YAML 1.1 reads a date
+        ("data.path=a=b.jsonl", "data", "path", "a=b.jsonl"),
+        (" run.steps = 7 ", "run", "steps", 7),
+        ("run.tensorboard=false", "run", "tensorboard", False),
+    ],
+)
+def test_override_values_are_read_as_yaml(write, override, section, field, value):
+    assert getattr(getattr(load_config(write(""), [override]), section), field) == value
+
+
+def test_later_overrides_win_and_sections_can_be_made(write):
+    config = load_config(
+        write("evaluation:\n  data: null\n"), ["run.steps=1", "run.steps=2", "evaluation.data.path=x.jsonl"]
+    )
+    assert (config.run.steps, config.evaluation.data.path) == (2, "x.jsonl")
+
+
+def test_empty_section_means_defaults(write):
+    assert load_config(write("sampler:\n")).sampler.replicas == 1
+
+
+def test_aliases_and_merges_work_and_overrides_touch_one_use_only(write):
+    text = "sampler: &s {num_cpus: 2}\nscorer: {<<: *s, replicas: 3}\nlearner: *s\n"
+    config = load_config(write(text), ["learner.num_cpus=5"])
+    assert (config.sampler.num_cpus, config.scorer.num_cpus, config.learner.num_cpus) == (2, 2, 5)
+
+
+def test_another_rule_drops_the_files_termination_fields(write):
+    path = write("termination: {rule: kat, eta: 0.1, window: 8}\n")
+    assert load_config(path, ["termination.rule=none"]).termination.rule == "none"
+    assert load_config(path, ["termination.rule=kat"]).termination.eta == 0.1
+    assert load_config(path, ["termination.eta=0.2"]).termination.window == 8
+
+
+def test_overridden_termination_fields_belong_to_the_new_rule(write):
+    path = write("termination: {rule: none}\n")
+    config = load_config(path, ["termination.window=8", "termination.rule=kat"])
+    assert (config.termination.rule, config.termination.window) == ("kat", 8)
+    assert "F" not in (text := refusal(path, ["termination.rule=none", "termination.eta=0.2"]))
+    assert text.endswith("termination.eta: unknown field of rule none; it belongs to rule kat and kat_stages")
+
+
+def test_termination_without_rule_takes_the_default_rule(write):
+    assert load_config(write("termination: {eta: 0.1}\n")).termination.rule == "kat"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("termination: {eta: 1.0}\n", "F:4: termination.eta = 1.0: must be a number > 0 and < 1"),
+        ("termination: {eta: 0}\n", "F:4: termination.eta = 0: must be a number > 0 and < 1"),
+        ("run:\n  seed: 1\n  steps: 1.5\n", "F:6: run.steps = 1.5: must be a whole number >= 1"),
+        ("run: {steps: true}\n", "F:4: run.steps = true: must be a whole number >= 1"),
+        ("rollout: {top_p: .nan}\n", "F:4: rollout.top_p = NaN: must be a number > 0 and <= 1"),
+        (
+            "rollout: {eos: mergd}\n",
+            'F:4: rollout.eos = "mergd": must be one of raw, merged, mask; did you mean merged?',
+        ),
+        ("learner: {betas: [0.9, 2]}\n", "F:4: learner.betas[1] = 2: must be a number >= 0 and < 1"),
+        (
+            "run: {name: 7}\n",
+            "F:4: run.name = 7: must be text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$; put it in quotes",
+        ),
+        ("run: {name: latest}\n", "F:4: run.name = 'latest': this name is reserved for the link to the newest run"),
+        ("run: {stpes: 3}\n", "F:4: run.stpes: unknown field; did you mean steps?"),
+        ("run: {max_num_seqs: 3}\n", "F:4: run.max_num_seqs: unknown field; did you mean sampler.max_num_seqs?"),
+        ("sampelr: {}\n", "F:4: sampelr: unknown field; did you mean sampler?"),
+        ("run: 3\n", "F:4: run = 3: must be a section with fields"),
+        ("1: 2\n", "F: [1]: the name of a field must be text"),
+        (
+            "termination: {rule: kta}\n",
+            'F:4: termination.rule = "kta": must be one of none, kat; did you mean kat?',
+        ),
+        ("run: {steps: 1}\nrun: {seed: 2}\n", "F:5: run is given twice, first in line 4"),
+        ("run:\n  steps: 1\n  steps: 2\n", "F:6: run.steps is given twice, first in line 5"),
+    ],
+)
+def test_mistakes_name_line_field_value_and_what_is_allowed(write, text, message):
+    found = refusal(write(text))
+    if "one of none, kat" in message:  # other rules may join them
+        message, found = message.replace("none, kat", ""), found.replace(", ".join(schema.rules()), "")
+    assert found == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("termination: {min_samples: 9, buffer: 8}\n", "termination.min_samples = 9: must be <= buffer = 8"),
+        ("termination: {probe_share: 0}\n", "termination.probe_share = 0: must be > 0 with calibrate_on = probes"),
+        ("learner: {world_size: 3}\nrollout: {prompts_per_step: 2}\n", "learner.world_size = 3: must be <= 2"),
+        (
+            "sampler: {max_num_seqs: 65, max_num_batched_tokens: 64}\n",
+            "sampler.max_num_batched_tokens = 64: must be >= max_num_seqs = 65",
+        ),
+        ("evaluation: {data: {path: x, answer_column: null}}\n", "evaluation.data.answer_column = null"),
+        (
+            "evaluation: {data: {path: x, system_prompt: hi}}\n",
+            "evaluation.data.system_prompt: needs chat_template",
+        ),
+    ],
+)
+def test_fields_that_contradict_each_other(write, text, message):
+    assert message in refusal(write(text))
+
+
+def test_several_mistakes_one_line_each(write):
+    lines = refusal(write("run: {steps: 0, nme: x}\n"), ["learner.lr=-1"]).splitlines()
+    assert sorted(lines) == [
+        "F:4: run.nme: unknown field; did you mean name?",
+        "F:4: run.steps = 0: must be a whole number >= 1",
+        "override learner.lr=-1: learner.lr = -1: must be a number > 0",
+    ]
+
+
+def test_missing_sections_are_named(write):
+    assert refusal(write("data: {path: c}\n", extra="")).splitlines() == [
+        "F: student is missing: a section with fields",
+        "F: teacher is missing: a section with fields",
+    ]
+
+
+# Forty lines that stand for 2^40 values.
+DOUBLED = b"a0: &a0 {x: 1}\n" + b"".join(
+    b"a%d: &a%d {x: *a%d, y: *a%d}\n" % (i, i, i - 1, i - 1) for i in range(1, 40)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "F: the file is empty"),
+        (b"# only a comment\n", "F: the file is empty"),
+        (b"- 1\n", "F: a configuration is a mapping of sections, this is [1]"),
+        (b"run: {steps: 1\nx", "F:2:2: not valid YAML"),
+        (b"run:\n\tsteps: 1\n", "F:2:1: not valid YAML"),
+        (b"a: \x00", "F: not valid YAML"),
+        (b"a: \xff", "F: cannot be read: is not UTF-8 text"),
+        (b"a: &x {b: *x}", "F:1:4: not valid YAML: an alias contains itself"),
+        (b"a: !!python/name:os.system x", "F:1:4: not valid YAML: the tag tag:yaml.org,2002:python/name:os.system"),
+        (b"a: !!int x", "F:1:4: not valid YAML: the tag tag:yaml.org,2002:int does not fit 'x'"),
+        (b"a: !!binary AAAA", "F:1:4: not valid YAML: the tag tag:yaml.org,2002:binary does not fit 'AAAA'"),
+        (b"a: " + b"9" * 5000, "F:1:4: not valid YAML: a number of 5000 digits"),
+        (b"a: " + b"[" * 100_000, "F: not valid YAML: nested too deeply"),
+        (
+            DOUBLED,
+            "F:16:6: not valid YAML: its aliases stand for more than 100,000 values",
+        ),
+        (b'student: {path: "a\\0b"}', 'F:1: student.path = "a\\u0000b": holds a NUL'),
+        (b'student: {path: "\\ud800"}', 'F:1: student.path = "\\ud800": holds a NUL or half a character'),
+        (b"cluster: {address: 'ray://me:word@host'}", "F:1: cluster.address holds a secret"),
+    ],
+)
+def test_files_that_cannot_be_read(write, content, message):
+    assert refusal(write(content)).startswith(message)
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    assert refusal(tmp_path / "no.yaml") == "F: no such file; `demo` names the embedded configuration"
+    assert refusal(tmp_path) == "F: cannot be read: Is a directory"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.steps", "override 'run.steps': write it as section.field=value"),
+        ("=3", "override '=3': write it as"),
+        ("run..steps=3", "override 'run..steps=3': write it as"),
+        ("student.path.x=3", 'override student.path.x=3: student.path is "a", it has no fields'),
+        ("run.steps=[1", "override run.steps=[1: the value is not valid YAML"),
+        ("run={steps: 1, steps: 2}", "override run={steps: 1, steps: 2}:1: steps is given twice"),
+        ("run.stpes=3", "override run.stpes=3: run.stpes: unknown field; did you mean steps?"),
+        ("run.steps=", "override run.steps=: run.steps = null: must be a whole number"),
+    ],
+)
+def test_overrides_that_cannot_be_read(write, override, message):
+    assert refusal(write(""), [override]).startswith(message)
+
+
+def test_saved_configuration_loads_back_equal(write, tmp_path):
+    config = load_config(write(""), ["learner.lr=1e-4", "run.name='007'", "evaluation.data.path=ü.jsonl"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@settings(deadline=None, max_examples=40)
+@example(lr=1e-6, name="1e5", path="1e100")
+@example(lr=1.0, name="0x1F", path="null")
+@example(lr=1.0, name="0", path="a\x85b\u2028")
+@given(
+    lr=st.floats(min_value=1e-300, max_value=1e300),
+    name=st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,12}\Z").filter(lambda n: n != "latest"),
+    path=st.text(
+        min_size=1, max_size=12, alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="\0")
+    ),
+)
+def test_any_value_survives_saving(tmp_path_factory, lr, name, path):
+    config = Config.model_validate(
+        {
+            "student": {"path": path},
+            "teacher": {"path": "b"},
+            "data": {"path": "c"},
+            "learner": {"lr": lr},
+            "run": {"name": name},
+        }
+    )
+    file = tmp_path_factory.mktemp("saved") / "c.yaml"
+    file.write_text(config_yaml(config), encoding="utf-8", newline="")
+    assert load_config(file) == config
+
+
+def test_demo_names(write):
+    assert resolve_path("demo:student") == DEMO_FILES["demo:student"]
+    assert resolve_path("some/where") == Path("some/where")
+    with pytest.raises(
+        ConfigError, match=r"demo:studnt.*there are demo:student, demo:teacher, demo:train, demo:heldout"
+    ):
+        resolve_path("demo:studnt")
+
+
+def test_configuration_page_is_up_to_date():
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert page == schema.configuration_markdown(), "run: kat-ray config --docs > docs/configuration.md"
+
+
+def test_every_field_is_documented():
+    for name, definition in schema.root_schema()["$defs"].items():
+        for field, properties in definition["properties"].items():
+            assert "description" in properties or "const" in properties, f"{name}.{field}"

@@ -1,0 +1,272 @@
+"""Prompts: what is read, what is refused by file and line, and the order in which they are dealt out."""
+
+import json
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kat_ray.config import DataConfig
+from kat_ray.data.prompts import PromptOrder, load_prompts, rollout_specs
+from kat_ray.errors import DataError
+from kat_ray.types.records import Prompt
+from tests.support.configs import make_config
+from tests.support.tokenizers import TEMPLATE, make_tokenizer
+
+PLAIN = make_tokenizer()
+CHAT = make_tokenizer(chat_template=TEMPLATE)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    def _write(*rows):
+        path = tmp_path / "p.jsonl"
+        path.write_bytes(b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in rows))
+        return str(path)
+
+    return _write
+
+
+def load(path, tokenizer=PLAIN, longest=None, graded=False, **fields):
+    return load_prompts(DataConfig(path=path, **fields), tokenizer, longest, graded=graded)
+
+
+def refusal(path, *args, **kwargs):
+    with pytest.raises(DataError) as error:
+        load(path, *args, **kwargs)
+    return str(error.value).replace(str(path), "F")
+
+
+def text_of(prompt, tokenizer=PLAIN):
+    return tokenizer.decode(prompt.token_ids)
+
+
+def test_jsonl_rows_ids_and_answers(jsonl):
+    path = jsonl(
+        {"prompt": "1+1=", "answer": 2}, b"\n", {"prompt": "x", "answer": " y ", "id": "own"}, {"prompt": "z"}
+    )
+    found = load(path)
+    assert [p.prompt_id for p in found.prompts] == ["p:1", "own", "p:4"]
+    assert [text_of(p) for p in found.prompts] == ["1+1=", "x", "z"]
+    assert [p.answer for p in found.prompts] == ["2", "y", None]
+    assert (found.skipped_too_long, found.source, found.longest) == (0, path, 4)
+
+
+def test_chosen_columns_byte_order_mark_and_no_final_newline(jsonl):
+    path = jsonl(b'\xef\xbb\xbf{"q": "1", "a": "2"}\n{"q": "3", "a": "4"}')
+    found = load(path, prompt_column="q", answer_column="a")
+    assert [(text_of(p), p.answer) for p in found.prompts] == [("1", "2"), ("3", "4")]
+    assert load(path, prompt_column="q", answer_column=None).prompts[0].answer is None
+
+
+def test_limit_takes_the_first_rows_and_does_not_read_on(jsonl):
+    found = load_prompts(
+        DataConfig(path=jsonl({"prompt": "a"}, {"prompt": "b"}, b"broken\n"), limit=2), PLAIN, None
+    )
+    assert [text_of(p) for p in found.prompts] == ["a", "b"]
+
+
+def test_more_rows_than_one_batch(jsonl):
+    found = load(jsonl(*({"prompt": str(i)} for i in range(2500))))
+    assert [text_of(p) for p in found.prompts] == [str(i) for i in range(2500)]
+    assert found.prompts[-1].prompt_id == "p:2500"
+
+
+def test_parquet(tmp_path):
+    path = str(tmp_path / "p.parquet")
+    pq.write_table(pa.table({"prompt": ["a", "b"], "answer": [1, None]}), path)
+    assert [(p.prompt_id, text_of(p), p.answer) for p in load(path).prompts] == [
+        ("p:1", "a", "1"),
+        ("p:2", "b", None),
+    ]
+    assert refusal(path, graded=True) == "F, row 2: answer is null"
+
+
+def test_hugging_face_data_set(tmp_path, jsonl, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"prompt": "a", "answer": "0"}\n{"prompt": "", "answer": "0"}\n')
+    (folder / "test.jsonl").write_text('{"prompt": "b", "answer": "1"}\n')
+    found = load(str(folder), split="test")
+    assert [(p.prompt_id, text_of(p), p.answer) for p in found.prompts] == [("set:1", "b", "1")]
+    assert refusal(str(folder)) == "F (split train), row 2: prompt is empty"
+    assert refusal(str(folder), split="dev").startswith("F (split dev): no such file, and no data set to be had")
+
+
+def test_chat_template_for_text_and_messages(jsonl):
+    path = jsonl(
+        {"prompt": "hi"}, {"prompt": [{"role": "system", "content": "own"}, {"role": "user", "content": "yo"}]}
+    )
+    found = load(path, CHAT, chat_template=True, system_prompt="sys")
+    assert [text_of(p) for p in found.prompts] == [
+        "[system]sys[user]hi[assistant]",
+        "[system]own[user]yo[assistant]",
+    ]
+    assert text_of(load(path, CHAT, chat_template=True).prompts[0]) == "[user]hi[assistant]"
+
+
+def test_special_tokens_come_from_the_tokenizer_or_from_the_template_not_from_both(jsonl):
+    tokenizer = make_tokenizer(chat_template=TEMPLATE, bos=True)
+    path = jsonl({"prompt": "ab"})
+    assert load(path, tokenizer).prompts[0].token_ids == (0, 3, 4)
+    assert load(path, tokenizer, chat_template=True).prompts[0].token_ids[0] != 0
+
+
+def test_too_long_prompts_are_skipped_and_counted_or_refused(jsonl):
+    path = jsonl({"prompt": "abc"}, {"prompt": "abcd"}, {"prompt": "ab"})
+    found = load(path, longest=3)
+    assert ([text_of(p) for p in found.prompts], found.skipped_too_long) == (["abc", "ab"], 1)
+    assert [p.prompt_id for p in found.prompts] == ["p:1", "p:3"]
+    assert refusal(path, longest=3, too_long="refuse").startswith("F:2: the prompt has 4 tokens, the models take 3")
+    assert refusal(path, longest=1).startswith("F: every one of 3 prompts is longer than the 1 tokens")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "F: holds no prompts"),
+        ([b"\n\n"], "F: holds no prompts"),
+        ([{"prompt": "a"}, b'{"prompt": \n'], "F:2: not valid JSON: Expecting value (column"),
+        ([b"[1]\n"], "F:1: a row is a JSON object with columns, this is a list"),
+        ([{"prompt": "a"}, b'{"prompt": "\xff"}\n'], "F:2: not UTF-8 (byte 13 of the line)"),
+        (
+            [{"prompts": "a", "answer": 1}],
+            "F:1: there is no column 'prompt'; there are prompts, answer (data.prompt_column",
+        ),
+        ([{"prompt": None}], "F:1: prompt is null"),
+        ([{"prompt": 3}], "F:1: prompt is a number; a prompt is text or a list of messages"),
+        ([{"prompt": ""}], "F:1: prompt is empty"),
+        ([{"prompt": " \n"}], "F:1: prompt is empty"),
+        ([{"prompt": []}], "F:1: prompt is empty"),
+        (
+            [{"prompt": [{"role": "user", "content": "x"}]}],
+            "F:1: prompt is a list of messages; set data.chat_template",
+        ),
+        ([{"prompt": "a", "answer": [1]}], "F:1: answer is a list; an answer is text or a number"),
+        ([{"prompt": "a", "answer": True}], "F:1: answer is true or false; an answer"),
+        (
+            [{"prompt": "a", "id": 7}, {"prompt": "b", "id": "7"}],
+            "F:2: the id '7' is also that of F:1; ids must be unique",
+        ),
+        ([b"[" * 100_000 + b"\n"], "F:1: not a row: nested too deeply"),
+        ([b'{"prompt": ' + b"9" * 5000 + b"}\n"], "F:1: not a row: a number of more digits than Python converts"),
+        ([b'{"prompt": "a", "more": ["\\ud800"]}\n'], "F:1: holds half a character"),
+        ([{"x" * 5000: 1}], f"F:1: there is no column 'prompt'; there are {'x' * 37}... ("),
+    ],
+)
+def test_malformed_rows_are_named(jsonl, rows, message):
+    path = jsonl(*rows)
+    assert refusal(path).replace(path, "F").startswith(message)
+
+
+def test_graded_problems_need_answers(jsonl):
+    path = jsonl({"prompt": "a", "answer": "1"}, {"prompt": "b"})
+    assert refusal(path, graded=True).startswith(
+        "F:2: there is no column 'answer'; there are prompt (data.answer_column"
+    )
+    assert refusal(jsonl({"prompt": "a", "answer": " "}), graded=True) == "F:1: answer is empty"
+
+
+def test_bad_messages(jsonl):
+    path = jsonl({"prompt": [{"role": "tool", "content": "x"}]})
+    assert refusal(path, CHAT, chat_template=True) == "F:1: the chat template refuses the messages: no tools"
+    assert refusal(jsonl({"prompt": ["x"]}), CHAT, chat_template=True).startswith(
+        "F:1: prompt: a message has role and content"
+    )
+    assert refusal(path, PLAIN, chat_template=True).endswith("tokenizer has no chat template")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert refusal(str(tmp_path / "no.jsonl")) == "F: cannot be read: No such file or directory"
+    (tmp_path / "x.parquet").write_bytes(b"no parquet at all")
+    assert refusal(str(tmp_path / "x.parquet")).startswith("F: not a Parquet file")
+    assert refusal(str(tmp_path / "no.parquet")).startswith("F: cannot be read")
+    (tmp_path / "x.csv").write_text("prompt\na\n")
+    assert refusal(str(tmp_path / "x.csv")).startswith("F: prompts are read from .jsonl and .parquet files")
+
+
+# --- order -----------------------------------------------------------------------------------------------
+
+PROMPTS = [Prompt(str(i), (i,)) for i in range(5)]
+
+
+@given(size=st.integers(1, 12), n=st.integers(1, 30), seed=st.integers(0, 2**31 - 1), shuffle=st.booleans())
+@settings(deadline=None, max_examples=50)
+def test_every_epoch_is_a_permutation_however_it_is_dealt(size, n, seed, shuffle):
+    prompts = [Prompt(str(i), (i,)) for i in range(size)]
+    order = PromptOrder(prompts, seed, shuffle)
+    dealt = [p.prompt_id for step in range(2 * size) for p in order.batch(step, n)]
+    epochs = [dealt[i : i + size] for i in range(0, len(dealt), size)]
+    assert len(epochs) == 2 * n
+    assert all(Counter(e) == Counter(p.prompt_id for p in prompts) for e in epochs)
+    # batches of another size continue the same order, and a step can be asked for by itself
+    assert [p.prompt_id for s in range(size) for p in PromptOrder(prompts, seed, shuffle).batch(s, 1)] == epochs[0]
+    assert [p.prompt_id for p in PromptOrder(prompts, seed, shuffle).batch(2 * size - 1, n)] == dealt[-n:]
+
+
+def test_order_depends_on_seed_and_epoch():
+    prompts = [Prompt(str(i), (i,)) for i in range(50)]
+    epoch = lambda seed, e, shuffle=True: [p.prompt_id for p in PromptOrder(prompts, seed, shuffle).batch(e, 50)]  # noqa: E731
+    assert epoch(0, 0) == epoch(0, 0)
+    assert len({tuple(epoch(s, e)) for s in (0, 1) for e in (0, 1)}) == 4
+    assert epoch(0, 3, False) == [p.prompt_id for p in prompts]
+
+
+def config(**sections):
+    return make_config("a", "b", rollout={"prompts_per_step": 3, "rollouts_per_prompt": 2}, **sections)
+
+
+def test_rollout_specs_number_the_whole_run():
+    order = PromptOrder(PROMPTS, 0, False)
+    specs = rollout_specs(order, config(), 2)
+    assert [s.rollout_id for s in specs] == [12, 13, 14, 15, 16, 17]
+    assert [s.prompt_id for s in specs] == ["1", "1", "2", "2", "3", "3"]  # prompts 6, 7, 8 of 5
+    assert specs[0].prompt_ids == (1,)
+    assert not any(s.probe for s in specs)  # rule none has no probes
+
+
+def test_rollout_seeds_are_stable_and_differ():
+    order = PromptOrder(PROMPTS, 0, False)
+    seeds = [s.seed for step in range(50) for s in rollout_specs(order, config(), step)]
+    assert len(set(seeds)) == len(seeds) == 300
+    assert all(0 <= s < 2**31 for s in seeds)
+    # numpy.random.SeedSequence([0, 2, i]).generate_state(1)[0] >> 1: the same on every machine and in every version
+    assert seeds[:3] == [1570558271, 980773882, 712700084]
+    other = [s.seed for s in rollout_specs(order, config(run={"seed": 1}), 0)]
+    assert not set(other) & set(seeds)
+
+
+def test_probes_are_drawn_with_their_share_and_nested():
+    order = PromptOrder(PROMPTS, 0, False)
+
+    def probes(share):
+        kat = {"rule": "kat", "probe_share": share, "calibrate_on": "all"}
+        big = make_config("a", "b", rollout={"prompts_per_step": 2000}, termination=kat)
+        specs = rollout_specs(order, big, 1)
+        # probes are drawn from a stream of their own: their sampling seeds are like everybody's
+        low = sum(s.seed < 2**30 for s in specs if s.probe)
+        assert share in (0, 1) or 0.35 < low / sum(s.probe for s in specs) < 0.65
+        return {s.rollout_id for s in specs if s.probe}
+
+    tenth, third = probes(0.1), probes(0.3)
+    # binomial, 2000 draws: standard deviations 13.4 and 20.5, so five of them
+    assert abs(len(tenth) - 200) < 68 and abs(len(third) - 600) < 103
+    assert tenth < third
+    assert len(probes(1.0)) == 2000 and not probes(0.0)
+
+
+def test_parquet_that_python_or_unicode_cannot_hold(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    far = pa.array([2**62], pa.int64()).view(pa.timestamp("us"))
+    pq.write_table(pa.table({"prompt": ["a"], "when": far}), tmp_path / "far.parquet")
+    assert "rows 1 to 1: a value has no like in Python" in refusal(str(tmp_path / "far.parquet"))
+    offsets = pa.array([0, 1], pa.int32()).buffers()[1]
+    torn = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff")])
+    pq.write_table(pa.table({"prompt": torn}), tmp_path / "torn.parquet")
+    assert "not a Parquet file: " in refusal(str(tmp_path / "torn.parquet"))

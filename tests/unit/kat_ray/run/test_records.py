@@ -1,0 +1,257 @@
+"""A run's records: nothing overwritten, nothing half-written, counts that balance."""
+
+import errno
+import json
+import math
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kat_ray.config import RunConfig
+from kat_ray.data.accounting import count_tokens, join_outcomes, kept_rows, traces_of
+from kat_ray.observability.metric_catalog import METRICS
+from kat_ray.records.traces import SCHEMA, TraceRow, read_traces
+from kat_ray.run import directory as records
+from kat_ray.run.directory import RecordError, RunDirectory
+from kat_ray.run.jsonl_tracker import JsonlTracker
+from kat_ray.run.probes import RolloutGrader, is_active, probe_metrics, seen_to_the_end
+from kat_ray.run.step_metrics import rollout_metrics, score_metrics
+from kat_ray.run.summary import Totals, git_commit, package_versions
+from kat_ray.termination.fixed_prefix import FixedPrefixSettings
+from kat_ray.termination.kat_stages import KatStagesSettings
+from kat_ray.termination.settings import KatSettings
+from kat_ray.types.records import Prompt, RolloutOutcome, SampledRollout, StepStart, StopReason
+from tests.support.chunks import chunk
+
+
+def outcome(rollout_id, reason, scored, cut=None, confirmed=None, probe=False, would_cut=None, minimum=0.5):
+    return RolloutOutcome(rollout_id, reason, scored, cut, confirmed, 0.25, minimum, probe, would_cut)
+
+
+def sampled(rollout_id, tokens):
+    return SampledRollout(rollout_id, np.arange(tokens, dtype=np.int32))
+
+
+def trace(rollout_id=7, **changes):
+    values = dict(
+        rollout_id=rollout_id, prompt_id="p:1", step=3, policy_version=3, token_ids=np.array([5, 6, 7], np.int32),
+        d=np.array([0.5, math.nan], np.float32), stop_reason=StopReason.TRAPPED, cut=1, confirmed=2, threshold=0.25,
+        probe=False, minimum=None, would_cut=None,
+        correct=None,
+    )  # fmt: skip
+    return TraceRow(**(values | changes))
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunDirectory.create(RunConfig(dir=str(tmp_path), tensorboard=False), "run: {}\n") as run:
+        yield run
+
+
+def test_a_run_never_overwrites_another_and_latest_points_to_the_newest(tmp_path):
+    settings = RunConfig(name="a", dir=str(tmp_path), tensorboard=False)
+    paths = []
+    for _ in range(3):
+        with RunDirectory.create(settings, "x: 1\n") as run:
+            paths.append(run.path.name)
+        assert (tmp_path / "latest").resolve().name == run.path.name
+        assert (tmp_path / "latest" / "config.yaml").read_text() == "x: 1\n"
+    assert paths == ["a", "a-2", "a-3"]
+    (tmp_path / "a" / "old").touch()
+    with RunDirectory.create(settings.model_copy(update={"overwrite": True}), "x: 2\n") as run:
+        assert run.path.name == "a" and not (run.path / "old").exists()
+
+
+def test_an_early_end_goes_to_the_log_and_not_to_the_terminal(tmp_path, capfd):
+    with (
+        pytest.raises(RuntimeError),
+        RunDirectory.create(RunConfig(dir=str(tmp_path), tensorboard=False), "") as run,
+    ):
+        raise RuntimeError("out of luck")
+    assert "the run ended early" in (text := (run.path / "run.log").read_text())
+    assert "Traceback" in text and "out of luck" in text
+    assert "out of luck" not in "".join(capfd.readouterr())
+
+
+def test_traces_come_back_as_they_were_written(run):
+    run.write_traces(3, [trace(), trace(8, cut=None, confirmed=None, threshold=None, probe=True, would_cut=2)])
+    run.write_traces(2, [trace(1, step=2, stop_reason=StopReason.EOS)])
+    table = read_traces(run.path)
+    assert table.schema == SCHEMA
+    rows = table.to_pylist()
+    assert [r["rollout_id"] for r in rows] == [1, 7, 8]
+    assert rows[1]["token_ids"] == [5, 6, 7] and rows[1]["stop_reason"] == "trapped"
+    assert rows[1]["d"][0] == 0.5 and math.isnan(rows[1]["d"][1])
+    assert (rows[2]["cut"], rows[2]["threshold"], rows[2]["probe"], rows[2]["would_cut"]) == (None, None, True, 2)
+    assert not list((run.path / "traces").glob("*.partial"))
+
+
+def test_no_traces_is_an_empty_table(tmp_path):
+    assert read_traces(tmp_path).num_rows == 0
+
+
+def test_a_full_disk_is_one_message_and_loses_nothing(run, monkeypatch):
+    run.write_traces(1, [trace()])
+    jsonl = JsonlTracker(run.path)
+    jsonl.step(1, {"kl/mean": 0.5})
+    jsonl.close()
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("kat_ray.records.traces.pq.write_table", full)
+    with pytest.raises(RecordError, match=r"traces: cannot be written: No space left on device; earlier"):
+        run.write_traces(2, [trace(9)])
+    assert read_traces(run.path).num_rows == 1
+    assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_too_little_room_is_said_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MIN_FREE_BYTES", 2**62)
+    with pytest.raises(RecordError, match="MiB are free"):
+        RunDirectory.create(RunConfig(dir=str(tmp_path), tensorboard=False), "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_summary_replaces_the_last_one_whole(run):
+    run.write_summary({"steps": 1})
+    run.write_summary({"steps": 2})
+    assert json.loads((run.path / "summary.json").read_text()) == {"steps": 2}
+
+
+def test_where_the_tokens_of_a_rollout_went():
+    # Cut at 3, confirmed at 8, 11 generated: 3 kept, 5 cut back, 3 overshoot.
+    books = count_tokens(outcome(0, StopReason.TRAPPED, 8, cut=3, confirmed=8), 11)
+    assert (books.kept, books.cut_back, books.overshoot) == (3, 5, 3)
+    whole = count_tokens(outcome(0, StopReason.EOS, 11), 11)
+    assert (whole.kept, whole.cut_back, whole.overshoot) == (11, 0, 0)
+    failed = count_tokens(outcome(0, StopReason.FAILED, 4), 11)
+    assert (failed.kept, failed.cut_back, failed.overshoot) == (0, 0, 11)
+    with pytest.raises(AssertionError, match="generated 11 tokens, 10 were scored"):
+        count_tokens(outcome(0, StopReason.EOS, 10), 11)
+
+
+def test_every_rollout_is_counted_once():
+    outcomes = [outcome(1, StopReason.EOS, 4), outcome(2, StopReason.MAX_TOKENS, 5)]
+    rollouts = join_outcomes([sampled(2, 5), sampled(1, 4)], outcomes)
+    assert [(r.rollout_id, len(r.token_ids), r.counts.kept) for r in rollouts] == [(1, 4, 4), (2, 5, 5)]
+    with pytest.raises(AssertionError, match="generated twice"):
+        join_outcomes([sampled(1, 4), sampled(1, 4)], outcomes)
+    with pytest.raises(AssertionError, match="1 rollouts generated, 2 ended"):
+        join_outcomes([sampled(1, 4)], outcomes)
+
+
+def test_totals_balance_or_say_so():
+    totals = Totals()
+    books = [count_tokens(outcome(0, StopReason.TRAPPED, 8, cut=3, confirmed=8), 11)]
+    totals.add_step(started=1, ended=[StopReason.TRAPPED], books=books, scored_tokens=9, prompt_tokens=4)
+    totals.add_trained(3)
+    summary = totals.as_dict()
+    assert summary["rollouts_ended"] == {"eos": 0, "max_tokens": 0, "trapped": 1, "failed": 0}
+    assert (summary["generated_tokens"], summary["cut_back_tokens"], summary["trained_tokens"]) == (11, 5, 3)
+    with pytest.raises(AssertionError, match="3 rollouts started, 2 ended"):
+        totals.add_step(started=2, ended=[StopReason.EOS], books=[], scored_tokens=0, prompt_tokens=0)
+
+
+def test_traces_and_masks_follow_the_chunks():
+    scored = [chunk([0, 1], [0, 0], [[1.0, 2.0], [9.0]]), chunk([0], [2], [[3.0, 4.0]], [1])]
+    traces = traces_of(scored)
+    assert traces[0].tolist() == [1, 2, 3, 4] and traces[1].tolist() == [9]
+    masks = kept_rows(scored, {0: 3, 1: 0})
+    assert [m.tolist() for m in masks] == [[True, True, False], [True, False]]
+    figures = score_metrics(scored, {0: 3, 1: 0})
+    assert figures["kl/mean"] == pytest.approx(19 / 5) and figures["kl/kept_mean"] == pytest.approx(2.0)
+    assert figures["health/overlap"] == pytest.approx(2.0)
+
+
+def test_chunks_of_two_scorers_may_interleave():
+    # Rollout 1 is far ahead in the first chunk and has ended in the second.
+    scored = [
+        chunk([1], [0], [[7.0] * 9]),
+        chunk([0, 1], [0, 9], [[1.0] * 4, [8.0]], [0, 1]),
+        chunk([0], [4], [[5.0]]),
+    ]
+    assert traces_of(scored)[0].tolist() == [1, 1, 1, 1, 5] and traces_of(scored)[1].tolist() == [7] * 9 + [8]
+    with pytest.raises(AssertionError, match="starts at token 4, expected 0"):
+        traces_of(scored[2:])
+
+
+def test_metrics_of_a_step_by_hand():
+    rollouts = join_outcomes(
+        [sampled(0, 11), sampled(1, 4), sampled(2, 5)],
+        [
+            outcome(0, StopReason.TRAPPED, 8, cut=3, confirmed=8, minimum=0.2),
+            outcome(1, StopReason.EOS, 4, probe=True, would_cut=2, minimum=0.4),
+            outcome(2, StopReason.MAX_TOKENS, 5, minimum=None),
+        ],
+    )
+    figures = rollout_metrics(rollouts, StepStart(0.25, 40))
+    expected = {
+        "rollout/generated_tokens": 20, "rollout/kept_tokens": 12, "rollout/overshoot_tokens": 3,
+        "rollout/cut_back_tokens": 5, "rollout/mean_length": 20 / 3, "rollout/trapped_share": 1 / 3,
+        "rollout/probes": 1, "kat/threshold": 0.25,
+        "kat/window_min_mean": 0.3,
+    }  # fmt: skip
+    assert {k: figures[k] for k in expected} == pytest.approx(expected)
+    assert "kat/threshold" not in rollout_metrics(rollouts, StepStart(None, None))
+    assert set(figures) | set(score_metrics([chunk([0], [0], [[1.0]])], {0: 1})) <= set(METRICS)
+
+
+def test_probes_say_what_cuts_would_have_cost():
+    outcomes = [
+        outcome(0, StopReason.EOS, 6, probe=True, would_cut=2),
+        outcome(1, StopReason.EOS, 4, probe=True),
+        outcome(2, StopReason.MAX_TOKENS, 5, probe=True, would_cut=4),
+        outcome(3, StopReason.EOS, 5),
+    ]
+    traces = {
+        0: np.array([1, 1, 0.5, 0.5, 0.5, math.nan]),
+        1: np.ones(4),
+        2: np.array([1, 1, 1, 1, 0.0]),
+        3: np.ones(5),
+    }
+    figures = probe_metrics(outcomes, traces, {0: True, 1: True, 2: False}, active=True)
+    expected = {
+        "probe/would_cut_share": 2 / 3, "probe/false_cut_share": 1 / 3, "probe/right_share": 2 / 3,
+        "probe/tokens_after_cut": 2.5, "probe/kl_after_cut": 1.5 / 4,
+    }  # fmt: skip
+    assert figures == pytest.approx(expected)
+    assert set(figures) <= set(METRICS)
+    assert probe_metrics(outcomes[3:], traces, {}, active=True) == {}, "no probes"
+
+
+def test_a_step_without_a_would_be_cut_counts_unless_the_rule_waits():
+    probe = replace(outcome(1, StopReason.EOS, 4, probe=True), threshold=None)
+    trace_of = {1: np.ones(4)}
+    waiting, no_threshold = KatSettings(), FixedPrefixSettings()
+    assert probe_metrics([probe], trace_of, {1: True}, is_active(waiting, None)) == {}
+    expected = {"probe/would_cut_share": 0, "probe/right_share": 1, "probe/false_cut_share": 0}
+    assert probe_metrics([probe], trace_of, {1: True}, is_active(no_threshold, None)) == expected
+    assert probe_metrics([probe], trace_of, {1: True}, is_active(waiting, 0.5)) == expected
+    assert not is_active(KatStagesSettings(), None)
+
+
+def test_only_rollouts_that_no_rule_touched_are_graded():
+    rollouts = join_outcomes(
+        [sampled(0, 4), sampled(1, 4), sampled(2, 4)],
+        [
+            outcome(0, StopReason.EOS, 4, probe=True),
+            outcome(1, StopReason.EOS, 4),
+            outcome(2, StopReason.FAILED, 4),
+        ],
+    )
+    assert [r.rollout_id for r in seen_to_the_end(rollouts, cuts=True)] == [0]
+    assert [r.rollout_id for r in seen_to_the_end(rollouts, cuts=False)] == [0, 1]
+    grader = RolloutGrader(
+        [Prompt("a", (1,), "42"), Prompt("b", (1,), None)], lambda ids: f"answer {ids[0]}", "integer"
+    )
+    assert grader.grade({0: ("a", [42]), 1: ("a", [41]), 2: ("b", [42])}) == {0: True, 1: False}
+    assert RolloutGrader([Prompt("a", (1,), "x")], str, "integer").grade({0: ("a", [42])}) == {}
+
+
+def test_what_a_run_ran_on():
+    assert {"ray", "torch", "transformers", "deepspeed"} <= set(package_versions())
+    commit = git_commit()
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40

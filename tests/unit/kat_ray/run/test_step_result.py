@@ -1,0 +1,42 @@
+"""One step's result: what its stages did, and what metrics are made of it."""
+
+from dataclasses import replace
+
+import pytest
+
+from kat_ray.observability.metric_catalog import check_names
+from kat_ray.run.step_result import StepTimes
+from tests.support.step_results import CLOCK, REPORT, a_report, a_step
+
+
+def test_the_stages_by_hand():
+    times = a_step().times
+    assert (times.sampler.busy, times.sampler.tokens) == (3.5, 50) and times.scorer.busy == 1.5
+    assert (times.sampling, times.score_wait, times.control) == (5.0, 2.0, 0.25)
+    assert times.sampler.tokens_per_second == pytest.approx(50 / 7), "3 and 4 of their 5 seconds they were busy"
+    assert times.scorer.tokens_per_second == 1.0
+    assert times.decisions == (pytest.approx(0.3), 0.5)
+
+
+def test_the_busiest_stage_tells_what_a_step_failed_to_overlap():
+    assert a_step().idle_share == pytest.approx(0.6), "the learner was busy for 4 of 10 seconds"
+    assert a_step(learner=replace(REPORT, seconds=11.0)).idle_share == 0.0
+
+
+def test_metrics_are_those_of_the_catalogue():
+    recorded = {"kl/mean": 0.5, "rollout/max_tokens_share": 0.25, "policy_version": 2.0}
+    result = a_step(recorded=recorded, store={"store/used_share": 0.5})
+    metrics = result.to_metrics()
+    check_names(metrics)
+    assert metrics.items() >= (recorded | {"store/used_share": 0.5}).items()
+    assert (metrics["rollout/staleness"], metrics["pool/restarts"]) == (1.0, 2.0)
+    assert metrics["throughput/tokens_per_second"] == 5.0 and metrics["throughput/learner"] == 7.5
+    assert metrics["time/decision_max"] == 0.5 and metrics["learner/skipped"] == 0.0
+    assert "learner/policy_version" not in metrics
+    assert (result.kl_mean, result.max_tokens_share, result.budget) == (0.5, 0.25, None)
+
+
+def test_a_step_without_chunks_says_nothing_of_decisions():
+    times = StepTimes.of([a_report(0, 0.0, 0)], [], 0.0, **CLOCK)
+    assert times.decisions is None and "time/decision_mean" not in times.to_metrics()
+    assert (times.scorer.busy, times.scorer.tokens_per_second) == (0.0, 0.0)
