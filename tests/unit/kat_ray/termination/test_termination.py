@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.monitor.trap_monitor import TrapMonitor
+from kat_ray.errors import StateLost
 from kat_ray.termination import Cut, Finished, NewTokens, RolloutStart, RunFacts, make_rule, make_table
 from kat_ray.termination.calibration import MinimaBuffer, quantile
 from kat_ray.termination.kat import KatRule, KatTracker
@@ -176,7 +177,7 @@ def test_trap_in_the_last_chunk_wins_over_eos():
 def test_monitor_refuses_gaps_and_open_rollouts():
     monitor = active_monitor()
     monitor.start_step(1, [0, 1], [False, False])
-    with pytest.raises(ValueError, match="starts at token 2, but 0"):
+    with pytest.raises(StateLost, match="starts at token 2, but 0"):
         monitor.observe(chunk([0], [2], [[1.0]]))
     with pytest.raises(AssertionError, match="2 rollouts have not ended"):
         monitor.end_step()
