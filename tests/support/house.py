@@ -73,7 +73,7 @@ def imports_between_rooms(root=ROOT):
 
 
 def is_upward(own, other):
-    return FLOOR[other] >= FLOOR[own]
+    return own in FLOOR and other in FLOOR and FLOOR[other] >= FLOOR[own]
 
 
 def places_of_config(tree):
