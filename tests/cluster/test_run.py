@@ -8,7 +8,6 @@ import pytest
 from actors.cluster.samplers import Engines
 from actors.cluster.waiting import Limit, wait_for_start
 from actors.driver import train as job
-from actors.testing.stub_learner import StubLearner
 from kat_ray.analysis.replay import load_traces
 from kat_ray.analysis.replay_rules import COLUMNS, reproduce
 from kat_ray.records.traces import read_traces
@@ -198,7 +197,7 @@ def test_every_rule_acts_while_rollouts_are_generated(finished, files, tmp_path,
         rule = {**rule, "run": str(finished[1])}
     termination, few = {"probe_share": 0.25, **rule}, {"top_k_logprobs": 16}
     config = config_of(files, tmp_path, termination=termination, run={"steps": 3}, rollout=few, **SINGLE)
-    path = job.train(config, engines=Engines(learner=StubLearner) if rule["rule"] == "repetition" else QUICK)
+    path = job.train(config, engines=Engines() if rule["rule"] == "repetition" else QUICK)
     traces, _ = load_traces(path, COLUMNS)
     cut, probe = traces.cut >= 0, traces.probe == 1
     generated = np.array([len(t["token_ids"]) for t in read_traces(path).to_pylist()])
