@@ -24,7 +24,7 @@ bench: setup ## run the benchmark, its peer included (an hour): make bench ARGS=
 test: setup ## run the tests: no cluster, 5 minutes on 2 cores
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-test-integration: setup ## run those on a real Ray and with real engines (15 minutes)
+test-integration: setup ## run those on a real Ray and with real engines (20 minutes)
 	@$(BIN)/python -m pytest -n $(LANES) --dist loadgroup -m "integration and not nightly" $(ARGS)
 
 test-nightly: setup ## run the long ones: many kills, two thousand steps, matrices, Redis (an hour)

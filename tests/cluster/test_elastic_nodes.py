@@ -7,7 +7,7 @@ from tests.cluster.local_cluster import local_cluster
 from tests.cluster.paced import train_beside
 from tests.support.runs import check_books
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.nightly
 
 
 def test_nodes_come_and_go_in_the_middle_of_a_run(own_ray, files, tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def lose_a_node(cluster, scene, gate):
     until(lambda: roles_on(cluster, SPARE) == set(scene.roles), 300, f"{scene.roles} come up on the other node")
 
 
-TIERS = {"a sampler and a scorer": pytest.mark.nightly}  # a lost sampler's node: test_autoscaling_run too
+TIERS = {"all scorers and the monitor": pytest.mark.nightly}  # in virtual time: test_control_plane
 
 
 @pytest.mark.parametrize("scene", [pytest.param(s, marks=TIERS.get(s.name, ()), id=s.name) for s in SCENES])

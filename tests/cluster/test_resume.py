@@ -184,6 +184,7 @@ def test_told_to_end_it_saves_and_a_second_run_goes_on(straight, files, tmp_path
     assert err.startswith("error: ") and "run.seed" in err and "Traceback" not in err
 
 
+@pytest.mark.nightly  # a submitted run that is given again goes on: test_submit
 @kinds(STUBS)
 def test_a_retried_job_goes_on_by_itself(straight, files, tmp_path, monkeypatch, kind):
     """As a Ray job, submitted again and again under one name: after a kill of its driver, and after `job stop`."""

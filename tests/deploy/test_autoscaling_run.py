@@ -28,7 +28,7 @@ from tests.deploy.on_kuberay import kuberay
 from tests.deploy.ray_nodes import workers
 from tests.support.runs import check_books
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray", "openssl")]
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("own_ray", "openssl")]
 
 STEPS = 20  # more than growing takes; what is left of them passes at once
 MINIMUM = {"learner": 1, "sampler": 1, "scorer": 1}
