@@ -43,6 +43,11 @@ class Engines:
     scorer: TeacherMaker = make_teacher
     learner: type = Learner
 
+    @property
+    def are_real(self) -> bool:
+        """Whether all three compute the models that the configuration names; stand-ins have no model."""
+        return self == Engines()
+
 
 class SamplerGroup(ActorGroup):
     """Samplers, and the weights that they hold. Evaluation needs no other actors."""

@@ -58,9 +58,15 @@ class RunHistory:
         return self._seconds_before + time.monotonic() - self._started
 
     def begin(self, started: float, loaded: Loaded | None) -> None:
-        """Everything here and in the run's records as the checkpoint holds it; None: as before the first step."""
+        """Everything here as the checkpoint holds it; None: as before the first step. Writes nothing."""
         self._started = started
-        self._go_back(loaded)
+        self._take(RunState.of(loaded))
+
+    def begin_records(self, loaded: Loaded | None) -> None:
+        """The run's records as the checkpoint holds them: what came after it is forgotten."""
+        state = RunState.of(loaded)
+        self._run.rewind(state.done, state.positions)
+        self._trackers.start(state.done)
 
     def restore(self, loaded: Loaded) -> None:
         """Have the learner take the checkpoint, and the samplers its weights."""
@@ -124,10 +130,8 @@ class RunHistory:
         )
 
     def _go_back(self, loaded: Loaded | None) -> None:
-        state = RunState.of(loaded)
-        self._take(state)
-        self._run.rewind(state.done, state.positions)
-        self._trackers.start(state.done)
+        self._take(RunState.of(loaded))
+        self.begin_records(loaded)
 
     def _take(self, state: RunState) -> None:
         self.done = state.done

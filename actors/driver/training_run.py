@@ -29,6 +29,7 @@ from actors.cluster.run_actors import RunActors
 from actors.cluster.samplers import Engines
 from actors.cluster.signals import Preempted, StopRequest
 from actors.cluster.waiting import LearnersLost
+from actors.driver.agreement import AgreementCheck
 from actors.driver.dispatcher import RolloutDispatcher
 from actors.driver.evaluation import EvaluationSchedule
 from actors.driver.history import RunHistory
@@ -77,6 +78,8 @@ class TrainingRun:
         self._resizing = Resizing(config, self._actors, placement, progress.note)
         self._store = StoreWatch(config.cluster.store_share, progress.note, config.rollout.staleness)
         self._evaluator = make_evaluator(config, prepared)
+        checks = config.run.check_agreement and engines.are_real
+        self._agreement = AgreementCheck(config, prepared, self._actors) if checks else None
         self._evaluation = EvaluationSchedule(
             self._evaluate if self._evaluator else None, every=config.evaluation.every, steps=config.run.steps,
             phase=progress.phase, on_result=lambda done, result: self._trackers.evaluation(done, asdict(result)),
@@ -96,7 +99,7 @@ class TrainingRun:
         with self._trackers, self._stop.listening():
             try:
                 self._load(started, loaded)
-                self._train(loaded)
+                self._train()
             except Preempted:
                 self._history.save_and_leave()
                 raise
@@ -107,6 +110,8 @@ class TrainingRun:
         self._store.start()
         self._actors.begin_loading()
         self._history.begin(started, loaded)
+        if loaded is None:
+            self._history.begin_records(None)
         if self._evaluator and self._config.evaluation.teacher and "teacher" not in self._evaluation.results:
             self._actors.samplers.use_teacher()
             self._evaluation.teacher(self._evaluate)
@@ -114,16 +119,32 @@ class TrainingRun:
             self._progress.note(f"evaluation of the teacher: avg@{result.k} {result.avg_at_k:.1%}")
         self._actors.samplers.use_student()
         self._actors.wait_until_ready()
+        self._take_up(loaded)
 
-    def _train(self, loaded: Loaded | None) -> None:
+    def _take_up(self, loaded: Loaded | None) -> None:
+        """What the checkpoint holds goes to the actors, which must agree; only then is the run written to."""
+        while True:
+            try:
+                if loaded is not None:
+                    self._history.restore(loaded)
+                if self._agreement is not None:
+                    self._progress.phase("checking that all engines compute the same models")
+                    self._agreement.run(self._history.done, as_given=loaded is None)
+                    self._progress.note(self._agreement.summary())
+                break
+            except LearnersLost as error:
+                self._progress.note(f"the learner was lost ({error}): starting it again")
+                self._actors.restart_learners(error)
+        if loaded is not None:
+            self._history.begin_records(loaded)
+
+    def _train(self) -> None:
         history, lost = self._history, None
         while True:
             try:
                 if lost is not None:
                     self._roll_back(lost)
-                elif loaded is not None:
-                    history.restore(loaded)
-                lost = loaded = None
+                lost = None
                 self._evaluation.run_if_due(history.done)
                 history.save_if_due()
                 if history.done == self._config.run.steps:

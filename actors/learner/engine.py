@@ -24,6 +24,15 @@ class StudentWithLoss(nn.Module):
         self._term = term
         self._chunk_tokens = chunk_tokens
 
+    @contextlib.contextmanager
+    def with_term(self, term: LossTerm) -> Iterator[None]:
+        """Another term of the loss inside."""
+        own, self._term = self._term, term
+        try:
+            yield
+        finally:
+            self._term = own
+
     def forward(self, arguments: dict[str, Tensor], positions: Tensor, rows: TokenRows, chunks: int) -> TermSums:
         """The term for the tokens whose hidden states lie at `positions` [T, 2]; see `ModelInputs`.
 

@@ -15,6 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from actors.learner.agreement import (
+    Sequences,
+    change_parameters,
+    own_logprobs,
+    reference_logprobs,
+    restore_parameters,
+    save_parameters,
+)
 from actors.learner.collectives import rendezvous
 from actors.learner.engine import gathered, make_engine
 from actors.learner.model import StudentModel, load_student
@@ -33,7 +41,7 @@ from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
 from kat_ray.run.checkpoint import FileDigest
 from kat_ray.run.step_result import LearnerReport
-from kat_ray.types.records import KeptRollout, RolloutChunk, TeacherRows, WeightUpdate
+from kat_ray.types.records import FloatArray, KeptRollout, RolloutChunk, TeacherRows, WeightUpdate
 
 log = logging.getLogger("kat_ray.learner")
 
@@ -59,6 +67,7 @@ class Learner:
         self._listener: socket.socket | None = None  # of rank 0, between `address` and `start`
         self._batches: list[MicroBatch] | None = None
         self._collect_seconds = 0.0
+        self._saved: list[torch.Tensor] | None = None  # the weights while they are changed
         self._timeline = Timeline()
         self._heartbeat = Heartbeat()
 
@@ -171,6 +180,32 @@ class Learner:
                 return None, policy_version
             dtype = DTYPES[self._settings.student.dtype]
             return loaded.student.weight_update(policy_version, dtype), policy_version
+
+    def logprobs(self, sequences: Sequences, plain: bool) -> list[FloatArray]:
+        """Log-probabilities [tokens] of answers to prompts: by a plain forward pass, or as a step computes them.
+
+        All ranks must call it, between two steps.
+        """
+        loaded, settings = self._ready(), self._settings
+        with self._heartbeat.busy("agreement"):
+            if plain:
+                return reference_logprobs(loaded.engine, loaded.student, sequences)
+            return own_logprobs(loaded.engine, self._collator, sequences, settings.top_k)
+
+    def change_weights(self, scale: float) -> None:
+        """Change the weights a little, for a test of their publication; 0 takes the change back, to the bit.
+
+        All ranks must call it. No step may be taken in between.
+        """
+        loaded = self._ready()
+        with self._heartbeat.busy("agreement"):
+            if self._saved is None:
+                self._saved = save_parameters(loaded.engine, loaded.student)
+            restore_parameters(loaded.engine, loaded.student, self._saved)
+            if scale:
+                change_parameters(loaded.engine, loaded.student, scale)
+            else:
+                self._saved = None
 
     def snapshot(self, path: str, tokenizer_dir: str) -> None:
         """Copy weights and optimiser to host memory; a thread writes them below the directory `path`.

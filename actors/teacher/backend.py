@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kat_ray.losses.divergence import entropy, stop_mass, tail_from_logprobs
-from kat_ray.types.records import IntArray, RolloutChunk
+from kat_ray.types.records import FloatArray, IntArray, RolloutChunk
 
 OVERLAP_TOP = 16  # ids compared for the overlap ratio (arXiv 2604.13016)
 
@@ -57,6 +57,9 @@ class Teacher(Protocol):
 
     def release(self, rollout_ids: Sequence[int]) -> None:
         """Drop the state of rollouts; unknown ones are ignored."""
+
+    def plain_logprobs(self, prompt: Sequence[int], answer: Sequence[int]) -> FloatArray:
+        """Log-probabilities [tokens] of an answer by a pass of their own, which holds and uses no state."""
 
 
 def columns_of(logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int]) -> TeacherColumns:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from actors.teacher.agreement import Sequences, chunked_logprobs
 from actors.teacher.backend import Teacher, TeacherColumns
 from actors.teacher.settings import ScorerSettings
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
@@ -23,7 +24,7 @@ from kat_ray.errors import StateLost, UserError
 from kat_ray.losses.divergence import EosMode, dequantise, entropy, event_logprobs, is_stop, quantise, reverse_kl
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
-from kat_ray.types.records import EngineEnd, IntArray, RolloutChunk, ScoredChunk, TeacherRows
+from kat_ray.types.records import EngineEnd, FloatArray, IntArray, RolloutChunk, ScoredChunk, TeacherRows
 
 
 def make_teacher(settings: ScorerSettings) -> Teacher:
@@ -59,6 +60,7 @@ class TeacherScorer:
         self._stop_ids = settings.stop_ids
         self._teacher_name = f"teacher.path = {settings.teacher.path!r}"
         self._eos: EosMode = settings.rollout.eos
+        self._top_k = settings.rollout.top_k_logprobs
         self._teacher = make(settings)
         self._timeline = Timeline()
         self._heartbeat = Heartbeat()
@@ -106,6 +108,19 @@ class TeacherScorer:
     def release(self, rollout_ids: Sequence[int]) -> None:
         """Drop the state of rollouts; unknown ones are ignored."""
         self._teacher.release(rollout_ids)
+
+    def logprobs(self, sequences: Sequences, plain: bool) -> list[FloatArray]:
+        """Log-probabilities [tokens] of answers to prompts: by a plain pass, or as the chunks of a run are scored.
+
+        No rollout of a run may be held: its state would be mixed up with theirs.
+        """
+        with self._heartbeat.busy("agreement"):
+            if plain:
+                return [self._teacher.plain_logprobs(prompt, answer) for prompt, answer in sequences]
+            ran = self._teacher.run_tokens
+            found = chunked_logprobs(self._teacher, sequences, self._top_k)
+            self._teacher.run_tokens = ran  # a run's figures are of its rollouts
+            return found
 
     def spans(self) -> tuple[Span, ...]:
         """The spans since the last call."""

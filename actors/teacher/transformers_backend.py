@@ -18,8 +18,8 @@ from actors.teacher.backend import TeacherColumns, columns_of
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.slot_cache import ATTENTION, SlotCache, Span
 from kat_ray.errors import StateLost, UserError
-from kat_ray.models.load import load_causal_lm
-from kat_ray.types.records import IntArray, RolloutChunk
+from kat_ray.models.load import load_causal_lm, plain_logprobs
+from kat_ray.types.records import FloatArray, IntArray, RolloutChunk
 
 _LOGITS = 2**25  # logits in memory at once: tokens x vocabulary, 128 MiB in float32
 
@@ -63,6 +63,7 @@ class TransformersTeacher:
                 f"teacher.path = {teacher.path!r}: its layers attend by {', '.join(sorted(kinds))}; the "
                 "transformers backend scores models with full attention only. Use scorer.backend = vllm on a GPU."
             )
+        self._own_attention = model_config._attn_implementation
         self._model.set_attn_implementation(ATTENTION)
         if model_config._attn_implementation != ATTENTION:
             raise UserError(
@@ -114,6 +115,14 @@ class TransformersTeacher:
             feed.state.fed += len(feed.token_ids)
             feed.state.pending = feed.pending
         return TeacherColumns.join(parts, chunk.topk_logprobs.shape[1])
+
+    def plain_logprobs(self, prompt: Sequence[int], answer: Sequence[int]) -> FloatArray:
+        """By the model's own forward pass, with the attention that transformers chose for it."""
+        self._model.set_attn_implementation(self._own_attention)
+        try:
+            return plain_logprobs(self._model, prompt, answer, self._device)
+        finally:
+            self._model.set_attn_implementation(ATTENTION)
 
     def columns(self, hidden_NH: Tensor, ids: Tensor) -> TeacherColumns:
         """Columns from hidden states [N, H] and the student's top-k ids [N, k] int64."""

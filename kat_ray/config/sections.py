@@ -49,6 +49,10 @@ class RunConfig(Section):
     """Decisions of the rule take hold at fixed tokens instead of as soon as they arrive: on the same machine,
     without a GPU, the same command then gives the same bits. Costs waiting and overshoot; needs rollout.staleness =
     0."""
+    check_agreement: Resumable[bool] = True
+    """Before the first step, also of a resumed run, check that samplers, learner and scorers give the
+    log-probabilities of plain forward passes of the two models; a run whose engines disagree ends
+    (docs/numbers.md). Takes seconds, and more where prompts are long on a CPU."""
     profile: Resumable[bool] = False
     """Write timeline.json, a Chrome trace of what every actor did in each step."""
     grace_seconds: Resumable[float] = Field(60.0, gt=0)

@@ -7,6 +7,7 @@ stretched by rope scaling; `max_position_embeddings` is taken as it is.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from typing import Any
 from kat_ray.config import Config, ModelConfig
 from kat_ray.config.load import resolve_path
 from kat_ray.errors import ModelError
+from kat_ray.models.edges import edges_of
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -51,6 +53,7 @@ class ModelInfo:
     tied: bool  # the output layer is the embedding
     parameters: int | None  # from the safetensors headers; None for pickles and for weights not downloaded
     dtype: str | None  # data type most weights are stored in, as safetensors names it ("BF16")
+    edges: Mapping[str, int] = dataclasses.field(default_factory=dict)  # see `kat_ray.models.edges`
 
 
 @dataclass(frozen=True)
@@ -152,6 +155,7 @@ def inspect_model(model: ModelConfig) -> tuple[ModelInfo, Any]:
         tied=bool(getattr(text, "tie_word_embeddings", False)),
         parameters=parameters,
         dtype=dtype,
+        edges=edges_of(text),
     )
     return info, tokenizer
 
@@ -230,10 +234,10 @@ def _check_lengths(config: Config, facts: ModelFacts) -> None:
         asked["evaluation.max_tokens"] = config.eval_max_tokens
     if facts.max_length is None:
         return
-    for field, tokens in asked.items():
+    for name, tokens in asked.items():
         if tokens >= facts.max_length:
             raise ModelError(
-                f"{field} = {tokens}: must be < {facts.max_length}, the tokens that both models take "
+                f"{name} = {tokens}: must be < {facts.max_length}, the tokens that both models take "
                 "(max_position_embeddings), with room for the prompt"
             )
 

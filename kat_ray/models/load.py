@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from kat_ray.config import ModelConfig
 from kat_ray.errors import UserError
+from kat_ray.types.records import FloatArray
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,3 +47,19 @@ def check_output_layer(model: Any, name: str) -> None:
             f"{name}: {type(model).__name__} has no `lm_head` over a `model`, or scales or caps the logits behind "
             "it; the distribution would be another one. Qwen, Llama and Mistral fit."
         )
+
+
+@torch.no_grad()
+def plain_logprobs(model: Any, prompt: Sequence[int], answer: Sequence[int], device: torch.device) -> FloatArray:
+    """Log-probabilities [tokens] float32 of an answer by the model's own forward pass.
+
+    One sequence, no padding, no cache: what every other way of computing them is compared with.
+    """
+    ids = torch.tensor([[*prompt, *answer][:-1]], dtype=torch.long, device=device)
+    # Of a long prompt the logits over the whole vocabulary would take gigabytes.
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    kept = {"logits_to_keep": len(answer)} if keeps else {}
+    logits = model(input_ids=ids, use_cache=False, **kept).logits[0, -len(answer) :]
+    chosen = torch.tensor(list(answer), dtype=torch.long, device=device)
+    values: FloatArray = torch.log_softmax(logits.float(), dim=-1).gather(-1, chosen[:, None])[:, 0].cpu().numpy()
+    return values

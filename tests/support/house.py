@@ -18,7 +18,7 @@ FLOORS = (
     ("kat_ray.termination",),
     ("kat_ray.config",),
     ("kat_ray.cluster", "kat_ray.data", "kat_ray.models", "kat_ray.demo"),
-    ("kat_ray.algorithms", "kat_ray.analysis", "kat_ray.run"),
+    ("kat_ray.agreement", "kat_ray.algorithms", "kat_ray.analysis", "kat_ray.run"),
     ("kat_ray.report",),
     ("actors.sampler", "actors.teacher", "actors.learner", "actors.monitor", "actors.ray_jobs"),
     ("actors.cluster", "actors.testing"),
