@@ -23,6 +23,9 @@ from kat_ray.config import Config
 from kat_ray.models.tolerance import LogprobDifference, logprob_tolerance
 from kat_ray.types.records import FloatArray
 
+Pairs = Sequence[tuple[Sequence[int], Sequence[int]]]  # prompt and answer, token ids
+
+_WHAT = "the agreement check"
 _SCALE, _LARGEST_SCALE = 2.0**-6, 0.5  # of the changed weights
 _VISIBLE = 4.0  # times the tolerance, which a change must exceed to show that it arrived
 
@@ -59,6 +62,7 @@ class AgreementCheck:
     prepared: Prepared
     actors: RunActors
     found: list[Agreement] = field(default_factory=list)
+    _known: dict[tuple[tuple[int, ...], tuple[int, ...]], FloatArray] = field(default_factory=dict)
 
     def run(self, version: int, as_given: bool) -> list[Agreement]:
         """All comparisons; `AgreementError` for the first that fails.
@@ -67,6 +71,7 @@ class AgreementCheck:
         samplers hold the weights that they loaded from disk.
         """
         self.found = []
+        self._known.clear()
         asked = self._probes()
         if as_given:
             self._compare_samplers(asked, "as loaded", _SAMPLER)
@@ -105,18 +110,13 @@ class AgreementCheck:
         for group, beside in ((asked, ""), (asked[:1], ", alone")):
             prompts = [list(probe.prompt_ids) for probe in group]
             request = partial(_answer, prompts, self._answer_tokens, self.config.run.seed)
-            for replica, checked in zip(
-                self.actors.samplers.replicas,
-                self.actors.samplers.call(request, "the agreement check"),
-                strict=True,
-            ):
-                answers = [list(tokens) for tokens, _ in checked]
-                plain = self._learner(list(zip(prompts, answers, strict=True)), plain=True)
-                kinds = [probe.kind + beside for probe in group]
-                ours = f"{replica.name} {when}"
-                self._compare(
-                    ours, "the learner's plain forward pass", kinds, [p for _, p in checked], plain, advice
-                )
+            kinds = [probe.kind + beside for probe in group]
+            of_all = self.actors.samplers.call(request, _WHAT)
+            for replica, checked in zip(self.actors.samplers.replicas, of_all, strict=True):
+                answers = [c.token_ids.tolist() for c in checked]
+                plain = self._plain(list(zip(prompts, answers, strict=True)))
+                own, ours = [c.logprobs for c in checked], f"{replica.name} {when}"
+                self._compare(ours, "the learner's plain forward pass", kinds, own, plain, advice)
                 first = first or answers
         return first
 
@@ -127,16 +127,16 @@ class AgreementCheck:
             self.actors.publish(version)
             self._compare_samplers(asked, "after changed weights were published", _PUBLISHED)
         finally:
-            self._on_ranks(lambda rank: rank.change_weights.remote(0.0))
+            self._change_weights(0.0)
 
     def _change(self, asked: Sequence[Probe]) -> None:
         """Change the learner's weights by so much that samplers which keep the old ones are found out."""
         pairs = [(list(p.prompt_ids), [1] * self._answer_tokens) for p in asked[:2]]
-        before = self._learner(pairs, plain=True)
+        before = self._plain(pairs)
         kinds, scale, visible = [p.kind for p in asked[:2]], _SCALE, _VISIBLE * self._tolerance().mean
         while True:
-            self._on_ranks(lambda rank, scale=scale: rank.change_weights.remote(scale))
-            moved = difference(kinds, before, self._learner(pairs, plain=True))
+            self._change_weights(scale)
+            moved = difference(kinds, before, self._plain(pairs))
             if moved.mean > visible or scale >= _LARGEST_SCALE:
                 break
             scale *= 2
@@ -150,10 +150,12 @@ class AgreementCheck:
 
     def _compare_learner(self, asked: Sequence[Probe], answers: Sequence[Sequence[int]]) -> None:
         pairs = [(list(p.prompt_ids), list(a)) for p, a in zip(asked, answers, strict=True)]
-        own, plain = self._learner(pairs, plain=False), self._learner(pairs, plain=True)
+        own = self._on_ranks(lambda rank: rank.logprobs.remote(pairs, False))
         learner = self.config.learner.dtype
         self._compare(
-            "the learner's training path", "its plain forward pass", [p.kind for p in asked], own, plain, _LEARNER,
+            "the learner's training path", "its plain forward pass", [p.kind for p in asked], own,
+            self._plain(pairs),
+            _LEARNER,
             logprob_tolerance(learner, learner),
         )  # fmt: skip
 
@@ -163,10 +165,7 @@ class AgreementCheck:
         pairs = [(list(p.prompt_ids), list(a)) for p, a in zip(asked, answers, strict=True)]
         dtype = self.config.teacher.dtype
         for group in self.actors.teachers.values():
-            own, plain = (
-                group.call(lambda _, s, plain=plain: s.logprobs.remote(pairs, plain), "the agreement check")
-                for plain in (False, True)
-            )
+            own, plain = (group.call(partial(_score, pairs, plain), _WHAT) for plain in (False, True))
             for replica, ours, theirs in zip(group.replicas, own, plain, strict=True):
                 self._compare(
                     f"{replica.name} in pieces", "its plain forward pass", [p.kind for p in asked], ours, theirs,
@@ -187,13 +186,26 @@ class AgreementCheck:
         self.found.append(found)
         require(found.difference, allowed, ours, theirs, advice)
 
-    def _learner(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], plain: bool) -> list[FloatArray]:
-        return self._on_ranks(lambda rank: rank.logprobs.remote(pairs, plain))
+    def _plain(self, pairs: Pairs) -> list[FloatArray]:
+        """The learner's plain forward passes; each once for the weights it holds."""
+        keys = [(tuple(prompt), tuple(answer)) for prompt, answer in pairs]
+        if new := [key for key in dict.fromkeys(keys) if key not in self._known]:
+            found = self._on_ranks(lambda rank: rank.logprobs.remote(new, True))
+            self._known |= dict(zip(new, found, strict=True))
+        return [self._known[key] for key in keys]
+
+    def _change_weights(self, scale: float) -> None:
+        self._known.clear()
+        self._on_ranks(lambda rank: rank.change_weights.remote(scale))
 
     def _on_ranks(self, request: Callable[[Any], Any]) -> Any:
         """The first rank's answer; all ranks are asked."""
-        return self.actors.learners.on_all(request, "the agreement check")[0]
+        return self.actors.learners.on_all(request, _WHAT)[0]
 
 
 def _answer(prompts: Sequence[Sequence[int]], tokens: int, seed: int, _: int, sampler: Any) -> Any:
     return sampler.check.remote(prompts, tokens, seed)
+
+
+def _score(pairs: Pairs, plain: bool, _: int, scorer: Any) -> Any:
+    return scorer.logprobs.remote(pairs, plain)

@@ -94,8 +94,9 @@ def change_parameters(engine: Any, student: StudentModel, scale: float) -> None:
     """Noise of `scale` times each parameter's own size; the same on every rank. The optimiser's copies stay."""
     with _parameters(engine, student) as own, torch.no_grad():
         for i, parameter in enumerate(own):
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
-            parameter.mul_(1 + scale * noise.to(parameter.device, parameter.dtype))
+            random = torch.Generator(parameter.device).manual_seed(i)
+            noise = torch.randn(parameter.shape, generator=random, device=parameter.device)
+            parameter.mul_((1 + scale * noise).to(parameter.dtype))
 
 
 def _sample(number: int, prompt: Sequence[int], answer: Sequence[int], top_k: int) -> TrainingSample:

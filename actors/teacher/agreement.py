@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from actors.teacher.backend import Teacher
+from actors.teacher.backend import Sequences, Teacher
 from kat_ray.data.chunks import PendingRollout, build_chunk
 from kat_ray.types.records import EngineEnd, FloatArray
-
-Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]  # prompt and answer, token ids
 
 
 def chunked_logprobs(teacher: Teacher, sequences: Sequences, top_k: int, pieces: int = 3) -> list[FloatArray]:

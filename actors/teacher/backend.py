@@ -12,6 +12,8 @@ from torch import Tensor
 from kat_ray.losses.divergence import entropy, stop_mass, tail_from_logprobs
 from kat_ray.types.records import FloatArray, IntArray, RolloutChunk
 
+Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]  # prompt and answer, token ids
+
 OVERLAP_TOP = 16  # ids compared for the overlap ratio (arXiv 2604.13016)
 
 
@@ -58,8 +60,8 @@ class Teacher(Protocol):
     def release(self, rollout_ids: Sequence[int]) -> None:
         """Drop the state of rollouts; unknown ones are ignored."""
 
-    def plain_logprobs(self, prompt: Sequence[int], answer: Sequence[int]) -> FloatArray:
-        """Log-probabilities [tokens] of an answer by a pass of their own, which holds and uses no state."""
+    def plain_logprobs(self, sequences: Sequences) -> list[FloatArray]:
+        """Log-probabilities [tokens] of each answer by a pass of its own, which holds and uses no state."""
 
 
 def columns_of(logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int]) -> TeacherColumns:

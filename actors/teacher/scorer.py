@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.teacher.agreement import Sequences, chunked_logprobs
-from actors.teacher.backend import Teacher, TeacherColumns
+from actors.teacher.agreement import chunked_logprobs
+from actors.teacher.backend import Sequences, Teacher, TeacherColumns
 from actors.teacher.settings import ScorerSettings
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.chunks import check_chunk_vocabulary
@@ -116,7 +116,7 @@ class TeacherScorer:
         """
         with self._heartbeat.busy("agreement"):
             if plain:
-                return [self._teacher.plain_logprobs(prompt, answer) for prompt, answer in sequences]
+                return self._teacher.plain_logprobs(sequences)
             ran = self._teacher.run_tokens
             found = chunked_logprobs(self._teacher, sequences, self._top_k)
             self._teacher.run_tokens = ran  # a run's figures are of its rollouts

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from actors.teacher.backend import TeacherColumns, columns_of
+from actors.teacher.backend import Sequences, TeacherColumns, columns_of
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.slot_cache import ATTENTION, SlotCache, Span
 from kat_ray.errors import StateLost, UserError
@@ -116,11 +116,11 @@ class TransformersTeacher:
             feed.state.pending = feed.pending
         return TeacherColumns.join(parts, chunk.topk_logprobs.shape[1])
 
-    def plain_logprobs(self, prompt: Sequence[int], answer: Sequence[int]) -> FloatArray:
+    def plain_logprobs(self, sequences: Sequences) -> list[FloatArray]:
         """By the model's own forward pass, with the attention that transformers chose for it."""
         self._model.set_attn_implementation(self._own_attention)
         try:
-            return plain_logprobs(self._model, prompt, answer, self._device)
+            return [plain_logprobs(self._model, *pair, self._device) for pair in sequences]
         finally:
             self._model.set_attn_implementation(ATTENTION)
 

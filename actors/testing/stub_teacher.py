@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from actors.teacher.backend import OVERLAP_TOP, TeacherColumns
+from actors.teacher.backend import OVERLAP_TOP, Sequences, TeacherColumns
 from actors.teacher.scorer import TeacherScorer
 from actors.teacher.settings import ScorerSettings
 from kat_ray.errors import StateLost
-from kat_ray.types.records import IntArray, RolloutChunk
+from kat_ray.types.records import FloatArray, IntArray, RolloutChunk
 
 
 class StubTeacher:
@@ -72,6 +72,10 @@ class StubTeacher:
     def release(self, rollout_ids: Sequence[int]) -> None:
         """Forget rollouts."""
         self._held.difference_update(rollout_ids)
+
+    def plain_logprobs(self, sequences: Sequences) -> list[FloatArray]:
+        """There is no model to ask."""
+        raise NotImplementedError
 
 
 def stub_teacher(settings: ScorerSettings) -> StubTeacher:
