@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from actors.cluster.placement import Placement
+from actors.cluster.run_actors import RunActors
 from actors.cluster.samplers import Engines, SamplerGroup
 from actors.cluster.session import ray_session
 from actors.cluster.signals import Preempted, StopRequest
 from actors.cluster.supervisor import Supervisor
+from actors.driver.agreement import Agreement, AgreementCheck
 from actors.driver.preparation import Prepared, checkpoints_of, make_evaluator, prepare
 from actors.driver.training_run import TrainingRun
 from kat_ray.config import Config
@@ -93,6 +95,26 @@ def evaluate_model(config: Config, model_dir: str) -> EvalResult:
             return evaluator.run(samplers)
         finally:
             placement.remove()
+
+
+def check_agreement(config: Config, engines: Engines | None = None) -> list[Agreement]:
+    """Start all engines of a configuration, compare what they compute, and end them; nothing is written.
+
+    `AgreementError` for the first two that do not agree.
+    """
+    name_driver(config.run.name)
+    prepared = prepare(config)
+    stop = StopRequest(config.run.grace_seconds)
+    with Progress(config.run.steps) as progress, stop.listening():
+        progress.phase("starting Ray")
+        with _placement(config, config.run.name, progress) as placement:
+            progress.phase("loading models")
+            actors = RunActors.make(config, prepared.paths, placement, stop, engines or Engines())
+            actors.begin_loading()
+            actors.samplers.use_student()
+            actors.wait_until_ready()
+            progress.phase("checking that all engines compute the same models")
+            return AgreementCheck(config, prepared, actors).run(0, as_given=True)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -330,12 +330,28 @@ def run(config: Config | None, write: Callable[[str], object], cluster: ClusterS
 
     `cluster` is to run it, instead of this machine.
     """
-    failed = warned = 0
     if config is None or cluster is None:
-        checks = examine(config)
-    else:
-        fits = [same_ray(cluster, _version("ray"))]
-        checks = chain(examine_sender(config), fits, placements(config, cluster))
+        return report(examine(config), write)
+    fits = [same_ray(cluster, _version("ray"))]
+    return report(chain(examine_sender(config), fits, placements(config, cluster)), write)
+
+
+def agreement(config: Config) -> Iterator[Check]:
+    """Whether all engines compute the same models: starts what a run starts, and ends it."""
+    from actors.driver.train import check_agreement
+    from kat_ray.agreement.compare import AgreementError
+
+    try:
+        for found in check_agreement(config):
+            allowed = f"allowed: {found.tolerance.mean:g} and {found.tolerance.max:g}"
+            yield ok("agreement", f"{found.ours}, and {found.theirs}: {found.difference} ({allowed})")
+    except AgreementError as error:
+        yield fail("agreement", str(error))
+
+
+def report(checks: Iterable[Check], write: Callable[[str], object]) -> int:
+    """Write checks line by line, each as soon as it is known; 0 where nothing failed, else 1."""
+    failed = warned = 0
     for check in checks:
         write(str(check))
         failed += check.level == "FAIL"

@@ -128,7 +128,7 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="run directory, model directory, or hub id")
     evaluate.add_argument("--config", metavar="CONFIG", help="YAML file, or `demo`; default: the run's own")
     evaluate.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    doctor = add("doctor", _doctor, "check machine, packages, models and data; start nothing")
+    doctor = add("doctor", _doctor, "check machine, packages, models and data")
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     doctor.add_argument(
         "--cluster",
@@ -137,6 +137,11 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
     )
     doctor.add_argument(
         "--autoscaled", action="store_true", help="with --cluster: an autoscaler brings the nodes that are lacking"
+    )
+    doctor.add_argument(
+        "--agreement",
+        action="store_true",
+        help="start all engines instead, and compare the log-probabilities that they compute",
     )
     cli_jobs.add_address(doctor)
     compare = add("compare", _compare, "train with several rules and compare them")
@@ -315,25 +320,31 @@ def _doctor(args: argparse.Namespace) -> int:
         cluster = cli_jobs.cluster_seen(args.address, args.autoscaled)
     elif args.autoscaled:
         raise UserError("--autoscaled: says something about a cluster; give --cluster as well")
-    return doctor.run(config, lambda line: print(line, flush=True), cluster)
+    if args.agreement:
+        if config is None or args.cluster:
+            raise UserError("--agreement: name a configuration file, or `demo`; its engines are started from here")
+        _reach(config)
+        return doctor.report(doctor.agreement(config), _say)
+    return doctor.run(config, _say, cluster)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _compare(args: argparse.Namespace) -> int:
     from kat_ray.cli.compare import plan, run, show_finished
 
-    def say(text: str) -> None:
-        print(text, flush=True)
-
     if args.runs:
         given = {"--rules": args.rules, "--seeds": args.seeds, **dict.fromkeys(args.overrides, True)}
         others = [*filter(None, [args.config]), *(name for name, value in given.items() if value)]
-        show_finished(args.runs, others, args.out, say)
+        show_finished(args.runs, others, args.out, _say)
         return 0
     comparison = plan(args.config, args.overrides, args.rules, args.seeds, args.out)
     _reach(comparison.config)
     from actors.driver.train import train
 
-    run(comparison, train, say)
+    run(comparison, train, _say)
     return 0
 
 

@@ -191,3 +191,36 @@ def test_a_model_whose_logits_are_nan_is_refused_for_that(models, tmp_path):
         broken.model.norm.weight[3] = torch.nan
     with pytest.raises(ValueError, match=r"teacher.path = 'x': its logits are NaN .* overflow in float32"):
         check_output_layer(broken, "teacher.path = 'x'")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "learner"),
+    [
+        (1, {"zero_stage": 1}),
+        (1, {"zero_stage": 0, "dtype": "bfloat16", "gradient_checkpointing": True}),
+        pytest.param(2, {"zero_stage": 3}, marks=pytest.mark.integration),
+        pytest.param(2, {"zero_stage": 2, "dtype": "bfloat16"}, marks=pytest.mark.nightly),
+        pytest.param(2, {"zero_stage": 3, "dtype": "bfloat16"}, marks=pytest.mark.nightly),
+    ],
+)
+def test_training_computes_the_model_and_a_change_is_taken_back_to_the_bit(models, world_size, learner):
+    pairs = [([5, 6, 7], [9, 4, 2]), (list(range(100, 140)), [8] * 12), ([3], [1])]
+    rough = learner.get("dtype") == "bfloat16"
+    with Group(models, world_size, **learner) as group:
+
+        def logprobs(plain):
+            first, *others = group.all("logprobs", pairs, plain)
+            for other in others:
+                np.testing.assert_array_equal(np.concatenate(first), np.concatenate(other))
+            return np.concatenate(first)
+
+        before, plain = group.everything(), logprobs(True)
+        np.testing.assert_allclose(logprobs(False), plain, atol=0.1 if rough else 1e-5)
+        group.all("change_weights", 0.1)
+        changed = logprobs(True)
+        assert np.abs(changed - plain).mean() > 0.05
+        np.testing.assert_allclose(logprobs(False), changed, atol=0.1 if rough else 1e-5)
+        group.all("change_weights", 0.0)
+        np.testing.assert_array_equal(logprobs(True), plain)
+        assert group.everything() == before
+        group.step(*step_of(models, random_rollouts(7, seed=1)))  # and training goes on
