@@ -1,0 +1,30 @@
+"""Tokens per second of each stage beside its bare library, and the memory that it took."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from actors.acceptance.rows import Row
+from actors.bench import learner, sampler, teacher
+from actors.bench.pairs import make_pair
+
+STAGES = {"sampler": sampler.measure, "teacher": teacher.measure, "learner": learner.measure}
+
+
+def speed(stage: str, device: torch.device, folder: Path, pair_name: str) -> list[Row]:
+    """Of one stage, in this process: ratios are information, since no GPU has shown yet what to demand."""
+    threads = torch.get_num_threads()
+    rows = []
+    for figure in STAGES[stage](make_pair(pair_name, folder), threads):
+        rates = [
+            f"{k.removesuffix('_tokens_per_s')} {v:,} tokens/s"
+            for k, v in figure.detail.items()
+            if k.endswith("tokens_per_s")
+        ]
+        rows.append(Row("speed", figure.name, figure.value, None, "", ", ".join(rates)))
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        rows.append(Row("speed", f"{stage}: peak memory", peak, None, "GiB"))
+    return rows
