@@ -72,6 +72,8 @@ def _notes(config: Config, prepared: Prepared) -> Iterator[str]:
     for split in (prepared.train, prepared.heldout):
         if split is not None and split.skipped_too_long:
             yield f"{split.source}: {split.skipped_too_long} prompts are too long and were skipped"
+    if prepared.golds.note:
+        yield prepared.golds.note
     for warning in rule_warnings(config):
         yield f"termination: {warning}"
 
