@@ -30,7 +30,14 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 # Arguments of a chat template, or of the call that applies it, which are not the user's.
 _SET_BY_US = frozenset(
     {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages", "padding"}
-    | {"return_dict", "return_tensors", "return_assistant_tokens_mask", "tokenize", "tokenizer_kwargs", "truncation"}
+    | {
+        "return_dict",
+        "return_tensors",
+        "return_assistant_tokens_mask",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    }
 )
 
 
@@ -85,7 +92,8 @@ class ModelConfig(Section):
     """Directory with config.json and safetensors, or a hub id. A directory is taken when it exists;
     `demo:student` and `demo:teacher` name the embedded models."""
     revision: str | None = None
-    """Hub revision (branch, tag or commit); null takes the default branch."""
+    """Hub revision (branch, tag or commit); null takes the default branch. A run resolves it once, at its start, and
+    its own config.yaml has the commit."""
     dtype: Dtype = "bfloat16"
     """Data type of the weights while sampling and scoring."""
     trust_remote_code: bool = False

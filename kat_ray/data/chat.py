@@ -82,7 +82,9 @@ def messages_of(prompt: str | Sequence[Any], system: str | None, where: str) -> 
 
     Contents are text, or parts that are all text, which are joined. `system` is put before messages that have none.
     """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(map(_checked(where), prompt))
+    messages = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(map(_checked(where), prompt))
+    )
     if messages[-1]["role"] in ("assistant", "system"):
         raise DataError(
             f"{where}: the last message is the {messages[-1]['role']}'s; an answer follows a message of the user"

@@ -163,8 +163,6 @@ def _hugging_face(data: DataConfig, path: Path) -> Iterator[Row]:
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         if "Config name is missing" in reason or "BuilderConfig" in reason:
             reason += " (data.name chooses)"
-        raise DataError(
-            f"{what}: no such file, and no data set to be had: {reason[:_LONGEST_REASON]}"
-        ) from error
+        raise DataError(f"{what}: no such file, and no data set to be had: {reason[:_LONGEST_REASON]}") from error
     for number, columns in enumerate(table, 1):
         yield Row(f"{what}, row {number}", number, columns)

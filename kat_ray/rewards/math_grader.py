@@ -33,6 +33,8 @@ _BRACES_RE = re.compile(r"(?<!\\)\{[^{}]*\}")
 # What marks a part of a text as LaTeX. A backslash before it makes it another sign: \$ is a dollar, \\[2pt] a line.
 _DELIMITED = r"(?<!\\)\$.+?(?<!\\)\$|(?<!\\)\\\(.+?(?<!\\)\\\)|(?<!\\)\\\[.+?(?<!\\)\\\]"
 _DELIMITED_RE = re.compile(_DELIMITED, re.DOTALL)
+# The height of a matrix's line, which math-verify takes for a factor of the next entry.
+_LINE_HEIGHT_RE = re.compile(r"\\\\\s*\[\s*-?[0-9.]+\s*(?:pt|em|ex|mm|cm|in|mu|bp|pc)\s*\]")
 
 
 class MathGrader:
@@ -175,7 +177,8 @@ def _equal(gold: str, text: str) -> bool:
     from math_verify import parse, verify
 
     options: dict[str, Any] = {"parsing_timeout": None}
-    return bool(verify(parse(as_latex(gold), **options), parse(text, **options), timeout_seconds=None))
+    ours, theirs = (_LINE_HEIGHT_RE.sub(r"\\\\", part) for part in (as_latex(gold), text))
+    return bool(verify(parse(ours, **options), parse(theirs, **options), timeout_seconds=None))
 
 
 def _expression(text: str) -> str:

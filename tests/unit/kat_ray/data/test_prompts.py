@@ -205,7 +205,10 @@ USER = {"role": "user", "content": "x"}
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "user", "content": None}], "the content of a message is null; it must be text, or a list of text"),
+        (
+            [{"role": "user", "content": None}],
+            "the content of a message is null; it must be text, or a list of text",
+        ),
         ([{"role": "user", "content": 3}], "the content of a message is a number; it must be text"),
         ([{"role": 3, "content": "x"}], "the role of a message is a number; it must be text"),
         (
@@ -228,7 +231,9 @@ def test_parts_of_text_are_joined(jsonl, tmp_path):
     rows = {"prompt": [{"role": "user", "content": parts}]}
     assert text_of(load(jsonl(rows), CHAT, chat_template=True).prompts[0]) == "[user]ab[assistant]"
     pq.write_table(pa.Table.from_pylist([rows]), tmp_path / "parts.parquet")
-    assert text_of(load(str(tmp_path / "parts.parquet"), CHAT, chat_template=True).prompts[0]) == "[user]ab[assistant]"
+    assert (
+        text_of(load(str(tmp_path / "parts.parquet"), CHAT, chat_template=True).prompts[0]) == "[user]ab[assistant]"
+    )
 
 
 def test_the_template_may_be_the_teacher_s_or_a_file_s(jsonl, tmp_path):
@@ -282,7 +287,9 @@ def test_dotted_paths_name_fields_within_columns(jsonl, tmp_path):
         "F:1: there is no column 'reward_model.truth'; in reward_model there are style, ground_truth "
         "(data.answer_column chooses)"
     )
-    assert refusal(path, prompt_column="q.a").startswith("F:1: there is no column 'q.a'; there are prompt, reward_m")
+    assert refusal(path, prompt_column="q.a").startswith(
+        "F:1: there is no column 'q.a'; there are prompt, reward_m"
+    )
 
 
 def test_a_column_of_answers_that_was_chosen_must_be_there(jsonl):
@@ -322,7 +329,9 @@ def test_gold_answers_of_a_column_that_was_chosen_must_be_usable(jsonl):
     path = jsonl({"prompt": "a", "gold": "1"}, {"prompt": "b", "gold": "$"})
     with pytest.raises(DataError, match=r"1 of 2 gold answers can match no answer; first of problem p:2.*'\$'"):
         training(path, answer_column="gold")
-    with pytest.raises(DataError, match=r"first of problem p:2: .*'\$': math-verify does not find it equal to itself"):
+    with pytest.raises(
+        DataError, match=r"first of problem p:2: .*'\$': math-verify does not find it equal to itself"
+    ):
         training(path, "math", answer_column="gold")
 
 
