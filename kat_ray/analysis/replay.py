@@ -298,7 +298,7 @@ def calibrate(
 
 
 def _admitted(whole: FloatArray, probe: IntArray, rule: KatParameters, until_cut: FloatArray) -> FloatArray:
-    """What a step's rollouts feed while the rule is active, NaN for nothing; `until_cut` is NaN where none was cut."""
+    """What a step's rollouts feed while the rule is active, NaN for nothing; `until_cut` is NaN where not cut."""
     cut = ~np.isnan(until_cut) & ~probe
     match rule.calibrate_on:
         case "probes":

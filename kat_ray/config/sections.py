@@ -92,8 +92,8 @@ class ModelConfig(Section):
     """Directory with config.json and safetensors, or a hub id. A directory is taken when it exists;
     `demo:student` and `demo:teacher` name the embedded models."""
     revision: str | None = None
-    """Hub revision (branch, tag or commit); null takes the default branch. A run resolves it once, at its start, and
-    its own config.yaml has the commit."""
+    """Hub revision (branch, tag or commit); null takes the default branch. A run resolves it once, at its start,
+    and its own config.yaml has the commit."""
     dtype: Dtype = "bfloat16"
     """Data type of the weights while sampling and scoring."""
     trust_remote_code: bool = False
@@ -108,21 +108,22 @@ class DataConfig(Section):
     path: str = Field(min_length=1)
     """A .jsonl or .parquet file, a Hugging Face data set id, or `demo:train` / `demo:heldout`."""
     name: str | None = Field(None, min_length=1)
-    """Configuration of a Hugging Face data set that has several, such as `main` of openai/gsm8k; not used for files."""
+    """Configuration of a Hugging Face data set that has several, such as `main` of openai/gsm8k; not used for
+    files."""
     revision: str | None = Field(None, min_length=1)
     """Hub revision of a data set (branch, tag or commit); null takes the default branch. Not used for files."""
     split: str = "train"
     """Split of a Hugging Face data set; not used for files."""
     prompt_column: str = "prompt"
-    """Column with the prompt: a string, or a list of chat messages with `chat_template`. A dotted path names a field
-    within a column, such as `reward_model.ground_truth`; a column of that very name comes first."""
+    """Column with the prompt: a string, or a list of chat messages with `chat_template`. A dotted path names a
+    field within a column, such as `reward_model.ground_truth`; a column of that very name comes first."""
     answer_column: str | None = "answer"
-    """Column with the gold answer, or dotted path of it; null where answers are not graded. Training data may lack the
-    column `answer`, and then nothing is graded; any other name must be there."""
+    """Column with the gold answer, or dotted path of it; null where answers are not graded. Training data may lack
+    the column `answer`, and then nothing is graded; any other name must be there."""
     chat_template: bool | Annotated[str, Field(min_length=1)] = False
     """Chat template that makes a prompt (with the start of an answer): `true` or `student` applies the student's,
     `teacher` the teacher's, a path that of a file (Jinja); `false` applies none."""
-    chat_template_kwargs: dict[str, bool | int | float | str | None] = {}
+    chat_template_kwargs: dict[str, bool | int | float | str | None] = Field({})
     """Further arguments of the chat template, such as {enable_thinking: false}."""
     system_prompt: str | None = None
     """System message put before a string prompt; needs `chat_template`."""

@@ -72,8 +72,8 @@ def _file(name: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         raise DataError(
-            f"data.chat_template = {name}: must be true, false, student, teacher or a file with a Jinja template; as "
-            f"a file it cannot be read: {reason}"
+            f"data.chat_template = {name}: must be true, false, student, teacher or a file with a Jinja template; "
+            f"as a file it cannot be read: {reason}"
         ) from error
 
 
@@ -114,6 +114,6 @@ def _text_of(content: Any, where: str) -> str:
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise DataError(
-                f"{where}: a part of a message is {str(part)[:80]}; only parts {{type: text, text: ...}} can be used"
+                f"{where}: a part of a message is {str(part)[:80]}; only {{type: text, text: ...}} can be used"
             )
     return "".join(part["text"] for part in content)

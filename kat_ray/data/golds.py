@@ -1,4 +1,4 @@
-"""Gold answers of training data: rollouts are graded where they can be, and never where no answer could be right."""
+"""Gold answers of training data: which of them a rollout can be graded by."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def training_golds(
 ) -> TrainingGolds:
     """The usable gold answers of `found`, read as `data` says.
 
-    Training needs none: in the default column those that no answer could match are left out with a note. Of a column
-    that was chosen they are a `DataError`, which names the first.
+    Training needs none: in the default column those that no answer could match are left out with a note. Of a
+    column that was chosen they are a `DataError`, which names the first.
     """
     answered = [p for p in found.prompts if p.answer is not None]
     wrong = unmatchable(answered, verifier, limits)
@@ -33,7 +33,8 @@ def training_golds(
     if not wrong:
         return TrainingGolds(answers, None)
     first, reason = next(iter(wrong.items()))
-    said = f"{len(wrong)} of {len(answered)} gold answers can match no answer; first of problem {first.prompt_id}: {reason}"
+    share = f"{len(wrong)} of {len(answered)} gold answers can match no answer"
+    said = f"{share}; first of problem {first.prompt_id}: {reason}"
     if data.names_answers:
         raise DataError(f"{found.source}: {said} (data.answer_column = null grades no rollouts)")
     return TrainingGolds(answers, f"{found.source}: {said}. Their rollouts are not graded")

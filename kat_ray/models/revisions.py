@@ -14,9 +14,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 def pinned(config: Config) -> Config:
     """The configuration with the commit of each hub model in place of its branch or tag.
 
-    All that loads a model or its tokenizer takes the revision from there, on whichever node it is. Without an answer
-    from the hub (or from its cache, with HF_HUB_OFFLINE=1) a model is left as it is; whoever reads it first says why
-    it cannot be had.
+    All that loads a model or its tokenizer takes the revision from there, on whichever node it is. Without an
+    answer from the hub (or from its cache, with HF_HUB_OFFLINE=1) a model is left as it is; whoever reads it first
+    says why it cannot be had.
     """
     models = {"student": _pinned(config.student), "teacher": _pinned(config.teacher)}
     return config.model_copy(update=models)

@@ -4,7 +4,7 @@ The last *stated* answer of the text decides. These state one:
 
 | form | examples |
 | --- | --- |
-| `answer`, then any of `is`, `:`, `=`, `**`, `$`, `\(` and white space, then a number | `answer 42`, `Answer: **42**` |
+| `answer`, then any of `is`, `:`, `=`, `**`, `$`, `\(` and space, then a number | `answer 42`, `Answer: **42**` |
 | a box | `\boxed{42}`, `\boxed{x = 42\text{ cm}}` |
 | `####`, then a number, alone on a line | `#### 42` |
 | a number in bold, alone on a line | `**42**`, `**$42.**` |
@@ -17,6 +17,7 @@ Where none is stated, the last integer of the text is the answer. A stated answe
 from __future__ import annotations
 
 import re
+from collections import deque
 
 from kat_ray.errors import DataError
 
@@ -46,9 +47,7 @@ _THOUSANDS_RE = re.compile(r"\{,\}|,?\\!,?")  # of LaTeX: 1{,}234 and 1,\!234
 def extract_integer(text: str) -> str | None:
     """The integer that the text answers with, in plain digits; None where it is unreadable or there is none."""
     text = _THOUSANDS_RE.sub(",", text)
-    stated = None
-    for stated in _STATED_RE.finditer(text):
-        pass
+    stated = next(iter(deque(_STATED_RE.finditer(text), maxlen=1)), None)
     if stated is None:
         numbers = [p for p in map(_plain, _NUMBER_RE.findall(text)) if p is not None]
         return numbers[-1] if numbers else None

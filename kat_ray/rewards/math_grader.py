@@ -1,10 +1,10 @@
 r"""LaTeX answers graded by math-verify in a child process that can be ended, within a bound of time and of memory.
 
-The parent works from any thread of any process. The child, `python -m kat_ray.rewards.math_grader BYTES`, limits its
-own memory, then reads `[seconds, "gold", "text"]` and writes `true` or `false`, or reads `[seconds, null, "text"]`
-and writes the expression it would grade (a string, "" if there is none), one JSON line each; `null` says that it ran
-out of memory. An answer that takes longer, or kills the child, has no verdict, and the child is replaced. A child
-whose parent is gone ends by an alarm that it sets itself.
+The parent works from any thread of any process. The child, `python -m kat_ray.rewards.math_grader BYTES`, limits
+its own memory, then reads `[seconds, "gold", "text"]` and writes `true` or `false`, or reads `[seconds, null,
+"text"]` and writes the expression it would grade (a string, "" if there is none), one JSON line each; `null` says
+that it ran out of memory. An answer that takes longer, or kills the child, has no verdict, and the child is
+replaced. A child whose parent is gone ends by an alarm that it sets itself.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ def _closing_brace(text: str, start: int) -> int | None:
 def as_latex(gold: str) -> str:
     r"""A gold answer between delimiters: its own, or dollars around the whole.
 
-    Its own are a pair, unescaped, at both ends, or around a part of a sentence; `\$18.90`, `\\[2pt]` in a matrix and
-    a pair within braces are none. `\boxed{...}` is taken as it is.
+    Its own are a pair, unescaped, at both ends, or around a part of a sentence; `\$18.90`, `\\[2pt]` in a matrix
+    and a pair within braces are none. `\boxed{...}` is taken as it is.
     """
     gold = gold.strip()
     outside, deeper = gold, 1
@@ -202,7 +202,8 @@ def _limit_memory(size: int) -> None:
 def _is_bloated(limit: int) -> bool:
     """Whether this process once held half of its memory.
 
-    What grows by doubling fails from there on, and math-verify takes most errors, a MemoryError too, for "not equal".
+    What grows by doubling fails from there on, and math-verify takes most errors, a MemoryError too, for "not
+    equal".
     """
     status = Path("/proc/self/status")
     if not status.exists():  # no Linux

@@ -1,8 +1,8 @@
 """Answers graded, and what a set of graded answers amounts to.
 
 `integer` (kat_ray.rewards.integers) and `math` read the whole text of an answer. Mathematics is graded in child
-processes (kat_ray.rewards.grader_pool): math-verify's own time limit is a signal, which only a main thread can take,
-and some expressions (9^9^9) would never end without one, or take all memory.
+processes (kat_ray.rewards.grader_pool): math-verify's own time limit is a signal, which only a main thread can
+take, and some expressions (9^9^9) would never end without one, or take all memory.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def evaluate_answers(
 ) -> EvalResult:
     """Grade k answers to each problem. `texts`, `lengths` (tokens) and `finished` hold problem after problem.
 
-    `finished` is false for an answer that ended at the token limit. `within` bounds the seconds of grading them all.
+    `finished` is false for an answer that ended at the token limit. `within` bounds the seconds of grading them
+    all.
     """
     assert len(texts) == len(lengths) == len(finished) == len(golds) * k, "k answers to each problem"
     given = [gold for gold in golds if gold is not None]
@@ -122,8 +123,8 @@ def unmatchable(
 ) -> dict[Prompt, str]:
     """The problems whose gold answer no text could match, in their order, each with the reason.
 
-    A mathematical answer is graded against itself; of a large data set the first 2,000 different ones are, as far as
-    the time of a step's grading (`limits`) allows.
+    A mathematical answer is graded against itself; of a large data set the first 2,000 different ones are, as far
+    as the time of a step's grading (`limits`) allows.
     """
     if (gold := _GOLDS.get(verifier)) is None:
         golds = dict.fromkeys(p.answer for p in problems if p.answer and not _PLAIN_RE.fullmatch(p.answer))
@@ -148,7 +149,7 @@ def _not_themselves(golds: Sequence[str], limits: GradingLimits | None) -> dict[
         "evaluation.grading_memory_gib)",
     }
     return {
-        gold: f"no answer could match the gold answer {gold!r}: {reasons[outcome]}; write it as LaTeX, or leave it out"
+        gold: f"no answer could match the gold answer {gold!r}: {reasons[outcome]}; write it as LaTeX"
         for gold, outcome in zip(golds, outcomes, strict=True)
         if outcome in reasons
     }

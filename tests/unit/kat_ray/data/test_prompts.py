@@ -195,7 +195,8 @@ def test_bad_messages(jsonl):
         "F:1: prompt: a message has role and content"
     )
     assert refusal(path, PLAIN, chat_template=True) == (
-        "data.chat_template = true: the student's tokenizer has no chat template; it may be teacher, or a file with one"
+        "data.chat_template = true: the student's tokenizer has no chat template; it may be teacher, or a file "
+        "with one"
     )
 
 
@@ -250,12 +251,12 @@ def test_the_template_may_be_the_teacher_s_or_a_file_s(jsonl, tmp_path):
     (tmp_path / "own.jinja").write_text(other)
     assert loaded(PLAIN, str(tmp_path / "own.jinja")) == prompt
     assert refusal(path, PLAIN, chat_template="teacher") == (
-        "data.chat_template = teacher: the teacher's tokenizer has no chat template; it may be student, or a file with "
-        "one"
+        "data.chat_template = teacher: the teacher's tokenizer has no chat template; it may be student, or a file "
+        "with one"
     )
     assert refusal(path, PLAIN, chat_template="techer") == (
-        "data.chat_template = techer: must be true, false, student, teacher or a file with a Jinja template; as a file "
-        "it cannot be read: No such file or directory"
+        "data.chat_template = techer: must be true, false, student, teacher or a file with a Jinja template; as a "
+        "file it cannot be read: No such file or directory"
     )
 
 
@@ -295,8 +296,8 @@ def test_dotted_paths_name_fields_within_columns(jsonl, tmp_path):
 def test_a_column_of_answers_that_was_chosen_must_be_there(jsonl):
     path = jsonl({"prompt": "a", "anser": "1"}, {"prompt": "b", "other": 2})
     assert refusal(path, answer_column="solution") == (
-        "F: no row has an answer in column 'solution'; there are prompt, anser, other (data.answer_column chooses; null "
-        "where answers are not graded)"
+        "F: no row has an answer in column 'solution'; there are prompt, anser, other (data.answer_column chooses; "
+        "null where answers are not graded)"
     )
     assert [p.answer for p in load(path).prompts] == [None, None], "the default column need not be there"
     assert [p.answer for p in load(path, answer_column="anser").prompts] == ["1", None]
@@ -320,7 +321,8 @@ def test_training_rollouts_are_graded_where_they_can_be(jsonl):
     golds = training(path)
     assert golds.answers == {"p:1": "1"}
     assert golds.note.replace(path, "F").startswith(
-        "F: 1 of 2 gold answers can match no answer; first of problem p:2: the gold answer 'so #### 2' is not an integer"
+        "F: 1 of 2 gold answers can match no answer; first of problem p:2: the gold answer 'so #### 2' is not an "
+        "integer"
     )
     assert training(jsonl({"prompt": "a", "answer": "1"})).note is None
 

@@ -190,8 +190,9 @@ def test_mathematics_is_graded_outside_the_main_thread(pool):
 
 # Forms of gold answers of MATH, and what a model puts into its box.
 GOLDS = [
-    (r"\$18.90", r"\$18.90"), (r"\$36", "36"), (r"\$32,\!348", r"\$32,\!348"), ("$18.90", r"\$18.90"), ("(1,2)", "(1,2)"),
-    (r"\frac{1}{2}", "0.5"), (r"$\frac{1}{2}$", r"\frac{1}{2}"), (r"\boxed{7}", "7"), (r"\[ 5 \]", "5"), ("12", "12"),
+    (r"\$18.90", r"\$18.90"), (r"\$36", "36"), (r"\$32,\!348", r"\$32,\!348"), ("$18.90", r"\$18.90"),
+    ("(1,2)", "(1,2)"), ("12", "12"),
+    (r"\frac{1}{2}", "0.5"), (r"$\frac{1}{2}$", r"\frac{1}{2}"), (r"\boxed{7}", "7"), (r"\[ 5 \]", "5"),
     (r"\begin{pmatrix} 1 & 2 \\[2pt] 3 & 4 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
     (r"\(x^2\)", "x^2"), (r"10\%", r"10\%"), (r"\text{(A)}", r"\text{(A)}"), ("x^2+2x+1", "(x+1)^2"),
 ]  # fmt: skip
