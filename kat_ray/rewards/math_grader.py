@@ -93,7 +93,7 @@ class MathGrader:
             reply = self._read(min(seconds, left))
         except BrokenPipeError:
             reply = None
-        if reply is not None and reply != "null":
+        if reply and reply != "null":
             return reply
         self.close()
         return Outcome.RAN_OUT if reply == "null" or left >= seconds else Outcome.NOT_REACHED
@@ -107,7 +107,7 @@ class MathGrader:
         line = self._read(within)
         self._ready = line == "ready"
         is_late = time.monotonic() - self._started > _START_SECONDS
-        if line is None and self._child.poll() is None and not is_late:
+        if line is None and not is_late:
             return False
         if not self._ready:
             self.close()
@@ -129,11 +129,10 @@ class MathGrader:
         )
 
     def _read(self, seconds: float) -> str | None:
-        """The child's next line; None when it is late or gone. Replies are short, so a line comes whole."""
+        """The child's next line, "" when it is gone; None when it is late. Replies are short: a line comes whole."""
         assert self._child is not None and self._child.stdout is not None
         readable, _, _ = select.select([self._child.stdout], [], [], max(0.0, seconds))
-        line = self._child.stdout.readline() if readable else ""
-        return line.strip() or None
+        return self._child.stdout.readline().strip() if readable else None
 
 
 def readable_part(text: str) -> str:
