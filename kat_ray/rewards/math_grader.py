@@ -92,11 +92,11 @@ class MathGrader:
             self._child.stdin.flush()
             reply = self._read(min(seconds, left))
         except BrokenPipeError:
-            reply = None
+            reply = ""
         if reply and reply != "null":
             return reply
         self.close()
-        return Outcome.RAN_OUT if reply == "null" or left >= seconds else Outcome.NOT_REACHED
+        return Outcome.RAN_OUT if reply is not None or left >= seconds else Outcome.NOT_REACHED
 
     def _is_ready(self, within: float) -> bool:
         """Whether the child takes questions; it goes on starting where it does not yet."""
@@ -104,10 +104,10 @@ class MathGrader:
             return True
         if self._child is None:
             self._child, self._started = self._start(), time.monotonic()
-        line = self._read(within)
+        start_ends = self._started + _START_SECONDS
+        line = self._read(min(within, start_ends - time.monotonic()))
         self._ready = line == "ready"
-        is_late = time.monotonic() - self._started > _START_SECONDS
-        if line is None and not is_late:
+        if line is None and time.monotonic() < start_ends:
             return False
         if not self._ready:
             self.close()
@@ -129,7 +129,7 @@ class MathGrader:
         )
 
     def _read(self, seconds: float) -> str | None:
-        """The child's next line, "" when it is gone; None when it is late. Replies are short: a line comes whole."""
+        """The child's next line, "" when it is gone, None when it is late. Replies are short, so it comes whole."""
         assert self._child is not None and self._child.stdout is not None
         readable, _, _ = select.select([self._child.stdout], [], [], max(0.0, seconds))
         return self._child.stdout.readline().strip() if readable else None
