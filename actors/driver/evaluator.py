@@ -62,4 +62,6 @@ class Evaluator:
             lengths=[len(a) for a in answers],
             finished=[bool(a) and a[-1] in self._stop_ids for a in answers],
             verifier=self._config.evaluation.verifier,
+            limits=self._config.evaluation.grading_limits,
+            within=self._config.cluster.step_timeout,
         )

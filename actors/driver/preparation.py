@@ -8,6 +8,7 @@ from pathlib import Path
 from actors.cluster.samplers import ModelPaths
 from actors.driver.evaluator import Evaluator
 from kat_ray.config import Config, DataConfig, RunConfig
+from kat_ray.data.golds import TrainingGolds, training_golds
 from kat_ray.data.prompts import PromptSet, load_prompts
 from kat_ray.models.inspect import ModelFacts, check_models, resolve_model
 from kat_ray.rewards.verifiers import check_golds
@@ -21,6 +22,7 @@ class Prepared:
 
     facts: ModelFacts
     train: PromptSet
+    golds: TrainingGolds  # of `train`
     heldout: PromptSet | None
     paths: ModelPaths
 
@@ -50,14 +52,17 @@ def prepare(config: Config) -> Prepared:
     make_rule(config.termination, RunFacts(config.run.seed, config.rollout.max_tokens))
 
     def prompts(data: DataConfig, max_tokens: int, graded: bool) -> PromptSet:
-        return load_prompts(data, facts.tokenizer, facts.max_prompt_tokens(max_tokens), graded=graded)
+        longest, teacher = facts.max_prompt_tokens(max_tokens), facts.teacher_tokenizer
+        return load_prompts(data, facts.tokenizer, longest, graded=graded, teacher=teacher)
 
+    verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
     train = prompts(config.data, config.rollout.max_tokens, False)
+    golds = training_golds(config.data, train, verifier, limits)
     heldout = None
     longest = train.longest + config.rollout.max_tokens
     if config.evaluation.data is not None:
         heldout = prompts(config.evaluation.data, config.eval_max_tokens, True)
-        check_golds(heldout.prompts, config.evaluation.verifier)
+        check_golds(heldout.prompts, verifier, limits)
         longest = max(longest, heldout.longest + config.eval_max_tokens)
     paths = ModelPaths(
         student_dir=resolve_model(config.student),
@@ -67,4 +72,4 @@ def prepare(config: Config) -> Prepared:
         vocabulary=facts.student.vocabulary,
         max_model_len=longest,
     )
-    return Prepared(facts, train, heldout, paths)
+    return Prepared(facts, train, golds, heldout, paths)

@@ -9,11 +9,10 @@ from typing import Any
 from actors.driver.steps import SampledStep
 from kat_ray.config import Config
 from kat_ray.data.accounting import ScoredTokens
-from kat_ray.data.prompts import PromptSet
 from kat_ray.models.inspect import ModelFacts
 from kat_ray.records.traces import TokenFeatures, TraceRow
 from kat_ray.run.directory import RunDirectory
-from kat_ray.run.probes import RolloutGrader, is_active, probe_metrics, seen_to_the_end
+from kat_ray.run.probes import RolloutGrader, grading_metrics, is_active, probe_metrics, seen_to_the_end
 from kat_ray.run.step_metrics import rollout_metrics, score_metrics
 from kat_ray.run.summary import Totals
 from kat_ray.termination import RULES, Effect
@@ -22,13 +21,19 @@ from kat_ray.termination import RULES, Effect
 class StepRecorder:
     """Writes the records of steps."""
 
-    def __init__(self, config: Config, run: RunDirectory, prompts: PromptSet, facts: ModelFacts) -> None:
+    def __init__(self, config: Config, run: RunDirectory, golds: Mapping[str, str], facts: ModelFacts) -> None:
+        """`golds`: gold answers by prompt id."""
         self._config, self._run = config, run
         self._grader = RolloutGrader(
-            prompts.prompts,
+            golds,
             lambda ids: str(facts.tokenizer.decode(ids, skip_special_tokens=True)),
             config.evaluation.verifier,
+            config.evaluation.grading_limits,
         )
+
+    def close(self) -> None:
+        """Nothing more is recorded."""
+        self._grader.close()
 
     def record(self, step: int, sampled: SampledStep, totals: Totals) -> dict[str, float]:
         """Write the traces of a step, add to the totals, and return its metrics."""
@@ -40,7 +45,7 @@ class StepRecorder:
         active = is_active(self._config.termination, sampled.step_start.threshold)
         effect = RULES[self._config.termination.rule].effect
         untouched = seen_to_the_end(sampled.rollouts, cuts=effect is not Effect.NOTHING)
-        correct = self._grader.grade(
+        graded = self._grader.grade(
             {r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in untouched}
         )
         rows = [
@@ -58,7 +63,7 @@ class StepRecorder:
                 probe=rollout.outcome.probe,
                 minimum=rollout.outcome.minimum,
                 would_cut=rollout.outcome.would_cut,
-                correct=correct.get(rollout.rollout_id),
+                correct=graded.correct.get(rollout.rollout_id),
                 weights=rollout.outcome.weights,
                 features=features(rollout.rollout_id),
             )
@@ -76,7 +81,8 @@ class StepRecorder:
             {"policy_version": float(sampled.version)}
             | rollout_metrics(sampled.rollouts, sampled.step_start)
             | score_metrics(sampled.scored, kept)
-            | probe_metrics([r.outcome for r in sampled.rollouts], traces, correct, active)
+            | probe_metrics([r.outcome for r in sampled.rollouts], traces, graded.correct, active)
+            | grading_metrics(graded)
         )
 
     def _features(self, tokens: ScoredTokens) -> Callable[[int], TokenFeatures | None]:

@@ -21,12 +21,13 @@ from kat_ray.config import Config
 from kat_ray.config.load import config_yaml
 from kat_ray.config.rule_warnings import rule_warnings
 from kat_ray.errors import Stopped
+from kat_ray.models.revisions import pinned, pinned_like
 from kat_ray.observability.logs import name_driver
 from kat_ray.observability.progress import Progress
 from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.checkpoint import Loaded
 from kat_ray.run.directory import RunDirectory
-from kat_ray.run.resume import check_prompts, unfinished_run
+from kat_ray.run.resume import check_prompts, run_config, unfinished_run
 
 log = logging.getLogger("kat_ray.run")
 
@@ -38,6 +39,7 @@ def train(config: Config, resume: Path | None = None, engines: Engines | None = 
     """
     started = time.monotonic()
     resume = resume or unfinished_run(config)
+    config = pinned(config if resume is None else pinned_like(config, run_config(resume)))
     prepared = prepare(config)
     loaded: Loaded | None = None
     notes: list[str] = []
@@ -74,13 +76,18 @@ def _notes(config: Config, prepared: Prepared) -> Iterator[str]:
     for split in (prepared.train, prepared.heldout):
         if split is not None and split.skipped_too_long:
             yield f"{split.source}: {split.skipped_too_long} prompts are too long and were skipped"
+    if prepared.golds.note:
+        yield prepared.golds.note
     for warning in rule_warnings(config):
         yield f"termination: {warning}"
 
 
 def evaluate_model(config: Config, model_dir: str) -> EvalResult:
     """avg@k and pass@k of a model directory on the configuration's held-out problems."""
-    config = config.model_copy(update={"student": config.student.model_copy(update={"path": model_dir})})
+    if model_dir != config.student.path:  # the revision is that of the student
+        changes = {"path": model_dir, "revision": None}
+        config = config.model_copy(update={"student": config.student.model_copy(update=changes)})
+    config = pinned(config)
     name_driver(config.run.name)
     prepared = prepare(config)
     evaluator = make_evaluator(config, prepared)

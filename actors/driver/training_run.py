@@ -17,6 +17,7 @@ are functions of the step; a step that the learner did not finish never happened
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 
@@ -74,7 +75,7 @@ class TrainingRun:
         self._prefetch: Prefetch[RolloutDispatcher, SampledStep] = Prefetch(
             self._steps.start_sampling, self._steps.finish_sampling, self._records_lost
         )
-        self._recorder = StepRecorder(config, run, prepared.train, prepared.facts)
+        self._recorder = StepRecorder(config, run, prepared.golds.answers, prepared.facts)
         self._resizing = Resizing(config, self._actors, placement, progress.note)
         self._store = StoreWatch(config.cluster.store_share, progress.note, config.rollout.staleness)
         self._evaluator = make_evaluator(config, prepared)
@@ -96,7 +97,7 @@ class TrainingRun:
 
     def run(self, started: float, loaded: Loaded | None) -> None:
         """Load, evaluate, train, evaluate, save, summarise; from a checkpoint where there is one."""
-        with self._trackers, self._stop.listening():
+        with self._trackers, closing(self._recorder), self._stop.listening():
             try:
                 self._load(started, loaded)
                 self._train()

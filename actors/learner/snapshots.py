@@ -34,7 +34,7 @@ class Snapshots:
         self._student = student
         self._rank, self._world_size = rank, settings.learner.world_size
         self._dtype = DTYPES[settings.learner.dtype]
-        self._trust_remote_code = settings.student.trust_remote_code
+        self._source = settings.student  # whose tokenizer is saved
         self._copy = HostCopy()
         self._tokenizer: Any = None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -100,6 +100,6 @@ class Snapshots:
 
         if self._tokenizer is None:  # a large one takes a second to load, of the training's time
             self._tokenizer = AutoTokenizer.from_pretrained(
-                tokenizer_dir, trust_remote_code=self._trust_remote_code
+                tokenizer_dir, revision=self._source.revision, trust_remote_code=self._source.trust_remote_code
             )
         self._tokenizer.save_pretrained(path)

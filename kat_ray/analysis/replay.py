@@ -277,30 +277,65 @@ def calibrate(
 ) -> tuple[FloatArray, Replayed]:
     """Thresholds [R] as the rule would have set them step by step on these uncensored rollouts; and its cuts.
 
-    As online, all rollouts feed the buffer until the rule is active, and then, with `calibrate_on: probes`, the
-    probes: the run's own, or, of a run without any, those that a run with this seed would have had.
+    As online, all rollouts feed the buffer until the rule is active, and then those that `calibrate_on` admits:
+    probes, with the minimum of their whole trace; those that are not cut; or all, one that is cut with its minimum
+    up to the decision.
     """
     blocks = blocks if blocks is not None else blocks_of(traces, rule.window)
-    minima = apply_rule(traces, rule, np.full(len(traces.step), math.nan), blocks).minimum
-    feeds = _feeds(traces, rule, seed)
+    whole = apply_rule(traces, rule, np.full(len(traces.step), math.nan), blocks).minimum
+    probe = _probes(traces, rule, seed)
     buffer, thresholds = MinimaBuffer(rule.buffer), np.full(len(traces.step), math.nan)
     for step in np.unique(traces.step):
-        rows = traces.step == step
+        rows = np.flatnonzero(traces.step == step)
+        minima = whole[rows]
         if step >= rule.min_steps and len(buffer) >= rule.min_samples:
             thresholds[rows] = buffer.threshold(rule.eta)
-            rows = rows & feeds
-        for minimum in minima[rows]:
+            minima = _admitted(minima, probe[rows], rule, _until_cut(rows, rule, thresholds, blocks))
+        for minimum in minima:
             if not math.isnan(minimum):
                 buffer.push(float(minimum))
     return thresholds, apply_rule(traces, rule, thresholds, blocks)
 
 
-def _feeds(traces: Traces, rule: KatParameters, seed: int) -> IntArray:
-    if rule.calibrate_on != "probes":
-        return np.ones(len(traces.step), dtype=bool)
-    if (traces.probe == 1).any():
-        return traces.probe == 1
-    return np.array([is_probe(seed, int(i), rule.probe_share) for i in traces.rollout_id], dtype=bool)
+def _admitted(whole: FloatArray, probe: IntArray, rule: KatParameters, until_cut: FloatArray) -> FloatArray:
+    """What a step's rollouts feed while the rule is active, NaN for nothing; `until_cut` is NaN where not cut."""
+    cut = ~np.isnan(until_cut) & ~probe
+    match rule.calibrate_on:
+        case "probes":
+            return np.where(probe, whole, math.nan)
+        case "finished":
+            return np.where(cut, math.nan, whole)
+        case "all":
+            return np.where(cut, until_cut, whole)
+
+
+def _until_cut(rows: IntArray, rule: KatParameters, thresholds: FloatArray, blocks: Blocks) -> FloatArray:
+    """Of these rollouts the smallest window mean up to the decision, nats; NaN of those that are not cut."""
+    found = np.full(len(rows), math.nan)
+    span = (rule.consecutive - 1) * rule.stride
+    for members, z in blocks:
+        inside = np.isin(members, rows)
+        if rule.calibrate_on == "probes" or not inside.any() or not z.shape[1]:
+            continue
+        mine, windows = members[inside], z[inside]
+        first = _first_streak(windows, thresholds[mine], rule)
+        seen = np.arange(windows.shape[1]) <= (first + span)[:, None]
+        smallest = np.fmin.reduce(np.where(seen & (first >= 0)[:, None], windows, math.nan), axis=1)
+        found[np.searchsorted(rows, mine)] = smallest
+    return found
+
+
+def _probes(traces: Traces, rule: KatParameters, seed: int) -> IntArray:
+    """Which rollouts the rule would have taken for probes, a mask [R].
+
+    Of a run without any, those that a run with this seed would have had. Of a run with probes the run's own, where
+    they alone feed the rule; else a share of them, drawn anew, as they stand for all of its rollouts.
+    """
+    own = traces.probe == 1
+    if own.any() and rule.calibrate_on == "probes":
+        return own
+    drawn = seed + 1 if own.any() else seed
+    return np.array([is_probe(drawn, int(i), rule.probe_share) for i in traces.rollout_id], dtype=bool)
 
 
 @dataclass(frozen=True)

@@ -279,10 +279,9 @@ def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
         yield ok("stop ids", ", ".join(map(str, facts.stop_ids)))
     if here:
         yield from _memory_needed(config, facts, _memory(), _gpus())
-    yield _prompts("data", config.data, facts, config.rollout.max_tokens, None)
+    yield _prompts(config, config.data, facts)
     if config.evaluation.data is not None:
-        verifier = config.evaluation.verifier
-        yield _prompts("held-out data", config.evaluation.data, facts, config.eval_max_tokens, verifier)
+        yield _prompts(config, config.evaluation.data, facts)
 
 
 def _describe(info: ModelInfo) -> str:
@@ -307,18 +306,26 @@ def _memory_needed(config: Config, facts: ModelFacts, free: int, gpus: int) -> I
     yield warn("memory", f"{text}: it will not fit") if needed > free else ok("memory", text)
 
 
-def _prompts(name: str, data: DataConfig, facts: ModelFacts, max_tokens: int, verifier: str | None) -> Check:
+def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> Check:
+    """Prompts and gold answers of the training data, or of the held-out data."""
+    from kat_ray.data.golds import training_golds
     from kat_ray.data.prompts import load_prompts
     from kat_ray.rewards.verifiers import check_golds
 
+    heldout = data is config.evaluation.data
+    name, max_tokens = ("held-out data", config.eval_max_tokens) if heldout else ("data", config.rollout.max_tokens)
+    verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
+    longest, note = facts.max_prompt_tokens(max_tokens), None
     try:
-        found = load_prompts(
-            data, facts.tokenizer, facts.max_prompt_tokens(max_tokens), graded=verifier is not None
-        )
-        if verifier is not None:
-            check_golds(found.prompts, verifier)
+        found = load_prompts(data, facts.tokenizer, longest, graded=heldout, teacher=facts.teacher_tokenizer)
+        if heldout:
+            check_golds(found.prompts, verifier, limits)
+        else:
+            note = training_golds(data, found, verifier, limits).note
     except UserError as error:
         return fail(name, str(error))
+    if note is not None:
+        return warn(name, note)
     text = f"{found.source}: {len(found.prompts)} prompts, the longest {found.longest} tokens"
     if found.skipped_too_long:
         return warn(name, f"{text}; {found.skipped_too_long} are too long for the models and will be skipped")

@@ -280,6 +280,8 @@ def _message(error: Any, source: _Source) -> str:
         return f"{source.of(path[:-1])}{name}: the name of a field must be text"
     if kind == "value_error":  # of a validator: it has named field and value itself
         return f"{source.of(path)}{name + '.' if name else ''}{error['ctx']['error']}"
+    if not schema.allowed_at(path) and schema.allowed_at(path[:-1]):
+        path = path[:-1]  # of a union pydantic names each alternative: true or false, or text
     return _wrong(path, value, source)
 
 

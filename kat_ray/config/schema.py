@@ -97,7 +97,7 @@ def _allowed(schema: Schema) -> str:
         return "null"
     if kind == "object":
         values = schema.get("additionalProperties")
-        return f"{{NAME: {_allowed(values)}, ...}}" if isinstance(values, dict) else "a section with fields"
+        return f"{{NAME: {_allowed_of(values)}, ...}}" if isinstance(values, dict) else "a section with fields"
     kind_text = _TYPES.get(str(kind), "")
     if bounds := " and ".join(f"{sign} {schema[key]}" for key, sign in _BOUNDS if key in schema):
         return f"{kind_text} {bounds}"

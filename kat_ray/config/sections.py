@@ -7,7 +7,7 @@ value and what is allowed.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,10 +21,24 @@ from kat_ray.config.cluster import (
     ScorerConfig,
     Section,
 )
+from kat_ray.rewards.limits import GradingLimits
 from kat_ray.termination import TerminationConfig
 from kat_ray.termination.settings import KatSettings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+# Arguments of a chat template, or of the call that applies it, which are not the user's.
+_SET_BY_US = frozenset(
+    {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages", "padding"}
+    | {
+        "return_dict",
+        "return_tensors",
+        "return_assistant_tokens_mask",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    }
+)
 
 
 class RunConfig(Section):
@@ -82,7 +96,8 @@ class ModelConfig(Section):
     """Directory with config.json and safetensors, or a hub id. A directory is taken when it exists;
     `demo:student` and `demo:teacher` name the embedded models."""
     revision: str | None = None
-    """Hub revision (branch, tag or commit); null takes the default branch."""
+    """Hub revision (branch, tag or commit); null takes the default branch. A run resolves it once, at its start,
+    and its own config.yaml has the commit."""
     dtype: Dtype = "bfloat16"
     """Data type of the weights while sampling and scoring."""
     trust_remote_code: bool = False
@@ -96,14 +111,24 @@ class DataConfig(Section):
 
     path: str = Field(min_length=1)
     """A .jsonl or .parquet file, a Hugging Face data set id, or `demo:train` / `demo:heldout`."""
+    name: str | None = Field(None, min_length=1)
+    """Configuration of a Hugging Face data set that has several, such as `main` of openai/gsm8k; not used for
+    files."""
+    revision: str | None = Field(None, min_length=1)
+    """Hub revision of a data set (branch, tag or commit); null takes the default branch. Not used for files."""
     split: str = "train"
     """Split of a Hugging Face data set; not used for files."""
     prompt_column: str = "prompt"
-    """Column with the prompt: a string, or a list of chat messages with `chat_template`."""
+    """Column with the prompt: a string, or a list of chat messages with `chat_template`. A dotted path names a
+    field within a column, such as `reward_model.ground_truth`; a column of that very name comes first."""
     answer_column: str | None = "answer"
-    """Column with the gold answer; null where answers are not graded."""
-    chat_template: bool = False
-    """Apply the student tokenizer's chat template (with a generation prompt)."""
+    """Column with the gold answer, or dotted path of it; null where answers are not graded. Training data may lack
+    the column `answer`, and then nothing is graded; any other name must be there."""
+    chat_template: bool | Annotated[str, Field(min_length=1)] = False
+    """Chat template that makes a prompt (with the start of an answer): `true` or `student` applies the student's,
+    `teacher` the teacher's, a path that of a file (Jinja); `false` applies none."""
+    chat_template_kwargs: dict[str, bool | int | float | str | None] = Field({})
+    """Further arguments of the chat template, such as {enable_thinking: false}."""
     system_prompt: str | None = None
     """System message put before a string prompt; needs `chat_template`."""
     limit: int | None = Field(None, ge=1)
@@ -117,7 +142,16 @@ class DataConfig(Section):
     def _system_needs_template(self) -> DataConfig:
         if self.system_prompt is not None and not self.chat_template:
             raise ValueError("system_prompt: needs chat_template = true")
+        if self.chat_template_kwargs and not self.chat_template:
+            raise ValueError("chat_template_kwargs: needs chat_template = true")
+        if taken := _SET_BY_US & self.chat_template_kwargs.keys():
+            raise ValueError(f"chat_template_kwargs.{min(taken)}: is set by the run itself")
         return self
+
+    @property
+    def names_answers(self) -> bool:
+        """Whether a column of answers was chosen: then it must be there, and be usable."""
+        return self.answer_column not in (None, type(self).model_fields["answer_column"].default)
 
 
 class RolloutConfig(Section):
@@ -182,7 +216,17 @@ class EvaluationConfig(Section):
     data: DataConfig | None = None
     """Held-out problems; null switches evaluation off."""
     verifier: Literal["integer", "math"] = "integer"
-    """`integer`: the last `answer N` or integer of the text, exactly; `math`: math-verify (LaTeX)."""
+    """`integer`: the last stated integer (`answer N`, `\\boxed{N}`, `#### N`, `**N**`), or else the last integer of
+    the text, exactly; `math`: math-verify (LaTeX)."""
+    grading_processes: Resumable[int] = Field(4, ge=1)
+    """Child processes that grade at the same time, of a verifier that needs them (`math`)."""
+    grading_seconds: Resumable[float] = Field(5.0, gt=0)
+    """Seconds after which the grading of one answer is ended; the answer is wrong, and counted as `ran_out`."""
+    grading_step_seconds: Resumable[float] = Field(60.0, gt=0)
+    """Seconds that grading the rollouts of one step may take in all; those not reached are wrong and counted. An
+    evaluation has `cluster.step_timeout`."""
+    grading_memory_gib: Resumable[float] = Field(1.0, ge=0.25)
+    """Memory of one grading process, GiB; an answer that needs more is wrong, and counted as `ran_out`."""
     k: int = Field(4, ge=1)
     """Samples per problem."""
     every: Resumable[int] = Field(0, ge=0)
@@ -201,6 +245,16 @@ class EvaluationConfig(Section):
         if self.data is not None and self.data.answer_column is None:
             raise ValueError("data.answer_column = null: held-out problems need a column with the gold answer")
         return self
+
+    @property
+    def grading_limits(self) -> GradingLimits:
+        """Bounds of the processes that grade."""
+        return GradingLimits(
+            processes=self.grading_processes,
+            seconds=self.grading_seconds,
+            total_seconds=self.grading_step_seconds,
+            memory_gib=self.grading_memory_gib,
+        )
 
 
 class Config(Section):

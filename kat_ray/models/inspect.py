@@ -65,6 +65,7 @@ class ModelFacts:
     tokenizer: Any  # the student's
     stop_ids: tuple[int, ...]  # of both models, sorted
     warnings: tuple[str, ...]
+    teacher_tokenizer: Any = None
 
     @property
     def max_length(self) -> int | None:
@@ -124,7 +125,7 @@ def check_models(config: Config) -> ModelFacts:
         )
     merged = tuple(sorted({*student.stop_ids, *teacher.stop_ids}))
     warnings = stop_id_warnings(config, student, teacher, tokenizers["student"])
-    facts = ModelFacts(student, teacher, tokenizers["student"], merged, warnings)
+    facts = ModelFacts(student, teacher, tokenizers["student"], merged, warnings, tokenizers["teacher"])
     _check_lengths(config, facts)
     return facts
 

@@ -43,6 +43,7 @@ METRICS = {
         Metric("probe/would_cut_share", "share", "probes that the rule would have cut"),
         Metric("probe/false_cut_share", "share", "graded probes that it would have cut and that answered right"),
         Metric("probe/right_share", "share", "graded probes that answered right, cut or not"),
+        Metric("probe/ran_out", "rollouts", "graded as wrong because grading took too much time or memory"),
         Metric("probe/tokens_after_cut", "tokens", "mean length of the continuation that a cut would have removed"),
         Metric("probe/kl_after_cut", "nats", "mean reverse KL of those continuations"),
         Metric("kat/threshold", "nats", "threshold of the step's rollouts; absent while the rule is inactive"),
@@ -86,6 +87,7 @@ METRICS = {
         Metric("time/decision_mean", "s", "from building a chunk to applying the decision on it, mean"),
         Metric("time/decision_max", "s", "the slowest decision of the step"),
         Metric("time/learn", "s", "optimiser step; the books are kept meanwhile"),
+        Metric("time/grade", "s", "grading the step's rollouts, while the learner works"),
         Metric("time/publish", "s", "weights to all samplers"),
         Metric("time/checkpoint", "s", "that the run stood still for checkpoints since the step before"),
         Metric("pool/restarts", "deaths", "actors that died since the last step, as those noticed who needed them"),
@@ -109,6 +111,7 @@ METRICS = {
         Metric("eval/avg_at_k", "share", "mean accuracy over k answers to each held-out problem"),
         Metric("eval/pass_at_k", "share", "held-out problems with a right answer among k"),
         Metric("eval/mean_length", "tokens", "mean length of an answer"),
+        Metric("eval/ran_out", "answers", "graded as wrong because grading took too much time or memory"),
     )
 }
 

@@ -20,7 +20,7 @@ from kat_ray.observability.progress import Progress, StepLine
 log = logging.getLogger("kat_ray.trackers")
 
 # Of an evaluation's fields, those that are metrics.
-_EVALUATED = ("avg_at_k", "pass_at_k", "mean_length")
+_EVALUATED = ("avg_at_k", "pass_at_k", "mean_length", "ran_out")
 
 
 class Tracker:

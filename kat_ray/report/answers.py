@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kat_ray.errors import UserError
-from kat_ray.rewards.verifiers import Verifier, extract_integer
+from kat_ray.rewards.integers import extract_integer
+from kat_ray.rewards.limits import GradingLimits
+from kat_ray.rewards.verifiers import Verifier
 
 _TAIL = 60  # characters
-_SECONDS = 1.0  # for one answer: it is only shown
+_LIMITS = GradingLimits(seconds=1.0)  # an answer is only shown
 
 
 def answers_of(texts: Sequence[str], verifier: Verifier) -> list[str | None]:
@@ -21,7 +23,7 @@ def answers_of(texts: Sequence[str], verifier: Verifier) -> list[str | None]:
     from kat_ray.rewards.math_grader import MathGrader
 
     try:
-        with MathGrader(_SECONDS) as grader:
+        with MathGrader(_LIMITS) as grader:
             return [grader.extract(text) for text in texts]
     except UserError:
         return [_tail(text) for text in texts]

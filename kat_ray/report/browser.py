@@ -11,6 +11,7 @@ from kat_ray.analysis.replay import windows_of
 from kat_ray.config import Config
 from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import UserError
+from kat_ray.models.inspect import load_tokenizer
 from kat_ray.report.answers import answers_of
 from kat_ray.report.phases import Lens
 from kat_ray.report.run_records import RunRecords
@@ -43,7 +44,9 @@ def choose(records: RunRecords, most: int, seed: int = 0) -> IntArray:
 def prompts_of(config: Config, tokenizer: Any) -> tuple[Mapping[str, Prompt], str | None]:
     """The run's prompts by id, and what kept them from being read."""
     try:
-        return {p.prompt_id: p for p in load_prompts(config.data, tokenizer, None).prompts}, None
+        teacher = load_tokenizer(config.teacher) if config.data.chat_template == "teacher" else None
+        found = load_prompts(config.data, tokenizer, None, teacher=teacher)
+        return {p.prompt_id: p for p in found.prompts}, None
     except (UserError, OSError) as error:
         return {}, f"prompts are not shown: {str(error).splitlines()[0]}"
 

@@ -1,27 +1,31 @@
 """Answers graded, and what a set of graded answers amounts to.
 
-`integer` and `math` read the whole text of an answer. Mathematics is graded in a child process
-(kat_ray.rewards.math_grader): math-verify's own time limit is a signal, which only a main thread can take, and some
-expressions (9^9^9) would never end without one.
+`integer` (kat_ray.rewards.integers) and `math` read the whole text of an answer. Mathematics is graded in child
+processes (kat_ray.rewards.grader_pool): math-verify's own time limit is a signal, which only a main thread can
+take, and some expressions (9^9^9) would never end without one, or take all memory.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from kat_ray.errors import DataError
+from kat_ray.rewards.grader_pool import GraderPool
+from kat_ray.rewards.integers import extract_integer, gold_integer
+from kat_ray.rewards.limits import GradingLimits, Outcome, Verdicts
+from kat_ray.rewards.math_grader import as_latex
 from kat_ray.types.records import Prompt
 
 Verifier = Literal["integer", "math"]
 
-# A number as people write it: a minus that is not a subtraction, thousands separated by commas, decimals.
-_NUMBER = r"(?<![0-9A-Za-z_.])(?:(?<![)\]])[-−])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
-_NUMBER_RE = re.compile(_NUMBER)
-_ANSWER_RE = re.compile(rf"\banswer\b\s*(?:is\b|[:=])?\s*({_NUMBER})", re.IGNORECASE)
+# What reads a gold answer, or refuses it, by verifier. One that is not here compares each with itself.
+_GOLDS: dict[str, Callable[[str], str]] = {"integer": gold_integer}
+_CHECKED = 2000  # different gold answers that are compared with themselves at the start
+_PLAIN_RE = re.compile(r"-?[0-9]+(\.[0-9]+)?")  # equals itself without asking
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class EvalResult:
     mean_length: float  # tokens of an answer, stop id included
     truncated_share: float  # answers that reached the token limit, 0 to 1
     right: tuple[int, ...] = ()  # right answers to each problem, of k
+    ran_out: int = 0  # answers that are wrong because grading them took too much time or memory
 
 
 def avg_at_k(correct: Sequence[Sequence[bool]]) -> float:
@@ -53,46 +58,18 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def extract_integer(text: str) -> str | None:
-    """The integer after the last `answer`, or else the last integer of the text, in plain digits.
+def grade(
+    texts: Sequence[str], golds: Sequence[str], verifier: Verifier, pool: GraderPool, within: float | None = None
+) -> Verdicts:
+    """Whether each text answers with its gold answer. What cannot be read is wrong.
 
-    `answer` may be followed by `is`, `:` or `=`. `1,234` is one number; `3-5` holds 3 and 5, `3 - -5` 3 and -5.
-    A decimal (`4.0`) is no integer: after `answer` it makes the answer unreadable, elsewhere it is passed over.
+    What needs a child process is graded in `pool`, in at most `within` seconds; None: those of its limits.
     """
-    if answers := _ANSWER_RE.findall(text):
-        return _plain(answers[-1])
-    numbers = [p for p in map(_plain, _NUMBER_RE.findall(text)) if p is not None]
-    return numbers[-1] if numbers else None
-
-
-def _plain(number: str) -> str | None:
-    """Digits without separators, leading zeros, or a minus before zero; None for a decimal.
-
-    Text, not int: Python refuses to convert very long digit strings, which a looping model does write.
-    """
-    if "." in number:
-        return None
-    digits = number.replace(",", "").lstrip("-−").lstrip("0") or "0"
-    return f"-{digits}" if number[0] in "-−" and digits != "0" else digits
-
-
-def gold_integer(answer: str) -> str:
-    """A gold answer in plain digits; `DataError` where it is no integer."""
-    found = _NUMBER_RE.fullmatch(answer.strip())
-    if found is None or (plain := _plain(found.group())) is None:
-        raise DataError(f"the gold answer {answer!r} is not an integer; use evaluation.verifier = math")
-    return plain
-
-
-def grade(texts: Sequence[str], golds: Sequence[str], verifier: Verifier) -> list[bool]:
-    """Whether each text answers with its gold answer. What cannot be read is wrong."""
     assert len(texts) == len(golds), f"{len(texts)} texts, {len(golds)} gold answers"
     if verifier == "integer":
-        return [extract_integer(text) == gold_integer(gold) for text, gold in zip(texts, golds, strict=True)]
-    from kat_ray.rewards.math_grader import MathGrader
-
-    with MathGrader() as grader:
-        return [grader.grade(text, gold) for text, gold in zip(texts, golds, strict=True)]
+        right = [extract_integer(text) == gold_integer(gold) for text, gold in zip(texts, golds, strict=True)]
+        return Verdicts.of(right)
+    return pool.grade(texts, golds, within)
 
 
 def evaluate_answers(
@@ -103,16 +80,21 @@ def evaluate_answers(
     lengths: Sequence[int],
     finished: Sequence[bool],
     verifier: Verifier,
+    limits: GradingLimits | None = None,
+    within: float | None = None,
 ) -> EvalResult:
     """Grade k answers to each problem. `texts`, `lengths` (tokens) and `finished` hold problem after problem.
 
-    `finished` is false for an answer that ended at the token limit.
+    `finished` is false for an answer that ended at the token limit. `within` bounds the seconds of grading them
+    all.
     """
     assert len(texts) == len(lengths) == len(finished) == len(golds) * k, "k answers to each problem"
     given = [gold for gold in golds if gold is not None]
     if len(given) < len(golds):
         raise DataError(f"{len(golds) - len(given)} of {len(golds)} held-out problems have no gold answer")
-    right = grade(texts, [gold for gold in given for _ in range(k)], verifier)
+    with GraderPool(limits) as pool:
+        verdicts = grade(texts, [gold for gold in given for _ in range(k)], verifier, pool, within)
+    right = verdicts.right
     correct = [right[i : i + k] for i in range(0, len(right), k)]
     passed = sum(pass_at_k(k, sum(row), k) for row in correct)
     return EvalResult(
@@ -123,16 +105,53 @@ def evaluate_answers(
         mean_length=sum(lengths) / max(1, len(lengths)),
         truncated_share=sum(not f for f in finished) / max(1, len(finished)),
         right=tuple(sum(row) for row in correct),
+        ran_out=verdicts.ran_out,
     )
 
 
-def check_golds(problems: Sequence[Prompt], verifier: str) -> None:
-    """Refuse gold answers that no text could match; `DataError` names the problem."""
+def check_golds(problems: Sequence[Prompt], verifier: Verifier, limits: GradingLimits | None = None) -> None:
+    """Refuse gold answers that no text could match; `DataError` names the first such problem and its answer."""
     for problem in problems:
         if problem.answer is None:
             raise DataError(f"problem {problem.prompt_id} has no gold answer")
-        if verifier == "integer":
-            try:
-                gold_integer(problem.answer)
-            except DataError as error:
-                raise DataError(f"problem {problem.prompt_id}: {error}") from error
+    for problem, reason in unmatchable(problems, verifier, limits).items():
+        raise DataError(f"problem {problem.prompt_id}: {reason}")
+
+
+def unmatchable(
+    problems: Sequence[Prompt], verifier: Verifier, limits: GradingLimits | None = None
+) -> dict[Prompt, str]:
+    """The problems whose gold answer no text could match, in their order, each with the reason.
+
+    A mathematical answer is graded against itself; of a large data set the first 2,000 different ones are, as far
+    as the time of a step's grading (`limits`) allows.
+    """
+    if (gold := _GOLDS.get(verifier)) is None:
+        answers = list(dict.fromkeys(p.answer for p in problems if p.answer))
+        # One at least is asked: that math-verify is missing is said before a run, not in its first step.
+        asked = [a for a in answers if not _PLAIN_RE.fullmatch(a)] or answers[:1]
+        found = _not_themselves(asked[:_CHECKED], limits)
+        return {p: found[p.answer] for p in problems if p.answer in found}
+    wrong = {}
+    for problem in problems:
+        try:
+            gold(problem.answer or "")
+        except DataError as error:
+            wrong[problem] = str(error)
+    return wrong
+
+
+def _not_themselves(golds: Sequence[str], limits: GradingLimits | None) -> dict[str, str]:
+    """Of these gold answers, those that math-verify does not find equal to themselves, with the reason."""
+    with GraderPool(limits) as pool:
+        outcomes = pool.grade([as_latex(gold) for gold in golds], golds).outcomes
+    reasons = {
+        Outcome.WRONG: "math-verify does not find it equal to itself",
+        Outcome.RAN_OUT: "comparing it with itself takes too much time or memory (evaluation.grading_seconds, "
+        "evaluation.grading_memory_gib)",
+    }
+    return {
+        gold: f"no answer could match the gold answer {gold!r}: {reasons[outcome]}; write it as LaTeX"
+        for gold, outcome in zip(golds, outcomes, strict=True)
+        if outcome in reasons
+    }

@@ -3,42 +3,66 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from kat_ray.data.accounting import FinishedRollout
-from kat_ray.errors import DataError
-from kat_ray.rewards.verifiers import Verifier, check_golds, grade
+from kat_ray.rewards.grader_pool import GraderPool
+from kat_ray.rewards.limits import GradingLimits
+from kat_ray.rewards.verifiers import Verifier, grade
 from kat_ray.termination import RULES
 from kat_ray.termination.settings import RuleSettings
-from kat_ray.types.records import FloatArray, Prompt, RolloutOutcome, StopReason
+from kat_ray.types.records import FloatArray, RolloutOutcome, StopReason
 
 log = logging.getLogger("kat_ray.probes")
+
+
+@dataclass(frozen=True)
+class Graded:
+    """Verdicts on rollouts, by id."""
+
+    correct: Mapping[int, bool]
+    ran_out: int  # of those that are wrong, by too much time or memory taken in grading
+    seconds: float
 
 
 class RolloutGrader:
     """Grades training rollouts against the gold answers of their prompts, where there are any."""
 
     def __init__(
-        self, prompts: Sequence[Prompt], decode: Callable[[Sequence[int]], str], verifier: Verifier
+        self,
+        golds: Mapping[str, str],
+        decode: Callable[[Sequence[int]], str],
+        verifier: Verifier,
+        limits: GradingLimits | None = None,
     ) -> None:
-        answered = [p for p in prompts if p.answer is not None]
-        try:
-            check_golds(answered, verifier)
-        except DataError as error:  # training needs no answers: they are only looked at here
-            log.warning("training rollouts are not graded: %s", error)
-            answered = []
-        self._golds = {p.prompt_id: p.answer for p in answered}
+        """`golds` by prompt id; `limits` bound what one step's grading may take."""
+        self._golds = golds
         self._decode = decode
         self._verifier: Verifier = verifier
+        self._pool = GraderPool(limits)
 
-    def grade(self, rollouts: Mapping[int, tuple[str, Sequence[int]]]) -> dict[int, bool]:
-        """Verdicts by rollout id, from (prompt id, token ids); rollouts without a gold answer are left out."""
-        known = {i: (self._golds[p], ids) for i, (p, ids) in rollouts.items() if self._golds.get(p) is not None}
+    def grade(self, rollouts: Mapping[int, tuple[str, Sequence[int]]]) -> Graded:
+        """Grade rollouts, given as (prompt id, token ids) by id; those without a gold answer are left out."""
+        started = time.monotonic()
+        known = {i: (self._golds[p], ids) for i, (p, ids) in rollouts.items() if p in self._golds}
         texts = [self._decode(ids) for _, ids in known.values()]
-        verdicts = grade(texts, [str(gold) for gold, _ in known.values()], self._verifier) if known else []
-        return dict(zip(known, verdicts, strict=True))
+        verdicts = grade(texts, [gold for gold, _ in known.values()], self._verifier, self._pool)
+        correct = dict(zip(known, verdicts.right, strict=True))
+        if verdicts.ran_out:
+            log.warning(
+                "%d of %d graded rollouts took too much time or memory to grade and count as wrong "
+                "(evaluation.grading_seconds, grading_step_seconds, grading_memory_gib)",
+                verdicts.ran_out, len(correct),
+            )  # fmt: skip
+        return Graded(correct, verdicts.ran_out, time.monotonic() - started)
+
+    def close(self) -> None:
+        """End what grades."""
+        self._pool.close()
 
 
 def seen_to_the_end(rollouts: Sequence[FinishedRollout], cuts: bool) -> list[FinishedRollout]:
@@ -53,6 +77,13 @@ def seen_to_the_end(rollouts: Sequence[FinishedRollout], cuts: bool) -> list[Fin
 def is_active(settings: RuleSettings, threshold: float | None) -> bool:
     """Whether the rule could do anything in a step: one that calibrates a threshold must have one."""
     return threshold is not None or not RULES[settings.rule].calibrates
+
+
+def grading_metrics(graded: Graded) -> dict[str, float]:
+    """What grading a step's rollouts took; nothing where none was graded."""
+    if not graded.correct:
+        return {}
+    return {"probe/ran_out": float(graded.ran_out), "time/grade": graded.seconds}
 
 
 def probe_metrics(

@@ -17,6 +17,7 @@ from kat_ray.config.cluster import is_resumable
 from kat_ray.config.load import load_config
 from kat_ray.data.prompts import PromptSet
 from kat_ray.errors import UserError
+from kat_ray.models.revisions import pinned_like
 from kat_ray.records.json_records import SUMMARY, read_json
 
 
@@ -31,12 +32,8 @@ def resumable(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str
 
 def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
     """A run's configuration with overrides; `UserError` names those that would make it another run."""
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise UserError(
-            f"{run}: not a run directory (no config.yaml in it); --resume takes one, such as runs/latest"
-        )
-    before, after = load_config(file, []), load_config(file, overrides)
+    before = run_config(run)
+    after = load_config(run / "config.yaml", overrides)
     changed = changes(before, after)
     if changed:
         raise UserError(
@@ -44,6 +41,16 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
             f"new run instead, from this one's newest checkpoint (student.path={run}/checkpoints/step-N)"
         )
     return after
+
+
+def run_config(run: Path) -> Config:
+    """The configuration in a run's directory."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise UserError(
+            f"{run}: not a run directory (no config.yaml in it); --resume takes one, such as runs/latest"
+        )
+    return load_config(file, [])
 
 
 def check_prompts(run: Path, before: Mapping[str, str], now: Mapping[str, PromptSet]) -> None:
@@ -96,4 +103,5 @@ def unfinished_run(config: Config) -> Path | None:
         before = load_config(path / "config.yaml", [])
     except UserError:
         return None
+    config = pinned_like(config, before)
     return path if not changes(before, config) and not is_finished(path, config.run.steps) else None

@@ -31,6 +31,7 @@ from actors.teacher.settings import ScorerSettings
 from actors.testing.stub_engine import StubEngine
 from actors.testing.stub_teacher import stub_kl
 from kat_ray.config import Config
+from kat_ray.data.golds import TrainingGolds
 from kat_ray.data.prompts import PromptSet
 from kat_ray.errors import StateLost, UserError
 from kat_ray.observability.trackers import Tracker, Trackers
@@ -336,7 +337,7 @@ class Run:
         learner = type("StubLearner", (StubLearner,), {"world": self.world})
         engine = functools.partial(make_engine, bool(config.rollout.staleness))
         engines = Engines(engine, QuickTeacher, learner)
-        prepared: Any = Prepared(facts, PROMPTS, None, paths)
+        prepared: Any = Prepared(facts, PROMPTS, TrainingGolds({}, None), None, paths)
         self.placement: Any = FakePlacement(self.cluster, numbers)
         return TrainingRun(config, prepared, self.placement, self.records, progress, self.stop, engines)
 

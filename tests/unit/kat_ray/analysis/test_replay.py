@@ -70,6 +70,62 @@ def test_once_active_a_replay_is_fed_as_a_run_would_be():
     assert thresholds[::200].tolist()[1:3] == [1.0, 1.0] and thresholds[-1] == 0.5
 
 
+@pytest.mark.parametrize("calibrate_on", ["probes", "finished", "all"])
+@pytest.mark.parametrize(("window", "consecutive", "stride", "exempt"), [(4, 2, 1, 0), (5, 3, 2, 3), (1, 1, 1, 0)])
+def test_a_replay_s_thresholds_are_those_of_the_rule(calibrate_on, window, consecutive, stride, exempt):
+    """The rule itself, step by step, on rollouts of which half fall into a trap of a depth of their own."""
+    rng = np.random.default_rng(3)
+    rule = rule_of(
+        window=window, consecutive=consecutive, stride=stride, exempt=exempt, eta=0.5, buffer=60, min_samples=20,
+        min_steps=2, probe_share=0.2, calibrate_on=calibrate_on,
+    )  # fmt: skip
+    rows = []
+    for _ in range(12 * 25):
+        d = rng.exponential(0.5, int(rng.integers(0, 60))).astype(np.float32)
+        if rng.random() < 0.5:
+            d[20:] *= rng.random() ** 2
+        if rng.random() < 0.1:
+            d[:5] = math.nan
+        rows.append(d)
+    traces = traces_of(rows, steps=np.repeat(np.arange(12), 25))
+    made, expected, cuts = make_rule(rule, FACTS), [], []
+    for step in range(12):
+        made.start_step(step)
+        finished = []
+        for i in range(25 * step, 25 * step + 25):
+            probe = is_probe(FACTS.seed, i, rule.probe_share)
+            tracker = made.begin(RolloutStart(i, probe))
+            cut = tracker.observe(NewTokens(rows[i]))
+            expected.append(math.nan if made.threshold is None else made.threshold)
+            cuts.append(-1 if cut is None else cut.at)
+            finished.append(
+                Finished(tracker.minimum, cut=bool(cut and not probe), probe=probe, length=len(rows[i]), full=False)
+            )
+        made.end_step(finished)
+    thresholds, replayed = calibrate(traces, rule, FACTS.seed)
+    np.testing.assert_array_equal(thresholds, expected)
+    assert replayed.cut.tolist() == cuts and 30 < sum(cut >= 0 for cut in cuts) < 300
+
+
+def test_a_run_s_own_probes_stand_for_all_rollouts_where_others_feed_the_rule_too():
+    """All of step 1 go from 1 to 0.1, over a window of 0.55, under a threshold of 1."""
+    traces = traces_of(
+        [[1.0] * 4] * 50 + [[1.0] * 4 + [0.1] * 4] * 100, steps=np.repeat(range(3), 50), probe=[True] * 150
+    )
+    found = {}
+    for calibrate_on in ("probes", "finished", "all"):
+        rule = rule_of(
+            window=2, consecutive=1, eta=0.5, buffer=50, min_samples=50, min_steps=1, probe_share=0.1,
+            calibrate_on=calibrate_on,
+        )  # fmt: skip
+        found[calibrate_on] = calibrate(traces, rule)[0][-1]
+    assert found == {
+        "probes": pytest.approx(0.1),  # the whole of each
+        "finished": 1.0,  # all were cut, but the few that stand for probes
+        "all": pytest.approx(0.55),  # the window that confirmed the cut
+    }
+
+
 def test_shares_by_hand():
     rule = rule_of()  # W = 4, C = 2
     low = [1.0] * 4 + [0.0] * 6  # under 0.5: cut at 3, confirmed at 8 of 10

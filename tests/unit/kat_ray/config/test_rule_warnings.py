@@ -55,7 +55,9 @@ def test_training_says_what_its_rule_will_not_do(tmp_path, monkeypatch, capsys):
         yield
 
     prompts = SimpleNamespace(skipped_too_long=0, prompts=[])
-    prepared = SimpleNamespace(facts=SimpleNamespace(warnings=[]), train=prompts, heldout=None)
+    prepared = SimpleNamespace(
+        facts=SimpleNamespace(warnings=[]), train=prompts, heldout=None, golds=SimpleNamespace(note=None)
+    )
     monkeypatch.setattr(run, "prepare", lambda config: prepared)
     monkeypatch.setattr(run, "_placement", stop)
     overrides = [f"run.dir={tmp_path}", "termination.rule=fixed_prefix", "termination.n=208"]

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kat_ray.config import DataConfig
+from kat_ray.data.golds import training_golds
 from kat_ray.data.prompts import PromptOrder, load_prompts, rollout_specs
 from kat_ray.errors import DataError
+from kat_ray.rewards.integers import gold_integer
 from kat_ray.types.records import Prompt
 from tests.support.configs import make_config
 from tests.support.tokenizers import TEMPLATE, make_tokenizer
@@ -97,6 +99,21 @@ def test_hugging_face_data_set(tmp_path, jsonl, monkeypatch):
     assert refusal(str(folder), split="dev").startswith("F (split dev): no such file, and no data set to be had")
 
 
+def test_configurations_of_a_hugging_face_data_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    for name in ("main", "socratic"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "train.jsonl").write_text(json.dumps({"prompt": name, "answer": "0"}) + "\n")
+    configs = "".join(f"- config_name: {n}\n  data_files: {n}/*.jsonl\n" for n in ("main", "socratic"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert text_of(load(str(folder), name="socratic").prompts[0]) == "socratic"
+    for fields in ({}, {"name": "man"}):
+        message = refusal(str(folder), **fields)
+        assert "main" in message and "socratic" in message and "data.name chooses" in message
+    assert "F (name man, split train): no such file" in message
+
+
 def test_chat_template_for_text_and_messages(jsonl):
     path = jsonl(
         {"prompt": "hi"}, {"prompt": [{"role": "system", "content": "own"}, {"role": "user", "content": "yo"}]}
@@ -177,7 +194,147 @@ def test_bad_messages(jsonl):
     assert refusal(jsonl({"prompt": ["x"]}), CHAT, chat_template=True).startswith(
         "F:1: prompt: a message has role and content"
     )
-    assert refusal(path, PLAIN, chat_template=True).endswith("tokenizer has no chat template")
+    assert refusal(path, PLAIN, chat_template=True) == (
+        "data.chat_template = true: the student's tokenizer has no chat template; it may be teacher, or a file "
+        "with one"
+    )
+
+
+USER = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        (
+            [{"role": "user", "content": None}],
+            "the content of a message is null; it must be text, or a list of text",
+        ),
+        ([{"role": "user", "content": 3}], "the content of a message is a number; it must be text"),
+        ([{"role": 3, "content": "x"}], "the role of a message is a number; it must be text"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "image": "b"}]}],
+            "a part of a message is {'type': 'image', 'image': 'b'}; only parts {type: text",
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "a part of a message is {'type': 'text'"),
+        ([{"role": "user", "content": ["x"]}], "a part of a message is x; only parts"),
+        ([USER, {"role": "assistant", "content": "y"}], "the last message is the assistant's; an answer follows"),
+        ([{"role": "system", "content": "y"}], "the last message is the system's; an answer follows"),
+    ],
+)
+def test_messages_that_no_answer_can_follow_are_named(jsonl, messages, message):
+    path = jsonl({"prompt": [USER]}, {"prompt": messages})
+    assert refusal(path, CHAT, chat_template=True).startswith(f"F:2: prompt: {message}")
+
+
+def test_parts_of_text_are_joined(jsonl, tmp_path):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    rows = {"prompt": [{"role": "user", "content": parts}]}
+    assert text_of(load(jsonl(rows), CHAT, chat_template=True).prompts[0]) == "[user]ab[assistant]"
+    pq.write_table(pa.Table.from_pylist([rows]), tmp_path / "parts.parquet")
+    assert (
+        text_of(load(str(tmp_path / "parts.parquet"), CHAT, chat_template=True).prompts[0]) == "[user]ab[assistant]"
+    )
+
+
+def test_the_template_may_be_the_teacher_s_or_a_file_s(jsonl, tmp_path):
+    path, prompt = jsonl({"prompt": "hi"}), "<u>hi<a>"
+    other = "{% for m in messages %}<u>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    teacher = make_tokenizer(chat_template=other)
+
+    def loaded(student, source):
+        data = DataConfig(path=path, chat_template=source)
+        return text_of(load_prompts(data, student, None, teacher=teacher).prompts[0])
+
+    assert loaded(PLAIN, "teacher") == loaded(CHAT, "teacher") == prompt
+    assert loaded(CHAT, "student") == loaded(CHAT, True) == "[user]hi[assistant]"
+    (tmp_path / "own.jinja").write_text(other)
+    assert loaded(PLAIN, str(tmp_path / "own.jinja")) == prompt
+    assert refusal(path, PLAIN, chat_template="teacher") == (
+        "data.chat_template = teacher: the teacher's tokenizer has no chat template; it may be student, or a file "
+        "with one"
+    )
+    assert refusal(path, PLAIN, chat_template="techer") == (
+        "data.chat_template = techer: must be true, false, student, teacher or a file with a Jinja template; as a "
+        "file it cannot be read: No such file or directory"
+    )
+
+
+def test_arguments_of_the_template(jsonl):
+    tokenizer = make_tokenizer(
+        chat_template=TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}[none]{% endif %}"
+    )
+    path = jsonl({"prompt": "hi"})
+
+    def loaded(**arguments):
+        return text_of(load(path, tokenizer, chat_template=True, chat_template_kwargs=arguments).prompts[0])
+
+    assert loaded(enable_thinking=False) == "[user]hi[assistant][none]"
+    assert loaded(enable_thinking=True) == loaded() == "[user]hi[assistant]"
+    misspelt = refusal(path, tokenizer, chat_template=True, chat_template_kwargs={"enable_thnking": False})
+    assert misspelt == "data.chat_template_kwargs.enable_thnking: the chat template does not use this name"
+
+
+def test_dotted_paths_name_fields_within_columns(jsonl, tmp_path):
+    row = {"prompt": "a", "reward_model": {"style": "rule", "ground_truth": "34"}, "x.y": "dot", "x": {"y": "no"}}
+    path = jsonl(row)
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "p.parquet")
+    for file in (path, str(tmp_path / "p.parquet")):
+        assert load(file, answer_column="reward_model.ground_truth").prompts[0].answer == "34"
+        assert load(file, answer_column="x.y").prompts[0].answer == "dot", "a column of that name comes first"
+        assert text_of(load(file, prompt_column="reward_model.style").prompts[0]) == "rule"
+    lacks = refusal(path, answer_column="reward_model.truth", graded=True)
+    assert lacks == (
+        "F:1: there is no column 'reward_model.truth'; in reward_model there are style, ground_truth "
+        "(data.answer_column chooses)"
+    )
+    assert refusal(path, prompt_column="q.a").startswith(
+        "F:1: there is no column 'q.a'; there are prompt, reward_m"
+    )
+
+
+def test_a_column_of_answers_that_was_chosen_must_be_there(jsonl):
+    path = jsonl({"prompt": "a", "anser": "1"}, {"prompt": "b", "other": 2})
+    assert refusal(path, answer_column="solution") == (
+        "F: no row has an answer in column 'solution'; there are prompt, anser, other (data.answer_column chooses; "
+        "null where answers are not graded)"
+    )
+    assert [p.answer for p in load(path).prompts] == [None, None], "the default column need not be there"
+    assert [p.answer for p in load(path, answer_column="anser").prompts] == ["1", None]
+
+
+def test_answers_that_are_missing_in_a_column_of_numbers(tmp_path):
+    path = str(tmp_path / "p.parquet")
+    pq.write_table(pa.table({"prompt": ["a", "b"], "answer": [34.0, float("nan")]}), path)
+    first, second = load(path).prompts
+    assert (gold_integer(first.answer), second.answer) == ("34", None)
+    assert refusal(path, graded=True) == "F, row 2: answer is missing (NaN)"
+
+
+def training(rows, verifier="integer", **fields):
+    data = DataConfig(path=rows, **fields)
+    return training_golds(data, load_prompts(data, PLAIN, None), verifier)
+
+
+def test_training_rollouts_are_graded_where_they_can_be(jsonl):
+    path = jsonl({"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "so #### 2"}, {"prompt": "c"})
+    golds = training(path)
+    assert golds.answers == {"p:1": "1"}
+    assert golds.note.replace(path, "F").startswith(
+        "F: 1 of 2 gold answers can match no answer; first of problem p:2: the gold answer 'so #### 2' is not an "
+        "integer"
+    )
+    assert training(jsonl({"prompt": "a", "answer": "1"})).note is None
+
+
+def test_gold_answers_of_a_column_that_was_chosen_must_be_usable(jsonl):
+    path = jsonl({"prompt": "a", "gold": "1"}, {"prompt": "b", "gold": "$"})
+    with pytest.raises(DataError, match=r"1 of 2 gold answers can match no answer; first of problem p:2.*'\$'"):
+        training(path, answer_column="gold")
+    with pytest.raises(
+        DataError, match=r"first of problem p:2: .*'\$': math-verify does not find it equal to itself"
+    ):
+        training(path, "math", answer_column="gold")
 
 
 def test_files_that_cannot_be_read(tmp_path):

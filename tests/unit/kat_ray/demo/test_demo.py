@@ -20,7 +20,7 @@ from kat_ray.demo.corpus import (
 )
 from kat_ray.demo.problems import MAX_VALUE, Operation, Problem, problems, random_problem, write_jsonl
 from kat_ray.demo.tokenizer import build_tokenizer, vocabulary
-from kat_ray.rewards.verifiers import extract_integer
+from kat_ray.rewards.integers import extract_integer
 
 EXAMPLE = Problem(37, (Operation("+", 5), Operation("-", 8), Operation("*", 2)))
 

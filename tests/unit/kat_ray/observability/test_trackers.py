@@ -18,7 +18,7 @@ STEP = {
 }  # fmt: skip
 EVALUATION = {
     "avg_at_k": 0.5, "pass_at_k": 1.0, "k": 2, "problems": 1, "mean_length": 7.4, "truncated_share": 0.0,
-    "right": (1,),
+    "right": (1,), "ran_out": 0,
 }  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_every_tracker_is_told_everything_in_order(tmp_path):
         trackers.evaluation(3, EVALUATION)
         trackers.checkpoint(3, tmp_path)
         trackers.finish({"steps": 3}, {"log": tmp_path})
-    metrics = {"eval/avg_at_k": 0.5, "eval/pass_at_k": 1.0, "eval/mean_length": 7.4}
+    metrics = {"eval/avg_at_k": 0.5, "eval/pass_at_k": 1.0, "eval/mean_length": 7.4, "eval/ran_out": 0.0}
     assert first.calls == second.calls == [
         ("start", 2), ("step", 3, STEP), ("evaluation", 3, EVALUATION, metrics), ("checkpoint", 3, tmp_path),
         ("finish", {"steps": 3}, {"log": tmp_path}), ("close",),

@@ -2,23 +2,17 @@
 
 import itertools
 import threading
-import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kat_ray.errors import DataError
+from kat_ray.rewards.grader_pool import GraderPool
+from kat_ray.rewards.integers import extract_integer, gold_integer
+from kat_ray.rewards.limits import GradingLimits, Outcome
 from kat_ray.rewards.math_grader import MathGrader
-from kat_ray.rewards.verifiers import (
-    avg_at_k,
-    check_golds,
-    evaluate_answers,
-    extract_integer,
-    gold_integer,
-    grade,
-    pass_at_k,
-)
+from kat_ray.rewards.verifiers import avg_at_k, check_golds, evaluate_answers, grade, pass_at_k, unmatchable
 from kat_ray.types.records import Prompt
 
 
@@ -51,6 +45,30 @@ from kat_ray.types.records import Prompt
         ("it is 7.", "7"),
         ("", None),
         ("answer", None),
+        # What instruct models write.
+        ("answer is: 42\nStep 7", "42"),
+        ("Answer: **42**\nThat took 3 steps", "42"),
+        ("**Answer:** $42$. Step 7", "42"),
+        ("**Final answer**\n\n\\boxed{42}\n7", "42"),
+        (r"\boxed{42} ... 7", "42"),
+        (r"the final answer is $\boxed{42}$. Step 7", "42"),
+        (r"answer is \(42\), not 7", "42"),
+        (r"\boxed{\$32,\!348} or 7", "32348"),
+        (r"\boxed{1{,}234} or 7", "1234"),
+        (r"\boxed{x = 42\text{ cm}^\circ} and 9", "42"),
+        (r"\boxed{42} and \boxed{", "42"),  # cut off in the second box
+        ("first\n#### 42\nthen 7", "42"),
+        ("#### 2. Solve\nanswer 5\n#### 3. Check 6", "5"),  # headings
+        ("**42**\nStep 7", "42"),
+        ("so **42** apples, **7** of them red", "7"),  # bold within a line: emphasis, not an answer
+        ("Answer: $1,234", "1234"),
+        ("answer 5 or \\boxed{6}", "6"),  # the last that is stated
+        ("answer is 1/2", None),
+        ("it is 1 / 2", None),
+        ("answer 2^{10}", None),
+        (r"\boxed{\frac{1}{2}} 7", None),
+        (r"\boxed{x+1} 7", None),
+        ("1/2 of 84 is 42", "42"),
         ("answering 3 questions leaves 4", "4"),
         ("x" * 9 + " 9" + "9" * 5000, "9" * 5001),  # longer than Python converts to int
     ],
@@ -66,8 +84,9 @@ def test_any_integer_comes_back(number, sentence):
 
 def test_integer_grading_is_exact():
     texts = ["answer 42", "answer 43", "42 or so", "answer 4 2", "none"]
-    assert grade(texts, ["42"] * 5, "integer") == [True, False, True, False, False]
-    assert grade(["answer 1234"], ["1,234"], "integer") == [True]
+    with GraderPool() as pool:
+        assert grade(texts, ["42"] * 5, "integer", pool).right == [True, False, True, False, False]
+        assert grade(["answer 1234"], ["1,234"], "integer", pool).right == [True]
 
 
 @pytest.mark.parametrize("gold", ["x", "3.5", "", "1 2", "\\frac{1}{2}"])
@@ -76,7 +95,11 @@ def test_gold_answers_that_are_no_integers(gold):
         gold_integer(gold)
     with pytest.raises(DataError, match="problem p7: the gold answer"):
         check_golds([Prompt("p7", (1,), gold)], "integer")
-    check_golds([Prompt("p7", (1,), gold)], "math")
+
+
+@pytest.mark.parametrize(("gold", "integer"), [("34.0", "34"), ("-7.00", "-7"), ("1,234", "1234"), (" 5 ", "5")])
+def test_gold_answers_that_are_integers(gold, integer):
+    assert gold_integer(gold) == integer
 
 
 @pytest.mark.parametrize(
@@ -148,19 +171,92 @@ MATH = [
 ]
 
 
-def test_mathematics_is_graded_outside_the_main_thread():
+@pytest.fixture(scope="module")
+def pool():
+    with GraderPool(GradingLimits(processes=2, seconds=60.0, total_seconds=300.0)) as made:
+        yield made
+
+
+def test_mathematics_is_graded_outside_the_main_thread(pool):
     found = []
     thread = threading.Thread(
-        target=lambda: found.append(grade([t for t, _, _ in MATH], [g for _, g, _ in MATH], "math"))
+        target=lambda: found.append(grade([t for t, _, _ in MATH], [g for _, g, _ in MATH], "math", pool))
     )
     thread.start()
     thread.join()
-    assert found == [[right for _, _, right in MATH]]
+    assert found[0].right == [right for _, _, right in MATH]
+    assert found[0].ran_out == 0
 
 
-def test_an_expression_that_never_ends_is_wrong_and_the_next_one_is_graded():
-    with MathGrader(seconds=1.0) as grader:
-        started = time.monotonic()
-        assert not grader.grade("$9^{9^{9^{9}}}$", "1")
-        assert time.monotonic() - started < 30
-        assert grader.grade("$4$", "4")
+# Forms of gold answers of MATH, and what a model puts into its box.
+GOLDS = [
+    (r"\$18.90", r"\$18.90"), (r"\$36", "36"), (r"\$32,\!348", r"\$32,\!348"), ("$18.90", r"\$18.90"),
+    ("(1,2)", "(1,2)"), ("12", "12"),
+    (r"\frac{1}{2}", "0.5"), (r"$\frac{1}{2}$", r"\frac{1}{2}"), (r"\boxed{7}", "7"), (r"\[ 5 \]", "5"),
+    (r"\begin{pmatrix} 1 & 2 \\[2pt] 3 & 4 \end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
+    (r"\(x^2\)", "x^2"), (r"10\%", r"10\%"), (r"\text{(A)}", r"\text{(A)}"), ("x^2+2x+1", "(x+1)^2"),
+]  # fmt: skip
+
+
+def test_gold_answers_equal_themselves(pool):
+    golds = [gold for gold, _ in GOLDS]
+    found = pool.grade([rf"so \boxed{{{box}}}" for _, box in GOLDS], golds)
+    assert [gold for gold, right in zip(golds, found.right, strict=True) if not right] == []
+    check_golds([Prompt(str(i), (1,), gold) for i, gold in enumerate(golds)], "math")
+
+
+def test_a_gold_answer_that_is_in_a_sentence_is_found(pool):
+    assert pool.grade([r"\boxed{5}", r"\boxed{6}"], ["It is $5$ metres."] * 2).right == [True, False]
+
+
+def test_a_gold_answer_that_does_not_equal_itself_is_refused():
+    problems = [Prompt("ok", (1,), "7"), Prompt("f:3", (2,), "$"), Prompt("f:4", (3,), "")]
+    with pytest.raises(DataError, match=r"problem f:3: no answer could match the gold answer '\$': .*itself"):
+        check_golds(problems, "math")
+    assert [p.prompt_id for p in unmatchable(problems, "math")] == ["f:3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("\\boxed{4} and " + "so we go on, " * 400, True),
+        ("\\boxed{4} and " + "7 or 8 \\\\ " * 700, True),
+        ("\\boxed{4} and " + "\\boxed{ " + "so " * 2000, True),  # the last box that is complete
+        ("\\boxed{4} and " + "so " * 2000 + "\\boxed{5}", False),
+        ("\\boxed{\\frac{8}{2}}" + " \\frac{1}{3}" * 500, True),
+    ],
+)
+def test_an_answer_that_is_boxed_long_before_the_end_is_read(pool, text, right):
+    assert len(text) > 4000
+    assert pool.grade([text], ["4"]).right == [right]
+
+
+def test_what_never_ends_is_wrong_and_the_next_one_is_graded():
+    with MathGrader(GradingLimits(seconds=2.0)) as grader:
+        assert grader.grade("$9^{9^{9^{9}}}$", "1") is Outcome.RAN_OUT
+        assert grader.grade("$4$", "4") is Outcome.RIGHT
+
+
+def test_what_takes_too_much_memory_is_wrong_and_the_next_one_is_graded():
+    """Its million terms are written out to be compared."""
+    with MathGrader(GradingLimits(seconds=120.0, memory_gib=0.25)) as grader:
+        assert grader.grade("$(x+1)^{1000000}$", "1", within=240.0) is Outcome.RAN_OUT
+        assert grader.grade("$4$", "4") is Outcome.RIGHT
+
+
+def test_many_answers_that_hang_take_no_longer_than_a_step_may():
+    limits = GradingLimits(processes=2, seconds=1.0, total_seconds=5.0)
+    with GraderPool(limits) as pool:
+        pool.grade(["$4$"] * 5, ["4"] * 5, within=120.0)  # both have started
+        found = pool.grade(["$9^{9^{9^{9}}}$"] * 25, ["1"] * 25)
+        assert found.ran_out == 25 and not any(found.right)
+        assert Outcome.RAN_OUT in found.outcomes and Outcome.NOT_REACHED in found.outcomes
+        assert pool.grade(["$4$"], ["4"], within=120.0).right == [True]
+
+
+def test_an_evaluation_counts_what_ran_out():
+    result = evaluate_answers(
+        ["$9^{9^{9^{9}}}$", "$4$"], ["1", "4"], k=1, lengths=[1, 1], finished=[True, True], verifier="math",
+        limits=GradingLimits(seconds=2.0), within=120.0,
+    )  # fmt: skip
+    assert (result.right, result.ran_out) == ((0, 1), 1)

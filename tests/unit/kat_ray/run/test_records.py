@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -13,16 +14,17 @@ from kat_ray.config import RunConfig
 from kat_ray.data.accounting import count_tokens, join_outcomes, kept_rows, traces_of
 from kat_ray.observability.metric_catalog import METRICS
 from kat_ray.records.traces import SCHEMA, TraceRow, read_traces
+from kat_ray.rewards.limits import GradingLimits
 from kat_ray.run import directory as records
 from kat_ray.run.directory import RecordError, RunDirectory
 from kat_ray.run.jsonl_tracker import JsonlTracker
-from kat_ray.run.probes import RolloutGrader, is_active, probe_metrics, seen_to_the_end
+from kat_ray.run.probes import RolloutGrader, grading_metrics, is_active, probe_metrics, seen_to_the_end
 from kat_ray.run.step_metrics import rollout_metrics, score_metrics
 from kat_ray.run.summary import Totals, git_commit, package_versions
 from kat_ray.termination.fixed_prefix import FixedPrefixSettings
 from kat_ray.termination.kat_stages import KatStagesSettings
 from kat_ray.termination.settings import KatSettings
-from kat_ray.types.records import Prompt, RolloutOutcome, SampledRollout, StepStart, StopReason
+from kat_ray.types.records import RolloutOutcome, SampledRollout, StepStart, StopReason
 from tests.support.chunks import chunk
 
 
@@ -244,11 +246,21 @@ def test_only_rollouts_that_no_rule_touched_are_graded():
     )
     assert [r.rollout_id for r in seen_to_the_end(rollouts, cuts=True)] == [0]
     assert [r.rollout_id for r in seen_to_the_end(rollouts, cuts=False)] == [0, 1]
-    grader = RolloutGrader(
-        [Prompt("a", (1,), "42"), Prompt("b", (1,), None)], lambda ids: f"answer {ids[0]}", "integer"
-    )
-    assert grader.grade({0: ("a", [42]), 1: ("a", [41]), 2: ("b", [42])}) == {0: True, 1: False}
-    assert RolloutGrader([Prompt("a", (1,), "x")], str, "integer").grade({0: ("a", [42])}) == {}
+    grader = RolloutGrader({"a": "42"}, lambda ids: f"answer {ids[0]}", "integer")
+    graded = grader.grade({0: ("a", [42]), 1: ("a", [41]), 2: ("b", [42])})
+    assert graded.correct == {0: True, 1: False}
+    figures = grading_metrics(graded)
+    assert figures["probe/ran_out"] == 0 and set(figures) <= set(METRICS)
+    assert grading_metrics(grader.grade({2: ("b", [42])})) == {}
+
+
+def test_rollouts_whose_grading_runs_out_are_wrong_and_counted(caplog):
+    limits = GradingLimits(seconds=0.5, total_seconds=120.0)
+    with closing(RolloutGrader({"a": "4"}, lambda ids: ["$4$", "$9^{9^{9^9}}$"][ids[0]], "math", limits)) as grader:
+        graded = grader.grade({0: ("a", [0]), 1: ("a", [1])})
+    assert graded.correct == {0: True, 1: False} and graded.ran_out == 1
+    assert grading_metrics(graded)["probe/ran_out"] == 1
+    assert "1 of 2 graded rollouts took too much time or memory" in caplog.text
 
 
 def test_what_a_run_ran_on():

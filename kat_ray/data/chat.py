@@ -1,0 +1,119 @@
+"""Chat messages as text: whose template is applied, and which messages it may be given."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kat_ray.config import DataConfig
+from kat_ray.config.load import resolve_path
+from kat_ray.data.rows import kind
+from kat_ray.errors import DataError
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template, and what it is given beside the messages."""
+
+    text: str  # Jinja
+    tokenizer: Any  # whose special tokens stand in it
+    arguments: Mapping[str, Any]
+
+    def render(self, messages: Sequence[Message], where: str) -> str:
+        """The messages as text, with the start of an answer; `DataError` where the template refuses them."""
+        import jinja2
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.text, tokenize=False, add_generation_prompt=True, **self.arguments
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise DataError(f"{where}: the chat template refuses the messages: {error}") from error
+        return str(text)
+
+
+def chat_template_of(data: DataConfig, student: Any, teacher: Any = None) -> ChatTemplate | None:
+    """The template that `data.chat_template` names, None for none; `student` and `teacher` are tokenizers."""
+    source = data.chat_template
+    if not source:
+        return None
+    if source is True or source in ("student", "teacher"):
+        name = "teacher" if source == "teacher" else "student"
+        tokenizer = teacher if source == "teacher" else student
+        text = _own_template(tokenizer, source, name)
+    else:
+        tokenizer, text = student, _file(str(source))
+    for argument in data.chat_template_kwargs:
+        if not re.search(rf"\b{re.escape(argument)}\b", text):
+            raise DataError(f"data.chat_template_kwargs.{argument}: the chat template does not use this name")
+    return ChatTemplate(text, tokenizer, data.chat_template_kwargs)
+
+
+def _own_template(tokenizer: Any, source: bool | str, name: str) -> str:
+    shown = "true" if source is True else source
+    if not getattr(tokenizer, "chat_template", None):
+        others = "teacher, or a file with one" if name == "student" else "student, or a file with one"
+        raise DataError(
+            f"data.chat_template = {shown}: the {name}'s tokenizer has no chat template; it may be {others}"
+        )
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:  # several, and none is the default
+        raise DataError(f"data.chat_template = {shown}: {error}") from error
+
+
+def _file(name: str) -> str:
+    try:
+        return resolve_path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise DataError(
+            f"data.chat_template = {name}: must be true, false, student, teacher or a file with a Jinja template; "
+            f"as a file it cannot be read: {reason}"
+        ) from error
+
+
+def messages_of(prompt: str | Sequence[Any], system: str | None, where: str) -> list[Message]:
+    """The prompt as messages that an answer can follow; `DataError` names what cannot be one.
+
+    Contents are text, or parts that are all text, which are joined. `system` is put before messages that have none.
+    """
+    messages = (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(map(_checked(where), prompt))
+    )
+    if messages[-1]["role"] in ("assistant", "system"):
+        raise DataError(
+            f"{where}: the last message is the {messages[-1]['role']}'s; an answer follows a message of the user"
+        )
+    if system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def _checked(where: str) -> Any:
+    def check(message: Any) -> Message:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise DataError(f"{where}: a message has role and content, this is {str(message)[:80]}")
+        if not isinstance(message["role"], str):
+            raise DataError(f"{where}: the role of a message is {kind(message['role'])}; it must be text")
+        return {**message, "content": _text_of(message["content"], where)}
+
+    return check
+
+
+def _text_of(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        shown = "null" if content is None else kind(content)
+        raise DataError(f"{where}: the content of a message is {shown}; it must be text, or a list of text parts")
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise DataError(
+                f"{where}: a part of a message is {str(part)[:80]}; only {{type: text, text: ...}} can be used"
+            )
+    return "".join(part["text"] for part in content)

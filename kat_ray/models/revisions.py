@@ -1,0 +1,51 @@
+"""Models of the hub at a fixed commit: a branch or a tag may move while a run goes on, or before it is resumed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from kat_ray.config import Config, ModelConfig
+from kat_ray.models.inspect import resolve_model
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def pinned(config: Config) -> Config:
+    """The configuration with the commit of each hub model in place of its branch or tag.
+
+    All that loads a model or its tokenizer takes the revision from there, on whichever node it is. Without an
+    answer from the hub (or from its cache, with HF_HUB_OFFLINE=1) a model is left as it is; whoever reads it first
+    says why it cannot be had.
+    """
+    models = {"student": _pinned(config.student), "teacher": _pinned(config.teacher)}
+    return config.model_copy(update=models)
+
+
+def pinned_like(config: Config, before: Config) -> Config:
+    """The configuration with the commits that a run was made with, where it names the same models and no commit."""
+    ours, theirs = ({n: getattr(c, n) for n in ("student", "teacher")} for c in (config, before))
+    return config.model_copy(update={name: _like(ours[name], theirs[name]) for name in ours})
+
+
+def _like(model: ModelConfig, before: ModelConfig) -> ModelConfig:
+    floats = not is_commit(model.revision) and is_commit(before.revision) and model.path == before.path
+    return model.model_copy(update={"revision": before.revision}) if floats else model
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision names one state for ever."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
+def _pinned(model: ModelConfig) -> ModelConfig:
+    if Path(resolve_model(model)).is_dir() or is_commit(model.revision):
+        return model
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    try:  # the folder of a snapshot is named after its commit
+        commit = Path(snapshot_download(model.path, revision=model.revision, allow_patterns=["config.json"])).name
+    except (HTTPError, HFValidationError, OSError):
+        return model
+    return model.model_copy(update={"revision": commit}) if is_commit(commit) else model
