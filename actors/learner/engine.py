@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from actors.learner.model import StudentModel
 from kat_ray.config import LearnerConfig
-from kat_ray.losses.fused_head import head_loss
+from kat_ray.losses.fused_head import HeadLoss
 from kat_ray.losses.term import LossTerm, TermSums, TokenRows
 
 
@@ -20,18 +20,18 @@ class StudentWithLoss(nn.Module):
     def __init__(self, student: StudentModel, term: LossTerm, chunk_tokens: int) -> None:
         super().__init__()
         self.network = student.network  # a submodule, for DeepSpeed to find
+        self.head_loss = HeadLoss(student.output_layer, term, chunk_tokens)
         self._student = student
-        self._term = term
-        self._chunk_tokens = chunk_tokens
 
-    def forward(self, arguments: dict[str, Tensor], positions: Tensor, rows: TokenRows, chunks: int) -> TermSums:
+    def forward(self, arguments: dict[str, Tensor], positions: Tensor, rows: TokenRows) -> TermSums:
         """The term for the tokens whose hidden states lie at `positions` [T, 2]; see `ModelInputs`.
 
         Inputs and result are tuples of tensors: ZeRO 3 looks there for the tensors to hook its passes to.
         """
         hidden_BLH = self._student.hidden_states(arguments)
         hidden_TH = hidden_BLH[positions[:, 0], positions[:, 1]]
-        return head_loss(hidden_TH, self._student.output_layer, rows, self._term, self._chunk_tokens, chunks)
+        result: TermSums = self.head_loss(hidden_TH, rows)
+        return result
 
 
 def make_engine(student: StudentModel, term: LossTerm, learner: LearnerConfig) -> Any:

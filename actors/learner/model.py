@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kat_ray.config import LearnerConfig, ModelConfig
 from kat_ray.models.load import load_causal_lm
+from kat_ray.models.output_layer import body_of, output_layer
 from kat_ray.types.records import WeightUpdate
 
 
@@ -20,16 +21,12 @@ class StudentModel:
 
     def __init__(self, network: Any) -> None:
         self.network = network  # for DeepSpeed; who trains, publishes or saves goes through the methods
+        self.output_layer = output_layer(network)
 
     @property
     def vocabulary(self) -> int:
         """Rows of the output layer."""
-        return int(self.network.config.get_text_config().vocab_size)
-
-    @property
-    def output_layer(self) -> Any:
-        """The module that makes logits [*, V] of hidden states [*, H]."""
-        return self.network.lm_head
+        return self.output_layer.vocabulary
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the optimiser updates and a checkpoint holds, by the names that it has there; tied ones once."""
@@ -38,7 +35,7 @@ class StudentModel:
 
     def hidden_states(self, arguments: Mapping[str, Tensor]) -> Tensor:
         """Last hidden states [B, L, H] of a batch; see `ModelInputs.arguments`."""
-        hidden_BLH: Tensor = self.network.model(**arguments, use_cache=False)[0]
+        hidden_BLH: Tensor = body_of(self.network)(**arguments, use_cache=False)[0]
         return hidden_BLH
 
     def weight_update(self, policy_version: int, dtype: torch.dtype) -> WeightUpdate:

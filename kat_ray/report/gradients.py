@@ -29,6 +29,7 @@ from kat_ray.losses.fused_head import head_loss
 from kat_ray.losses.term import TokenRows
 from kat_ray.models.inspect import check_models, resolve_model
 from kat_ray.models.load import load_causal_lm
+from kat_ray.models.output_layer import body_of, output_layer
 from kat_ray.report.phases import PHASES, Phases
 from kat_ray.report.run_records import RunRecords
 
@@ -171,9 +172,9 @@ def _add_gradient(
     start = len(prompt) - 1
     with torch.no_grad():
         q = torch.log_softmax(teacher(input_ids=ids, use_cache=False).logits[0, start:].float(), -1)
-    hidden = student.model(input_ids=ids, use_cache=False)[0][0, start:]
-    with torch.no_grad():
-        top = torch.log_softmax(student.lm_head(hidden), -1).topk(config.rollout.top_k_logprobs, dim=-1).indices
+    layer = output_layer(student)
+    hidden = body_of(student)(input_ids=ids, use_cache=False)[0][0, start:]
+    top = layer.logits(hidden).topk(config.rollout.top_k_logprobs, dim=-1).indices
     zeros = torch.zeros(len(tokens), device=device)
     rows = TokenRows(
         topk_ids=top,
@@ -185,7 +186,7 @@ def _add_gradient(
         weights=torch.from_numpy(mask.astype(np.float32)).to(device),
     )
     term = Distillation(tuple(stop_ids), config.rollout.eos)
-    loss = head_loss(hidden, student.lm_head, rows, term, config.learner.logits_chunk_tokens).loss
+    loss = head_loss(hidden, layer, rows, term, config.learner.logits_chunk_tokens).loss
     student.zero_grad(set_to_none=True)
     loss.backward()
     for name, parameter in student.named_parameters():
