@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,12 @@ class StudentModel:
         return WeightUpdate(policy_version, tuple(names), tuple(dtypes), tuple(arrays))
 
     def copy_for_saving(
-        self, copy_to_host: Callable[[str, Tensor], Tensor], dtype: torch.dtype
+        self, copy_to_host: Callable[[str, Tensor], Tensor], dtype: torch.dtype, stop_ids: Sequence[int]
     ) -> Callable[[Path], None]:
         """Copy the weights; returns what writes the copy to a directory, in Hugging Face format.
 
-        `copy_to_host` is called with a name and a tensor. Tied weights stay one tensor under both names.
+        `copy_to_host` is called with a name and a tensor. Tied weights stay one tensor under both names. Who
+        generates with the copy stops at `stop_ids`, those of them that the student has.
         """
         copies: dict[tuple[int, torch.Size], Tensor] = {}
         weights = {}
@@ -75,6 +76,8 @@ class StudentModel:
         network = copy.copy(self.network)
         network.config = copy.deepcopy(self.network.config)
         network.config.use_cache = True
+        network.generation_config = copy.deepcopy(self.network.generation_config)
+        network.generation_config.eos_token_id = [i for i in stop_ids if i < self.vocabulary]
         return lambda path: _save(network, weights, path)
 
 

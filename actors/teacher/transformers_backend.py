@@ -122,8 +122,8 @@ class TransformersTeacher:
         return columns_of(self.logprobs(hidden_NH), ids, self._stop_ids)
 
     def logprobs(self, hidden_NH: Tensor) -> Tensor:
-        """Log-probabilities [N, V] float32 over the teacher's whole vocabulary."""
-        return torch.log_softmax(self._output_layer.logits(hidden_NH), dim=-1).cpu()
+        """Log-probabilities [N, V] float32 over the teacher's whole vocabulary, on its device."""
+        return torch.log_softmax(self._output_layer.logits(hidden_NH), dim=-1)
 
     def _feeds(self, chunk: RolloutChunk) -> list[_Feed]:
         """What to run for each rollout: all that was not run yet, except the last token."""

@@ -111,39 +111,42 @@ def _products_gradient(
 def loss_and_gradient(logits_CV: Tensor, rows: TokenRows, term: LossTerm) -> TermSums:
     """The term over a chunk; overwrites `logits_CV` with the loss's gradient.
 
-    With S the sum of exp over the vocabulary, R that over the ids outside the top k, and D the sum of the loss's
-    derivatives in the logarithms of the top k, of the tail, of the stop mass and of the sampled token, the gradient
-    in logit v is -D exp(v) / S, plus the derivative of v's own event: dlog p(v) in the top k, dtail exp(v) / R
-    outside, plus dstop exp(v) / (sum over stop ids) at a stop id, plus dlog p(v) at the sampled token.
+    The vocabulary falls into the top k, the stop ids outside them, and the rest. With S the sum of exp over it, and
+    D the sum of the loss's derivatives in the logarithms of the top k, of the rest (tail), of the stop ids (stop)
+    and of the sampled token, the gradient in logit v is -D exp(v) / S, plus dlog p(v) in the top k, plus dlog p(v)
+    at the sampled token, plus, outside the top k, the derivative in the logarithm of its part times
+    exp(v) / (sum of exp over that part).
     """
     ids, token_C1 = rows.topk_ids, rows.token_ids[:, None]
     stop_index = torch.tensor(
-        [i for i in term.stop_ids if i < logits_CV.shape[1]], device=ids.device, dtype=torch.long
+        sorted({i for i in term.stop_ids if i < logits_CV.shape[1]}), device=ids.device, dtype=torch.long
     )
     logits_CV -= logits_CV.amax(dim=-1, keepdim=True)
-    picked_Ck, stops_Cs = logits_CV.gather(-1, ids), logits_CV.index_select(1, stop_index)
+    picked_Ck = logits_CV.gather(-1, ids)
     sampled_C = logits_CV.gather(-1, token_C1)[:, 0]
     weights_CV = logits_CV.exp_().scatter_(-1, ids, 0.0)
-    outside_C = weights_CV.sum(dim=-1)
-    total_C = outside_C + picked_Ck.exp().sum(dim=-1)
+    stops_Cs = weights_CV.index_select(1, stop_index)
+    rest_C, stop_C = weights_CV.index_fill_(1, stop_index, 0.0).sum(dim=-1), stops_Cs.sum(dim=-1)
+    total_C = rest_C + stop_C + picked_Ck.exp().sum(dim=-1)
     lse_C = total_C.log()
     student = StudentLogprobs(
         topk=picked_Ck - lse_C[:, None],
-        tail=outside_C.log() - lse_C,
-        stop=torch.logsumexp(stops_Cs, dim=-1) - lse_C,
+        tail=rest_C.log() - lse_C,
+        stop=stop_C.log() - lse_C,
         sampled=sampled_C - lse_C,
     )
     result, d = _differentiate(term, student, rows)
     # A masked logit has no mass to move; autograd gives NaN where all stop ids of the top k are such.
     d_topk = d.topk.masked_fill(torch.isneginf(picked_Ck), 0.0)
+    d_tail, d_stop = d.tail.masked_fill(rest_C == 0, 0.0), d.stop.masked_fill(stop_C == 0, 0.0)
     d_sampled = d.sampled.masked_fill(torch.isneginf(sampled_C), 0.0)
-    share_C = -(d_topk.sum(dim=-1) + d.tail + d.stop + d_sampled) / total_C
-    own_C = torch.where(outside_C > 0, d.tail / outside_C, torch.zeros_like(d.tail))
-    weights_CV *= (own_C + share_C)[:, None]
+    share_C = -(d_topk.sum(dim=-1) + d_tail + d_stop + d_sampled) / total_C
+    weights_CV *= (torch.where(rest_C > 0, d_tail / rest_C, 0.0) + share_C)[:, None]
+    weights_CV.index_copy_(
+        1, stop_index, stops_Cs * (torch.where(stop_C > 0, d_stop / stop_C, 0.0) + share_C)[:, None]
+    )
     weights_CV.scatter_(-1, ids, d_topk + share_C[:, None] * picked_Ck.exp())
     weights_CV.scatter_add_(-1, token_C1, d_sampled[:, None])
-    of_stops_Cs = torch.where(d.stop[:, None] != 0, d.stop[:, None] * stops_Cs.softmax(dim=-1), 0.0)
-    weights_CV.index_add_(1, stop_index, of_stops_Cs)
     return result
 
 

@@ -24,7 +24,7 @@ from kat_ray.config import Config
 from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import UserError
 from kat_ray.losses.distillation import Distillation
-from kat_ray.losses.divergence import stop_mass, tail_from_logprobs
+from kat_ray.losses.divergence import tail_and_stop
 from kat_ray.losses.fused_head import head_loss
 from kat_ray.losses.term import TokenRows
 from kat_ray.models.inspect import check_models, resolve_model
@@ -176,11 +176,12 @@ def _add_gradient(
     hidden = body_of(student)(input_ids=ids, use_cache=False)[0][0, start:]
     top = layer.logits(hidden).topk(config.rollout.top_k_logprobs, dim=-1).indices
     zeros = torch.zeros(len(tokens), device=device)
+    tail, stop = tail_and_stop(q, top, stop_ids)
     rows = TokenRows(
         topk_ids=top,
         teacher_topk=q.gather(-1, top),
-        teacher_tail=tail_from_logprobs(q, top),
-        teacher_stop=stop_mass(q, stop_ids),
+        teacher_tail=tail,
+        teacher_stop=stop,
         token_ids=torch.tensor(tokens, device=device),
         sampled_logprobs=zeros,
         weights=torch.from_numpy(mask.astype(np.float32)).to(device),

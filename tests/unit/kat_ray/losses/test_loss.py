@@ -11,8 +11,7 @@ from kat_ray.losses.divergence import (
     full_reverse_kl,
     is_stop,
     reverse_kl,
-    stop_mass,
-    tail_from_logprobs,
+    tail_and_stop,
 )
 from kat_ray.losses.fused_head import head_loss, loss_and_gradient
 from kat_ray.losses.output_layer import OutputLayer
@@ -37,11 +36,10 @@ def problem(seed=0, teacher_nan=()):
         topk[row, 0] = torch.nan
     tokens = torch.randint(0, V, (T,), generator=g)
     sampled = torch.log_softmax(head(hidden), -1).gather(-1, tokens[:, None])[:, 0].detach()
-    tail = tail_from_logprobs(q, ids)
     return (
         head,
         hidden,
-        TokenRows(ids, topk, tail, torch.full((T,), -9.0), tokens, sampled, torch.ones(T)),
+        TokenRows(ids, topk, *tail_and_stop(q, ids, (3, 4)), tokens, sampled, torch.ones(T)),
         teacher_logits,
     )
 
@@ -68,7 +66,8 @@ def test_value_and_gradient_equal_a_float64_autograd_of_the_definition():
     top = p.gather(-1, t.topk_ids)
     rest = 1 - top.sum(-1)
     q = t.teacher_topk.double()
-    kl = (top * (top.log() - q)).sum(-1) + rest * (rest.log() - t.teacher_tail.double())
+    whole = torch.logaddexp(t.teacher_tail, t.teacher_stop).double()
+    kl = (top * (top.log() - q)).sum(-1) + rest * (rest.log() - whole)
     kl.sum().backward()
     assert result.loss.item() == pytest.approx(kl.sum().item(), rel=1e-5)
     torch.testing.assert_close(dh.double(), h.grad, atol=1e-4, rtol=1e-3)
@@ -98,12 +97,13 @@ def test_gradient_in_the_logits_equals_autograd_through_all_log_probabilities(eo
     logits[4, 9] = -math.inf
     logits[6, [3, 4]] = -math.inf
     ids = logits.topk(k, dim=-1).indices
-    t = t._replace(topk_ids=ids, teacher_topk=q.gather(-1, ids), teacher_tail=tail_from_logprobs(q, ids))
+    tail, stop = tail_and_stop(q, ids, stop_ids)
+    t = t._replace(topk_ids=ids, teacher_topk=q.gather(-1, ids), teacher_tail=tail, teacher_stop=stop)
     ours, theirs = logits.clone(), logits.clone().requires_grad_()
     result = loss_and_gradient(ours, t, Distillation(stop_ids, eos))
     p = torch.log_softmax(theirs, -1)
     stops = is_stop(ids, stop_ids)
-    student = event_logprobs(p.gather(-1, ids), tail_from_logprobs(p, ids), stop_mass(p, stop_ids), stops, eos)
+    student = event_logprobs(p.gather(-1, ids), *tail_and_stop(p, ids, stop_ids), stops, eos)
     teacher = event_logprobs(t.teacher_topk, t.teacher_tail, t.teacher_stop, stops, eos)
     kl = reverse_kl(student, teacher)
     kl.sum().backward()
@@ -120,7 +120,8 @@ class FourWeights:
     stop_ids, sum_names, max_names = (3, 4), ("rows",), ()
 
     def __call__(self, student, rows):
-        loss = student.topk.sum() + 2 * student.tail.sum() + 3 * student.stop.sum() - 5 * student.sampled.sum()
+        stop = torch.where(torch.isfinite(student.stop), student.stop, 0.0)
+        loss = student.topk.sum() + 2 * student.tail.sum() + 3 * stop.sum() - 5 * student.sampled.sum()
         count = torch.tensor([float(len(student.sampled))], dtype=torch.float64)
         return TermSums(loss, count, torch.zeros(0))
 
@@ -135,8 +136,9 @@ def test_any_term_has_the_gradient_of_autograd_through_all_log_probabilities():
     result.loss.backward()
     found, head.weight.grad = head.weight.grad, None
     p = torch.log_softmax(head(o), -1)
-    tails, stops = tail_from_logprobs(p, t.topk_ids), stop_mass(p, (3, 4))
-    loss = p.gather(-1, t.topk_ids).sum() + (2 * tails + 3 * stops - 5 * p.gather(-1, tokens[:, None])[:, 0]).sum()
+    tails, stops = tail_and_stop(p, t.topk_ids, (3, 4))
+    loss = p.gather(-1, t.topk_ids).sum() + (2 * tails - 5 * p.gather(-1, tokens[:, None])[:, 0]).sum()
+    loss = loss + 3 * stops[torch.isfinite(stops)].sum()
     loss.backward()
     assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5) and result.sums.tolist() == [T]
     torch.testing.assert_close(h.grad, o.grad, atol=1e-4, rtol=1e-4)
@@ -211,7 +213,8 @@ def test_descent_brings_the_student_to_the_teacher_over_the_whole_vocabulary():
     q = torch.log_softmax(teacher_logits, -1)
     for _ in range(150):
         ids = logits.detach().topk(K, dim=-1).indices
-        now = t._replace(topk_ids=ids, teacher_topk=q.gather(-1, ids), teacher_tail=tail_from_logprobs(q, ids))
+        tail, stop = tail_and_stop(q, ids, (3, 4))
+        now = t._replace(topk_ids=ids, teacher_topk=q.gather(-1, ids), teacher_tail=tail, teacher_stop=stop)
         logits.grad.copy_(logits)
         loss_and_gradient(logits.grad, now, RAW)
         optimiser.step()

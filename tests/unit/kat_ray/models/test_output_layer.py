@@ -58,7 +58,7 @@ def test_logits_are_the_models_own(name, changes, expected):
     ids = torch.arange(2, 30)[None]
     own = layer.logits(body_of(model)(input_ids=ids, use_cache=False)[0][0])
     theirs = model(input_ids=ids, use_cache=False).logits[0]
-    assert layer.vocabulary == theirs.shape[-1] and theirs.std() > 0.3
+    assert layer.vocabulary == theirs.shape[-1] and theirs.std() > 0.05
     torch.testing.assert_close(own, theirs, atol=2e-4, rtol=1e-4)
 
 
