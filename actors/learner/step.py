@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from actors.learner.collectives import max_over_ranks, sum_over_ranks
-from actors.learner.engine import clips_itself
+from actors.learner.engine import clips_itself, complete_gradients
 from actors.learner.report import OptimizerStep
 from actors.learner.schedule import learning_rate
 from actors.learner.tensors import model_arguments, token_rows
@@ -104,6 +104,7 @@ class StudentTrainer:
                 # and forgets its gradients, where their norm is not finite: so make it that. The sums are those of
                 # all ranks, which makes this pass, a collective operation, one that all make or none.
                 self._forward_backward(self._dummy, math.nan)
+            complete_gradients(self._engine)
             self._engine.step()
         norm = self._clip.norm if self._clip else self._engine.get_global_grad_norm()
         return float(norm)

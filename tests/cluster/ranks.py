@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from actors.learner.learner import Learner
+from actors.learner.optimizer_state import held_pieces
 from actors.learner.settings import LearnerSettings
 from kat_ray.data.batch import assign_ranks
 from kat_ray.losses.divergence import tail_and_stop
@@ -47,6 +48,21 @@ class Opened(Learner):
         masters = [p for group in optimizer.param_groups for p in group["params"]]
         moments = [v for p, state in optimizer.state.items() for v in (p, *state.values())]
         return [v.detach().float().numpy().tobytes() for v in (*masters, *moments) if isinstance(v, torch.Tensor)]
+
+    def gradients(self, *step):
+        """What AdamW is given in a step, by parameter, float32, of one rank."""
+        loaded, given = self._loaded, {}
+
+        def keep(optimizer, *_):
+            given.update(
+                (id(p), p.grad.clone()) for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+            )
+
+        handle = loaded.engine.basic_optimizer.register_step_pre_hook(keep)
+        self.train_step(*step)
+        handle.remove()
+        pieces = held_pieces(loaded.engine, loaded.student, 0, 1)
+        return {p.name: p.of(given[id(p.flat)]).numpy() for p in pieces}
 
     def hold(self):
         """Nothing is written until `release`."""
