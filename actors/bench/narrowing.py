@@ -22,10 +22,9 @@ from kat_ray.losses.divergence import (
     dequantise,
     event_logprobs,
     is_stop,
-    quantise,
+    log_add,
     reverse_kl,
-    stop_mass,
-    tail_from_logprobs,
+    tail_and_stop,
 )
 from kat_ray.termination.base import NewTokens
 from kat_ray.termination.kat import KatTracker
@@ -60,9 +59,9 @@ def measure(student: Any, teacher: Any, rollouts: Sequence[tuple[list[int], list
         p, q = (_rows(model, prompt, tokens) for model in (student, teacher))
         ids = p.topk(min(k, p.shape[-1] - 1), dim=-1).indices
         stops = is_stop(ids, stop_ids)
-        sides = [(m.gather(-1, ids), tail_from_logprobs(m, ids), stop_mass(m, stop_ids)) for m in (p, q)]
+        sides = [(m.gather(-1, ids), *tail_and_stop(m, ids, stop_ids)) for m in (p, q)]
         for kind in values:
-            topk, tail, _ = sides[0]
+            topk, tail = sides[0][0], log_add(*sides[0][1:])
             own = (topk, tail) if kind == "exact" else dequantise(topk.half(), tail)
             ours = event_logprobs(own[0], own[1], None, stops, "merged")
             d = reverse_kl(ours, _events(sides[1], stops))
@@ -90,13 +89,10 @@ def _loss(
 ) -> tuple[float, Tensor]:
     """Summed KL as the learner takes it, and its gradient with respect to the student's logits."""
     if kind == "narrow":
-        small, stop = quantise(teacher[0], teacher[2], stops)
-        teacher = dequantise(small, teacher[1], stop)
+        teacher = dequantise(teacher[0].half(), *teacher[1:])
     logits = p.clone().requires_grad_()
     own = torch.log_softmax(logits, dim=-1)
-    events = event_logprobs(
-        own.gather(-1, ids), tail_from_logprobs(own, ids), stop_mass(own, stop_ids), stops, "merged"
-    )
+    events = event_logprobs(own.gather(-1, ids), *tail_and_stop(own, ids, stop_ids), stops, "merged")
     loss = reverse_kl(events, _events((teacher[0], teacher[1], teacher[2]), stops)).sum()
     (gradient,) = torch.autograd.grad(loss, logits)
     return float(loss.detach()), gradient

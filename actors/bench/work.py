@@ -78,8 +78,8 @@ def _offsets(parts: Sequence[IntArray]) -> IntArray:
 def teacher_rows(chunk: RolloutChunk) -> TeacherRows:
     """Targets near the student's own, so that a step's gradient is finite and small."""
     values = chunk.topk_logprobs - np.float16(0.1)
-    floor = np.full(chunk.tokens, -9.0, dtype=np.float32)
-    return TeacherRows(values, tail_logprobs(values), floor)
+    none = np.full(chunk.tokens, -np.inf, dtype=np.float32)
+    return TeacherRows(values, tail_logprobs(values), none)
 
 
 def all_kept(rollouts: Rollouts) -> list[KeptRollout]:

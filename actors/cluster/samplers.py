@@ -27,7 +27,8 @@ class ModelPaths:
     student_dir: str
     teacher_dir: str
     stop_ids: tuple[int, ...]  # of both models: the stop event of the KL
-    student_stop_ids: tuple[int, ...]  # those that end a student's rollout
+    student_stop_ids: tuple[int, ...]  # those that end a student's rollout: of both models, as far as it has them
+    teacher_stop_ids: tuple[int, ...]  # those that end the teacher's answer when it is evaluated: its own
     vocabulary: int  # the student's
     max_model_len: int  # longest prompt and answer together
 
@@ -63,16 +64,19 @@ class SamplerGroup(ActorGroup):
         super().__init__("sampler", supervisor, placement, self._make_sampler, config.sampler.bounds[0])
         self._config, self._paths, self._make_engine = config, paths, make_engine
         self._model, self._model_dir = config.student, ""  # `_use` says which
+        self.stop_ids = paths.student_stop_ids  # those that end what the samplers generate
         self.version = 0
         self.weights: Any = None  # reference to those of this version; None: as the model was given
         self.wiring: Callable[[Replica], Any] | None = None  # tells a sampler of its scorers and its monitor
 
     def use_student(self) -> None:
         """Put engines of the student in the samplers' places; those that held them end."""
+        self.stop_ids = self._paths.student_stop_ids
         self._use(self._config.student, self._paths.student_dir, "")
 
     def use_teacher(self) -> None:
         """Put engines of the teacher in the samplers' places, until `use_student`."""
+        self.stop_ids = self._paths.teacher_stop_ids
         self._use(self._config.teacher, self._paths.teacher_dir, "teacher-sampler")
 
     def _use(self, model: ModelConfig, model_dir: str, label: str) -> None:
@@ -106,7 +110,7 @@ class SamplerGroup(ActorGroup):
 
     def _make_sampler(self, name: str, options: Mapping[str, Any]) -> Any:
         settings = SamplerSettings.from_config(
-            self._config, self._model, self._model_dir, stop_ids=self._paths.student_stop_ids,
+            self._config, self._model, self._model_dir, stop_ids=self.stop_ids,
             vocabulary=self._paths.vocabulary, max_model_len=self._paths.max_model_len,
         )  # fmt: skip
         return remote_class(StudentSampler).options(**options).remote(name, settings, self._make_engine)

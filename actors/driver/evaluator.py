@@ -23,33 +23,33 @@ class Decoder(Protocol):
 class Evaluator:
     """Holds the problems; the same seeds each time, so that two evaluations differ in the weights only."""
 
-    def __init__(
-        self, config: Config, problems: Sequence[Prompt], tokenizer: Decoder, stop_ids: tuple[int, ...]
-    ) -> None:
+    def __init__(self, config: Config, problems: Sequence[Prompt], tokenizer: Decoder) -> None:
         self._config = config
         self._problems = tuple(problems)
         self._tokenizer = tokenizer
-        self._stop_ids = frozenset(stop_ids)
-        evaluation = config.evaluation
-        self._settings = SamplingSettings(
-            max_tokens=config.eval_max_tokens,
-            temperature=evaluation.temperature,
-            top_p=evaluation.top_p,
-            logprobs=0,
-            stop_ids=stop_ids,
-        )
-        count = len(self._problems) * evaluation.k
+        count = len(self._problems) * config.evaluation.k
         generator = np.random.default_rng([config.run.seed, 0x6576616C])  # "eval"
         self._seeds = generator.integers(0, 2**31, size=count).tolist()
 
     def run(self, samplers: SamplerGroup) -> EvalResult:
-        """Deal k copies of every problem to the samplers and grade what comes back."""
-        k = self._config.evaluation.k
+        """Deal k copies of every problem to the samplers and grade what comes back.
+
+        An answer ends at the stop ids of the model that the samplers hold.
+        """
+        evaluation = self._config.evaluation
+        settings = SamplingSettings(
+            max_tokens=self._config.eval_max_tokens,
+            temperature=evaluation.temperature,
+            top_p=evaluation.top_p,
+            logprobs=0,
+            stop_ids=samplers.stop_ids,
+        )
+        k = evaluation.k
         prompts = [p.token_ids for p in self._problems for _ in range(k)]
         n = len(samplers.replicas)
 
         def complete(i: int, sampler: Any) -> Any:
-            return sampler.complete.remote(prompts[i::n], self._seeds[i::n], self._settings, samplers.version)
+            return sampler.complete.remote(prompts[i::n], self._seeds[i::n], settings, samplers.version)
 
         answers: list[list[int]] = [[] for _ in prompts]
         for i, part in enumerate(samplers.call(complete, "evaluation", interruptible=True)):
@@ -60,8 +60,8 @@ class Evaluator:
             [p.answer for p in self._problems],
             k=k,
             lengths=[len(a) for a in answers],
-            finished=[bool(a) and a[-1] in self._stop_ids for a in answers],
-            verifier=self._config.evaluation.verifier,
-            limits=self._config.evaluation.grading_limits,
+            finished=[bool(a) and a[-1] in samplers.stop_ids for a in answers],
+            verifier=evaluation.verifier,
+            limits=evaluation.grading_limits,
             within=self._config.cluster.step_timeout,
         )

@@ -41,8 +41,7 @@ def make_evaluator(config: Config, prepared: Prepared) -> Evaluator | None:
     """What evaluates on the held-out problems, if there are any."""
     if prepared.heldout is None:
         return None
-    paths = prepared.paths
-    return Evaluator(config, prepared.heldout.prompts, prepared.facts.tokenizer, paths.student_stop_ids)
+    return Evaluator(config, prepared.heldout.prompts, prepared.facts.tokenizer)
 
 
 def prepare(config: Config) -> Prepared:
@@ -68,7 +67,8 @@ def prepare(config: Config) -> Prepared:
         student_dir=resolve_model(config.student),
         teacher_dir=resolve_model(config.teacher),
         stop_ids=facts.stop_ids,
-        student_stop_ids=facts.student.stop_ids,
+        student_stop_ids=facts.end_ids,
+        teacher_stop_ids=facts.teacher.stop_ids,
         vocabulary=facts.student.vocabulary,
         max_model_len=longest,
     )

@@ -17,8 +17,9 @@ from actors.cluster.supervisor import Supervisor
 from actors.driver.agreement import Agreement, AgreementCheck
 from actors.driver.preparation import Prepared, checkpoints_of, make_evaluator, prepare
 from actors.driver.training_run import TrainingRun
+from actors.learner.schedule import schedule_note
 from kat_ray.config import Config
-from kat_ray.config.load import config_yaml
+from kat_ray.config.load import config_yaml, load_config
 from kat_ray.config.rule_warnings import rule_warnings
 from kat_ray.errors import Stopped
 from kat_ray.models.revisions import pinned, pinned_like
@@ -53,6 +54,8 @@ def train(config: Config, resume: Path | None = None, engines: Engines | None = 
         )
         if loaded is not None:
             check_prompts(resume, loaded.state.get("prompts", {}), prepared.prompt_sets())
+        if (note := schedule_note(load_config(resume / "config.yaml", []), config, first)) is not None:
+            notes.append(note)
         run = RunDirectory.reopen(resume, config_yaml(config))
     stop = StopRequest(config.run.grace_seconds)
     with run, Progress(config.run.steps) as progress:

@@ -51,7 +51,7 @@ def own_logprobs(engine: Any, collator: Collator, sequences: Sequences, top_k: i
         term, device = SampledLogprobs(), engine.device
         positions = torch.from_numpy(batch.inputs.positions).to(device)
         with torch.no_grad(), engine.module.with_term(term):
-            engine(model_arguments(batch, device), positions, token_rows(batch, device), 1)
+            engine(model_arguments(batch, device), positions, token_rows(batch, device))
         rows = torch.cat(term.parts).numpy()[: len(batch.inputs.positions)]
         ends = np.cumsum([len(s.token_ids) for s in batch.samples])
         parts = np.split(rows, ends[:-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kat_ray.config import LearnerConfig, ModelConfig
 from kat_ray.models.load import load_causal_lm
+from kat_ray.models.output_layer import body_of, output_layer
 from kat_ray.types.records import WeightUpdate
 
 
@@ -20,16 +21,12 @@ class StudentModel:
 
     def __init__(self, network: Any) -> None:
         self.network = network  # for DeepSpeed; who trains, publishes or saves goes through the methods
+        self.output_layer = output_layer(network)
 
     @property
     def vocabulary(self) -> int:
         """Rows of the output layer."""
-        return int(self.network.config.get_text_config().vocab_size)
-
-    @property
-    def output_layer(self) -> Any:
-        """The module that makes logits [*, V] of hidden states [*, H]."""
-        return self.network.lm_head
+        return self.output_layer.vocabulary
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the optimiser updates and a checkpoint holds, by the names that it has there; tied ones once."""
@@ -38,7 +35,7 @@ class StudentModel:
 
     def hidden_states(self, arguments: Mapping[str, Tensor]) -> Tensor:
         """Last hidden states [B, L, H] of a batch; see `ModelInputs.arguments`."""
-        hidden_BLH: Tensor = self.network.model(**arguments, use_cache=False)[0]
+        hidden_BLH: Tensor = body_of(self.network)(**arguments, use_cache=False)[0]
         return hidden_BLH
 
     def weight_update(self, policy_version: int, dtype: torch.dtype) -> WeightUpdate:
@@ -61,11 +58,12 @@ class StudentModel:
         return WeightUpdate(policy_version, tuple(names), tuple(dtypes), tuple(arrays))
 
     def copy_for_saving(
-        self, copy_to_host: Callable[[str, Tensor], Tensor], dtype: torch.dtype
+        self, copy_to_host: Callable[[str, Tensor], Tensor], dtype: torch.dtype, stop_ids: Sequence[int]
     ) -> Callable[[Path], None]:
         """Copy the weights; returns what writes the copy to a directory, in Hugging Face format.
 
-        `copy_to_host` is called with a name and a tensor. Tied weights stay one tensor under both names.
+        `copy_to_host` is called with a name and a tensor. Tied weights stay one tensor under both names. Who
+        generates with the copy stops at `stop_ids`, those of them that the student has.
         """
         copies: dict[tuple[int, torch.Size], Tensor] = {}
         weights = {}
@@ -78,6 +76,8 @@ class StudentModel:
         network = copy.copy(self.network)
         network.config = copy.deepcopy(self.network.config)
         network.config.use_cache = True
+        network.generation_config = copy.deepcopy(self.network.generation_config)
+        network.generation_config.eos_token_id = [i for i in stop_ids if i < self.vocabulary]
         return lambda path: _save(network, weights, path)
 
 

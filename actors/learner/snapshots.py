@@ -34,6 +34,7 @@ class Snapshots:
         self._student = student
         self._rank, self._world_size = rank, settings.learner.world_size
         self._dtype = DTYPES[settings.learner.dtype]
+        self._stop_ids = settings.stop_ids
         self._source = settings.student  # whose tokenizer is saved
         self._copy = HostCopy()
         self._tokenizer: Any = None
@@ -84,7 +85,7 @@ class Snapshots:
 
     def _model_writer(self, path: Path, tokenizer_dir: str) -> Callable[[], dict[str, FileDigest]]:
         save_student = self._student.copy_for_saving(
-            lambda name, tensor: self._copy.take(f"model/{name}", tensor), self._dtype
+            lambda name, tensor: self._copy.take(f"model/{name}", tensor), self._dtype, self._stop_ids
         )
 
         def save() -> dict[str, FileDigest]:

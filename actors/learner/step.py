@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from actors.learner.collectives import max_over_ranks, sum_over_ranks
-from actors.learner.engine import clips_itself
+from actors.learner.engine import clips_itself, complete_gradients
 from actors.learner.report import OptimizerStep
 from actors.learner.schedule import learning_rate
 from actors.learner.tensors import model_arguments, token_rows
@@ -50,24 +50,15 @@ class StudentTrainer:
     def step(self, batches: Sequence[MicroBatch], global_weight: float) -> OptimizerStep:
         """One step on this rank's micro-batches; all ranks call it, with the same `global_weight`."""
         lr = self._set_lr()
-        chunks = self._chunks_of_passes(batches)
-        loss, sums, maxima = self._run_passes(batches, chunks, global_weight)
+        # ZeRO gathers parameters and reduces gradients on the way: all ranks must make as many passes.
+        passes = int(max_over_ranks([len(batches)], self._engine.device)[0])
+        loss, sums, maxima = self._run_passes(batches, passes, global_weight)
         grad_norm = 0.0 if global_weight == 0 else self._update(loss, sums, global_weight)
         self.steps_taken += 1
-        return OptimizerStep(loss, sums, maxima, grad_norm, lr, micro_batches=len(chunks))
-
-    def _chunks_of_passes(self, batches: Sequence[MicroBatch]) -> list[int]:
-        """For every pass of the busiest rank, the chunks of logits of its largest micro-batch.
-
-        ZeRO gathers parameters and reduces gradients on the way: all ranks must do as many of both.
-        """
-        device, size = self._engine.device, self._learner.logits_chunk_tokens
-        passes = int(max_over_ranks([len(batches)], device)[0])
-        own = [-(-len(b.inputs.positions) // size) for b in batches]
-        return [int(n) for n in max_over_ranks(own + [1] * (passes - len(own)), device)]
+        return OptimizerStep(loss, sums, maxima, grad_norm, lr, micro_batches=passes)
 
     def _run_passes(
-        self, batches: Sequence[MicroBatch], chunks: Sequence[int], global_weight: float
+        self, batches: Sequence[MicroBatch], passes: int, global_weight: float
     ) -> tuple[float, dict[str, float], dict[str, float]]:
         """All forward and backward passes; the term's loss, sums and maxima over all ranks.
 
@@ -78,15 +69,15 @@ class StudentTrainer:
         if math.isfinite(global_weight) and global_weight > 0:
             # DeepSpeed averages over ranks; the mean is over the tokens of all ranks together.
             scale = self._learner.world_size / global_weight
-            for i, n in enumerate(chunks):
+            for i in range(passes):
                 with self._timeline.span("forward and backward"):
                     if i < len(batches):
-                        result = self._forward_backward(batches[i], n, scale)
+                        result = self._forward_backward(batches[i], scale)
                         totals += [float(result.loss), *result.sums.tolist()]
                         maxima = np.maximum(maxima, result.maxima.numpy())
                     else:
                         # Without it ZeRO's collectives on the other ranks would wait for ever.
-                        self._forward_backward(self._dummy, n, 0.0)
+                        self._forward_backward(self._dummy, 0.0)
                 self._beat()
         device = self._engine.device
         loss, *sums = sum_over_ranks(totals, device).tolist()
@@ -96,12 +87,10 @@ class StudentTrainer:
             dict(zip(self._term.max_names, max_over_ranks(maxima, device).tolist(), strict=True)),
         )
 
-    def _forward_backward(self, batch: MicroBatch, chunks: int, scale: float) -> TermSums:
+    def _forward_backward(self, batch: MicroBatch, scale: float) -> TermSums:
         device = self._engine.device
         positions = torch.from_numpy(batch.inputs.positions).to(device)
-        result: TermSums = self._engine(
-            model_arguments(batch, device), positions, token_rows(batch, device), chunks
-        )
+        result: TermSums = self._engine(model_arguments(batch, device), positions, token_rows(batch, device))
         self._engine.backward(result.loss * scale)
         return result._replace(loss=result.loss.detach())
 
@@ -114,7 +103,8 @@ class StudentTrainer:
                 # Gradients may be finite all the same, and zeros would still move AdamW. DeepSpeed skips a step,
                 # and forgets its gradients, where their norm is not finite: so make it that. The sums are those of
                 # all ranks, which makes this pass, a collective operation, one that all make or none.
-                self._forward_backward(self._dummy, 1, math.nan)
+                self._forward_backward(self._dummy, math.nan)
+            complete_gradients(self._engine)
             self._engine.step()
         norm = self._clip.norm if self._clip else self._engine.get_global_grad_norm()
         return float(norm)

@@ -52,7 +52,7 @@ def dummy_sample(top_k: int) -> TrainingSample:
         topk_ids=np.arange(top_k)[None],
         teacher_topk=uniform,
         teacher_tail=half,
-        teacher_stop=half,
+        teacher_stop=np.full(1, -np.inf, dtype=np.float32),
         sampled_logprobs=half,
         weights=np.ones(1, dtype=np.float32),
     )

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kat_ray.losses.divergence import entropy, stop_mass, tail_from_logprobs
+from kat_ray.losses.divergence import entropy, tail_and_stop
 from kat_ray.types.records import FloatArray, IntArray, RolloutChunk
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]  # prompt and answer, token ids
@@ -22,8 +22,8 @@ class TeacherColumns:
     """One row per new token; NaN for what an engine does not report."""
 
     topk: Tensor  # [N, k] log q at the student's top-k ids
-    tail: Tensor  # [N] log of the mass outside them
-    stop: Tensor  # [N] log of the mass of all stop ids
+    tail: Tensor  # [N] log of the mass of all other ids that are no stop ids
+    stop: Tensor  # [N] log of the mass of the stop ids outside the top k; -inf where there are none
     overlap: Tensor  # [N] share of the student's top-16 ids among the teacher's
     teacher_max: Tensor  # [N] largest probability
     teacher_entropy: Tensor  # [N] nats, whole vocabulary
@@ -65,15 +65,21 @@ class Teacher(Protocol):
 
 
 def columns_of(logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int]) -> TeacherColumns:
-    """Columns from the whole distribution: log-probabilities [N, V] and the student's top-k ids [N, k]."""
+    """Columns from the whole distribution: log-probabilities [N, V] and the student's top-k ids [N, k].
+
+    They are made where the log-probabilities are; only the columns, k + 6 numbers a row, go to the CPU.
+    """
+    ids = ids.to(logprobs.device)
     top = min(OVERLAP_TOP, ids.shape[-1], logprobs.shape[-1])
     best, best_ids = logprobs.topk(top, dim=-1)
-    return TeacherColumns(
+    tail, stop = tail_and_stop(logprobs, ids, stop_ids)
+    columns = TeacherColumns(
         topk=logprobs.gather(-1, ids),
-        tail=tail_from_logprobs(logprobs, ids),
-        stop=stop_mass(logprobs, stop_ids),
+        tail=tail,
+        stop=stop,
         overlap=(ids[:, :top, None] == best_ids[:, None, :]).any(dim=-1).float().mean(dim=-1),
         teacher_max=best[:, 0].exp(),
         teacher_entropy=entropy(logprobs),
         top=best_ids[:, 0].int(),
     )
+    return TeacherColumns(*(getattr(columns, f.name).cpu() for f in fields(columns)))

@@ -21,7 +21,7 @@ from actors.teacher.settings import ScorerSettings
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.chunks import check_chunk_vocabulary
 from kat_ray.errors import StateLost, UserError
-from kat_ray.losses.divergence import EosMode, dequantise, entropy, event_logprobs, is_stop, quantise, reverse_kl
+from kat_ray.losses.divergence import LOG_FLOOR, EosMode, dequantise, entropy, event_logprobs, is_stop, reverse_kl
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
 from kat_ray.types.records import EngineEnd, FloatArray, IntArray, RolloutChunk, ScoredChunk, TeacherRows
@@ -143,10 +143,15 @@ class TeacherScorer:
         """Reverse KL of every row over the student's top k and the tail; the teacher's rows, quantised."""
         stops = is_stop(torch.from_numpy(topk_ids), self._stop_ids)
         topk, tail = (torch.from_numpy(a.astype(np.float32)) for a in (chunk.topk_logprobs, chunk.tail_logprobs))
+        # Where no id is outside the top k, the sampler's 1 - sum(p) is rounding; where only stop ids are, it is
+        # theirs.
+        only_stops, no_stops = torch.isneginf(teacher.tail), torch.isneginf(teacher.stop)
+        tail = tail.masked_fill(only_stops & no_stops & (tail <= LOG_FLOOR + 1e-3), -torch.inf)
         topk, tail = dequantise(topk, tail)
-        student = event_logprobs(topk, tail, None, stops, self._eos)
+        only_stops &= ~no_stops
+        own = tail.masked_fill(only_stops, -torch.inf), tail.masked_fill(~only_stops, -torch.inf)
+        student = event_logprobs(topk, *own, stops, self._eos)
         d = reverse_kl(student, event_logprobs(teacher.topk, teacher.tail, teacher.stop, stops, self._eos))
-        small, stop = quantise(teacher.topk, teacher.stop, stops)
         scored = ScoredChunk(
             **chunk.of_rows(),
             scorer=self._name,
@@ -159,4 +164,4 @@ class TeacherScorer:
             teacher_top=teacher.top.numpy(),
             seconds=time.monotonic() - started,
         )
-        return scored, TeacherRows(small.numpy(), teacher.tail.numpy(), stop.numpy())
+        return scored, TeacherRows(teacher.topk.half().numpy(), teacher.tail.numpy(), teacher.stop.numpy())

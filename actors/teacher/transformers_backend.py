@@ -19,6 +19,7 @@ from actors.teacher.settings import ScorerSettings
 from actors.teacher.slot_cache import ATTENTION, SlotCache, Span
 from kat_ray.errors import StateLost, UserError
 from kat_ray.models.load import load_causal_lm, plain_logprobs
+from kat_ray.models.output_layer import output_layer
 from kat_ray.types.records import FloatArray, IntArray, RolloutChunk
 
 _LOGITS = 2**25  # logits in memory at once: tokens x vocabulary, 128 MiB in float32
@@ -56,6 +57,7 @@ class TransformersTeacher:
         self._model = load_causal_lm(teacher, settings.teacher_dir, teacher.dtype, "teacher")
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model.to(self._device)
+        self._output_layer = output_layer(self._model)
         model_config = self._model.config
         kinds = set(getattr(model_config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"}:
@@ -129,8 +131,8 @@ class TransformersTeacher:
         return columns_of(self.logprobs(hidden_NH), ids, self._stop_ids)
 
     def logprobs(self, hidden_NH: Tensor) -> Tensor:
-        """Log-probabilities [N, V] float32 over the teacher's whole vocabulary."""
-        return torch.log_softmax(self._model.lm_head(hidden_NH).float(), dim=-1).cpu()
+        """Log-probabilities [N, V] float32 over the teacher's whole vocabulary, on its device."""
+        return torch.log_softmax(self._output_layer.logits(hidden_NH), dim=-1)
 
     def _feeds(self, chunk: RolloutChunk) -> list[_Feed]:
         """What to run for each rollout: all that was not run yet, except the last token."""

@@ -19,7 +19,7 @@ from vllm.inputs.engine import tokens_input
 from actors.teacher.backend import TeacherColumns
 from actors.teacher.settings import ScorerSettings
 from kat_ray.errors import StateLost, UserError
-from kat_ray.losses.divergence import LOG_FLOOR, tail_from_topk
+from kat_ray.losses.divergence import tail_and_stop_of_ids
 from kat_ray.types.records import IntArray, RolloutChunk
 
 
@@ -87,7 +87,7 @@ class VllmTeacher:
         # If the cached prefix, whole blocks, covers the first requested row, vLLM returns no scores.
         scores |= self._ask({i: ids for i, ids in asked.items() if i not in scores}, skip_cache=True)
         top_k = chunk.topk_logprobs.shape[1]
-        return TeacherColumns.join([_columns(scores[i], top_k) for i in asked], top_k)
+        return TeacherColumns.join([_columns(scores[i], asked[i], self._stop_ids, top_k) for i in asked], top_k)
 
     def _ask(self, asked: dict[int, np.ndarray], skip_cache: bool) -> dict[int, torch.Tensor]:
         """Log-probabilities [n, ids] of each rollout's last n rows; rollouts without scores are left out."""
@@ -118,10 +118,9 @@ class VllmTeacher:
         return scores
 
 
-def _columns(scores: torch.Tensor, top_k: int) -> TeacherColumns:
-    topk, stops = scores[:, :top_k], scores[:, top_k:]
+def _columns(scores: torch.Tensor, ids: np.ndarray, stop_ids: Sequence[int], top_k: int) -> TeacherColumns:
+    topk, topk_ids = scores[:, :top_k], torch.from_numpy(ids[:, :top_k])
+    tail, stop = tail_and_stop_of_ids(topk, topk_ids, scores[:, top_k:], stop_ids)
     unknown = torch.full((len(scores),), torch.nan)
-    floor = torch.full((len(scores), 1), LOG_FLOOR)
-    stop = torch.logsumexp(stops, dim=-1).clamp_min(LOG_FLOOR) if stops.shape[1] else floor[:, 0]
     top = torch.full((len(scores),), -1, dtype=torch.int32)
-    return TeacherColumns(topk, tail_from_topk(topk), stop, unknown, unknown, unknown, top)
+    return TeacherColumns(topk, tail, stop, unknown, unknown, unknown, top)

@@ -64,7 +64,13 @@ class StubTeacher:
         n = chunk.tokens
         half = torch.full((n,), 0.5)
         columns = TeacherColumns(
-            topk, tail, torch.full((n,), -16.0), half, half, half, torch.full((n,), OVERLAP_TOP, dtype=torch.int32)
+            topk,
+            tail,
+            torch.full((n,), -torch.inf),
+            half,
+            half,
+            half,
+            torch.full((n,), OVERLAP_TOP, dtype=torch.int32),
         )
         self.cpu_seconds += time.thread_time() - started
         return columns

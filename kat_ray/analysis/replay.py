@@ -178,7 +178,7 @@ def apply_rule(
     for rows, z in blocks if blocks is not None else blocks_of(traces, rule.window):
         if z.shape[1]:
             with np.errstate(invalid="ignore"):
-                smallest = np.fmin.reduce(z, axis=1)
+                smallest = np.fmin.reduce(z[:, :: rule.stride], axis=1)
             result.minimum[rows] = smallest
             first = _first_streak(z, thresholds[rows], rule)
             hit = first >= 0

@@ -178,7 +178,7 @@ class RolloutConfig(Section):
     still learnt, from weights one version older; the KL that is learnt from is the newest student's either way."""
     eos: Literal["raw", "merged", "mask"] = "merged"
     """Stop ids in the KL: `merged` sums the stop ids of both models into one event on both sides,
-    `raw` compares them id by id, `mask` leaves them out and renormalises."""
+    `raw` compares them id by id, `mask` leaves them out and renormalises. Each of them ends a rollout."""
 
     @property
     def rollouts_per_step(self) -> int:

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from kat_ray.losses.divergence import LOG_FLOOR, EosMode, entropy, event_logprobs, is_stop, reverse_kl
+from kat_ray.losses.divergence import EosMode, entropy, event_logprobs, is_stop, log_add, reverse_kl, stop_logprob
 from kat_ray.losses.term import StudentLogprobs, TermSums, TokenRows
 
 
@@ -33,9 +33,8 @@ class Distillation:
 
     def __call__(self, student: StudentLogprobs, rows: TokenRows) -> TermSums:
         """See `LossTerm`."""
-        tail, stop = student.tail.clamp_min(LOG_FLOOR), student.stop.clamp_min(LOG_FLOOR)
         stops = is_stop(rows.topk_ids, self.stop_ids)
-        own = event_logprobs(student.topk, tail, stop, stops, self.eos)
+        own = event_logprobs(student.topk, student.tail, student.stop, stops, self.eos)
         teacher = event_logprobs(rows.teacher_topk, rows.teacher_tail, rows.teacher_stop, stops, self.eos)
         # A teacher's NaN must not meet the student's graph: 0 * NaN is NaN in the backward pass.
         usable = torch.isfinite(reverse_kl(own.detach(), teacher))
@@ -46,7 +45,9 @@ class Distillation:
         with torch.no_grad():
             diff = (student.sampled - rows.sampled_logprobs).abs()
             diff = torch.where(torch.isfinite(diff), diff, torch.zeros_like(diff))
-            columns = (usable, rows.weights, diff, entropy(own), tail.exp(), stop.exp())
+            tail = log_add(student.tail, student.stop).exp()  # outside the top k
+            stop = stop_logprob(student.topk, student.stop, stops).exp()
+            columns = (usable, rows.weights, diff, entropy(own), tail, stop)
             tokens, weight, *means = (torch.where(usable, c, 0).double().sum() for c in columns)
             sums = torch.stack([tokens, weight, dropped.double().sum(), *means])
             largest = torch.cat([diff, diff.new_zeros(1)]).amax(dim=0, keepdim=True)

@@ -7,6 +7,14 @@ KL, with equality where p and q agree in proportion within the tail (arXiv 2606.
 Stop ids (`eos`): `raw` leaves them singletons. `merged` turns the stop ids of both models, where one of them is
 among the student's top k, into one STOP event on both sides; elsewhere they stay in the tail on both sides.
 `mask` is `merged` with the STOP event left out and the rest renormalised.
+
+A distribution travels as three kinds of masses that add up to 1: the top k, the stop ids outside them (`stop`), and
+all other ids (`tail`). Each is a logsumexp over ids, so events are sums of them, and no small mass is a difference
+of large ones: a teacher's log q of -40 is -40. Where an engine gives the top k only, their tail is 1 - sum(p),
+whose rounding LOG_FLOOR bounds, and it holds the stop ids outside them too (`stop` is -inf). The student's side at
+a scorer is such a one. A part s of its tail then belongs to STOP, and the KL exceeds that of the true events, hence
+maybe the full KL, by at most max(0, s log(p(TAIL) q(STOP) / (q(TAIL) p(STOP)))) with p as it is seen, since it is
+convex in s.
 """
 
 from __future__ import annotations
@@ -20,33 +28,20 @@ from torch import Tensor
 
 EosMode = Literal["raw", "merged", "mask"]
 
-# A tail is 1 - sum(p): below fp32's resolution of 1 it is rounding noise, and its logarithm anything. Both sides
-# have at least this much mass in their tail and stop events; it adds less than 1e-6 nats.
+# A tail made as 1 - sum(p) is, below fp32's resolution of 1, rounding noise, and its logarithm anything.
 LOG_FLOOR = math.log(2.0**-24)
 
 
 def dequantise(topk: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Quantised log-probabilities in float32, rescaled so that the top k [N, k] and the tail sum to 1 again.
+    """Quantised log-probabilities in float32, rescaled so that the top k [N, k] and the rest sum to 1 again.
 
-    `others` [N] are the tail and any further log-masses of the same distribution, held in full precision. Rounding
-    moved the sum by some 1e-4; what KL would make of that does not vanish where both models agree, and can be
-    negative. Of a distribution KL is >= 0, and its error shrinks with the KL itself.
+    `others` [N] are the log-masses of the rest, `tail` and, where it is known apart, `stop`, in full precision.
+    Rounding moved the sum by some 1e-4; what KL would make of that does not vanish where both models agree, and
+    can be negative. Of a distribution KL is >= 0, and its error shrinks with the KL itself.
     """
-    topk, tail = topk.float(), others[0].float()
-    total = torch.logsumexp(torch.cat([topk, tail[:, None]], dim=-1), dim=-1)
-    return topk - total[:, None], *(other.float() - total for other in others)
-
-
-def quantise(topk: Tensor, stop: Tensor, stop_in_topk: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N, k] in float16, and the log-mass of all stop ids [N] consistent with them.
-
-    Stop ids outside the top k hold `stop` less what of it lies in the top k: a small difference, which must not
-    take up the rounding of the latter.
-    """
-    small = topk.to(torch.float16)
-    outside = _log_subtract(stop, _masked_logsumexp(topk, stop_in_topk))
-    fitted = torch.logaddexp(_masked_logsumexp(small.float(), stop_in_topk), outside)
-    return small, torch.where(stop_in_topk.any(dim=-1), fitted, stop)
+    topk, rest = topk.float(), [other.float() for other in others]
+    total = torch.logsumexp(torch.cat([topk, *(other[:, None] for other in rest)], dim=-1), dim=-1)
+    return topk - total[:, None], *(other - total for other in rest)
 
 
 def log1mexp(x: Tensor) -> Tensor:
@@ -66,20 +61,45 @@ def tail_from_topk(topk_logprobs: Tensor) -> Tensor:
     return torch.where(torch.isnan(inside), inside, tail)
 
 
-def tail_from_logprobs(logprobs: Tensor, topk_ids: Tensor) -> Tensor:
-    """Log of the mass outside `topk_ids` [N, k], exactly, from all log-probabilities [N, V]; shape [N]."""
+def tail_and_stop(logprobs: Tensor, topk_ids: Tensor, stop_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Log-masses outside `topk_ids` [N, k], exactly, from all log-probabilities [N, V]: see the module; [N] each.
+
+    -inf where there is no such id. Stop ids that the vocabulary does not have are left out.
+    """
+    ids = torch.tensor(
+        [i for i in set(stop_ids) if i < logprobs.shape[-1]], device=logprobs.device, dtype=torch.long
+    )
     outside = logprobs.scatter(-1, topk_ids, -math.inf)
-    if topk_ids.shape[-1] >= logprobs.shape[-1]:
-        return logprobs.new_full(logprobs.shape[:-1], LOG_FLOOR)
-    return torch.logsumexp(outside, dim=-1).clamp_min(LOG_FLOOR)
+    stop = log_sum(outside.index_select(-1, ids))
+    return log_sum(outside.index_fill(-1, ids, -math.inf)), stop
 
 
-def stop_mass(logprobs: Tensor, stop_ids: Sequence[int]) -> Tensor:
-    """Log of the mass of all stop ids that the vocabulary [N, V] holds, [N]; at least LOG_FLOOR."""
-    ids = [i for i in stop_ids if i < logprobs.shape[-1]]
-    if not ids:
-        return logprobs.new_full(logprobs.shape[:-1], LOG_FLOOR)
-    return torch.logsumexp(logprobs[..., ids], dim=-1).clamp_min(LOG_FLOOR)
+def tail_and_stop_of_ids(
+    topk_logprobs: Tensor, topk_ids: Tensor, stop_logprobs: Tensor, stop_ids: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The same where only the log-probabilities of the top k [N, k] and of the stop ids [N, S] are known.
+
+    The tail is what they leave of 1, at least LOG_FLOOR.
+    """
+    ids = torch.tensor(list(stop_ids), device=topk_ids.device, dtype=topk_ids.dtype)
+    among = (topk_ids[:, :, None] == ids).any(dim=1)
+    stop = log_sum(stop_logprobs.masked_fill(among, -math.inf))
+    return _log_subtract(tail_from_topk(topk_logprobs), stop), stop
+
+
+def log_sum(values: Tensor) -> Tensor:
+    """Logsumexp over the last dimension; -inf, with a gradient of 0, where nothing or only -inf is summed."""
+    if not values.shape[-1]:
+        return values.new_full(values.shape[:-1], -math.inf)
+    if not values.requires_grad:
+        return torch.logsumexp(values, dim=-1)
+    none = torch.isneginf(values.amax(dim=-1))
+    return torch.logsumexp(values.masked_fill(none[..., None], 0.0), dim=-1).masked_fill(none, -math.inf)
+
+
+def log_add(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp(a) + exp(b)), with a gradient of 0 where both are -inf."""
+    return log_sum(torch.stack([a, b], dim=-1))
 
 
 def is_stop(topk_ids: Tensor, stop_ids: Sequence[int]) -> Tensor:
@@ -94,39 +114,33 @@ def event_logprobs(
 ) -> Tensor:
     """Log-probabilities of the events, [N, k + 2]: k singletons, STOP, TAIL; -inf where an event is absent.
 
-    topk_logprobs [N, k] are at the student's top-k ids, `tail` [N] is the log-mass of all other ids,
-    `stop` [N] the log-mass of all stop ids (None: only the top k is known, so STOP is what of it lies there),
-    `stop_in_topk` [N, k] from `is_stop`. The student's ids define the partition, so both models get the same.
+    topk_logprobs [N, k] are at the student's top-k ids; outside them, `stop` [N] is the log-mass of stop ids and
+    `tail` [N] that of all others (without `stop`: of all). `stop_in_topk` [N, k] from `is_stop`. The student's ids
+    define the partition, so both models get the same.
     """
     absent = torch.full_like(tail, -math.inf)
+    whole = tail if stop is None else log_add(tail, stop)
     if eos == "raw":
-        return torch.cat([topk_logprobs, absent[:, None], tail[:, None]], dim=-1)
+        return torch.cat([topk_logprobs, absent[:, None], whole[:, None]], dim=-1)
     present = stop_in_topk.any(dim=-1)
-    inside = _masked_logsumexp(topk_logprobs, stop_in_topk)
-    total = inside if stop is None else torch.maximum(stop, inside)
-    # Stop ids outside the top k move from the tail to STOP: exp(tail) - (exp(total) - exp(inside)).
-    moved = _log_subtract(total, inside)
-    rest = _log_subtract(tail, moved).clamp_min(LOG_FLOOR)
     singles = topk_logprobs.masked_fill(stop_in_topk, -math.inf)
-    tail_event = torch.where(present, rest, tail)
+    tail_event = torch.where(present, tail, whole)
     if eos == "mask":
         kept = torch.cat([singles, absent[:, None], tail_event[:, None]], dim=-1)
         return kept - torch.logsumexp(kept, dim=-1, keepdim=True)
-    stop_event = torch.where(present, total, absent)
+    stop_event = torch.where(present, stop_logprob(topk_logprobs, stop, stop_in_topk), absent)
     return torch.cat([singles, stop_event[:, None], tail_event[:, None]], dim=-1)
 
 
-def _masked_logsumexp(values: Tensor, mask: Tensor) -> Tensor:
-    """Logsumexp over the masked entries of [N, k]; LOG_FLOOR where there is none."""
-    some = mask.any(dim=-1)
-    masked = values.masked_fill(~mask, -math.inf)
-    safe = torch.where(some[:, None], masked, torch.zeros_like(masked))
-    return torch.where(some, torch.logsumexp(safe, dim=-1), torch.full_like(safe[:, 0], LOG_FLOOR))
+def stop_logprob(topk_logprobs: Tensor, stop: Tensor | None, stop_in_topk: Tensor) -> Tensor:
+    """Log of the mass of all stop ids [N]; see `event_logprobs`. -inf where there is none."""
+    inside = topk_logprobs.masked_fill(~stop_in_topk, -math.inf)
+    return log_sum(inside if stop is None else torch.cat([inside, stop[:, None]], dim=-1))
 
 
 def _log_subtract(a: Tensor, b: Tensor) -> Tensor:
     """log(exp(a) - exp(b)), at least LOG_FLOOR; also where b >= a."""
-    room = math.log1p(-math.exp(LOG_FLOOR))
+    room = math.log1p(-math.exp(LOG_FLOOR))  # where 1 - exp(b - a) would fall below the floor
     difference = torch.where(torch.isfinite(a), b - a, torch.zeros_like(a))
     result = a + log1mexp(difference.clamp(max=room))
     return torch.where(b >= a, torch.full_like(a, LOG_FLOOR), result).clamp_min(LOG_FLOOR)

@@ -12,8 +12,10 @@ class TokenRows(NamedTuple):
 
     topk_ids: Tensor  # [T, k] int64
     teacher_topk: Tensor  # [T, k] float32, log-probabilities at these ids
-    teacher_tail: Tensor  # [T] float32, log of the mass outside them
-    teacher_stop: Tensor  # [T] float32, log of the mass of all stop ids
+    teacher_tail: Tensor  # [T] float32, log of the mass of all other ids that are no stop ids
+    teacher_stop: (
+        Tensor  # [T] float32, log of the mass of the stop ids outside the top k; -inf where there are none
+    )
     token_ids: Tensor  # [T] int64, the sampled tokens
     sampled_logprobs: Tensor  # [T] float32, the sampler's, at generation time
     weights: Tensor  # [T] float32, what each token counts in the loss; 0 leaves it out
@@ -27,8 +29,8 @@ class StudentLogprobs(NamedTuple):
     """All that a term may depend on: four kinds of log-probabilities of C tokens, each with its gradient."""
 
     topk: Tensor  # [C, k] at `TokenRows.topk_ids`
-    tail: Tensor  # [C] of the mass outside the top k; -inf where there is none
-    stop: Tensor  # [C] of the mass of all stop ids; -inf where there is none
+    tail: Tensor  # [C] of the mass of ids that are neither there nor stop ids; -inf where there is none
+    stop: Tensor  # [C] of the mass of the stop ids outside the top k; -inf where there is none
     sampled: Tensor  # [C] at `TokenRows.token_ids`
 
 
@@ -49,7 +51,7 @@ class LossTerm(Protocol):
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids whose mass `StudentLogprobs.stop` is."""
+        """Ids whose mass, where they lie outside the top k, `StudentLogprobs.stop` is."""
 
     @property
     def sum_names(self) -> tuple[str, ...]:

@@ -63,9 +63,18 @@ class ModelFacts:
     student: ModelInfo
     teacher: ModelInfo
     tokenizer: Any  # the student's
-    stop_ids: tuple[int, ...]  # of both models, sorted
+    stop_ids: tuple[int, ...]  # of both models, sorted: the STOP event of the KL
     warnings: tuple[str, ...]
     teacher_tokenizer: Any = None
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a rollout and an answer of the student: those of the STOP event that it can choose.
+
+        The KL is indifferent to which of them takes the event's mass. One that did not end the rollout could take
+        all of it, and the student would unlearn to stop.
+        """
+        return tuple(i for i in self.stop_ids if i < self.student.vocabulary)
 
     @property
     def max_length(self) -> int | None:
@@ -194,10 +203,13 @@ def stop_id_warnings(config: Config, student: ModelInfo, teacher: ModelInfo, tok
     effect = {
         "merged": "rollout.eos = merged compares their sums as one event",
         "mask": "rollout.eos = mask leaves them out of the KL",
-        "raw": "rollout.eos = raw compares them id by id, which drives the student's end-of-text probability to "
-        "zero and its answers to the length limit; use merged",
+        "raw": "rollout.eos = raw compares them id by id, which takes the student's own end-of-text probability "
+        "away before it has learnt the teacher's; use merged",
     }[config.rollout.eos]
-    return (f"the models' stop ids differ: {'; '.join(words)}. {effect}",)
+    return (
+        f"the models' stop ids differ: {'; '.join(words)}. Each of them ends the student's rollouts and answers, "
+        f"in its checkpoints too (generation_config.json); the teacher's answers end on its own. {effect}",
+    )
 
 
 def compare_tokenizers(student: Any, teacher: Any) -> None:

@@ -10,9 +10,13 @@ import torch
 
 from kat_ray.config import ModelConfig
 from kat_ray.errors import UserError
+from kat_ray.models.output_layer import body_of, output_layer, token_ids
 from kat_ray.types.records import FloatArray
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Of the largest logit: our products are float32, the model's are in its own type.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 def load_causal_lm(model: ModelConfig, directory: str, dtype: str, role: str) -> Any:
@@ -32,20 +36,24 @@ def load_causal_lm(model: ModelConfig, directory: str, dtype: str, role: str) ->
 
 @torch.no_grad()
 def check_output_layer(model: Any, name: str) -> None:
-    """Refuse a model that changes its logits after the output layer: loss and scores take them from there."""
-    parts = [hasattr(model, part) for part in ("model", "lm_head")]
-    ids = torch.arange(4)[None] % model.config.get_text_config().vocab_size
-    if torch.isnan(model(input_ids=ids).logits).any():
+    """Refuse a model whose logits are not those of `output_layer`, on which loss and scores rest."""
+    ids = token_ids(model)
+    logits = model(input_ids=ids, use_cache=False).logits[0].float()
+    if torch.isnan(logits).any():
         raise UserError(
             f"{name}: its logits are NaN for the first four token ids: the weights are broken, or overflow in "
             f"{str(model.dtype).removeprefix('torch.')}; try another dtype"
         )
-    if not all(parts) or not torch.allclose(
-        model.lm_head(model.model(input_ids=ids)[0]), model(input_ids=ids).logits, rtol=1e-3, atol=1e-3
-    ):
+    try:
+        layer = output_layer(model)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    own = layer.logits(body_of(model)(input_ids=ids, use_cache=False)[0][0])
+    largest = max(float(logits.abs().max()), 1.0)
+    if (difference := float((own - logits).abs().max())) > _TOLERANCE[model.dtype] * largest:
         raise UserError(
-            f"{name}: {type(model).__name__} has no `lm_head` over a `model`, or scales or caps the logits behind "
-            "it; the distribution would be another one. Qwen, Llama and Mistral fit."
+            f"{name}: the logits of {type(model).__name__} differ from its output layer over its hidden states "
+            f"by up to {difference:.3g}; the distribution would be another one"
         )
 
 

@@ -24,11 +24,12 @@ from kat_ray.config import Config
 from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import UserError
 from kat_ray.losses.distillation import Distillation
-from kat_ray.losses.divergence import stop_mass, tail_from_logprobs
+from kat_ray.losses.divergence import tail_and_stop
 from kat_ray.losses.fused_head import head_loss
 from kat_ray.losses.term import TokenRows
 from kat_ray.models.inspect import check_models, resolve_model
 from kat_ray.models.load import load_causal_lm
+from kat_ray.models.output_layer import body_of, output_layer
 from kat_ray.report.phases import PHASES, Phases
 from kat_ray.report.run_records import RunRecords
 
@@ -172,21 +173,22 @@ def _add_gradient(
     start = len(prompt) - 1
     with torch.no_grad():
         q = torch.log_softmax(teacher(input_ids=ids, use_cache=False).logits[0, start:].float(), -1)
-    hidden = student.model(input_ids=ids, use_cache=False)[0][0, start:]
-    with torch.no_grad():
-        top = torch.log_softmax(student.lm_head(hidden), -1).topk(config.rollout.top_k_logprobs, dim=-1).indices
+    layer = output_layer(student)
+    hidden = body_of(student)(input_ids=ids, use_cache=False)[0][0, start:]
+    top = layer.logits(hidden).topk(config.rollout.top_k_logprobs, dim=-1).indices
     zeros = torch.zeros(len(tokens), device=device)
+    tail, stop = tail_and_stop(q, top, stop_ids)
     rows = TokenRows(
         topk_ids=top,
         teacher_topk=q.gather(-1, top),
-        teacher_tail=tail_from_logprobs(q, top),
-        teacher_stop=stop_mass(q, stop_ids),
+        teacher_tail=tail,
+        teacher_stop=stop,
         token_ids=torch.tensor(tokens, device=device),
         sampled_logprobs=zeros,
         weights=torch.from_numpy(mask.astype(np.float32)).to(device),
     )
     term = Distillation(tuple(stop_ids), config.rollout.eos)
-    loss = head_loss(hidden, student.lm_head, rows, term, config.learner.logits_chunk_tokens).loss
+    loss = head_loss(hidden, layer, rows, term, config.learner.logits_chunk_tokens).loss
     student.zero_grad(set_to_none=True)
     loss.backward()
     for name, parameter in student.named_parameters():

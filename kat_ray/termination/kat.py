@@ -7,7 +7,7 @@ With d[i] the reverse KL of generated token i in nats, window W, stride S, exemp
     low(e) = z(e) < s                     s = Q_{1-eta}(B), fixed when the rollout starts
     C consecutive checked windows that are low confirm the trap
     cut    = e_first - W                  the first token of the first window of that streak
-    m(y)   = min of z(e) over all e >= W  up to the confirmation; pushed to the FIFO buffer B
+    m(y)   = min of z(e), checked or not  up to the confirmation; pushed to the FIFO buffer B
 
 The rule is inactive (s is None) until B holds `min_samples` minima and `min_steps` optimiser steps are
 done. Why B is fed by probes once the rule is active: docs/termination.md.
@@ -69,10 +69,12 @@ class KatTracker:
 
     def _take(self, z: float) -> None:
         rule = self._settings
+        first = self._window.count - rule.window
+        if first % rule.stride:
+            return
         if z == z and (self.minimum is None or z < self.minimum):  # z != z: the window holds a NaN
             self.minimum = z
-        first = self._window.count - rule.window
-        if self.threshold is None or first < rule.exempt or first % rule.stride:
+        if self.threshold is None or first < rule.exempt:
             return
         if self.cut is not None:
             if self.recovered is None and not z < self.threshold:

@@ -67,6 +67,7 @@ class KatTable:
         ends = self._seen[rows, None] + np.arange(1, width + 1)  # tokens seen after each value
         last_bad = np.maximum.accumulate(np.where(finite, self._last_bad[rows, None], ends - 1), axis=1)
         z[last_bad >= ends - window] = np.nan
+        z[(ends - window) % self._settings.stride != 0] = np.nan
         taken = self._decide(rows, n, z, ends)
         if (taken < n).any():
             z[np.arange(width) >= taken[:, None]] = np.nan

@@ -176,12 +176,12 @@ class ScoredChunk(ChunkRows):
 class TeacherRows:
     """The teacher's side of the loss for one chunk; stays in the object store until the learner fetches it.
 
-    Quantised by `kat_ray.losses.divergence.quantise`; `dequantise` returns distributions that sum to 1.
+    Quantised; `kat_ray.losses.divergence.dequantise` returns distributions that sum to 1.
     """
 
     topk_logprobs: FloatArray  # [N, k] float16, log q at the student's top-k ids
-    tail_logprobs: FloatArray  # [N] float32, log of the mass outside those ids
-    stop_logprobs: FloatArray  # [N] float32, log of the mass of all stop ids of both models
+    tail_logprobs: FloatArray  # [N] float32, log of the mass of all other ids that are no stop ids
+    stop_logprobs: FloatArray  # [N] float32, of the stop ids of both models outside the top k; -inf without any
 
 
 @dataclass(frozen=True)

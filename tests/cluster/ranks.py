@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from actors.learner.learner import Learner
+from actors.learner.optimizer_state import held_pieces
 from actors.learner.settings import LearnerSettings
 from kat_ray.data.batch import assign_ranks
+from kat_ray.losses.divergence import tail_and_stop
 from kat_ray.types.records import KeptRollout, TeacherRows
 from tests.support.chunks import chunk_of, random_rollouts
 from tests.support.configs import make_config
@@ -46,6 +48,21 @@ class Opened(Learner):
         masters = [p for group in optimizer.param_groups for p in group["params"]]
         moments = [v for p, state in optimizer.state.items() for v in (p, *state.values())]
         return [v.detach().float().numpy().tobytes() for v in (*masters, *moments) if isinstance(v, torch.Tensor)]
+
+    def gradients(self, *step):
+        """What AdamW is given in a step, by parameter, float32, of one rank."""
+        loaded, given = self._loaded, {}
+
+        def keep(optimizer, *_):
+            given.update(
+                (id(p), p.grad.clone()) for g in optimizer.param_groups for p in g["params"] if p.grad is not None
+            )
+
+        handle = loaded.engine.basic_optimizer.register_step_pre_hook(keep)
+        self.train_step(*step)
+        handle.remove()
+        pieces = held_pieces(loaded.engine, loaded.student, 0, 1)
+        return {p.name: p.of(given[id(p.flat)]).numpy() for p in pieces}
 
     def hold(self):
         """Nothing is written until `release`."""
@@ -109,12 +126,12 @@ class Rank:
 class Group:
     """All ranks of a learner."""
 
-    def __init__(self, models, world_size, **learner):
+    def __init__(self, models, world_size, *, stop_ids=(1,), **learner):
         given = {"world_size": world_size, "lr": 1e-3, "micro_batch_tokens": 64, "logits_chunk_tokens": 16}
         self.config = make_config(
             models["student"][0], models["teacher"][0], learner=given | learner, run={"steps": 10}
         )
-        settings = LearnerSettings.from_config(self.config, models["student"][0], (1,))
+        settings = LearnerSettings.from_config(self.config, models["student"][0], stop_ids)
         self.ranks = [Rank(r, settings) for r in range(world_size)]
         try:
             self.all("start", *self.ranks[0].call("address"))
@@ -195,7 +212,7 @@ def step_of(models, rollouts):
     ]
     q = torch.log_softmax(torch.cat(logits), -1)
     ids = torch.from_numpy(chunk.topk_ids().astype(np.int64))
-    tail = torch.logsumexp(q.scatter(-1, ids, -torch.inf), -1)
-    teacher = TeacherRows(q.gather(-1, ids).numpy(), tail.numpy(), q[:, 1].numpy())
+    tail, stop = tail_and_stop(q, ids, (1,))
+    teacher = TeacherRows(q.gather(-1, ids).numpy(), tail.numpy(), stop.numpy())
     kept = [KeptRollout(i, len(p), max(1, len(t) - i % 3)) for i, (p, t) in rollouts.items()]
     return chunk, teacher, kept

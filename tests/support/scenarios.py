@@ -322,7 +322,7 @@ class Run:
     def build(self) -> Any:
         """The run of today's classes."""
         config = self.config
-        paths = ModelPaths("student", "teacher", (1,), (1,), vocabulary=64, max_model_len=64)
+        paths = ModelPaths("student", "teacher", (1,), (1,), (1,), vocabulary=64, max_model_len=64)
         numbers = {
             "sampler": config.sampler.replicas, "scorer": config.scorer.replicas, "monitor": config.monitor.shards,
             "learner": config.learner.world_size,

@@ -225,12 +225,13 @@ def test_the_vllm_teacher_needs_a_gpu(models):
 def test_the_tail_from_the_top_k_alone_is_that_of_the_whole_vocabulary():
     """The two backends differ in where the tail comes from: same result to 1e-5 in probability."""
     from actors.teacher.backend import columns_of
-    from kat_ray.losses.divergence import tail_from_topk
+    from kat_ray.losses.divergence import tail_and_stop_of_ids
 
     logprobs = torch.log_softmax(torch.randn(50, 200, generator=torch.Generator().manual_seed(0)) * 3, -1)
     ids = logprobs.topk(64, dim=-1).indices
     columns = columns_of(logprobs, ids, (1, 5))
-    np.testing.assert_allclose(tail_from_topk(columns.topk).exp(), columns.tail.exp(), atol=1e-5)
+    tail, stop = tail_and_stop_of_ids(columns.topk, ids, logprobs[:, [1, 5]], (1, 5))
+    np.testing.assert_allclose(tail.exp(), columns.tail.exp(), atol=1e-5)
     assert columns.overlap.tolist() == [1.0] * 50
-    expected = torch.logsumexp(logprobs[:, [1, 5]], -1)
-    torch.testing.assert_close(columns.stop, expected)
+    torch.testing.assert_close(columns.stop, stop)
+    assert torch.isneginf(stop).any() and torch.isfinite(stop).any()

@@ -88,7 +88,8 @@ def test_stop_ids_of_generation_config_come_first_and_differences_are_told(pair)
     assert (facts.student.stop_ids, facts.teacher.stop_ids, facts.stop_ids) == ((1,), (0, 1), (0, 1))
     (warning,) = facts.warnings
     assert "the student ends on 1 '</s>'; the teacher ends on 0 '<pad>', 1 '</s>'" in warning
-    assert "rollout.eos = merged" in warning
+    assert "Each of them ends the student's rollouts and answers" in warning and "rollout.eos = merged" in warning
+    assert facts.end_ids == (0, 1)
     assert "use merged" in check_models(config(pair, rollout={"eos": "raw"})).warnings[0]
 
 

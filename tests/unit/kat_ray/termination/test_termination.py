@@ -26,9 +26,11 @@ def reference(d, s, W, C, stride, exempt):
     streak, minimum = [], None
     for e in range(W, len(d) + 1):
         z = sum(d[e - W : e]) / W
+        if (e - W) % stride:
+            continue  # z is not defined there
         if not math.isnan(z) and (minimum is None or z < minimum):
             minimum = z
-        if (e - W) % stride or e - W < exempt:
+        if e - W < exempt:
             continue
         streak = [*streak, e] if z < s else []
         if len(streak) == C:
@@ -69,6 +71,15 @@ def test_cut_lies_at_the_start_of_the_first_low_window_of_the_streak():
     cut = tracker.observe(kl([1.0] * 4 + [0.0] * 6))
     assert (cut.at, cut.confirmed) == (3, 8)
     assert tracker.seen == 8 and tracker.minimum == 0.0
+
+
+def test_a_minimum_is_that_of_the_windows_that_stride_leaves():
+    # W = 2, stride 2: z(2) = 1, z(4) = 0.5, z(6) = 0.75. The windows between them hold 0 and 0.25.
+    d, rule = [2.0, 0.0, 0.0, 1.0, -0.5, 2.0], rule_of(window=2, consecutive=3, stride=2, exempt=0)
+    tracker, table = KatTracker(rule, 0.1, probe=False), KatTable(rule, 0.1, [False])
+    tracker.observe(kl(d))
+    table.observe(np.array([0]), kl(d), np.array([0]), np.array([6]))
+    assert tracker.minimum == table.tracker_state(0).minimum == 0.5
 
 
 def test_a_probe_is_followed_past_its_would_be_cut():

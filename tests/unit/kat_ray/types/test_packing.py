@@ -11,10 +11,8 @@ from kat_ray.losses.divergence import (
     dequantise,
     event_logprobs,
     is_stop,
-    quantise,
     reverse_kl,
-    stop_mass,
-    tail_from_logprobs,
+    tail_and_stop,
 )
 from kat_ray.types.token_ids import pack_ids, unpack_ids
 
@@ -56,13 +54,11 @@ def pair(rows=200, vocabulary=300, k=64, scale=3.0, apart=1.0, seed=0):
 
 def kl_of(p, q, ids, eos, narrow_student=False, narrow_teacher=False, stop_ids=(1, 5)):
     stops = is_stop(ids, stop_ids)
-    student = p.gather(-1, ids), tail_from_logprobs(p, ids), stop_mass(p, stop_ids)
-    teacher = q.gather(-1, ids), tail_from_logprobs(q, ids), stop_mass(q, stop_ids)
+    student, teacher = ((x.gather(-1, ids), *tail_and_stop(x, ids, stop_ids)) for x in (p, q))
     if narrow_student:
-        student = dequantise(student[0].half(), student[1], quantise(student[0], student[2], stops)[1])
+        student = dequantise(student[0].half(), *student[1:])
     if narrow_teacher:
-        small, stop = quantise(teacher[0], teacher[2], stops)
-        teacher = dequantise(small, teacher[1], stop)
+        teacher = dequantise(teacher[0].half(), *teacher[1:])
     return reverse_kl(event_logprobs(*student, stops, eos), event_logprobs(*teacher, stops, eos))
 
 
@@ -86,16 +82,14 @@ def test_what_lies_outside_the_top_k_of_the_stop_mass_is_not_drowned_by_rounding
     q = torch.log(torch.tensor([[2 / 3 - 2e-4, 1 / 3, 1e-4, 0.0, 0.0, 1e-4]]).clamp_min(1e-12))
     ids = torch.tensor([[0, 1]])
     stops = is_stop(ids, (1, 5))
-    small, stop = quantise(q.gather(-1, ids), stop_mass(q, (1, 5)), stops)
-    topk, tail, stop = dequantise(small, tail_from_logprobs(q, ids), stop)
+    topk, tail, stop = dequantise(q.gather(-1, ids).half(), *tail_and_stop(q, ids, (1, 5)))
     events = event_logprobs(topk, tail, stop, stops, "merged")[0].exp()
     assert events[-1].item() == pytest.approx(1e-4, rel=0.02), "the tail without stop id 5"
     assert events[-2].item() == pytest.approx(1 / 3 + 1e-4, rel=1e-3)
 
 
 def test_no_rows_and_rows_without_a_value():
-    small, stop = quantise(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, 4, dtype=torch.bool))
-    assert small.shape == (0, 4) and dequantise(small, torch.zeros(0), stop)[2].shape == (0,)
+    assert dequantise(torch.zeros(0, 4).half(), torch.zeros(0), torch.zeros(0))[2].shape == (0,)
     topk = torch.log(torch.tensor([[0.5, 0.25], [0.5, 0.25]]))
     topk[1, 0] = torch.nan
     wide, tail = dequantise(topk.half(), torch.log(torch.tensor([0.25, 0.25])))
