@@ -1,0 +1,50 @@
+"""How far two engines' log-probabilities of the same tokens may lie apart: rounding, by the pair of data types.
+
+Both compute the same model from the same weights, so what remains is the order of sums and the data type. What was
+measured, and how the bounds follow from it: docs/numbers.md.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class LogprobDifference(NamedTuple):
+    """|log p - log p'| of sampled tokens, in nats."""
+
+    mean: float
+    max: float
+
+
+# The largest that was measured between a sampler and a learner, by the coarser of the two types and the finer.
+_MEASURED = {
+    ("float32", "float32"): LogprobDifference(1e-6, 1e-4),
+    ("float16", "float32"): LogprobDifference(0.006, 0.05),
+    ("float16", "float16"): LogprobDifference(0.006, 0.05),
+    ("bfloat16", "float32"): LogprobDifference(0.04, 0.3),
+    ("bfloat16", "float16"): LogprobDifference(0.04, 0.3),
+    ("bfloat16", "bfloat16"): LogprobDifference(0.04, 0.3),
+}
+# Longer answers, deeper models and other kernels round more; another model differs by far more than this.
+_ROOM = 5.0
+# Rounding below this changes nothing that is learnt, whatever the engine.
+_LEAST = LogprobDifference(1e-4, 1e-2)
+_COARSEST_FIRST = ("bfloat16", "float16", "float32")
+
+
+def measured_difference(sampler_dtype: str, learner_dtype: str) -> LogprobDifference:
+    """The largest that was measured with these two types, either way round."""
+    first, second = sorted((sampler_dtype, learner_dtype), key=_COARSEST_FIRST.index)
+    return _MEASURED[first, second]
+
+
+def logprob_tolerance(sampler_dtype: str, learner_dtype: str) -> LogprobDifference:
+    """Bounds on the mean and on the largest difference between two engines of the same weights, either way round.
+
+    Types are "float32", "bfloat16" and "float16"; of a scorer and a plain pass of the teacher they are the same.
+    """
+    measured = measured_difference(sampler_dtype, learner_dtype)
+    return LogprobDifference(
+        max(_ROOM * measured.mean, _LEAST.mean),
+        max(_ROOM * measured.max, _LEAST.max),
+    )
