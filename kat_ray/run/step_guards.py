@@ -20,10 +20,11 @@ class StepGuards:
     def __init__(self, config: Config, run_dir: Path, note: Callable[[str], None]) -> None:
         self._dumps = run_dir / "dumps"
         self._note = note  # shows a line that stays
-        self._guards = CollapseGuards(config.guards)
+        self._guards = CollapseGuards(config.guards, (config.student.dtype, config.learner.dtype))
         self._skips = SkipGuard(config.learner.max_skipped_steps)
         self._step: StepResult | None = None  # the one that was checked last
         self._stop: str | None = None
+        self._stop_fields: tuple[str, ...] = ()
         self._skips_due = False
 
     @property
@@ -41,7 +42,7 @@ class StepGuards:
         verdict = self._guards.observe(step)
         for text in verdict.notes:
             self._note(text)
-        self._stop = verdict.stop
+        self._stop, self._stop_fields = verdict.stop, verdict.stop_fields
         return {"guards/fired": float(verdict.fired)}
 
     def end_if_due(self, batch: Callable[[], StepBatch | None], save: Callable[[], object]) -> None:
@@ -58,7 +59,8 @@ class StepGuards:
             done, report = self._step.done, self._step.learner.to_metrics()
             dump = None if content is None else dump_batch(self._dumps, done, content, report)
             raise self._skips.error(done, dump)
-        raise UserError(f"{self._stop}. The run was ended for guards.action = stop, after a checkpoint")
+        why = ", ".join(f"{field} = stop" for field in self._stop_fields)
+        raise UserError(f"{self._stop}. The run was ended for {why}, after a checkpoint")
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
