@@ -85,7 +85,8 @@ class Learner:
         """Meet the other ranks at rank 0's `address`, load the student and hand it to DeepSpeed."""
         started = time.monotonic()
         settings, world_size = self._settings, self._settings.learner.world_size
-        torch.set_num_threads(settings.learner.threads)
+        if settings.learner.threads is not None:  # else the environment has set them
+            torch.set_num_threads(settings.learner.threads)
         torch.manual_seed(settings.seed)
         listener, self._listener = self._listener, None
         rendezvous(host, port, listener, self._rank, world_size)
