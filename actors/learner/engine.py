@@ -6,23 +6,31 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from actors.learner.model import StudentModel
 from kat_ray.config import LearnerConfig
+from kat_ray.losses.coverage import MassCurve
 from kat_ray.losses.fused_head import head_loss
 from kat_ray.losses.term import LossTerm, TermSums, TokenRows
+
+# Tokens of a pass whose whole distribution is sorted: 30 ms on a core for 50,000 entries each, beside seconds.
+_CURVE_TOKENS = 8
 
 
 class StudentWithLoss(nn.Module):
     """The student and its loss in one module: ZeRO 3 gathers parameters by module, on entering `forward`."""
 
-    def __init__(self, student: StudentModel, term: LossTerm, chunk_tokens: int) -> None:
+    def __init__(
+        self, student: StudentModel, term: LossTerm, chunk_tokens: int, curve: MassCurve | None = None
+    ) -> None:
         super().__init__()
         self.network = student.network  # a submodule, for DeepSpeed to find
         self._student = student
         self._term = term
         self._chunk_tokens = chunk_tokens
+        self._curve = curve
 
     def forward(self, arguments: dict[str, Tensor], positions: Tensor, rows: TokenRows, chunks: int) -> TermSums:
         """The term for the tokens whose hidden states lie at `positions` [T, 2]; see `ModelInputs`.
@@ -31,15 +39,24 @@ class StudentWithLoss(nn.Module):
         """
         hidden_BLH = self._student.hidden_states(arguments)
         hidden_TH = hidden_BLH[positions[:, 0], positions[:, 1]]
+        if self._curve is not None:
+            with torch.no_grad():  # one call a pass on every rank: under ZeRO 3 it is a collective operation
+                some = torch.linspace(0, len(hidden_TH) - 1, min(_CURVE_TOKENS, len(hidden_TH))).long()
+                self._curve.add(self._student.output_layer(hidden_TH[some.to(hidden_TH.device)]))
         return head_loss(hidden_TH, self._student.output_layer, rows, self._term, self._chunk_tokens, chunks)
 
 
-def make_engine(student: StudentModel, term: LossTerm, learner: LearnerConfig) -> Any:
-    """The student with its loss, in DeepSpeed's hands. The process group must exist."""
+def make_engine(
+    student: StudentModel, term: LossTerm, learner: LearnerConfig, curve: MassCurve | None = None
+) -> Any:
+    """The student with its loss, in DeepSpeed's hands. The process group must exist.
+
+    `curve` is given some tokens of each pass.
+    """
     import deepspeed
 
     engine, *_ = deepspeed.initialize(
-        model=StudentWithLoss(student, term, learner.logits_chunk_tokens),
+        model=StudentWithLoss(student, term, learner.logits_chunk_tokens, curve),
         model_parameters=[parameter for _, parameter in student.trained_parameters()],
         config=_deepspeed_config(learner),
     )

@@ -27,6 +27,7 @@ from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.batch import check_vocabulary, collect_samples
 from kat_ray.data.collate import Collator, MicroBatch, PaddedCollator
 from kat_ray.errors import StateLost
+from kat_ray.losses.coverage import MassCurve
 from kat_ray.losses.distillation import Distillation
 from kat_ray.models.load import DTYPES
 from kat_ray.observability.logs import label_logs
@@ -99,10 +100,11 @@ class Learner:
         settings, learner = self._settings, self._settings.learner
         student = load_student(settings.student, settings.student_dir, learner)
         term = Distillation(settings.stop_ids, settings.eos)
-        engine = make_engine(student, term, learner)
+        curve = MassCurve(student.vocabulary)
+        engine = make_engine(student, term, learner, curve)
         (dummy,) = self._collator.micro_batches([dummy_sample(settings.top_k)])
         beat = self._heartbeat.beat
-        trainer = StudentTrainer(engine, term, learner, settings.steps, dummy, self._timeline, beat)
+        trainer = StudentTrainer(engine, term, learner, settings.steps, dummy, self._timeline, beat, curve)
         snapshots = Snapshots(engine, student, self._rank, settings)
         return _Loaded(engine, student, trainer, snapshots)
 

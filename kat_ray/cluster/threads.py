@@ -33,10 +33,10 @@ def own_cores(environment: Mapping[str, str] = os.environ, quota: Path = _QUOTA)
 def threads_of(config: Config, cores: int | None) -> dict[str, int]:
     """Threads of a replica, by role: `threads` where it is given.
 
-    Else a role's replicas divide `cores`, those of the one machine that all of them are on, with whoever works at the
-    same time: samplers and scorers with each other, and with the learner where steps are sampled ahead. `cores` is
-    None on a cluster that others may use: there a replica has as many as the CPUs it reserves, as has one that works
-    on a GPU. With `run.deterministic` it is one: last bits depend on the number, which must not depend on the machine.
+    Else a role's replicas divide `cores`, those of the one machine that all of them are on, with whoever works at
+    the same time: samplers and scorers with each other, and with the learner where steps are sampled ahead. `cores`
+    is None on a cluster that others may use: there a replica has as many as the CPUs it reserves, as has one that
+    works on a GPU. With `run.deterministic` it is one: last bits depend on the number, and would on the machine.
     """
     sizes = {
         "learner": (config.learner, config.learner.world_size),

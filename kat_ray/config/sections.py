@@ -172,10 +172,10 @@ class GuardsConfig(Section):
     kl_fall: float | None = Field(0.02, gt=0, lt=1)
     """Lower limit of kl/mean, as a share of its first mean; null switches it off."""
     logprob_diff: float | None = Field(1.0, gt=0)
-    """Upper limit of learner/logprob_diff_mean and learner/logprob_diff_max, as a multiple of what rounding explains
-    with the data types of sampler and learner (docs/numbers.md), in steps sampled from the learner's own weights:
-    beyond it the two compute different models. The mean's acts at its first step, without `patience`. null switches
-    it off."""
+    """Upper limit of learner/logprob_diff_mean and learner/logprob_diff_max, as a multiple of what rounding
+    explains with the data types of sampler and learner (docs/numbers.md), in steps sampled from the learner's own
+    weights: beyond it the two compute different models. The mean's acts at its first step, without `patience`. null
+    switches it off."""
     logprob_diff_action: Literal["warn", "stop"] = "stop"
     """`action` of `logprob_diff`."""
     tail_mass: float | None = Field(0.1, gt=0, lt=1)

@@ -3,8 +3,8 @@
 Four are known in public: the student unlearns to stop, or stops at once; its entropy goes; its rollouts all run to
 the cap; the KL leaves its scale. Each is held against a limit, most against the mean of the run's own first steps.
 Two more tell that what is learnt is not what it seems: sampler and learner compute different models, or the KL sees
-too little of the student. Pure: the driver feeds each step's metrics and does what the verdict says. Left out: anything that needs more than
-one number a step.
+too little of the student. Pure: the driver feeds each step's metrics and does what the verdict says. Left out:
+anything that needs more than one number a step.
 """
 
 from __future__ import annotations

@@ -326,9 +326,9 @@ def test_the_watch_ends_the_run_for_a_guard_after_a_checkpoint(tmp_path):
     guards = {"action": "stop", "patience": 2, "max_tokens_share": 0.5}
     watched = StepGuards(make_config("s", "t", guards=guards), tmp_path, lines.append)
     full = HEALTHY | {"rollout/max_tokens_share": 0.75}
-    assert watched.check(step(1, full)) == {"guards/fired": 0.0} and len(lines) == 1
+    assert watched.check(step(1, full)) == {"guards/fired": 0.0} and len(lines) == 2, "the tail's line, a guard's"
     watched.end_if_due(a_batch, lambda: saved.append(1))
-    assert watched.check(step(2, full)) == {"guards/fired": 1.0} and len(lines) == 1
+    assert watched.check(step(2, full)) == {"guards/fired": 1.0} and len(lines) == 2
     with pytest.raises(
         UserError, match=r"max_tokens_share is 0.75 at step 2, above 0.5, for 2 steps.*after a checkpoin"
     ):
