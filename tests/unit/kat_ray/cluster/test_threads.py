@@ -5,7 +5,8 @@ import os
 import pytest
 
 from actors.cluster.placement import environments
-from kat_ray.cluster.threads import own_cores, threads_of
+from kat_ray.cluster.machine import own_cores
+from kat_ray.cluster.threads import threads_of
 from tests.support.configs import make_config
 
 
