@@ -17,7 +17,8 @@ from pathlib import Path
 
 from kat_ray.cli.checks import Check, ClusterSeen, fail, ok, placements, resources, same_ray, warn
 from kat_ray.cluster.auth import fault
-from kat_ray.cluster.machine import free_memory
+from kat_ray.cluster.machine import free_memory, own_cores
+from kat_ray.cluster.threads import threads_of
 from kat_ray.config import Config, DataConfig
 from kat_ray.config.rule_warnings import rule_warnings
 from kat_ray.errors import UserError
@@ -57,6 +58,7 @@ def examine(config: Config | None) -> Iterator[Check]:
             yield from _disk(config)
             yield from _settings(config)
             yield from resources(config, os.cpu_count() or 1, _gpus())
+            yield _threads(config)
             yield from _models_and_data(config)
         yield _finish_vllm_import(vllm)
     finally:
@@ -246,6 +248,12 @@ def _settings(config: Config) -> Iterator[Check]:
         )
     if config.evaluation.data is not None and config.evaluation.temperature == 0 and config.evaluation.k > 1:
         yield warn("evaluation", f"temperature = 0 gives the same answer {config.evaluation.k} times; use k = 1")
+
+
+def _threads(config: Config) -> Check:
+    joined = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    found = threads_of(config, None if joined else own_cores())
+    return ok("threads", "of a replica: " + ", ".join(f"{name} {count}" for name, count in found.items()))
 
 
 def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:

@@ -1,7 +1,7 @@
 """What a run's models take of the memory, estimated from their sizes before anything is loaded: docs/numbers.md.
 
-Left out: what libraries take beside it (contexts of a GPU, fragments, Ray itself: some GiB in all), and samplers and
-scorers on a GPU, whose vLLM takes a share of the memory that is a field of its own.
+Left out: what libraries take beside it (contexts of a GPU, fragments, Ray itself: some GiB in all), and samplers
+and scorers on a GPU, whose vLLM takes a share of the memory that is a field of its own.
 """
 
 from __future__ import annotations

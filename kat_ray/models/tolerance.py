@@ -18,7 +18,7 @@ class LogprobDifference(NamedTuple):
 
 # The largest that was measured between a sampler and a learner, by the coarser of the two types and the finer.
 _MEASURED = {
-    ("float32", "float32"): LogprobDifference(1e-6, 1e-4),
+    ("float32", "float32"): LogprobDifference(3e-7, 2e-5),
     ("float16", "float32"): LogprobDifference(0.006, 0.05),
     ("float16", "float16"): LogprobDifference(0.006, 0.05),
     ("bfloat16", "float32"): LogprobDifference(0.04, 0.3),
