@@ -13,11 +13,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kat_ray.config import Config, ModelConfig
 from kat_ray.config.load import resolve_path
 from kat_ray.errors import ModelError
+from kat_ray.models.shape import ModelShape, shape_of
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -37,14 +38,6 @@ _SAMPLES = (
     "naïve café, Ünïcode, 数学, е́, 🙂",
     "I'm it's DON'T",
 )
-
-
-class ModelShape(NamedTuple):
-    """What the memory of a pass depends on, from config.json."""
-
-    layers: int
-    hidden: int
-    mlp: int  # width of the MLP that a token passes, all its experts together
 
 
 @dataclass(frozen=True)
@@ -161,18 +154,9 @@ def inspect_model(model: ModelConfig) -> tuple[ModelInfo, Any]:
         tied=bool(getattr(text, "tie_word_embeddings", False)),
         parameters=parameters,
         dtype=dtype,
-        shape=_shape(text),
+        shape=shape_of(text),
     )
     return info, tokenizer
-
-
-def _shape(text: Any) -> ModelShape | None:
-    layers, hidden = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
-    experts, width = getattr(text, "num_experts_per_tok", None), getattr(text, "moe_intermediate_size", None)
-    mlp = experts * (width or getattr(text, "intermediate_size", 0)) if experts else None
-    mlp = mlp or getattr(text, "intermediate_size", None)
-    known = all(isinstance(size, int) and size > 0 for size in (layers, hidden, mlp))
-    return ModelShape(layers, hidden, mlp) if known else None
 
 
 def stop_ids(

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from kat_ray.models.inspect import ModelFacts, ModelInfo, ModelShape
+from kat_ray.models.inspect import ModelFacts, ModelInfo
 from kat_ray.models.memory import GIB, learner_bytes, memory_needed, memory_notes, micro_batch
+from kat_ray.models.shape import ModelShape, shape_of
 from tests.support.configs import make_config
 
 INFO = ModelInfo("m", "LlamaForCausalLM", 1000, 4096, (1,), True, 10**6, "F32", ModelShape(3, 10, 20))
@@ -69,3 +70,12 @@ def test_what_does_not_fit_is_said_and_what_to_do():
     on_gpu = a_config(learner={"num_gpus": 1})
     assert len(list(memory_notes(on_gpu, FACTS, 40, 10 * GIB, 10**6))) == 1
     assert not list(memory_notes(on_gpu, FACTS, 40, 0, 10 * GIB))
+
+
+def test_sizes_come_from_the_configuration():
+    from transformers import GPT2Config, LlamaConfig, Qwen3MoeConfig
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
+    assert shape_of(LlamaConfig(**sizes)) == (2, 64, 96)
+    assert shape_of(Qwen3MoeConfig(**sizes, num_experts_per_tok=4, moe_intermediate_size=24)) == (2, 64, 96)
+    assert shape_of(GPT2Config()) is None, "its MLP has no field"
