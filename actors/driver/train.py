@@ -21,6 +21,7 @@ from kat_ray.config import Config
 from kat_ray.config.load import config_yaml
 from kat_ray.config.rule_warnings import rule_warnings
 from kat_ray.errors import Stopped
+from kat_ray.models.cpu_dtypes import cpu_flags, slow_dtypes
 from kat_ray.models.memory import gpu_memory, memory_notes
 from kat_ray.models.tolerance import dtype_note
 from kat_ray.observability.logs import name_driver
@@ -79,6 +80,7 @@ def _notes(config: Config, prepared: Prepared) -> Iterator[str]:
     if (note := dtype_note(config.student.dtype, config.learner.dtype)) is not None:
         yield note
     if named_address(config) is None:  # else the models are loaded elsewhere
+        yield from slow_dtypes(config, cpu_flags())
         longest = prepared.train.longest + config.rollout.max_tokens
         yield from memory_notes(config, prepared.facts, longest, free_memory(), gpu_memory())
     for warning in rule_warnings(config):

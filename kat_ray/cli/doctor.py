@@ -22,6 +22,7 @@ from kat_ray.cluster.threads import threads_of
 from kat_ray.config import Config, DataConfig
 from kat_ray.config.rule_warnings import rule_warnings
 from kat_ray.errors import UserError
+from kat_ray.models.cpu_dtypes import cpu_flags, slow_dtypes
 from kat_ray.models.inspect import ModelFacts, ModelInfo
 from kat_ray.models.memory import MAKE_IT_FIT, gpu_memory, memory_needed, memory_text
 from kat_ray.models.tolerance import dtype_note
@@ -59,6 +60,7 @@ def examine(config: Config | None) -> Iterator[Check]:
             yield from _settings(config)
             yield from resources(config, os.cpu_count() or 1, _gpus())
             yield _threads(config)
+            yield from (warn("data types", line) for line in slow_dtypes(config, cpu_flags()))
             yield from _models_and_data(config)
         yield _finish_vllm_import(vllm)
     finally:
@@ -258,7 +260,8 @@ def _threads(config: Config) -> Check:
 
 def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
     """`here`: they are to be loaded on this machine."""
-    from kat_ray.models.inspect import check_models
+    from kat_ray.models.cpu_dtypes import cpu_flags, slow_dtypes
+from kat_ray.models.inspect import check_models
 
     try:
         facts = check_models(config)

@@ -41,7 +41,7 @@ def test_the_largest_that_a_step_can_have(sections, longest, tokens):
 
 def test_what_is_kept_less_of():
     half = micro_batch(a_config(learner={"dtype": "bfloat16", "micro_batch_tokens": 100}), INFO, 40)
-    assert half.bytes == pytest.approx(100 * TOKEN / 2 + 100 * 1000 * 4 * 3)
+    assert half.bytes == pytest.approx(100 * TOKEN / 2 + 10 * 1000 * 4 * 3)
     again = micro_batch(a_config(learner={"gradient_checkpointing": True}), INFO, 40)
     assert again.bytes < micro_batch(a_config(), INFO, 40).bytes / 1.2
     assert micro_batch(a_config(), replace(INFO, shape=None), 40) is None
