@@ -260,8 +260,7 @@ def _threads(config: Config) -> Check:
 
 def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
     """`here`: they are to be loaded on this machine."""
-    from kat_ray.models.cpu_dtypes import cpu_flags, slow_dtypes
-from kat_ray.models.inspect import check_models
+    from kat_ray.models.inspect import check_models
 
     try:
         facts = check_models(config)

@@ -35,7 +35,7 @@ def slow_dtypes(config: Config, flags: frozenset[str] | None) -> Iterator[str]:
         fields = [name for name, (type_, gpus) in asked.items() if type_ == dtype and not gpus]
         if fields and flags is not None and not fast & flags:
             yield (
-                f"{', '.join(fields)} = {dtype} without a GPU: this processor has no arithmetic for it, and products "
-                "take several times as long as in float32 (six to seven times, measured on an AMD EPYC with AVX2): "
+                f"{', '.join(fields)} = {dtype} without a GPU: this processor has no arithmetic for it, and "
+                "products take several times as long as in float32 (six to seven times, measured on an AMD EPYC with AVX2): "
                 "use float32, at twice the memory"
             )
