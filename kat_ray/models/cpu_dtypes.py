@@ -36,6 +36,6 @@ def slow_dtypes(config: Config, flags: frozenset[str] | None) -> Iterator[str]:
         if fields and flags is not None and not fast & flags:
             yield (
                 f"{', '.join(fields)} = {dtype} without a GPU: this processor has no arithmetic for it, and "
-                "products take several times as long as in float32 (six to seven times, measured on an AMD EPYC with AVX2): "
-                "use float32, at twice the memory"
+                "products take several times as long as in float32 (six to seven times, measured on an AMD EPYC "
+                "with AVX2): use float32, at twice the memory"
             )
