@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from kat_ray.models.inspect import ModelFacts, ModelInfo
 from kat_ray.models.memory import GIB, learner_bytes, memory_needed, memory_notes, micro_batch
 from kat_ray.models.shape import ModelShape, shape_of
 from tests.support.configs import make_config
+from tests.support.models import make_model
 
 INFO = ModelInfo("m", "LlamaForCausalLM", 1000, 4096, (1,), True, 10**6, "F32", ModelShape(3, 10, 20))
 FACTS = ModelFacts(INFO, replace(INFO, parameters=2 * 10**6), None, (1,), ())
@@ -79,3 +81,25 @@ def test_sizes_come_from_the_configuration():
     assert shape_of(LlamaConfig(**sizes)) == (2, 64, 96)
     assert shape_of(Qwen3MoeConfig(**sizes, num_experts_per_tok=4, moe_intermediate_size=24)) == (2, 64, 96)
     assert shape_of(GPT2Config()) is None, "its MLP has no field"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_formula_is_near_what_autograd_keeps(kind, dtype, tmp_path):
+    model = make_model(tmp_path, kind).to(getattr(torch, dtype)).train()
+    ids = torch.arange(4 * 32).reshape(4, 32)
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()  # held in `kept`, so that no other gets its place
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = model.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+    assert hidden.requires_grad
+    info = replace(INFO, vocabulary=0, shape=shape_of(model.config))
+    found = micro_batch(a_config(learner={"dtype": dtype, "micro_batch_tokens": ids.numel()}), info, 100)
+    assert found.tokens == ids.numel()
+    assert 0.9 < sum(s.nbytes() for s in kept.values()) / found.bytes < 1.4
