@@ -8,15 +8,18 @@ from tests.support.configs import make_config
 AVX2 = frozenset({"avx2", "fma"})
 
 
-def lines(flags=AVX2, **sections):
-    return list(slow_dtypes(make_config("s", "t", **sections), flags))
+def lines(flags=AVX2, learner=None, **dtypes):
+    """`dtypes`: of student and teacher."""
+    config = make_config("s", "t", learner=learner or {})
+    models = {name: getattr(config, name).model_copy(update={"dtype": dtype}) for name, dtype in dtypes.items()}
+    return list(slow_dtypes(config.model_copy(update=models), flags))
 
 
 def test_a_processor_without_the_arithmetic_is_told_with_the_fields():
     assert lines() == [], "float32 everywhere"
-    (line,) = lines(learner={"dtype": "bfloat16"}, teacher={"path": "t", "dtype": "bfloat16"})
+    (line,) = lines(learner={"dtype": "bfloat16"}, teacher="bfloat16")
     assert line.startswith("teacher.dtype, learner.dtype = bfloat16 without a GPU") and "use float32" in line
-    both = lines(learner={"dtype": "bfloat16"}, student={"path": "s", "dtype": "float16"})
+    both = lines(learner={"dtype": "bfloat16"}, student="float16")
     assert [line.split(" without")[0] for line in both] == ["learner.dtype = bfloat16", "student.dtype = float16"]
 
 
