@@ -18,9 +18,10 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from kat_ray.cluster.machine import own_cores
 from kat_ray.cluster.roles import Node, Role, place, roles_of
+from kat_ray.cluster.threads import threads_of
 from kat_ray.config import Config
-from kat_ray.config.cluster import PlacementConfig
 from kat_ray.errors import UserError
 from kat_ray.observability.logs import labels
 
@@ -32,37 +33,34 @@ log = logging.getLogger("kat_ray.cluster")
 _RETURNS_IN_STORE = {"RAY_max_direct_call_object_size": "0"}
 
 
-def environments(config: Config) -> dict[str, dict[str, str]]:
-    """Environment of each role's processes."""
+def environments(config: Config, threads: Mapping[str, int]) -> dict[str, dict[str, str]]:
+    """Environment of each role's processes, by the role's threads."""
     return {
-        "learner": _learner_env(config),
-        "sampler": _sampler_env(config),
-        "scorer": _env(config.scorer) | _RETURNS_IN_STORE,
-        "monitor": _env(config.monitor),
+        "learner": _env(threads["learner"]) | _learner_env(config),
+        "sampler": _env(threads["sampler"]) | _sampler_env(config),
+        "scorer": _env(threads["scorer"]) | _RETURNS_IN_STORE,
+        "monitor": _env(threads["monitor"]),
     }
 
 
-def _env(placement: PlacementConfig) -> dict[str, str]:
+def _env(threads: int) -> dict[str, str]:
     # Set before torch is imported: OpenMP reads them once. Threads that wait must not spin: where a core is shared,
     # a barrier then lasts as long as the other process's time slice (measured: a step of 0.2 s took 7 s).
     return {
-        "OMP_NUM_THREADS": str(placement.threads),
+        "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
     }
 
 
 def _learner_env(config: Config) -> dict[str, str]:
-    env = _env(config.learner)
-    if not config.learner.num_gpus:
-        # ZeRO brings an optimiser that DeepSpeed lets torch compile, and with it the compiler: 1.7 s at a start.
-        # Nothing that a learner does here is compiled.
-        env["TORCHDYNAMO_DISABLE"] = "1"
-    return env
+    # ZeRO brings an optimiser that DeepSpeed lets torch compile, and with it the compiler: 1.7 s at a start.
+    # Nothing that a learner does here is compiled.
+    return {} if config.learner.num_gpus else {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def _sampler_env(config: Config) -> dict[str, str]:
-    env = _env(config.sampler) | {
+    env = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's loop is the actor's own
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
@@ -95,7 +93,9 @@ class Placement:
         """
         roles = {name: role for name, role in roles_of(config).items() if only is None or name in only}
         timeout = config.cluster.placement_timeout
-        self._roles, self._env, self._run = roles, environments(config), run
+        threads = threads_of(config, own_cores() if fixed_size else None)
+        log.info("threads of a replica: %s", ", ".join(f"{name} {n}" for name, n in threads.items()))
+        self._roles, self._env, self._run = roles, environments(config, threads), run
         self._namespace = uuid.uuid4().hex  # two runs on one cluster do not meet
         self._places: dict[str, tuple[Place, ...]] = {}
         self._held: dict[Any, PlacementGroup] = {}  # by id: all groups that are to be given back

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from actors.cluster.placement import Placement
+from actors.cluster.preflight import named_address
 from actors.cluster.run_actors import RunActors
 from actors.cluster.samplers import Engines, SamplerGroup
 from actors.cluster.session import ray_session
@@ -18,11 +19,15 @@ from actors.driver.agreement import Agreement, AgreementCheck
 from actors.driver.preparation import Prepared, checkpoints_of, make_evaluator, prepare
 from actors.driver.training_run import TrainingRun
 from actors.learner.schedule import schedule_note
+from kat_ray.cluster.machine import free_memory
 from kat_ray.config import Config
 from kat_ray.config.load import config_yaml, load_config
 from kat_ray.config.rule_warnings import rule_warnings
 from kat_ray.errors import Stopped
+from kat_ray.models.cpu_dtypes import cpu_flags, slow_dtypes
+from kat_ray.models.memory import gpu_memory, memory_notes
 from kat_ray.models.revisions import pinned, pinned_like
+from kat_ray.models.tolerance import dtype_note
 from kat_ray.observability.logs import name_driver
 from kat_ray.observability.progress import Progress
 from kat_ray.rewards.verifiers import EvalResult
@@ -81,6 +86,12 @@ def _notes(config: Config, prepared: Prepared) -> Iterator[str]:
             yield f"{split.source}: {split.skipped_too_long} prompts are too long and were skipped"
     if prepared.golds.note:
         yield prepared.golds.note
+    if (note := dtype_note(config.student.dtype, config.learner.dtype)) is not None:
+        yield note
+    if named_address(config) is None:  # else the models are loaded elsewhere
+        yield from slow_dtypes(config, cpu_flags())
+        longest = prepared.train.longest + config.rollout.max_tokens
+        yield from memory_notes(config, prepared.facts, longest, free_memory(), gpu_memory())
     for warning in rule_warnings(config):
         yield f"termination: {warning}"
 

@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from actors.learner.model import StudentModel
 from kat_ray.config import LearnerConfig
+from kat_ray.losses.coverage import MassCurve
 from kat_ray.losses.fused_head import HeadLoss
 from kat_ray.losses.term import LossTerm, TermSums, TokenRows
 
@@ -18,20 +18,24 @@ from kat_ray.losses.term import LossTerm, TermSums, TokenRows
 class StudentWithLoss(nn.Module):
     """The student and its loss in one module: ZeRO 3 gathers parameters by module, on entering `forward`."""
 
-    def __init__(self, student: StudentModel, term: LossTerm, chunk_tokens: int) -> None:
+    def __init__(
+        self, student: StudentModel, term: LossTerm, chunk_tokens: int, curve: MassCurve | None = None
+    ) -> None:
         super().__init__()
         self.network = student.network  # a submodule, for DeepSpeed to find
-        self.head_loss = HeadLoss(student.output_layer, term, chunk_tokens)
+        self.head_loss = HeadLoss(student.output_layer, term, chunk_tokens, curve)
         self._student = student
 
     @contextlib.contextmanager
     def with_term(self, term: LossTerm) -> Iterator[None]:
-        """Another term of the loss inside."""
-        own, self.head_loss.term = self.head_loss.term, term
+        """Another term of the loss inside, and no curve."""
+        head = self.head_loss
+        own, curve = head.term, head.curve
+        head.term, head.curve = term, None
         try:
             yield
         finally:
-            self.head_loss.term = own
+            head.term, head.curve = own, curve
 
     def forward(self, arguments: dict[str, Tensor], positions: Tensor, rows: TokenRows) -> TermSums:
         """The term for the tokens whose hidden states lie at `positions` [T, 2]; see `ModelInputs`.
@@ -44,12 +48,17 @@ class StudentWithLoss(nn.Module):
         return result
 
 
-def make_engine(student: StudentModel, term: LossTerm, learner: LearnerConfig) -> Any:
-    """The student with its loss, in DeepSpeed's hands. The process group must exist."""
+def make_engine(
+    student: StudentModel, term: LossTerm, learner: LearnerConfig, curve: MassCurve | None = None
+) -> Any:
+    """The student with its loss, in DeepSpeed's hands. The process group must exist.
+
+    `curve` is given some tokens of each pass.
+    """
     import deepspeed
 
     engine, *_ = deepspeed.initialize(
-        model=StudentWithLoss(student, term, learner.logits_chunk_tokens),
+        model=StudentWithLoss(student, term, learner.logits_chunk_tokens, curve),
         model_parameters=[parameter for _, parameter in student.trained_parameters()],
         config=_deepspeed_config(learner),
     )

@@ -35,6 +35,7 @@ from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.batch import check_vocabulary, collect_samples
 from kat_ray.data.collate import Collator, MicroBatch, PaddedCollator
 from kat_ray.errors import StateLost
+from kat_ray.losses.coverage import MassCurve
 from kat_ray.losses.distillation import Distillation
 from kat_ray.models.load import DTYPES
 from kat_ray.observability.logs import label_logs
@@ -94,7 +95,8 @@ class Learner:
         """Meet the other ranks at rank 0's `address`, load the student and hand it to DeepSpeed."""
         started = time.monotonic()
         settings, world_size = self._settings, self._settings.learner.world_size
-        torch.set_num_threads(settings.learner.threads)
+        if settings.learner.threads is not None:  # else the environment has set them
+            torch.set_num_threads(settings.learner.threads)
         torch.manual_seed(settings.seed)
         listener, self._listener = self._listener, None
         rendezvous(host, port, listener, self._rank, world_size)
@@ -107,10 +109,11 @@ class Learner:
         settings, learner = self._settings, self._settings.learner
         student = load_student(settings.student, settings.student_dir, learner)
         term = Distillation(settings.stop_ids, settings.eos)
-        engine = make_engine(student, term, learner)
+        curve = MassCurve(student.vocabulary)
+        engine = make_engine(student, term, learner, curve)
         (dummy,) = self._collator.micro_batches([dummy_sample(settings.top_k)])
         beat = self._heartbeat.beat
-        trainer = StudentTrainer(engine, term, learner, settings.steps, dummy, self._timeline, beat)
+        trainer = StudentTrainer(engine, term, learner, settings.steps, dummy, self._timeline, beat, curve)
         snapshots = Snapshots(engine, student, self._rank, settings)
         return _Loaded(engine, student, trainer, snapshots)
 

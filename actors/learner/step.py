@@ -20,6 +20,7 @@ from actors.learner.schedule import learning_rate
 from actors.learner.tensors import model_arguments, token_rows
 from kat_ray.config import LearnerConfig
 from kat_ray.data.collate import MicroBatch
+from kat_ray.losses.coverage import MassCurve
 from kat_ray.losses.term import LossTerm, TermSums
 from kat_ray.observability.timeline import Timeline
 
@@ -36,6 +37,7 @@ class StudentTrainer:
         dummy: MicroBatch,
         timeline: Timeline,
         beat: Callable[[], object],
+        curve: MassCurve | None = None,
     ) -> None:
         self.steps_taken = 0  # skipped ones too: the schedule goes by the steps of the run
         self._engine = engine
@@ -45,6 +47,7 @@ class StudentTrainer:
         self._dummy = dummy  # touches every parameter, for a rank that has run out of work
         self._timeline = timeline
         self._beat = beat
+        self._curve = curve or MassCurve(1)  # what the engine was made with
         self._clip = GradientClip(engine, learner.clip) if clips_itself(learner) else None
 
     def step(self, batches: Sequence[MicroBatch], global_weight: float) -> OptimizerStep:
@@ -53,9 +56,11 @@ class StudentTrainer:
         # ZeRO gathers parameters and reduces gradients on the way: all ranks must make as many passes.
         passes = int(max_over_ranks([len(batches)], self._engine.device)[0])
         loss, sums, maxima = self._run_passes(batches, passes, global_weight)
+        curve = sum_over_ranks(self._curve.take(), self._engine.device).tolist()
         grad_norm = 0.0 if global_weight == 0 else self._update(loss, sums, global_weight)
         self.steps_taken += 1
-        return OptimizerStep(loss, sums, maxima, grad_norm, lr, micro_batches=passes)
+        top_k = self._curve.size_for(curve, 0.99)
+        return OptimizerStep(loss, sums, maxima, grad_norm, lr, micro_batches=passes, top_k_for_99=top_k)
 
     def _run_passes(
         self, batches: Sequence[MicroBatch], passes: int, global_weight: float
@@ -89,6 +94,7 @@ class StudentTrainer:
 
     def _forward_backward(self, batch: MicroBatch, scale: float) -> TermSums:
         device = self._engine.device
+        self._curve.counts = batch is not self._dummy
         positions = torch.from_numpy(batch.inputs.positions).to(device)
         result: TermSums = self._engine(model_arguments(batch, device), positions, token_rows(batch, device))
         self._engine.backward(result.loss * scale)

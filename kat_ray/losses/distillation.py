@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from kat_ray.losses.coverage import coarser_kl
 from kat_ray.losses.divergence import EosMode, entropy, event_logprobs, is_stop, log_add, reverse_kl, stop_logprob
 from kat_ray.losses.term import StudentLogprobs, TermSums, TokenRows
 
@@ -20,14 +21,16 @@ class Distillation:
     """Weighted sum of KL(student || teacher) over tokens, in nats.
 
     A token whose KL is not finite leaves value and gradient by mask and is counted as dropped. `logprob_diff` is
-    |log p learner - log p sampler| of the sampled token; entropy and masses are the student's.
+    |log p learner - log p sampler| of the sampled token; entropy and masses are the student's; the coarser KL and
+    tail mass are those of a quarter of the top k.
     """
 
     stop_ids: tuple[int, ...]
     eos: EosMode
 
     sum_names: ClassVar[tuple[str, ...]] = (
-        "tokens", "weight", "dropped", "logprob_diff", "entropy", "tail_mass", "stop_mass",
+        "tokens", "weight", "dropped", "logprob_diff", "entropy", "tail_mass", "stop_mass", "kl", "coarser_kl",
+        "coarser_tail_mass",
     )  # fmt: skip
     max_names: ClassVar[tuple[str, ...]] = ("logprob_diff",)
 
@@ -47,7 +50,9 @@ class Distillation:
             diff = torch.where(torch.isfinite(diff), diff, torch.zeros_like(diff))
             tail = log_add(student.tail, student.stop).exp()  # outside the top k
             stop = stop_logprob(student.topk, student.stop, stops).exp()
-            columns = (usable, rows.weights, diff, entropy(own), tail, stop)
+            given = (rows.teacher_topk, rows.teacher_tail, rows.teacher_stop)
+            coarser = coarser_kl((student.topk, student.tail, student.stop), given, stops, self.eos)
+            columns = (usable, rows.weights, diff, entropy(own), tail, stop, kl, *coarser)
             tokens, weight, *means = (torch.where(usable, c, 0).double().sum() for c in columns)
             sums = torch.stack([tokens, weight, dropped.double().sum(), *means])
             largest = torch.cat([diff, diff.new_zeros(1)]).amax(dim=0, keepdim=True)

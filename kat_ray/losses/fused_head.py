@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kat_ray.losses.coverage import MassCurve
 from kat_ray.losses.output_layer import OutputLayer, add_outer_, product_with_weight
 from kat_ray.losses.term import LossTerm, StudentLogprobs, TermSums, TokenRows
+
+# Tokens of a call whose whole distribution is sorted: 30 ms on a core for 50,000 entries each, beside seconds.
+_CURVE_TOKENS = 8
 
 
 def head_loss(
@@ -28,15 +32,24 @@ def head_loss(
 
 
 class HeadLoss(nn.Module):
-    """`head_loss` as a module that owns the output layer's weight: ZeRO 3 gathers it while this is called."""
+    """`head_loss` as a module that owns the output layer's weight: ZeRO 3 gathers it while this is called.
 
-    def __init__(self, layer: OutputLayer, term: LossTerm, chunk_tokens: int) -> None:
+    `curve` is given the whole distribution of some tokens of each call.
+    """
+
+    def __init__(
+        self, layer: OutputLayer, term: LossTerm, chunk_tokens: int, curve: MassCurve | None = None
+    ) -> None:
         super().__init__()
         self.weight, self.bias = layer.head.weight, layer.head.bias
         self._layer = [layer]  # in a list: its module belongs to the network, and is not to be gathered here
         self.term, self._chunk_tokens = term, chunk_tokens
+        self.curve = curve
 
     def forward(self, hidden_TH: Tensor, rows: TokenRows) -> TermSums:
+        if self.curve is not None:
+            some = torch.linspace(0, len(hidden_TH) - 1, min(_CURVE_TOKENS, len(hidden_TH))).long()
+            self.curve.add(self._layer[0].logits(hidden_TH.detach()[some.to(hidden_TH.device)]))
         return head_loss(hidden_TH, self._layer[0], rows, self.term, self._chunk_tokens)
 
 

@@ -20,6 +20,7 @@ from kat_ray.config import Config, ModelConfig
 from kat_ray.config.load import resolve_path
 from kat_ray.errors import ModelError
 from kat_ray.models.edges import edges_of
+from kat_ray.models.shape import ModelShape, shape_of
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -54,6 +55,7 @@ class ModelInfo:
     parameters: int | None  # from the safetensors headers; None for pickles and for weights not downloaded
     dtype: str | None  # data type most weights are stored in, as safetensors names it ("BF16")
     edges: Mapping[str, int] = dataclasses.field(default_factory=dict)  # see `kat_ray.models.edges`
+    shape: ModelShape | None = None  # None where config.json has other names for it
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def inspect_model(model: ModelConfig) -> tuple[ModelInfo, Any]:
         parameters=parameters,
         dtype=dtype,
         edges=edges_of(text),
+        shape=shape_of(text),
     )
     return info, tokenizer
 

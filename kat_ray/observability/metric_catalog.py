@@ -71,6 +71,16 @@ METRICS = {
         ),
         Metric("learner/entropy", "nats", "entropy of the student's events under the learner, mean"),
         Metric("learner/tail_mass", "probability", "the student's mass outside the top k under the learner, mean"),
+        Metric(
+            "learner/kl_hidden",
+            "nats",
+            "estimate of the KL within the tail, which the loss does not see",
+        ),
+        Metric(
+            "learner/top_k_for_99",
+            "tokens",
+            "rollout.top_k_logprobs that would see 99 % of the student's mass, from a sample of tokens",
+        ),
         Metric("learner/stop_mass", "probability", "the student's mass on stop ids, mean"),
         Metric("learner/micro_batches", "passes", "forward and backward passes of each rank"),
         Metric("learner/seconds", "s", "time of the optimiser step on rank 0"),

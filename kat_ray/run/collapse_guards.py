@@ -2,8 +2,9 @@
 
 Four are known in public: the student unlearns to stop, or stops at once; its entropy goes; its rollouts all run to
 the cap; the KL leaves its scale. Each is held against a limit, most against the mean of the run's own first steps.
-Pure: the driver feeds each step's metrics and does what the verdict says. Left out: anything that needs more than
-one number a step.
+Two more tell that what is learnt is not what it seems: sampler and learner compute different models, or the KL sees
+too little of the student. Pure: the driver feeds each step's metrics and does what the verdict says. Left out:
+anything that needs more than one number a step.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from kat_ray.config import GuardsConfig
-from kat_ray.run.step_result import StepResult
+from kat_ray.models.tolerance import LogprobDifference, logprob_tolerance
+from kat_ray.run.step_result import LearnerReport, StepResult
 
 
 @dataclass(frozen=True)
 class _Guard:
-    """One limit: `field` of `GuardsConfig` sets it, `limit(setting, reference)` is it, in the metric's unit."""
+    """One limit: `field` of `GuardsConfig` sets it, `limit(setting, reference)` is it, in the metric's unit.
+
+    With `tolerance` the reference is that, of the data types of sampler and learner.
+    """
 
     field: str
     metric: str  # for messages, and for the state of a checkpoint
@@ -28,7 +33,15 @@ class _Guard:
     above: bool  # the limit is an upper one
     limit: Callable[[float, float], float]
     advice: str
-    least: float | None = None  # smallest reference that a limit can be taken from; None: needs no reference
+    least: float | None = None  # smallest reference that a limit can be taken from; None: needs no mean
+    tolerance: Callable[[LogprobDifference], float] | None = None
+    at_once: bool = False  # fires at its first step, whatever `patience`
+    name: str = ""  # of its counts; empty: the field's
+
+    @property
+    def key(self) -> str:
+        """What its counts are called in a checkpoint."""
+        return self.name or self.field
 
 
 def _share(setting: float, reference: float) -> float:
@@ -50,6 +63,21 @@ def _max_tokens_share(step: StepResult) -> float | None:
 def _kl(step: StepResult) -> float | None:
     return step.kl_mean
 
+
+def _tail_mass(step: StepResult) -> float | None:
+    return step.learner.tail_mass if step.learner.tokens else None
+
+
+def _on_policy(value: Callable[[LearnerReport], float]) -> Callable[[StepResult], float | None]:
+    """A difference that older weights explain says nothing of the engines."""
+    return lambda step: value(step.learner) if step.learner.tokens and not step.staleness else None
+
+
+_OTHER_MODEL = (
+    "sampler and learner compute different models, and what is learnt is not what was sampled: compare the engines "
+    "(docs/numbers.md), take student.dtype = learner.dtype = float32 for a few steps; raise or null "
+    "guards.logprob_diff only where you know why"
+)
 
 _GUARDS = (
     _Guard(
@@ -111,6 +139,36 @@ _GUARDS = (
         "the student has learnt what it can, and fewer run.steps do",
         least=1e-3,
     ),
+    _Guard(
+        "logprob_diff",
+        "learner/logprob_diff_mean",
+        _on_policy(lambda report: report.logprob_diff_mean),
+        True,
+        _share,
+        _OTHER_MODEL,
+        tolerance=lambda t: t.mean,
+        at_once=True,
+        name="logprob_diff_mean",
+    ),
+    _Guard(
+        "logprob_diff",
+        "learner/logprob_diff_max",
+        _on_policy(lambda report: report.logprob_diff_max),
+        True,
+        _share,
+        _OTHER_MODEL,
+        tolerance=lambda t: t.max,
+        name="logprob_diff_max",
+    ),
+    _Guard(
+        "tail_mass",
+        "learner/tail_mass",
+        _tail_mass,
+        True,
+        lambda setting, _: setting,
+        "the KL sees this mass as one event, and not where in it the models differ: raise rollout.top_k_logprobs "
+        "(learner/top_k_for_99 would see 99 %)",
+    ),
 )
 
 
@@ -119,8 +177,9 @@ class Verdict:
     """What to do after a step: show `notes`, record `fired`, and end the run with `stop` if it is not None."""
 
     notes: tuple[str, ...]
-    fired: int  # guards whose metric has been beyond its limit for `guards.patience` steps or more
+    fired: int  # guards whose metric has been beyond its limit for as many steps as it takes
     stop: str | None
+    stop_fields: tuple[str, ...] = ()  # whose value is `stop`
 
 
 class CollapseGuards:
@@ -130,12 +189,14 @@ class CollapseGuards:
     the metric has been within its limit for `patience` steps in a row.
     """
 
-    def __init__(self, config: GuardsConfig) -> None:
+    def __init__(self, config: GuardsConfig, dtypes: tuple[str, str] = ("float32", "float32")) -> None:
+        """`dtypes`: the sampler's and the learner's."""
         self._config = config
+        self._dtypes, self._tolerance = dtypes, logprob_tolerance(*dtypes)
         self._first: dict[str, list[float]] = {}  # values of the first steps, by metric
-        self._beyond = {g.field: 0 for g in _GUARDS}  # steps in a row beyond the limit
-        self._within = {g.field: 0 for g in _GUARDS}  # and within it
-        self._said = {g.field: 0 for g in _GUARDS}  # lines since the metric was last within it for long
+        self._beyond = {g.key: 0 for g in _GUARDS}  # steps in a row beyond the limit
+        self._within = {g.key: 0 for g in _GUARDS}  # and within it
+        self._said = {g.key: 0 for g in _GUARDS}  # lines since the metric was last within it for long
 
     def observe(self, step: StepResult) -> Verdict:
         """Take the next step.
@@ -146,22 +207,26 @@ class CollapseGuards:
         values = {g.metric: g.value(step) for g in _GUARDS}
         seen = {name: v for name, v in values.items() if v is not None and math.isfinite(v)}
         notes: list[str] = []
-        fired: list[str] = []
+        fired = 0
+        stops: dict[str, str] = {}  # message: field of the action
         for guard in _GUARDS:
             if guard.metric not in seen or (limit := self._limit(guard)) is None:
                 continue
             value = seen[guard.metric]
             lines = self._count(guard, value > limit if guard.above else value < limit)
             text = self._message(guard, step.done, value, limit)
-            notes += [text] * lines
-            if self._beyond[guard.field] >= self._config.patience:
-                fired.append(text)
-        for name, value in seen.items():
+            has_fired = self._beyond[guard.key] >= self._patience(guard)
+            fired += has_fired
+            action = f"{guard.field}_action" if hasattr(self._config, f"{guard.field}_action") else "action"
+            if has_fired and getattr(self._config, action) == "stop":
+                stops[text] = f"guards.{action}"
+            else:
+                notes += [text] * lines
+        for name in {g.metric for g in _GUARDS if g.least is not None} & {*seen}:
             if len(first := self._first.setdefault(name, [])) < self._config.reference_steps:
-                first.append(value)
-        if fired and self._config.action == "stop":
-            return Verdict(tuple(n for n in notes if n not in fired), len(fired), "; ".join(fired))
-        return Verdict(tuple(notes), len(fired), None)
+                first.append(seen[name])
+        fields = tuple(dict.fromkeys(stops.values()))
+        return Verdict(tuple(notes), fired, "; ".join(stops) if stops else None, fields)
 
     def state(self) -> dict[str, Any]:
         """What has been seen so far, as JSON."""
@@ -178,7 +243,11 @@ class CollapseGuards:
     def _limit(self, guard: _Guard) -> float | None:
         """The guard's limit; None while it has none."""
         setting: float | None = getattr(self._config, guard.field)
-        if setting is None or guard.least is None:
+        if setting is None:
+            return None
+        if guard.tolerance is not None:
+            return guard.limit(setting, guard.tolerance(self._tolerance))
+        if guard.least is None:
             return setting
         first = self._first.get(guard.metric, [])
         if len(first) < self._config.reference_steps or self._reference(guard) < guard.least:
@@ -189,9 +258,12 @@ class CollapseGuards:
         values = self._first[guard.metric]
         return sum(values) / len(values)
 
+    def _patience(self, guard: _Guard) -> int:
+        return 1 if guard.at_once else self._config.patience
+
     def _count(self, guard: _Guard, beyond: bool) -> int:
         """Note whether the metric is beyond its limit; returns how many lines (0 or 1) are due."""
-        name, patience = guard.field, self._config.patience
+        name, patience = guard.key, self._patience(guard)
         self._beyond[name] = self._beyond[name] + 1 if beyond else 0
         self._within[name] = 0 if beyond else self._within[name] + 1
         if self._within[name] >= patience:
@@ -204,8 +276,10 @@ class CollapseGuards:
 
     def _message(self, guard: _Guard, step: int, value: float, limit: float) -> str:
         setting = getattr(self._config, guard.field)
-        count, origin = self._beyond[guard.field], ""
-        if guard.least is not None:
+        count, origin = self._beyond[guard.key], ""
+        if guard.tolerance is not None:
+            origin = " for a sampler in {} and a learner in {}".format(*self._dtypes)
+        elif guard.least is not None:
             first = f"the first {self._config.reference_steps} steps"
             origin = f", set by a mean of {self._reference(guard):.4g} over {first}"
         return (

@@ -47,11 +47,18 @@ class SkipsState(_Saved):
     total: Count = 0
 
 
+class TailState(_Saved):
+    """`TailReport`."""
+
+    said: float | None = None
+
+
 class WatchState(_Saved):
     """`StepGuards`."""
 
     guards: GuardsState = GuardsState()
     skips: SkipsState = SkipsState()
+    tail: TailState = TailState()
 
 
 class RunState(_Saved):

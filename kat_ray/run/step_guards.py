@@ -1,4 +1,7 @@
-"""Checks after every step: skipped steps in a row, and the collapse guards. Ends a run that is lost."""
+"""Checks after every step: skipped steps in a row, and the collapse guards. Ends a run that is lost.
+
+What the KL does not see of the student is said here too.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from kat_ray.run.batch_dump import StepBatch, dump_batch
 from kat_ray.run.collapse_guards import CollapseGuards
 from kat_ray.run.skipped_steps import SkipGuard
 from kat_ray.run.step_result import StepResult
+from kat_ray.run.tail_report import TailReport
 
 
 class StepGuards:
@@ -20,10 +24,12 @@ class StepGuards:
     def __init__(self, config: Config, run_dir: Path, note: Callable[[str], None]) -> None:
         self._dumps = run_dir / "dumps"
         self._note = note  # shows a line that stays
-        self._guards = CollapseGuards(config.guards)
+        self._guards = CollapseGuards(config.guards, (config.student.dtype, config.learner.dtype))
+        self._tail = TailReport(config.rollout.top_k_logprobs)
         self._skips = SkipGuard(config.learner.max_skipped_steps)
         self._step: StepResult | None = None  # the one that was checked last
         self._stop: str | None = None
+        self._stop_fields: tuple[str, ...] = ()
         self._skips_due = False
 
     @property
@@ -38,10 +44,12 @@ class StepGuards:
         self._skips_due = self._skips.observe(report.skipped, report.tokens)
         if report.skipped and self._skips.in_a_row == 1:
             self._note(f"step {step.done} was skipped: its loss or gradient was not finite")
+        if (line := self._tail.observe(step)) is not None:
+            self._note(line)
         verdict = self._guards.observe(step)
         for text in verdict.notes:
             self._note(text)
-        self._stop = verdict.stop
+        self._stop, self._stop_fields = verdict.stop, verdict.stop_fields
         return {"guards/fired": float(verdict.fired)}
 
     def end_if_due(self, batch: Callable[[], StepBatch | None], save: Callable[[], object]) -> None:
@@ -58,13 +66,15 @@ class StepGuards:
             done, report = self._step.done, self._step.learner.to_metrics()
             dump = None if content is None else dump_batch(self._dumps, done, content, report)
             raise self._skips.error(done, dump)
-        raise UserError(f"{self._stop}. The run was ended for guards.action = stop, after a checkpoint")
+        why = ", ".join(f"{field} = stop" for field in self._stop_fields)
+        raise UserError(f"{self._stop}. The run was ended for {why}, after a checkpoint")
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
-        return {"guards": self._guards.state(), "skips": self._skips.state()}
+        return {"guards": self._guards.state(), "skips": self._skips.state(), "tail": self._tail.state()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         self._guards.load_state(state["guards"])
         self._skips.load_state(state["skips"])
+        self._tail.load_state(state["tail"])

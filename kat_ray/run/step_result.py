@@ -32,12 +32,14 @@ class LearnerReport:
     micro_batches: int
     seconds: float
     skipped: bool
+    kl_hidden: float | None = None  # estimate of the KL within the tail, nats
+    top_k_for_99: int | None = None  # how long a top k holds 99 % of the student's mass
 
     def to_metrics(self) -> dict[str, float]:
-        """All fields but the version, which other metrics give."""
+        """All fields but the version, which other metrics give, and those that are not known."""
         figures = asdict(self)
         del figures["policy_version"]
-        return {f"learner/{name}": float(value) for name, value in figures.items()}
+        return {f"learner/{name}": float(value) for name, value in figures.items() if value is not None}
 
 
 @dataclass(frozen=True)

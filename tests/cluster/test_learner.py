@@ -50,6 +50,8 @@ def test_ranks_and_stages_do_what_one_rank_does(one_rank, models, world_size, st
         assert other.loss == pytest.approx(report.loss, rel=1e-4)
         assert other.grad_norm == pytest.approx(report.grad_norm, rel=1e-3)
         assert (other.tokens, other.dropped_tokens) == (report.tokens, 0)
+        assert other.kl_hidden == pytest.approx(report.kl_hidden, rel=1e-3)
+        assert other.top_k_for_99 == pytest.approx(report.top_k_for_99, rel=0.2), "each rank takes a sample"
     for name, value in expected.items():
         np.testing.assert_allclose(weights[name], value, atol=2e-4 * moved / 1e-3, err_msg=name)
 
@@ -95,6 +97,22 @@ def test_one_rank_does_what_plain_torch_does(one_rank, models, tmp_path):
         assert report.grad_norm == pytest.approx(norm.item(), rel=1e-3)
     for name, value in student.state_dict().items():
         np.testing.assert_allclose(weights[name], value.numpy(), atol=2e-5, err_msg=name)
+
+
+def test_the_report_says_what_the_tail_hides(one_rank, models, tmp_path):
+    student = make_model(tmp_path, seed=1)
+    chunk, teacher, kept = step_of(models, random_rollouts(7, seed=0))
+    rows = collect_samples([chunk], [teacher], kept)
+    masses = []
+    for row in rows:
+        ids = torch.from_numpy(np.concatenate([row.prompt_ids, row.token_ids]).astype(np.int64))[None]
+        with torch.no_grad():
+            masses.append(student(ids).logits[0, len(row.prompt_ids) - 1 : -1].softmax(-1).sort(-1, True).values)
+    mean = torch.cat(masses).cumsum(-1).mean(0)
+    report = one_rank[0][0]
+    assert report.tail_mass == pytest.approx(1 - mean[rows[0].topk_ids.shape[1] - 1].item(), abs=1e-4)
+    assert mean[report.top_k_for_99 - 1] == pytest.approx(0.99, abs=0.02), "from eight of the tokens"
+    assert report.kl_hidden > 0
 
 
 @pytest.mark.integration

@@ -1,8 +1,11 @@
 """The code leaves the records that it left before it was laid out anew, to the bit."""
 
+import copy
+import json
+
 import pytest
 
-from tests.golden.runs import STEPS, compare, differences, record, run
+from tests.golden.runs import FOLDER, STEPS, compare, differences, record, run
 
 
 @pytest.mark.parametrize(
@@ -12,6 +15,17 @@ from tests.golden.runs import STEPS, compare, differences, record, run
 @pytest.mark.usefixtures("own_ray")
 def test_a_recorded_run_comes_out_again(name, tmp_path):
     assert compare(name, record(run(name, tmp_path), STEPS[name])) == []
+
+
+def test_a_metric_that_is_newer_than_the_recording_is_left_out_and_no_other():
+    golden = json.loads((FOLDER / "stub.json").read_text())
+    newer = copy.deepcopy(golden)
+    for line in newer["metrics"]:
+        line["learner/of_tomorrow"] = 1.0
+    assert compare("stub", newer) == []
+    lost = copy.deepcopy(golden)
+    del lost["metrics"][-1]["kl/mean"]
+    assert len(compare("stub", lost)) == 1
 
 
 def test_a_difference_in_the_last_bit_is_found():

@@ -23,9 +23,8 @@ from kat_ray.run.step_result import LearnerReport
 from kat_ray.types.records import KeptRollout, WeightUpdate
 
 _PRIME = 2**61 - 1
-_FIGURES = (
-    "loss", "grad_norm", "lr", "logprob_diff_mean", "logprob_diff_max", "entropy", "tail_mass", "stop_mass",
-)  # fmt: skip
+_FIGURES = ("loss", "grad_norm", "lr", "entropy", "stop_mass")
+_NONE = ("logprob_diff_mean", "logprob_diff_max", "tail_mass")
 
 
 @dataclass
@@ -99,7 +98,7 @@ class StubLearner:
             tokens = self._work(sum(len(row.token_ids) for row in rows))
             self._weights = (self._weights * 31 + self._work(own)) % _PRIME
         assert tokens == global_weight, (tokens, global_weight)
-        fixed = dict.fromkeys(_FIGURES, 0.5)
+        fixed = dict.fromkeys(_FIGURES, 0.5) | dict.fromkeys(_NONE, 0.0)
         return LearnerReport(
             policy_version, tokens=tokens, dropped_tokens=0, micro_batches=1, seconds=0.1, skipped=False, **fixed
         )

@@ -1,17 +1,22 @@
 """Checkpoints, evaluations, rollouts sampled ahead: when, and what a failure leaves. No actors."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import ObjectLostError
 
 from actors.cluster.signals import Preempted
+from actors.driver import train as train_module
 from actors.driver.checkpointing import CheckpointWriter
 from actors.driver.evaluation import EvaluationSchedule
 from actors.driver.prefetch import Prefetch
 from kat_ray.config import RunConfig
+from kat_ray.models.inspect import ModelFacts, ModelInfo
+from kat_ray.models.shape import ModelShape
 from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.checkpoint import Checkpoints, FileDigest
+from tests.support.configs import make_config
 
 LOST = ObjectLostError("0" * 56, "nowhere", "here")
 
@@ -156,3 +161,22 @@ def test_cancelling_forgets_what_was_sampled_ahead(ahead):
         made.wait()
     assert made.cancel() is not ahead
     assert made.get(1, "b") == (1, "b", "done")
+
+
+def test_a_run_begins_with_what_differs_what_is_slow_and_what_will_not_fit(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(train_module, "gpu_memory", lambda: None)
+    monkeypatch.setattr(train_module, "cpu_flags", lambda: frozenset({"avx2"}))
+    info = ModelInfo("m", "LlamaForCausalLM", 1000, 4096, (1,), True, 10**6, "F32", ModelShape(3, 10, 20))
+    prompts = SimpleNamespace(longest=10, skipped_too_long=0, source="prompts.jsonl")
+    prepared = SimpleNamespace(facts=ModelFacts(info, info, None, (1,), ()), train=prompts, heldout=None)
+
+    def notes(free, **sections):
+        monkeypatch.setattr(train_module, "free_memory", lambda: free)
+        return [note.split(" ")[0] for note in train_module._notes(make_config("s", "t", **sections), prepared)]
+
+    assert notes(2**40) == []
+    mixed = {"learner": {"dtype": "bfloat16"}}
+    assert notes(10**6, **mixed) == ["student.dtype", "learner.dtype", "memory:"]
+    joined = {"cluster": {"address": "auto"}}
+    assert notes(10**6, **mixed, **joined) == ["student.dtype"], "the models are loaded elsewhere"

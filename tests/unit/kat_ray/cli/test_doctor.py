@@ -89,9 +89,23 @@ def test_memory_that_is_not_there(files):
     from kat_ray.models.inspect import check_models
 
     facts = check_models(config(files))
-    small = list(doctor._memory_needed(config(files), facts, free=10**6, gpus=0))
-    assert levels(small) == {"memory": "warn"}
-    assert list(doctor._memory_needed(config(files), facts, free=10**6, gpus=1)) == []
+    small = list(doctor._memory_needed(config(files), facts, 70, free=10**6, gpu=None))
+    assert levels(small) == {"memory": "warn"} and "lower learner.micro_batch_tokens" in text(small, "memory")
+    assert list(doctor._memory_needed(config(files), facts, 70, free=10**6, gpu=10**6)) == []
+    on_gpu = config(files, learner={"num_gpus": 1})
+    assert levels(doctor._memory_needed(on_gpu, facts, 70, free=1, gpu=10**6)) == {"GPU memory": "warn"}
+    assert levels(doctor._memory_needed(on_gpu, facts, 70, free=1, gpu=80 * GIB)) == {"GPU memory": "ok"}
+
+
+def test_a_micro_batch_that_is_not_there(files):
+    from kat_ray.models.inspect import check_models
+
+    wide = config(files, rollout={"prompts_per_step": 4096, "max_tokens": 200})
+    facts = check_models(wide)
+    (few,) = doctor._memory_needed(config(files), facts, 70, free=100 * 2**20, gpu=None)
+    (check,) = doctor._memory_needed(wide, facts, 210, free=100 * 2**20, gpu=None)
+    assert (few.level, check.level) == ("ok", "warn")
+    assert "a micro-batch of 16384 tokens; learner.micro_batch_tokens = 16384)" in check.text
 
 
 @pytest.mark.parametrize(
@@ -202,7 +216,7 @@ def test_report_and_exit_code(monkeypatch, level, code):
 
 def test_a_cluster_is_not_judged_by_the_machine_that_submits(files, monkeypatch):
     """It has no GPU and little memory, and a path of the cluster's is not there."""
-    monkeypatch.setattr(doctor, "_memory", lambda: 1)
+    monkeypatch.setattr(doctor, "free_memory", lambda: 1)
     monkeypatch.setattr(doctor, "_version", {"ray": "2.60.0", "torch": "2.13.0", "transformers": "5.19.0"}.get)
     there = config(files, sampler={"num_gpus": 1}, run={"dir": "/proc/nowhere"})
     cluster = ClusterSeen("2.60.0", [Node("head", {"CPU": 8.0, "GPU": 1.0}, {})])
@@ -243,7 +257,7 @@ def test_a_cluster_of_another_ray(theirs, level):
 
 def test_machine_is_described():
     assert {"machine", "python"} <= set(levels(doctor._machine()))
-    assert 0 < doctor._memory() < 2**50
+    assert 0 < doctor.free_memory() < 2**50
 
 
 def test_without_torch_the_rest_is_still_reported(files, monkeypatch):

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from kat_ray.config import GuardsConfig
 from kat_ray.data.batch import collect_samples
 from kat_ray.errors import UserError
+from kat_ray.models.tolerance import logprob_tolerance
 from kat_ray.observability.metric_catalog import METRICS
 from kat_ray.run.batch_dump import StepBatch, dump_batch
 from kat_ray.run.collapse_guards import CollapseGuards
@@ -122,6 +123,61 @@ def test_relative_limits_wait_for_their_reference_and_need_one():
     assert guards.observe(step(5, HEALTHY | {"kl/mean": 9.7})).fired == 1, "3 x (0.4 + 9 + 0.2) / 3 = 9.6"
     same = CollapseGuards(config)  # teacher and student are one model: noise has no scale
     assert not any(same.observe(step(i, HEALTHY | {"kl/mean": 1e-7 * (-1) ** i})).fired for i in range(20))
+
+
+def diffs(values, metric="logprob_diff_mean", staleness=0, dtypes=("float32", "float32"), **settings):
+    """Verdicts for steps whose learner and sampler differ by these."""
+    guards = CollapseGuards(GuardsConfig(**{"patience": 3} | settings), dtypes)
+    made = (replace(step(i, HEALTHY | {f"learner/{metric}": v}), staleness=staleness) for i, v in enumerate(values))
+    return [guards.observe(s) for s in made]
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")]
+)
+def test_engines_that_differ_by_more_than_rounding_end_the_run(dtypes):
+    bound = logprob_tolerance(*dtypes)
+    within, beyond = diffs([0.99 * bound.mean], dtypes=dtypes), diffs([1.01 * bound.mean], dtypes=dtypes)
+    assert within[0].stop is None and not within[0].notes and not within[0].fired
+    words = beyond[0].stop
+    assert words.startswith("guards.logprob_diff = 1: learner/logprob_diff_mean is ") and beyond[0].fired == 1
+    assert f"for a sampler in {dtypes[0]} and a learner in {dtypes[1]}, for 1 step in a row" in words
+    assert beyond[0].stop_fields == ("guards.logprob_diff_action",) and not beyond[0].notes
+    largest = diffs([1.01 * bound.max] * 3, "logprob_diff_max", dtypes=dtypes)
+    assert [v.stop is not None for v in largest] == [False, False, True], "one token in a batch may be far out"
+    assert len(largest[1].notes) == 1 and not largest[0].notes
+
+
+def test_a_difference_that_older_weights_explain_says_nothing():
+    assert not any(v.notes or v.fired or v.stop for v in diffs([9.0] * 9, staleness=1))
+    assert diffs([9.0])[0].stop, "the first step of such a run is sampled from the learner's own weights"
+
+
+def test_the_difference_can_be_told_only_or_not_at_all():
+    told = diffs([9.0, 9.0], logprob_diff_action="warn")
+    assert [len(v.notes) for v in told] == [1, 0] and [v.fired for v in told] == [1, 1] and not told[0].stop
+    assert not any(v.notes or v.fired for v in diffs([9.0] * 9, logprob_diff=None))
+    assert not diffs([9.0], logprob_diff=1e6)[0].fired
+    assert diffs([9.0], action="warn")[0].stop, "it has an action of its own"
+
+
+def test_a_tail_that_hides_much_is_told_and_ends_no_run_unless_asked_to():
+    series = [{"learner/tail_mass": 0.27}] * 4
+    told = watch(series, action="stop")
+    assert [len(v.notes) for v in told[4:]] == [0, 1, 0, 1] and told[-1].fired == 1 and told[-1].stop is None
+    assert "guards.tail_mass = 0.1: learner/tail_mass is 0.27 at step 8, above 0.1" in told[-1].notes[0]
+    assert "rollout.top_k_logprobs" in told[-1].notes[0]
+    ended = watch(series, tail_mass_action="stop")[-1]
+    assert ended.stop_fields == ("guards.tail_mass_action",)
+    assert not watch([{"learner/tail_mass": 0.099}] * 9)[-1].fired
+
+
+def test_two_guards_that_fire_at_once_are_each_treated_by_their_own_action():
+    guards = CollapseGuards(GuardsConfig(patience=1))
+    both = step(1, HEALTHY | {"learner/tail_mass": 0.5, "learner/logprob_diff_mean": 1.0})
+    verdict = guards.observe(replace(both, staleness=0))
+    assert len(verdict.notes) == 1 and "tail_mass" in verdict.notes[0] and "logprob_diff_mean" in verdict.stop
+    assert verdict.fired == 2
 
 
 @given(
@@ -270,11 +326,23 @@ def test_the_watch_ends_the_run_for_a_guard_after_a_checkpoint(tmp_path):
     guards = {"action": "stop", "patience": 2, "max_tokens_share": 0.5}
     watched = StepGuards(make_config("s", "t", guards=guards), tmp_path, lines.append)
     full = HEALTHY | {"rollout/max_tokens_share": 0.75}
-    assert watched.check(step(1, full)) == {"guards/fired": 0.0} and len(lines) == 1
+    assert watched.check(step(1, full)) == {"guards/fired": 0.0} and len(lines) == 2, "the tail's line, a guard's"
     watched.end_if_due(a_batch, lambda: saved.append(1))
-    assert watched.check(step(2, full)) == {"guards/fired": 1.0} and len(lines) == 1
+    assert watched.check(step(2, full)) == {"guards/fired": 1.0} and len(lines) == 2
     with pytest.raises(
         UserError, match=r"max_tokens_share is 0.75 at step 2, above 0.5, for 2 steps.*after a checkpoin"
     ):
         watched.end_if_due(a_batch, lambda: saved.append(2))
     assert saved == [2] and not (tmp_path / "dumps").exists()
+
+
+def test_the_watch_knows_the_data_types_and_names_the_action_that_ended_the_run(tmp_path):
+    lines = []
+    for dtype, ends in (("float32", True), ("bfloat16", False)):
+        watched = StepGuards(make_config("s", "t", learner={"dtype": dtype}), tmp_path, lines.append)
+        watched.check(replace(step(1, HEALTHY | {"learner/logprob_diff_mean": 0.04}), staleness=0))
+        if ends:
+            with pytest.raises(UserError, match=r"for guards.logprob_diff_action = stop, after a checkpoint"):
+                watched.end_if_due(a_batch, lambda: None)
+        else:
+            watched.end_if_due(a_batch, lambda: None)

@@ -12,6 +12,7 @@ from kat_ray.run.collapse_guards import CollapseGuards
 from kat_ray.run.skipped_steps import SkipGuard
 from kat_ray.run.state import RunState
 from kat_ray.run.summary import Totals
+from kat_ray.run.tail_report import TailReport
 from kat_ray.types.records import StopReason
 
 # As a run of commit 3aa4268 wrote it after two steps.
@@ -43,7 +44,8 @@ def test_a_checkpoint_without_a_version_is_read_whole(tmp_path):
     assert (state.done, state.evaluated, state.seconds) == (2, 0, 12.5)
     assert state.evaluations["before"] == EvalResult(0.5, 1.0, 2, 1, 7.5, 0.0, right=(1,))
     assert state.totals.ended == {StopReason.EOS: 3, StopReason.MAX_TOKENS: 1}
-    assert state.to_json() == AT_3AA4268 | {"version": 1}
+    watch = AT_3AA4268["watch"] | {"tail": {"said": None}}
+    assert state.to_json() == AT_3AA4268 | {"version": 1, "watch": watch}
 
 
 def test_what_is_written_is_read_back_the_same(tmp_path):
@@ -65,7 +67,9 @@ def test_the_parts_go_on_from_their_states():
     guards.load_state(state.watch.guards.model_dump())
     skips.load_state(state.watch.skips.model_dump())
     assert guards.state()["first"] == {"kl/mean": [0.5, 0.25]} and skips.state() == {"in_a_row": 1, "total": 1}
-    watch = {"guards": guards.state(), "skips": skips.state()}
+    tail = TailReport(64)
+    tail.load_state(state.watch.tail.model_dump())
+    watch = {"guards": guards.state(), "skips": skips.state(), "tail": tail.state()}
     assert RunState(watch=watch, totals=Totals().state()).to_json()["watch"] == watch
 
 

@@ -1,0 +1,122 @@
+"""What a run's models take of the memory, estimated from their sizes before anything is loaded: docs/numbers.md.
+
+Left out: what libraries take beside it (contexts of a GPU, fragments, Ray itself: some GiB in all), and samplers
+and scorers on a GPU, whose vLLM takes a share of the memory that is a field of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kat_ray.config import Config, LearnerConfig
+from kat_ray.models.inspect import ModelFacts, ModelInfo
+
+GIB = 2**30
+MAKE_IT_FIT = (
+    "lower learner.micro_batch_tokens or learner.logits_chunk_tokens, set learner.gradient_checkpointing, or take "
+    "more ranks (learner.world_size, learner.zero_stage)"
+)
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Bytes of a parameter in a rank of the learner: its weight and gradient, and what ZeRO divides among the ranks, an
+# fp32 master and two Adam moments.
+_WHOLE, _DIVIDED = 6, 12
+# What autograd keeps of a token in a layer: of the two norms, attention and the residual stream in hidden sizes, of
+# a gated MLP in its widths.
+_HIDDEN_KEPT, _MLP_KEPT = 11, 4
+# float32 logits of a chunk, their gradient in the weights' type, and one more while they are turned into the other.
+_LOGITS_KEPT = 3
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The largest micro-batch of a rank."""
+
+    tokens: int  # padding included
+    bytes: float
+
+
+def micro_batch(config: Config, student: ModelInfo, longest: int) -> MicroBatch | None:
+    """The largest that a step can have, `longest` tokens being prompt and answer; None where sizes are not known.
+
+    `learner.micro_batch_tokens`, more where one rollout is longer, less where a rank's whole step is smaller.
+    """
+    learner = config.learner
+    rollouts = math.ceil(config.rollout.rollouts_per_step / learner.world_size)
+    tokens = min(max(learner.micro_batch_tokens, longest), rollouts * longest)
+    per_token = _bytes_of_a_token(student, learner)
+    if per_token is None:
+        return None
+    chunk = min(learner.logits_chunk_tokens, tokens)
+    return MicroBatch(tokens, tokens * per_token + chunk * student.vocabulary * 4.0 * _LOGITS_KEPT)
+
+
+def learner_bytes(config: Config, parameters: int) -> float:
+    """Weights, gradients and optimiser of one rank."""
+    ranks = config.learner.world_size if config.learner.zero_stage else 1
+    return parameters * (_WHOLE + _DIVIDED / ranks)
+
+
+def memory_needed(
+    config: Config, facts: ModelFacts, longest: int, gpu: int | None
+) -> Iterator[tuple[str, float, str]]:
+    """(where, bytes, what of) by each memory: "memory" of the machine, "GPU memory" of a rank of the learner.
+
+    `gpu` is a GPU's memory, None without one. Nothing where the number of parameters is not known.
+    """
+    student, teacher = facts.student.parameters, facts.teacher.parameters
+    if student is None or teacher is None:
+        return
+    batch = micro_batch(config, facts.student, longest)
+    rank = learner_bytes(config, student) + (batch.bytes if batch else 0.0)
+    words = "" if batch is None else _words(config, batch)
+    if config.learner.num_gpus:
+        if gpu is not None:
+            yield "GPU memory", rank, f"a rank of the learner{words}"
+        return
+    if gpu is not None:  # the machine's memory is then not what the engines use
+        return
+    sampler = config.sampler
+    rest = sampler.bounds[1] * (student * _BYTES[config.student.dtype] + sampler.kv_cache_gib * GIB)
+    rest += config.scorer.bounds[1] * teacher * _BYTES[config.teacher.dtype]
+    total = config.learner.world_size * rank + rest
+    yield "memory", total, f"weights, optimiser, KV caches and micro-batches{words}"
+
+
+def memory_notes(config: Config, facts: ModelFacts, longest: int, free: int, gpu: int | None) -> Iterator[str]:
+    """A line for each memory that is too small."""
+    have = free if gpu is None else gpu
+    for _, needed, what in memory_needed(config, facts, longest, gpu):
+        if needed > have:
+            yield f"memory: {memory_text(needed, what, have)}: it will not fit; {MAKE_IT_FIT}"
+
+
+def gpu_memory() -> int | None:
+    """Bytes of this machine's first GPU; None without one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def memory_text(needed: float, what: str, free: int) -> str:
+    """One line, whether or not it fits."""
+    return f"{what} take about {needed / GIB:.1f} of {free / GIB:.1f} GiB"
+
+
+def _words(config: Config, batch: MicroBatch) -> str:
+    return (
+        f" ({batch.bytes / GIB:.1f} GiB of it a micro-batch of {batch.tokens} tokens; learner.micro_batch_tokens = "
+        f"{config.learner.micro_batch_tokens})"
+    )
+
+
+def _bytes_of_a_token(student: ModelInfo, learner: LearnerConfig) -> float | None:
+    shape = student.shape
+    if shape is None:
+        return None
+    size = _BYTES[learner.dtype]
+    layer = (_HIDDEN_KEPT * shape.hidden + _MLP_KEPT * shape.mlp) * size
+    if learner.gradient_checkpointing:  # each layer's input, and one layer at a time
+        return shape.layers * shape.hidden * size + layer
+    return float(shape.layers * layer)
