@@ -26,6 +26,7 @@ from kat_ray.observability.timeline import Span, Timeline
 from kat_ray.types.records import (
     EngineRows,
     GenerateRequest,
+    SampleCheck,
     SampledRollout,
     SamplerReport,
     SamplingSettings,
@@ -51,6 +52,9 @@ class Engine(Protocol):
 
     def load_weights(self, update: WeightUpdate) -> None:
         """Replace the weights; no request may be running."""
+
+    def clear_cache(self) -> None:
+        """Drop what is cached of prompts; no request may be running."""
 
 
 EngineMaker = Callable[[SamplerSettings], Engine]
@@ -134,15 +138,37 @@ class StudentSampler:
         """Complete prompts for an evaluation, without scoring: each answer's token ids, stop id included."""
         if version != self._version:
             raise StateLost(f"{self._name} holds version {self._version}, not {version}: its process is new")
-        answers: dict[str, list[int]] = {f"complete-{i}": [] for i in range(len(prompts))}
-        with self._heartbeat.busy("complete"), self._idle_after(answers):
-            for name, prompt, seed in zip(answers, prompts, seeds, strict=True):
+        answers: list[list[int]] = [[] for _ in prompts]
+        for i, rows in self._sampled("complete", prompts, seeds, settings):
+            answers[i].extend(rows.token_ids)
+        return answers
+
+    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int, seed: int) -> list[SampleCheck]:
+        """Sample `max_tokens` tokens after each prompt, all prompts together, with the weights held now.
+
+        On the path that rollouts take. For between two steps; nothing is left in the engine or its cache. Prompt i
+        draws with the seed `seed + i`.
+        """
+        settings = SamplingSettings(max_tokens, 1.0, 1.0, logprobs=1, stop_ids=(), prompt_logprobs=True)
+        parts: list[list[EngineRows]] = [[] for _ in prompts]
+        seeds = range(seed, seed + len(prompts))
+        for i, rows in self._sampled("check", prompts, seeds, settings):
+            parts[i].append(rows)
+        self._engine.clear_cache()
+        return [_joined(part) for part in parts]
+
+    def _sampled(
+        self, what: str, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: SamplingSettings
+    ) -> Iterator[tuple[int, EngineRows]]:
+        """Sample after all prompts to the end: each prompt's number with the rows of it, as they come."""
+        numbers = {f"{what}-{i}": i for i in range(len(prompts))}
+        with self._heartbeat.busy(what), self._idle_after(numbers):
+            for name, prompt, seed in zip(numbers, prompts, seeds, strict=True):
                 self._engine.add(name, prompt, seed, settings)
             while self._engine.running:
                 for rows in self._engine.step():
-                    answers[rows.request_id].extend(rows.token_ids)
+                    yield numbers[rows.request_id], rows
                 self._heartbeat.beat()
-        return list(answers.values())
 
     @contextmanager
     def _idle_after(self, requests: Collection[str]) -> Iterator[None]:
@@ -152,6 +178,16 @@ class StudentSampler:
         except BaseException:
             self._engine.abort(list(requests))
             raise
+
+
+def _joined(parts: Sequence[EngineRows]) -> SampleCheck:
+    columns = [rows.logprobs[:, 0] for rows in parts if rows.logprobs is not None and rows.token_ids]
+    of_prompt = [rows.prompt_logprobs for rows in parts if rows.prompt_logprobs is not None]
+    return SampleCheck(
+        token_ids=np.array([token for rows in parts for token in rows.token_ids], dtype=np.int32),
+        logprobs=np.concatenate([np.zeros(0), *columns]).astype(np.float32),
+        prompt_logprobs=of_prompt[0] if of_prompt else None,
+    )
 
 
 class _Generation:

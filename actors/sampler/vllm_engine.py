@@ -76,7 +76,9 @@ class VllmEngine:
             top_p=settings.top_p,
             max_tokens=settings.max_tokens,
             logprobs=settings.logprobs or None,
+            prompt_logprobs=0 if settings.prompt_logprobs else None,  # 0 besides the prompt's own token
             stop_token_ids=list(settings.stop_ids),
+            ignore_eos=not settings.stop_ids,  # else vLLM ends it at the model's own end of text
             seed=seed,
             detokenize=False,
         )
@@ -102,7 +104,15 @@ class VllmEngine:
         """Replace the weights in place. No request may be running: its KV cache would be stale."""
         assert not self._running, f"{len(self._running)} requests are running while weights are loaded"
         self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors_of(update)})
-        self._engine.reset_prefix_cache()
+        self.clear_cache()
+
+    def clear_cache(self) -> None:
+        """Drop what is cached of prompts. No request may be running."""
+        if not self._engine.reset_prefix_cache():
+            raise RuntimeError(
+                "vLLM did not clear its prefix cache: it still holds blocks of requests, though none is running; "
+                "what is cached would be used under other weights"
+            )
 
     def close(self) -> None:
         self._core.shutdown()
@@ -116,7 +126,9 @@ def _rows(output: EngineCoreOutput) -> EngineRows:
         end = _ENDS.get(output.finish_reason, EngineEnd.FAILED)
     logprobs = output.new_logprobs
     ids, values = (None, None) if logprobs is None else (logprobs.logprob_token_ids, logprobs.logprobs)
-    return EngineRows(output.request_id, output.new_token_ids, ids, values, end)
+    prompt = output.new_prompt_logprobs_tensors
+    of_prompt = None if prompt is None else prompt.logprobs[:, 0].numpy()
+    return EngineRows(output.request_id, output.new_token_ids, ids, values, end, of_prompt)
 
 
 def tensors_of(update: WeightUpdate) -> Iterator[tuple[str, torch.Tensor]]:

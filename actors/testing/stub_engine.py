@@ -83,6 +83,9 @@ class StubEngine:
     def load_weights(self, update: WeightUpdate) -> None:
         """There are none."""
 
+    def clear_cache(self) -> None:
+        """There is none."""
+
 
 def stub_engine(settings: SamplerSettings) -> StubEngine:
     """A `make_engine` of StudentSampler; `model_dir` is the size of the vocabulary."""

@@ -293,13 +293,17 @@ class SamplerReport:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How one kind of request is sampled. `logprobs` = 0 asks for none."""
+    """How one kind of request is sampled.
+
+    `logprobs` = 0 asks for none. Without `stop_ids` only `max_tokens` ends it.
+    """
 
     max_tokens: int
     temperature: float
     top_p: float
     logprobs: int
     stop_ids: tuple[int, ...]
+    prompt_logprobs: bool = False  # those of the prompt's own tokens, too
 
 
 class EngineRows(NamedTuple):
@@ -310,3 +314,15 @@ class EngineRows(NamedTuple):
     topk_ids: IntArray | None  # [n, 1 + k], the sampled token first; None if none were asked for
     logprobs: FloatArray | None  # [n, 1 + k]
     end: EngineEnd
+    prompt_logprobs: FloatArray | None = None  # [P - 1], once, with the first token, where they were asked for
+
+
+@dataclass(frozen=True)
+class SampleCheck:
+    """What an engine sampled for one prompt, to be compared with a plain forward; natural logs at temperature 1."""
+
+    token_ids: IntArray  # [T] int32, the tokens that it drew
+    logprobs: FloatArray  # [T] float32, of these tokens
+    prompt_logprobs: (
+        FloatArray | None
+    )  # [P - 1] float32, of the prompt's tokens but for the first; None: no report
