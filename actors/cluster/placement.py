@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from kat_ray.cluster.devices import environment_of
 from kat_ray.cluster.roles import Node, Role, place, roles_of
 from kat_ray.config import Config
 from kat_ray.config.cluster import PlacementConfig
@@ -45,7 +46,7 @@ def environments(config: Config) -> dict[str, dict[str, str]]:
 def _env(placement: PlacementConfig) -> dict[str, str]:
     # Set before torch is imported: OpenMP reads them once. Threads that wait must not spin: where a core is shared,
     # a barrier then lasts as long as the other process's time slice (measured: a step of 0.2 s took 7 s).
-    return {
+    return environment_of(placement.num_gpus) | {
         "OMP_NUM_THREADS": str(placement.threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
@@ -67,7 +68,7 @@ def _sampler_env(config: Config) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
     }
-    if config.sampler.enforce_eager:
+    if config.sampler.eager:
         # vLLM compiles its token-rank function even so: 14 s at the first start, and a compiler needed.
         env["TORCHDYNAMO_DISABLE"] = "1"
     return env

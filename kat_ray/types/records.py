@@ -323,6 +323,4 @@ class SampleCheck:
 
     token_ids: IntArray  # [T] int32, the tokens that it drew
     logprobs: FloatArray  # [T] float32, of these tokens
-    prompt_logprobs: (
-        FloatArray | None
-    )  # [P - 1] float32, of the prompt's tokens but for the first; None: no report
+    prompt_logprobs: FloatArray | None  # [P - 1] float32, of the prompt's tokens but for the first; None: no report

@@ -66,5 +66,7 @@ def test_a_check_sees_published_weights(models, sampler):
     model = make_model(models["student"][0] + "-changed", seed=7)
     ray.get(sampler.load_weights.remote(StudentModel(model).weight_update(1, torch.float32)), timeout=60)
     assert_is(model, sampler)
-    ray.get(sampler.load_weights.remote(StudentModel(models["student"][1]).weight_update(2, torch.float32)), timeout=60)
+    ray.get(
+        sampler.load_weights.remote(StudentModel(models["student"][1]).weight_update(2, torch.float32)), timeout=60
+    )
     assert_is(models["student"][1], sampler)
