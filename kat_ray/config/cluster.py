@@ -86,7 +86,7 @@ class SamplerConfig(PoolConfig):
     """Share of a GPU's memory that vLLM takes; not used on a CPU."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """KV cache of an engine on a CPU, GiB; not used on a GPU."""
-    enforce_eager: Resumable[bool | None] = None
+    enforce_eager: bool | None = None
     """Run without graph capture or compilation; null does so on a CPU only. On a GPU an eager engine starts sooner
     and generates more slowly."""
 
