@@ -68,6 +68,9 @@ def _sampler_env(config: Config) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
     }
+    if config.sampler.tensor_parallel_size > 1 and not config.sampler.num_gpus:
+        # vLLM would bind each of an engine's processes to a NUMA node of its own, and refuse where there are fewer.
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     if config.sampler.eager:
         # vLLM compiles its token-rank function even so: 14 s at the first start, and a compiler needed.
         env["TORCHDYNAMO_DISABLE"] = "1"

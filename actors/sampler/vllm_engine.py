@@ -58,6 +58,8 @@ class VllmEngine:
             seed=seed,
             **_memory(sampler, max_model_len, device),
         )
+        if device == "cpu" and args.create_model_config().has_inner_state:
+            args.enable_prefix_caching = False  # states are cached at a block's end, where vLLM splits prompts
         self._model_path = model.path
         self._engine = LLMEngine.from_engine_args(args)
         self._core = self._engine.engine_core
