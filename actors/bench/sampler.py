@@ -125,7 +125,7 @@ def _bare(
         max_model_len=MAX_POSITIONS,
         max_num_seqs=sampler.max_num_seqs,
         max_num_batched_tokens=sampler.max_num_batched_tokens,
-        enforce_eager=sampler.enforce_eager,
+        enforce_eager=sampler.eager,
         kv_cache_memory_bytes=int(sampler.kv_cache_gib * 2**30),
         disable_log_stats=True,
         seed=0,

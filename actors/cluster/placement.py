@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from kat_ray.cluster.devices import environment_of
 from kat_ray.cluster.machine import own_cores
 from kat_ray.cluster.roles import Node, Role, place, roles_of
 from kat_ray.cluster.threads import threads_of
@@ -35,18 +36,17 @@ _RETURNS_IN_STORE = {"RAY_max_direct_call_object_size": "0"}
 
 def environments(config: Config, threads: Mapping[str, int]) -> dict[str, dict[str, str]]:
     """Environment of each role's processes, by the role's threads."""
-    return {
-        "learner": _env(threads["learner"]) | _learner_env(config),
-        "sampler": _env(threads["sampler"]) | _sampler_env(config),
-        "scorer": _env(threads["scorer"]) | _RETURNS_IN_STORE,
-        "monitor": _env(threads["monitor"]),
-    }
+    own = {name: _env(getattr(config, name).num_gpus, threads[name]) for name in threads}
+    own["learner"] |= _learner_env(config)
+    own["sampler"] |= _sampler_env(config)
+    own["scorer"] |= _RETURNS_IN_STORE
+    return own
 
 
-def _env(threads: int) -> dict[str, str]:
+def _env(num_gpus: float, threads: int) -> dict[str, str]:
     # Set before torch is imported: OpenMP reads them once. Threads that wait must not spin: where a core is shared,
     # a barrier then lasts as long as the other process's time slice (measured: a step of 0.2 s took 7 s).
-    return {
+    return environment_of(num_gpus) | {
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
@@ -65,7 +65,10 @@ def _sampler_env(config: Config) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
         "VLLM_NO_USAGE_STATS": "1",
     }
-    if config.sampler.enforce_eager:
+    if config.sampler.tensor_parallel_size > 1 and not config.sampler.num_gpus:
+        # vLLM would bind each of an engine's processes to a NUMA node of its own, and refuse where there are fewer.
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    if config.sampler.eager:
         # vLLM compiles its token-rank function even so: 14 s at the first start, and a compiler needed.
         env["TORCHDYNAMO_DISABLE"] = "1"
     return env

@@ -12,9 +12,14 @@ import torch
 from numpy.typing import NDArray
 
 
-def rendezvous(host: str, port: int, listener: socket.socket | None, rank: int, world_size: int) -> None:
-    """Form the process group at this address; rank 0 brings the `listener` there, which its store closes."""
-    on_gpu = torch.cuda.is_available()
+def rendezvous(
+    host: str, port: int, listener: socket.socket | None, rank: int, world_size: int, device: torch.device
+) -> None:
+    """Form the process group at this address; rank 0 brings the `listener` there, which its store closes.
+
+    Ranks on GPUs speak NCCL, others gloo.
+    """
+    on_gpu = device.type == "cuda"
     os.environ.update(
         MASTER_ADDR=host,
         MASTER_PORT=str(port),
@@ -37,7 +42,7 @@ def rendezvous(host: str, port: int, listener: socket.socket | None, rank: int, 
         world_size=world_size,
         timeout=deepspeed.constants.default_pg_timeout,
         # As DeepSpeed does it: NCCL connects now, not in the first collective.
-        device_id=torch.device("cuda", 0) if on_gpu and world_size > 1 else None,
+        device_id=device if on_gpu and world_size > 1 else None,
     )
     deepspeed.init_distributed(backend, verbose=False)
 

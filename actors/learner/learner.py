@@ -31,6 +31,7 @@ from actors.learner.settings import LearnerSettings
 from actors.learner.snapshots import Snapshots
 from actors.learner.step import StudentTrainer
 from actors.learner.tensors import dummy_sample
+from kat_ray.cluster.devices import device_of
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.batch import check_vocabulary, collect_samples
 from kat_ray.data.collate import Collator, MicroBatch, PaddedCollator
@@ -99,7 +100,8 @@ class Learner:
             torch.set_num_threads(settings.learner.threads)
         torch.manual_seed(settings.seed)
         listener, self._listener = self._listener, None
-        rendezvous(host, port, listener, self._rank, world_size)
+        device = device_of(settings.learner.num_gpus, "learner")
+        rendezvous(host, port, listener, self._rank, world_size, device)
         self._loaded = self._load()
         seconds = time.monotonic() - started
         log.info("rank %d of %d is ready, started in %.1f s", self._rank, world_size, seconds)

@@ -8,17 +8,18 @@ generating the token does on a small model (docs/log.md). Left out: detokenising
 from __future__ import annotations
 
 import gc
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
+from actors.sampler.weight_loading import LoadReport, load, load_shared, shared, tensors_of
+from kat_ray.cluster.devices import device_of
 from kat_ray.config import ModelConfig
 from kat_ray.config.cluster import SamplerConfig
+from kat_ray.errors import ModelError, UserError
 from kat_ray.types.records import EngineEnd, EngineRows, SamplingSettings, WeightUpdate
 
 _ENDS = {FinishReason.STOP: EngineEnd.EOS, FinishReason.LENGTH: EngineEnd.MAX_TOKENS}
@@ -37,12 +38,8 @@ class VllmEngine:
         top_k: int,
         seed: int,
     ) -> None:
-        on_gpu = torch.cuda.is_available()
-        memory: dict[str, Any] = (
-            {"gpu_memory_utilization": sampler.gpu_memory_utilization}
-            if on_gpu
-            else {"kv_cache_memory_bytes": int(sampler.kv_cache_gib * 2**30)}
-        )
+        device = device_of(sampler.num_gpus, "sampler").type
+        check_build(device)
         args = EngineArgs(
             model=model_dir,
             revision=model.revision,
@@ -53,13 +50,17 @@ class VllmEngine:
             max_logprobs=top_k,
             logprobs_mode="raw_logprobs",  # unfiltered, temperature 1: what reverse KL is defined on
             max_num_seqs=sampler.max_num_seqs,
-            max_num_batched_tokens=max(sampler.max_num_batched_tokens, max_model_len),
             tensor_parallel_size=sampler.tensor_parallel_size,
-            enforce_eager=sampler.enforce_eager,
+            # Left to choose, vLLM would ask the placement group that this actor is in for a bundle to each worker.
+            distributed_executor_backend="mp" if sampler.tensor_parallel_size > 1 else "uni",
+            enforce_eager=sampler.eager,
             disable_log_stats=True,
             seed=seed,
-            **memory,
+            **_memory(sampler, max_model_len, device),
         )
+        if device == "cpu" and args.create_model_config().has_inner_state:
+            args.enable_prefix_caching = False  # states are cached at a block's end, where vLLM splits prompts
+        self._model_path = model.path
         self._engine = LLMEngine.from_engine_args(args)
         self._core = self._engine.engine_core
         self._tasks = self._engine.get_supported_tasks()
@@ -85,12 +86,18 @@ class VllmEngine:
         request = self._engine.input_processor.process_inputs(
             request_id, tokens_input(prompt_token_ids=list(prompt_ids)), params, supported_tasks=self._tasks
         )
+        self._running.add(request_id)  # before: what fails half-way can be aborted
         self._core.add_request(request)
-        self._running.add(request_id)
 
     def step(self) -> list[EngineRows]:
         """Run one engine step; returns the new tokens of the requests that it scheduled."""
         rows = [_rows(output) for output in self._core.get_output().outputs]
+        late = [r.request_id for r in rows if r.request_id not in self._running]
+        if late:
+            raise RuntimeError(
+                f"vLLM gave tokens of requests that were aborted or had ended: {', '.join(late)}; what they hold "
+                "of its KV cache is not known any more"
+            )
         self._running.difference_update(r.request_id for r in rows if r.end is not EngineEnd.RUNNING)
         return rows
 
@@ -101,10 +108,18 @@ class VllmEngine:
         self._core.abort_requests(live)
 
     def load_weights(self, update: WeightUpdate) -> None:
-        """Replace the weights in place. No request may be running: its KV cache would be stale."""
+        """Replace the weights in place. No request may be running: its KV cache would be stale.
+
+        `ModelError` names what vLLM's model did not take, or did not get.
+        """
         assert not self._running, f"{len(self._running)} requests are running while weights are loaded"
-        self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors_of(update)})
+        if self._engine.vllm_config.parallel_config.world_size == 1:
+            reports = self._engine.collective_rpc(load, args=(tensors_of(update),))
+        else:
+            with shared(update) as weights:  # its workers are processes, which have no access to Ray's objects
+                reports = self._engine.collective_rpc(load_shared, args=(weights,))
         self.clear_cache()
+        check_taken(LoadReport.of_all(reports), self._model_path, update.policy_version)
 
     def clear_cache(self) -> None:
         """Drop what is cached of prompts. No request may be running."""
@@ -120,6 +135,54 @@ class VllmEngine:
         gc.collect()
 
 
+def check_build(device: str) -> None:
+    """`UserError` if the installed vLLM cannot compute on a `cpu` or `cuda` device: it is built for one of them."""
+    from vllm.platforms import current_platform
+
+    built_for = "cpu" if current_platform.is_cpu() else "cuda" if current_platform.is_cuda_alike() else None
+    if built_for == device:
+        return
+    found = f"is built for {built_for}" if built_for else "finds no platform that it is built for"
+    raise UserError(
+        f"sampler.num_gpus asks for an engine on {device}, and the vLLM that is installed {found}: "
+        + ("set sampler.num_gpus = 1, or install vLLM's CPU build" if device == "cpu" else "install vLLM for CUDA")
+    )
+
+
+def _memory(sampler: SamplerConfig, max_model_len: int, device: str) -> dict[str, Any]:
+    """Arguments of the engine for its KV cache and for the tokens of one step."""
+    if device != "cpu":
+        return {
+            "gpu_memory_utilization": sampler.gpu_memory_utilization,
+            "max_num_batched_tokens": max(sampler.max_num_batched_tokens, max_model_len),
+        }
+    return {
+        "kv_cache_memory_bytes": int(sampler.kv_cache_gib * 2**30),
+        # vLLM takes back the draw that a piece of a prompt makes for nothing, which a CPU's generator cannot. So no
+        # prompt is split, and the longest has room beside a token of everything that runs.
+        "max_num_batched_tokens": max(sampler.max_num_batched_tokens, max_model_len + sampler.max_num_seqs),
+        "enable_chunked_prefill": False,
+    }
+
+
+def check_taken(report: LoadReport, model: str, version: int) -> None:
+    """`ModelError` names what a publication left out; vLLM itself only warns."""
+    if not (report.ignored or report.missing):
+        return
+    parts = [f"it passed over {_some(report.ignored)}"] if report.ignored else []
+    parts += [f"it got no new values for {_some(report.missing)}"] if report.missing else []
+    raise ModelError(
+        f"student.path = {model!r}: vLLM did not take version {version} of the weights: {'; '.join(parts)}. Its "
+        "model of this architecture has other names than transformers'; the sampler would go on with old weights"
+    )
+
+
+def _some(names: frozenset[str], shown: int = 8) -> str:
+    first = sorted(names)[:shown]
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(first) + more
+
+
 def _rows(output: EngineCoreOutput) -> EngineRows:
     end = EngineEnd.RUNNING
     if output.finish_reason is not None:
@@ -129,13 +192,3 @@ def _rows(output: EngineCoreOutput) -> EngineRows:
     prompt = output.new_prompt_logprobs_tensors
     of_prompt = None if prompt is None else prompt.logprobs[:, 0].numpy()
     return EngineRows(output.request_id, output.new_token_ids, ids, values, end, of_prompt)
-
-
-def tensors_of(update: WeightUpdate) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of an update, sharing memory with its arrays."""
-    for name, dtype, array in zip(update.names, update.dtypes, update.arrays, strict=True):
-        with warnings.catch_warnings():
-            # Arrays from the object store are read-only, which torch cannot express; vLLM only reads them.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            tensor = torch.from_numpy(array)
-        yield name, tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

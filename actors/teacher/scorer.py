@@ -18,6 +18,7 @@ import torch
 from actors.teacher.agreement import chunked_logprobs
 from actors.teacher.backend import Sequences, Teacher, TeacherColumns
 from actors.teacher.settings import ScorerSettings
+from kat_ray.cluster.devices import device_of
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.chunks import check_chunk_vocabulary
 from kat_ray.errors import StateLost, UserError
@@ -30,12 +31,13 @@ from kat_ray.types.records import EngineEnd, FloatArray, IntArray, RolloutChunk,
 def make_teacher(settings: ScorerSettings) -> Teacher:
     """The engine that `scorer.backend` names; `auto` takes vLLM on a GPU, transformers elsewhere."""
     backend = settings.scorer.backend
-    if backend == "vllm" and not torch.cuda.is_available():
+    on_gpu = device_of(settings.scorer.num_gpus, "scorer").type == "cuda"
+    if backend == "vllm" and not on_gpu:
         raise UserError(
-            "scorer.backend = 'vllm': scoring given ids needs vLLM's V2 model runner, which needs a GPU, and this "
-            "process sees none; use 'auto' or 'transformers', or give scorers a GPU (scorer.num_gpus = 1)"
+            "scorer.backend = 'vllm': scoring given ids needs vLLM's V2 model runner, which needs a GPU, and "
+            "scorer.num_gpus = 0; use 'auto' or 'transformers', or give scorers a GPU (scorer.num_gpus = 1)"
         )
-    if backend == "vllm" or (backend == "auto" and torch.cuda.is_available()):
+    if backend == "vllm" or (backend == "auto" and on_gpu):
         from actors.teacher.vllm_backend import VllmTeacher
 
         return VllmTeacher(settings)

@@ -17,6 +17,7 @@ from torch import Tensor
 from actors.teacher.backend import Sequences, TeacherColumns, columns_of
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.slot_cache import ATTENTION, SlotCache, Span
+from kat_ray.cluster.devices import device_of
 from kat_ray.errors import StateLost, UserError
 from kat_ray.models.load import load_causal_lm, plain_logprobs
 from kat_ray.models.output_layer import output_layer
@@ -55,7 +56,7 @@ class TransformersTeacher:
     def __init__(self, settings: ScorerSettings) -> None:
         teacher = settings.teacher
         self._model = load_causal_lm(teacher, settings.teacher_dir, teacher.dtype, "teacher")
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = device_of(settings.scorer.num_gpus, "scorer")
         self._model.to(self._device)
         self._output_layer = output_layer(self._model)
         model_config = self._model.config

@@ -83,17 +83,24 @@ class SamplerConfig(PoolConfig):
     max_num_batched_tokens: int = Field(8192, ge=64)
     """Tokens an engine runs in one step, prompts included."""
     tensor_parallel_size: int = Field(1, ge=1)
-    """GPUs of one engine. Not run on a GPU by this project's tests."""
+    """GPUs of one engine, all of one node; without GPUs, processes that share an engine's work on the CPU. Not run
+    on a GPU by this project's tests."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that vLLM takes; not used on a CPU."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """KV cache of an engine on a CPU, GiB; not used on a GPU."""
-    enforce_eager: bool = True
-    """Run without graph capture or compilation; on a GPU, false is faster after a longer start."""
+    enforce_eager: bool | None = None
+    """Run without graph capture or compilation; null does so on a CPU only. On a GPU an eager engine starts sooner
+    and generates more slowly."""
+
+    @property
+    def eager(self) -> bool:
+        """Whether engines run without graphs."""
+        return not self.num_gpus if self.enforce_eager is None else self.enforce_eager
 
     @model_validator(mode="after")
     def _gpus_of_one_engine(self) -> SamplerConfig:
-        if self.tensor_parallel_size > 1 and self.num_gpus != self.tensor_parallel_size:
+        if self.tensor_parallel_size > 1 and self.num_gpus not in (0, self.tensor_parallel_size):
             raise ValueError(
                 f"tensor_parallel_size = {self.tensor_parallel_size}: needs num_gpus = "
                 f"{self.tensor_parallel_size}, not {self.num_gpus:g}; an engine's GPUs are one replica's"

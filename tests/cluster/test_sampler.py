@@ -5,11 +5,14 @@ import pytest
 import ray
 import torch
 
-from actors.cluster.placement import environments
+from actors.cluster.placement import Placement, environments
 from actors.cluster.replica import remote_class
 from actors.learner.model import StudentModel
 from actors.sampler.settings import SamplerSettings
 from actors.sampler.student_sampler import StudentSampler
+from kat_ray.cluster.threads import threads_of
+from kat_ray.errors import ModelError
+from kat_ray.types.records import SamplingSettings, WeightUpdate
 from tests.support.configs import make_config
 from tests.support.models import make_model
 
@@ -19,14 +22,53 @@ PROMPTS = [[5, 6, 7], [9] * 40, list(range(100, 117)), [3]]
 TOLERANCE = 1e-4  # nats, float32 on both sides
 
 
+class Opened(StudentSampler):
+    """A sampler whose engine can be mishandled."""
+
+    def _add(self, prompts):
+        for i, prompt in enumerate(prompts):
+            self._engine.add(str(i), prompt, i, SamplingSettings(8, 1.0, 1.0, 0, ()))
+        self._engine.step()
+
+    def abort_some(self, prompts, names):
+        """Abort requests after a step: those of them that give rows afterwards, and all others that do."""
+        self._add(prompts)
+        self._engine.abort(names)
+        given = set()
+        while self._engine.running:
+            given |= {rows.request_id for rows in self._engine.step()}
+        return sorted(given & {*names}), given - {*names}
+
+    def forget_one(self, prompts, name):
+        """Drop a request here which vLLM goes on with."""
+        self._add(prompts)
+        self._engine._running.discard(name)
+        try:
+            self._engine.step()
+        finally:
+            self._engine._running.add(name)
+            self._engine.abort([str(i) for i in range(len(prompts))])
+
+    def clear_while_running(self, prompt):
+        self._add([prompt])
+        try:
+            self._engine.clear_cache()
+        finally:
+            self._engine.abort(["0"])
+
+
 def start_sampler(model_dir, options=None, **sampler):
     """A sampler of its own process, with the environment that placement gives it."""
-    config = make_config(model_dir, model_dir, sampler={"kv_cache_gib": 0.1, **sampler})
+    config = make_config(
+        model_dir, model_dir, sampler={"kv_cache_gib": 0.1, "max_num_batched_tokens": 256, **sampler}
+    )
     settings = SamplerSettings.from_config(
         config, config.student, model_dir, stop_ids=(1,), vocabulary=200, max_model_len=128
     )
-    options = {"runtime_env": {"env_vars": environments(config)["sampler"]}} | (options or {})
-    return remote_class(StudentSampler).options(num_cpus=1, **options).remote("sampler:0", settings)
+    options = {"runtime_env": {"env_vars": environments(config, threads_of(config, 1))["sampler"]}} | (
+        options or {}
+    )
+    return remote_class(Opened).options(**{"num_cpus": 1} | options).remote("sampler:0", settings)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +104,86 @@ def test_a_check_agrees_with_a_plain_forward_and_leaves_nothing_behind(models, s
         np.testing.assert_array_equal(a.token_ids, b.token_ids)
 
 
-def test_a_check_sees_published_weights(models, sampler):
+def update_of(model, version, drop=(), **more):
+    """The model's weights as the learner publishes them, without some and with others."""
+    update = StudentModel(model).weight_update(version, torch.float32)
+    tensors = dict(zip(update.names, update.arrays, strict=True))
+    tensors = {name: array for name, array in (tensors | more).items() if name not in drop}
+    return WeightUpdate(version, tuple(tensors), ("float32",) * len(tensors), tuple(tensors.values()))
+
+
+def test_published_weights_are_those_that_it_samples_from(models, sampler):
     model = make_model(models["student"][0] + "-changed", seed=7)
-    ray.get(sampler.load_weights.remote(StudentModel(model).weight_update(1, torch.float32)), timeout=60)
+    for version, published in ((1, model), (2, models["student"][1])):
+        assert ray.get(sampler.load_weights.remote(update_of(published, version)), timeout=60) == version
+        assert_is(published, sampler)
+
+
+@pytest.mark.parametrize(
+    "drop, more, message",
+    [
+        ("model.layers.1.self_attn.k_proj.weight", {}, r"new values for model\.layers\.1\.self_attn\.qkv_proj \("),
+        ("model.norm.weight", {}, r"no new values for model\.norm\.weight"),
+        ("", {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(16, np.float32)},
+         r"passed over model\.layers\.0\.self_attn\.rotary_emb\.inv_freq"),
+    ],
+)  # fmt: skip
+def test_what_vllm_did_not_take_is_an_error_that_names_it(models, sampler, drop, more, message):
+    """vLLM itself would go on, with a warning in its log for some of these."""
+    model = models["student"][1]
+    with pytest.raises(ModelError, match=message):
+        ray.get(sampler.load_weights.remote(update_of(model, 3, [drop], **more)), timeout=60)
+    ray.get(sampler.load_weights.remote(update_of(model, 0)), timeout=60)
     assert_is(model, sampler)
-    ray.get(
-        sampler.load_weights.remote(StudentModel(models["student"][1]).weight_update(2, torch.float32)), timeout=60
-    )
+
+
+def test_prompts_that_exceed_a_batch_together_are_not_split(models, sampler):
+    """vLLM's CPU build cannot run a piece of a prompt whose request has a seed of its own; 1,000 tokens > 384."""
+    prompts = tuple(tuple(range(3 + i, 103 + i)) for i in range(10))
+    seeds, settings = tuple(range(10)), SamplingSettings(6, 1.0, 1.0, 0, (1,))
+    together = ray.get(sampler.complete.remote(prompts, seeds, settings, 0), timeout=60)
+    for i in (0, 6, 9):
+        assert ray.get(sampler.complete.remote(prompts[i : i + 1], seeds[i : i + 1], settings, 0)) == [together[i]]
+    checks = ray.get(sampler.check.remote(prompts, 4, 5), timeout=60)
+    for prompt, check in zip(prompts, checks, strict=True):
+        expected = plain(models["student"][1], [*prompt, *check.token_ids.tolist()])
+        np.testing.assert_allclose([*check.prompt_logprobs, *check.logprobs], expected, atol=TOLERANCE)
+
+
+def test_aborted_requests_give_nothing_more(models, sampler):
+    """As vLLM has it: a rollout that is aborted half-way has no row in any later step, and the engine goes on."""
+    late, left = ray.get(sampler.abort_some.remote([*PROMPTS, [8, 9]], ("0", "3")), timeout=60)
+    assert (late, left) == ([], {"1", "2", "4"})
     assert_is(models["student"][1], sampler)
+
+
+def test_tokens_after_an_abort_are_an_error(sampler):
+    with pytest.raises(RuntimeError, match=r"tokens of requests that were aborted or had ended: 2;"):
+        ray.get(sampler.forget_one.remote(PROMPTS, "2"), timeout=60)
+
+
+def test_a_cache_that_is_not_cleared_is_an_error(sampler):
+    """vLLM answers False and goes on."""
+    with pytest.raises(RuntimeError, match="did not clear its prefix cache"):
+        ray.get(sampler.clear_while_running.remote(PROMPTS[1]), timeout=60)
+
+
+@pytest.mark.nightly
+def test_two_processes_of_an_engine_hold_what_is_published(models):
+    """In a placement group, as a run places its samplers: vLLM must not ask Ray for a bundle of each worker."""
+    config = make_config(models["student"][0], models["student"][0], sampler={"num_cpus": 2})
+    placement = Placement(config, fixed_size=False, run="tp", only=["sampler"])
+    try:
+        options = placement.options("sampler", 0, placement.places("sampler")[0])
+        actor = start_sampler(models["student"][0], options, tensor_parallel_size=2, num_cpus=2)
+        ray.get(actor.ready.remote(), timeout=300)
+        assert_is(models["student"][1], actor)
+        model = make_model(models["student"][0] + "-parallel", seed=8)
+        ray.get(actor.load_weights.remote(update_of(model, 1)), timeout=60)
+        assert_is(model, actor)
+        with pytest.raises(ModelError, match=r"no new values for model\.layers\.0\.mlp\.gate_up_proj \("):
+            ray.get(
+                actor.load_weights.remote(update_of(model, 2, ["model.layers.0.mlp.up_proj.weight"])), timeout=60
+            )
+    finally:
+        placement.remove()
