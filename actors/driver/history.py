@@ -47,6 +47,7 @@ class RunHistory:
         )
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of earlier processes of this run
+        self._positions: Mapping[str, int] = {}  # of the records, when the steps that are done were
         self._take(RunState())
 
     def step_done(self, done: int, rule_state: Mapping[str, Any]) -> None:
@@ -58,9 +59,15 @@ class RunHistory:
         return self._seconds_before + time.monotonic() - self._started
 
     def begin(self, started: float, loaded: Loaded | None) -> None:
-        """Everything here and in the run's records as the checkpoint holds it; None: as before the first step."""
+        """Everything here as the checkpoint holds it; None: as before the first step. Writes nothing."""
         self._started = started
         self._go_back(loaded)
+
+    def begin_records(self) -> None:
+        """Begin to write the run's records, with what was recorded until the steps that are done."""
+        if not self._run.has_begun:
+            self._run.begin()
+            self._rewind()
 
     def restore(self, loaded: Loaded) -> None:
         """Have the learner take the checkpoint, and the samplers its weights."""
@@ -126,8 +133,13 @@ class RunHistory:
     def _go_back(self, loaded: Loaded | None) -> None:
         state = RunState.of(loaded)
         self._take(state)
-        self._run.rewind(state.done, state.positions)
-        self._trackers.start(state.done)
+        self._positions = state.positions
+        if self._run.has_begun:
+            self._rewind()
+
+    def _rewind(self) -> None:
+        self._run.rewind(self.done, self._positions)
+        self._trackers.start(self.done)
 
     def _take(self, state: RunState) -> None:
         self.done = state.done

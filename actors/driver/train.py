@@ -37,21 +37,13 @@ def train(config: Config, resume: Path | None = None, engines: Engines | None = 
     started = time.monotonic()
     resume = resume or unfinished_run(config)
     prepared = prepare(config)
-    loaded: Loaded | None = None
-    notes: list[str] = []
     if resume is None:
         run = RunDirectory.create(config.run, config_yaml(config))
     else:
-        loaded, notes = checkpoints_of(resume, config.run).newest()
-        first = loaded.step if loaded else 0
-        notes.append(
-            f"resuming {resume} after step {first}" if first else f"{resume}: no checkpoint yet, starting anew"
-        )
-        if loaded is not None:
-            check_prompts(resume, loaded.state.get("prompts", {}), prepared.prompt_sets())
         run = RunDirectory.reopen(resume, config_yaml(config))
     stop = StopRequest(config.run.grace_seconds)
     with run, Progress(config.run.steps) as progress:
+        loaded, notes = (None, []) if resume is None else _newest(resume, config, prepared)
         for note in (*notes, *_notes(config, prepared)):
             progress.note(note)
         log.info("run %s: %d prompts", run.path, len(prepared.train.prompts))
@@ -65,6 +57,15 @@ def train(config: Config, resume: Path | None = None, engines: Engines | None = 
                 words = f"stopped; go on with: kat-ray train --resume {run.path}"
                 raise Stopped(words, 128 + stop.signal) from None
     return run.path
+
+
+def _newest(run: Path, config: Config, prepared: Prepared) -> tuple[Loaded | None, list[str]]:
+    """The checkpoint that a run goes on from, and what to say of it; the run is locked."""
+    loaded, notes = checkpoints_of(run, config.run).newest()
+    if loaded is None:
+        return None, [*notes, f"{run}: no checkpoint yet, starting anew"]
+    check_prompts(run, loaded.state.get("prompts", {}), prepared.prompt_sets())
+    return loaded, [*notes, f"resuming {run} after step {loaded.step}"]
 
 
 def _notes(config: Config, prepared: Prepared) -> Iterator[str]:

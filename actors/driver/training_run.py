@@ -124,6 +124,7 @@ class TrainingRun:
                 elif loaded is not None:
                     history.restore(loaded)
                 lost = loaded = None
+                history.begin_records()  # what fails before leaves a run that exists as it was
                 self._evaluation.run_if_due(history.done)
                 history.save_if_due()
                 if history.done == self._config.run.steps:

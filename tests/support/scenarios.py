@@ -175,6 +175,10 @@ class MemoryRun:
         self.metrics: list[tuple[int, dict[str, float]]] = []
         self.traces: dict[int, list[Any]] = {}
         self.summary: dict[str, Any] | None = None
+        self.has_begun = False
+
+    def begin(self) -> None:
+        self.has_begun = True
 
     def write_traces(self, step: int, rows: Sequence[Any]) -> None:
         self.traces[step] = list(rows)
