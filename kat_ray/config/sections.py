@@ -21,6 +21,7 @@ from kat_ray.config.cluster import (
     ScorerConfig,
     Section,
 )
+from kat_ray.config.local_paths import LocalPath
 from kat_ray.termination import TerminationConfig
 from kat_ray.termination.settings import KatSettings
 
@@ -32,7 +33,7 @@ class RunConfig(Section):
 
     name: Resumable[str] = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run directory. `latest` is reserved."""
-    dir: Resumable[str] = "runs"
+    dir: Resumable[LocalPath] = "runs"
     """Folder that holds run directories; a relative path is relative to the working directory."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seeds data order, sampling, probes and the learner."""
@@ -74,7 +75,7 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """One causal language model: a Hugging Face directory or hub id."""
 
-    path: str = Field(min_length=1)
+    path: LocalPath = Field(min_length=1)
     """Directory with config.json and safetensors, or a hub id. A directory is taken when it exists;
     `demo:student` and `demo:teacher` name the embedded models."""
     revision: str | None = None
@@ -90,7 +91,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Prompts of one split."""
 
-    path: str = Field(min_length=1)
+    path: LocalPath = Field(min_length=1)
     """A .jsonl or .parquet file, a Hugging Face data set id, or `demo:train` / `demo:heldout`."""
     split: str = "train"
     """Split of a Hugging Face data set; not used for files."""
