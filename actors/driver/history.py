@@ -69,7 +69,39 @@ class RunHistory:
             self._run.begin()
             self._rewind()
 
-    def restore(self, loaded: Loaded) -> None:
+    def resume(self) -> None:
+        """Have the learner, which holds the student as given, take the newest checkpoint that is whole.
+
+        That is the one that `begin` took, unless the ranks find it damaged. The samplers get its weights.
+        """
+        at = self.done
+        loaded = self._newest()
+        if (loaded.step if loaded else 0) != at:
+            self._progress.note(f"going on from step {loaded.step if loaded else 0} instead of {at}")
+            self._go_back(loaded)
+        if loaded is not None:
+            self._restore(loaded)
+
+    def roll_back(self) -> None:
+        """To the newest checkpoint, with a learner that has just started: the steps since then are taken again."""
+        loaded = self._newest()
+        seconds = self.seconds()
+        self._go_back(loaded)
+        self._started, self._seconds_before = time.monotonic(), seconds
+        if loaded is not None:
+            self._restore(loaded)
+        else:
+            self._actors.publish(0)
+        self._progress.note(f"going on from step {self.done}")
+
+    def _newest(self) -> Loaded | None:
+        self._progress.phase("verifying checkpoints")
+        loaded, notes = self._checkpoints.newest(self._actors.learners.find_damage)
+        for note in notes:
+            self._progress.note(note)
+        return loaded
+
+    def _restore(self, loaded: Loaded) -> None:
         """Have the learner take the checkpoint, and the samplers its weights."""
         self._progress.phase(f"restoring step {self.done}")
         self.writer.go_back(self.done, loaded.path)
@@ -77,20 +109,6 @@ class RunHistory:
         what = f"the checkpoint {path} to be loaded"
         self._actors.learners.on_all(lambda rank: rank.restore.remote(path), what)
         self._actors.publish(self.done)
-
-    def roll_back(self) -> None:
-        """To the newest checkpoint, with a learner that has just started: the steps since then are taken again."""
-        loaded, notes = self._checkpoints.newest()
-        for note in notes:
-            self._progress.note(note)
-        seconds = self.seconds()
-        self._go_back(loaded)
-        self._started, self._seconds_before = time.monotonic(), seconds
-        if loaded is not None:
-            self.restore(loaded)
-        else:
-            self._actors.publish(0)
-        self._progress.note(f"going on from step {self.done}")
 
     def save_if_due(self) -> None:
         """Begin a checkpoint where one is due; it is written while the next step goes on."""

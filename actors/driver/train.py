@@ -22,7 +22,7 @@ from kat_ray.errors import Stopped
 from kat_ray.observability.logs import name_driver
 from kat_ray.observability.progress import Progress
 from kat_ray.rewards.verifiers import EvalResult
-from kat_ray.run.checkpoint import Loaded
+from kat_ray.run.checkpoint import Loaded, unread
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.resume import check_prompts, unfinished_run
 
@@ -61,7 +61,7 @@ def train(config: Config, resume: Path | None = None, engines: Engines | None = 
 
 def _newest(run: Path, config: Config, prepared: Prepared) -> tuple[Loaded | None, list[str]]:
     """The checkpoint that a run goes on from, and what to say of it; the run is locked."""
-    loaded, notes = checkpoints_of(run, config.run).newest()
+    loaded, notes = checkpoints_of(run, config.run).newest(unread)  # the ranks read it before they load it
     if loaded is None:
         return None, [*notes, f"{run}: no checkpoint yet, starting anew"]
     check_prompts(run, loaded.state.get("prompts", {}), prepared.prompt_sets())

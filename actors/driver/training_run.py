@@ -122,7 +122,7 @@ class TrainingRun:
                 if lost is not None:
                     self._roll_back(lost)
                 elif loaded is not None:
-                    history.restore(loaded)
+                    history.resume()
                 lost = loaded = None
                 history.begin_records()  # what fails before leaves a run that exists as it was
                 self._evaluation.run_if_due(history.done)
