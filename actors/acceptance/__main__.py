@@ -104,6 +104,7 @@ def check(name: str, folder: Path, seconds: float) -> list[Row]:
 
 
 def main() -> int:
+    """Run the parts that were asked for; 1 if a row failed."""
     parser = argparse.ArgumentParser(prog="make gpu-check", description="Check what is computed on a GPU.")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to run; default: all", default=[*PARTS])
     parser.add_argument("--out", type=Path, default=Path("build/gpu-check.json"), help="JSON file to write")

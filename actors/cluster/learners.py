@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ray.exceptions import ObjectLostError
 
 from actors.cluster.actor_groups import ActorGroup
 from actors.cluster.waiting import ACTOR_LOST, LearnersLost, last_line
+from actors.learner.optimizer_state import file_name
+from kat_ray.run.checkpoint import FileDigest
+
+
+def deal(files: Mapping[str, FileDigest], ranks: int) -> list[dict[str, FileDigest]]:
+    """Files by rank: its own to each, which it loads next, and the others where there is least to read."""
+    shares: list[dict[str, FileDigest]] = [{} for _ in range(ranks)]
+    left = dict(files)
+    for rank, share in enumerate(shares):
+        own = file_name(rank, ranks)
+        share |= {own: left.pop(own)} if own in left else {}
+    for name, digest in sorted(left.items(), key=lambda item: (-item[1].size, item[0])):
+        min(shares, key=lambda share: sum(d.size for d in share.values()))[name] = digest
+    return shares
 
 
 class LearnerGroup(ActorGroup):
@@ -37,6 +52,15 @@ class LearnerGroup(ActorGroup):
     def on_all(self, request: Callable[[Any], Any], what: str) -> list[Any]:
         """`request(rank)` on all ranks at once."""
         return self.wait([request(rank) for rank in self.handles], what)
+
+    def find_damage(self, path: Path, files: Mapping[str, FileDigest]) -> str | None:
+        """Have the ranks read a checkpoint's files, each about as many bytes: what is wrong with one, or None."""
+        shares = deal(files, len(self.replicas))
+        calls = [
+            rank.find_damage.remote(str(path), share) for rank, share in zip(self.handles, shares, strict=True)
+        ]
+        found = self.wait(calls, f"the checkpoint {path} to be verified")
+        return next((damage for damage in found if damage), None)
 
     def restart(self, error: LearnersLost) -> None:
         """End all ranks, and have a new group meet; it holds the student as it was given."""

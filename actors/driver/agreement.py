@@ -64,16 +64,15 @@ class AgreementCheck:
     found: list[Agreement] = field(default_factory=list)
     _known: dict[tuple[tuple[int, ...], tuple[int, ...]], FloatArray] = field(default_factory=dict)
 
-    def run(self, version: int, as_given: bool) -> list[Agreement]:
+    def run(self, version: int) -> list[Agreement]:
         """All comparisons; `AgreementError` for the first that fails.
 
-        `version` is that of the weights the learner holds, which the samplers hold afterwards. `as_given`: the
-        samplers hold the weights that they loaded from disk.
+        `version` is that of the weights the learner holds, which the samplers hold afterwards too.
         """
         self.found = []
         self._known.clear()
         asked = self._probes()
-        if as_given:
+        if self.actors.samplers.weights is None:  # none were published yet
             self._compare_samplers(asked, "as loaded", _SAMPLER)
         self._publish_changed(asked, version)
         self.actors.publish(version)

@@ -53,4 +53,5 @@ class EvaluationSchedule:
 
     def go_back(self, results: Mapping[str, EvalResult], evaluated: int | None) -> None:
         """The run goes on from a checkpoint that had these."""
-        self.results, self.evaluated = dict(results), evaluated
+        teacher = {name: result for name, result in self.results.items() if name == "teacher"}
+        self.results, self.evaluated = teacher | dict(results), evaluated  # the teacher does not change

@@ -47,6 +47,7 @@ class RunHistory:
         )
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of earlier processes of this run
+        self._positions: Mapping[str, int] = {}  # of the records, when the steps that are done were
         self._take(RunState())
 
     def step_done(self, done: int, rule_state: Mapping[str, Any]) -> None:
@@ -60,15 +61,47 @@ class RunHistory:
     def begin(self, started: float, loaded: Loaded | None) -> None:
         """Everything here as the checkpoint holds it; None: as before the first step. Writes nothing."""
         self._started = started
-        self._take(RunState.of(loaded))
+        self._go_back(loaded)
 
-    def begin_records(self, loaded: Loaded | None) -> None:
-        """The run's records as the checkpoint holds them: what came after it is forgotten."""
-        state = RunState.of(loaded)
-        self._run.rewind(state.done, state.positions)
-        self._trackers.start(state.done)
+    def begin_records(self) -> None:
+        """Begin to write the run's records, with what was recorded until the steps that are done."""
+        if not self._run.has_begun:
+            self._run.begin()
+            self._rewind()
 
-    def restore(self, loaded: Loaded) -> None:
+    def resume(self) -> None:
+        """Have the learner, which holds the student as given, take the newest checkpoint that is whole.
+
+        That is the one that `begin` took, unless the ranks find it damaged. The samplers get its weights.
+        """
+        at = self.done
+        loaded = self._newest()
+        if (loaded.step if loaded else 0) != at:
+            self._progress.note(f"going on from step {loaded.step if loaded else 0} instead of {at}")
+            self._go_back(loaded)
+        if loaded is not None:
+            self._restore(loaded)
+
+    def roll_back(self) -> None:
+        """To the newest checkpoint, with a learner that has just started: the steps since then are taken again."""
+        loaded = self._newest()
+        seconds = self.seconds()
+        self._go_back(loaded)
+        self._started, self._seconds_before = time.monotonic(), seconds
+        if loaded is not None:
+            self._restore(loaded)
+        else:
+            self._actors.publish(0)
+        self._progress.note(f"going on from step {self.done}")
+
+    def _newest(self) -> Loaded | None:
+        self._progress.phase("verifying checkpoints")
+        loaded, notes = self._checkpoints.newest(self._actors.learners.find_damage)
+        for note in notes:
+            self._progress.note(note)
+        return loaded
+
+    def _restore(self, loaded: Loaded) -> None:
         """Have the learner take the checkpoint, and the samplers its weights."""
         self._progress.phase(f"restoring step {self.done}")
         self.writer.go_back(self.done, loaded.path)
@@ -76,20 +109,6 @@ class RunHistory:
         what = f"the checkpoint {path} to be loaded"
         self._actors.learners.on_all(lambda rank: rank.restore.remote(path), what)
         self._actors.publish(self.done)
-
-    def roll_back(self) -> None:
-        """To the newest checkpoint, with a learner that has just started: the steps since then are taken again."""
-        loaded, notes = self._checkpoints.newest()
-        for note in notes:
-            self._progress.note(note)
-        seconds = self.seconds()
-        self._go_back(loaded)
-        self._started, self._seconds_before = time.monotonic(), seconds
-        if loaded is not None:
-            self.restore(loaded)
-        else:
-            self._actors.publish(0)
-        self._progress.note(f"going on from step {self.done}")
 
     def save_if_due(self) -> None:
         """Begin a checkpoint where one is due; it is written while the next step goes on."""
@@ -130,8 +149,15 @@ class RunHistory:
         )
 
     def _go_back(self, loaded: Loaded | None) -> None:
-        self._take(RunState.of(loaded))
-        self.begin_records(loaded)
+        state = RunState.of(loaded)
+        self._take(state)
+        self._positions = state.positions
+        if self._run.has_begun:
+            self._rewind()
+
+    def _rewind(self) -> None:
+        self._run.rewind(self.done, self._positions)
+        self._trackers.start(self.done)
 
     def _take(self, state: RunState) -> None:
         self.done = state.done

@@ -31,7 +31,7 @@ from kat_ray.models.tolerance import dtype_note
 from kat_ray.observability.logs import name_driver
 from kat_ray.observability.progress import Progress
 from kat_ray.rewards.verifiers import EvalResult
-from kat_ray.run.checkpoint import Loaded
+from kat_ray.run.checkpoint import Loaded, unread
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.resume import check_prompts, run_config, unfinished_run
 
@@ -47,23 +47,13 @@ def train(config: Config, resume: Path | None = None, engines: Engines | None = 
     resume = resume or unfinished_run(config)
     config = pinned(config if resume is None else pinned_like(config, run_config(resume)))
     prepared = prepare(config)
-    loaded: Loaded | None = None
-    notes: list[str] = []
     if resume is None:
         run = RunDirectory.create(config.run, config_yaml(config))
     else:
-        loaded, notes = checkpoints_of(resume, config.run).newest()
-        first = loaded.step if loaded else 0
-        notes.append(
-            f"resuming {resume} after step {first}" if first else f"{resume}: no checkpoint yet, starting anew"
-        )
-        if loaded is not None:
-            check_prompts(resume, loaded.state.get("prompts", {}), prepared.prompt_sets())
-        if (note := schedule_note(load_config(resume / "config.yaml", []), config, first)) is not None:
-            notes.append(note)
         run = RunDirectory.reopen(resume, config_yaml(config))
     stop = StopRequest(config.run.grace_seconds)
     with run, Progress(config.run.steps) as progress:
+        loaded, notes = (None, []) if resume is None else _newest(resume, config, prepared)
         for note in (*notes, *_notes(config, prepared)):
             progress.note(note)
         log.info("run %s: %d prompts", run.path, len(prepared.train.prompts))
@@ -77,6 +67,18 @@ def train(config: Config, resume: Path | None = None, engines: Engines | None = 
                 words = f"stopped; go on with: kat-ray train --resume {run.path}"
                 raise Stopped(words, 128 + stop.signal) from None
     return run.path
+
+
+def _newest(run: Path, config: Config, prepared: Prepared) -> tuple[Loaded | None, list[str]]:
+    """The checkpoint that a run goes on from, and what to say of it; the run is locked."""
+    loaded, notes = checkpoints_of(run, config.run).newest(unread)  # the ranks read it before they load it
+    if loaded is None:
+        return None, [*notes, f"{run}: no checkpoint yet, starting anew"]
+    check_prompts(run, loaded.state.get("prompts", {}), prepared.prompt_sets())
+    notes = [*notes, f"resuming {run} after step {loaded.step}"]
+    if (note := schedule_note(load_config(run / "config.yaml", []), config, loaded.step)) is not None:
+        notes.append(note)
+    return loaded, notes
 
 
 def _notes(config: Config, prepared: Prepared) -> Iterator[str]:
@@ -124,6 +126,7 @@ def check_agreement(config: Config, engines: Engines | None = None) -> list[Agre
     `AgreementError` for the first two that do not agree.
     """
     name_driver(config.run.name)
+    config = pinned(config)
     prepared = prepare(config)
     stop = StopRequest(config.run.grace_seconds)
     with Progress(config.run.steps) as progress, stop.listening():
@@ -135,7 +138,7 @@ def check_agreement(config: Config, engines: Engines | None = None) -> list[Agre
             actors.samplers.use_student()
             actors.wait_until_ready()
             progress.phase("checking that all engines compute the same models")
-            return AgreementCheck(config, prepared, actors).run(0, as_given=True)
+            return AgreementCheck(config, prepared, actors).run(0)
 
 
 @contextmanager

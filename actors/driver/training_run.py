@@ -100,7 +100,7 @@ class TrainingRun:
         with self._trackers, closing(self._recorder), self._stop.listening():
             try:
                 self._load(started, loaded)
-                self._train()
+                self._train(loaded)
             except Preempted:
                 self._history.save_and_leave()
                 raise
@@ -111,8 +111,6 @@ class TrainingRun:
         self._store.start()
         self._actors.begin_loading()
         self._history.begin(started, loaded)
-        if loaded is None:
-            self._history.begin_records(None)
         if self._evaluator and self._config.evaluation.teacher and "teacher" not in self._evaluation.results:
             self._actors.samplers.use_teacher()
             self._evaluation.teacher(self._evaluate)
@@ -120,32 +118,18 @@ class TrainingRun:
             self._progress.note(f"evaluation of the teacher: avg@{result.k} {result.avg_at_k:.1%}")
         self._actors.samplers.use_student()
         self._actors.wait_until_ready()
-        self._take_up(loaded)
 
-    def _take_up(self, loaded: Loaded | None) -> None:
-        """What the checkpoint holds goes to the actors, which must agree; only then is the run written to."""
-        while True:
-            try:
-                if loaded is not None:
-                    self._history.restore(loaded)
-                if self._agreement is not None:
-                    self._progress.phase("checking that all engines compute the same models")
-                    self._agreement.run(self._history.done, as_given=loaded is None)
-                    self._progress.note(self._agreement.summary())
-                break
-            except LearnersLost as error:
-                self._progress.note(f"the learner was lost ({error}): starting it again")
-                self._actors.restart_learners(error)
-        if loaded is not None:
-            self._history.begin_records(loaded)
-
-    def _train(self) -> None:
+    def _train(self, loaded: Loaded | None) -> None:
         history, lost = self._history, None
         while True:
             try:
                 if lost is not None:
                     self._roll_back(lost)
-                lost = None
+                elif loaded is not None:
+                    history.resume()
+                lost = loaded = None
+                self._check_agreement()
+                history.begin_records()  # what fails before leaves a run that exists as it was
                 self._evaluation.run_if_due(history.done)
                 history.save_if_due()
                 if history.done == self._config.run.steps:
@@ -154,6 +138,14 @@ class TrainingRun:
                 self._step(history.done)
             except LearnersLost as error:  # while it goes back, too
                 lost = error
+
+    def _check_agreement(self) -> None:
+        """Once, before the first step of this process."""
+        if (check := self._agreement) is not None:
+            self._progress.phase("checking that all engines compute the same models")
+            check.run(self._history.done)
+            self._progress.note(check.summary())
+            self._agreement = None
 
     def _roll_back(self, error: LearnersLost) -> None:
         """A learner died: start a new group, and go back to what is saved."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ from kat_ray.losses.distillation import Distillation
 from kat_ray.models.load import DTYPES
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
-from kat_ray.run.checkpoint import FileDigest
+from kat_ray.run.checkpoint import FileDigest, damage_in
 from kat_ray.run.step_result import LearnerReport
 from kat_ray.types.records import FloatArray, KeptRollout, RolloutChunk, TeacherRows, WeightUpdate
 
@@ -226,6 +226,11 @@ class Learner:
         loaded = self._ready()
         with self._timeline.span("written"), self._heartbeat.busy("write the checkpoint"):
             return loaded.snapshots.written(self._heartbeat.beat)
+
+    def find_damage(self, path: str, files: Mapping[str, FileDigest]) -> str | None:
+        """Read these files of a checkpoint to their end: what is wrong with the first that is damaged, or None."""
+        with self._heartbeat.busy("verify the checkpoint"):
+            return damage_in(Path(path), files, self._heartbeat.beat)
 
     def restore(self, path: str) -> None:
         """Continue from the checkpoint `path`, bit for bit. All ranks must call it after `start`, before a step.

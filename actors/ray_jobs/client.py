@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from actors.ray_jobs.upload import Upload
 from kat_ray.cluster.auth import choose_mode, refused
 from kat_ray.cluster.versions import CLIENT_VARIABLE, versions
 from kat_ray.config import Config
@@ -28,8 +28,6 @@ log = logging.getLogger("kat_ray.jobs")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 RUN_KEY = "kat-ray-run"  # in a job's metadata
-# Left out of what is uploaded, beside what .gitignore names.
-EXCLUDES = ("/.git", "/.venv*", "/runs", "__pycache__", "*.pyc", ".mypy_cache", ".ruff_cache", ".pytest_cache")
 _STOP_MARGIN = 30  # seconds for a driver beside run.grace_seconds
 _ENDED = {"SUCCEEDED": 0, "STOPPED": 143, "FAILED": 1}
 _PATIENCE = 60.0  # seconds to find a cluster again whose log was followed
@@ -178,8 +176,8 @@ class Jobs:
 
     # --- what is done ----------------------------------------------------------------------------------------
 
-    def submit(self, config: Config, command: Sequence[str], folder: Path, variables: Mapping[str, str]) -> str:
-        """Upload `folder` and run `command` in it on the head; returns the job's id."""
+    def submit(self, config: Config, command: Sequence[str], upload: Upload, variables: Mapping[str, str]) -> str:
+        """Upload a folder and run `command` in it on the head; returns the job's id."""
         name, taken = config.run.name, self.all()
         running = [j.submission_id for j in taken if run_of(j) == name and not is_over(j)]
         if running:
@@ -198,7 +196,7 @@ class Jobs:
             return self._client.submit_job(
                 entrypoint=shlex.join(command),
                 submission_id=job_id,
-                runtime_env={"working_dir": str(folder), "excludes": list(EXCLUDES), "env_vars": env},
+                runtime_env={"working_dir": str(upload.folder), "excludes": list(upload.excludes), "env_vars": env},
                 metadata={RUN_KEY: name, "name": name},
                 entrypoint_num_cpus=0,
             )

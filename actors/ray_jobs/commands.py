@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.ray_jobs.client import Jobs, exit_code, is_over, run_of, status_of
+from actors.ray_jobs.upload import dashboard_limit, plan_upload
 from kat_ray.cluster.versions import other_ray
 from kat_ray.config import Config
 from kat_ray.errors import UserError
@@ -47,8 +48,13 @@ def submit(
     """Submit a run whose configuration was found right; follow it if told to. Returns the exit code."""
     check_ray_version(jobs)
     command = train_command(config, source, overrides, folder)
-    _say(console, f"uploading {folder}")
-    job_id = jobs.submit(config, command, folder, {})
+    upload = plan_upload(folder, config)
+    for line in upload.lines():
+        _say(console, line)
+    if source != "demo":
+        upload.check_holds(command[4])
+    upload.check_size(dashboard_limit())
+    job_id = jobs.submit(config, command, upload, {})
     _say(console, f"job {job_id} is submitted: {jobs.link(job_id)}")
     if not wait:
         _say(console, f"follow it: kat-ray logs {job_id} --follow; end it: kat-ray stop {job_id}")

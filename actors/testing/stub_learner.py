@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from kat_ray.data.batch import TrainingSample, collect_samples
 from kat_ray.errors import StateLost
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
-from kat_ray.run.checkpoint import TRAINING, FileDigest
+from kat_ray.run.checkpoint import TRAINING, FileDigest, damage_in
 from kat_ray.run.step_result import LearnerReport
 from kat_ray.types.records import KeptRollout, WeightUpdate
 
@@ -107,6 +107,10 @@ class StubLearner:
         writing, self._writing = self._writing, None
         with self._heartbeat.busy("write the checkpoint"):
             return writing.result()
+
+    def find_damage(self, path: str, files: Mapping[str, FileDigest]) -> str | None:
+        """As a real rank does."""
+        return damage_in(Path(path), files)
 
     def restore(self, path: str) -> None:
         """Go on from a checkpoint."""

@@ -117,7 +117,7 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
     train = add("train", _train, "distil the teacher into the student")
     train.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     train.add_argument(
-        "--resume", metavar="RUN", type=Path, help="go on with this run from its newest good checkpoint"
+        "--resume", metavar="RUN", type=_path, help="go on with this run from its newest good checkpoint"
     )
     train.add_argument(
         "--profile",

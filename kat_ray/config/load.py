@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from kat_ray.config import Config, plain_yaml, schema
+from kat_ray.config.local_paths import ADVICE, URL, is_url
 from kat_ray.errors import ConfigError
 from kat_ray.observability.redact import redact
 from kat_ray.termination import RULES
@@ -67,6 +68,8 @@ def resolve_path(name: str) -> Path:
 
 def usable_path(text: str) -> Path:
     """The path, `~` resolved; `ConfigError` where no file system takes it, which each access would raise again."""
+    if is_url(text):
+        raise ConfigError(f"{_shown(redact(text))}: {ADVICE}")
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:  # ~nobody
@@ -280,6 +283,8 @@ def _message(error: Any, source: _Source) -> str:
         return f"{source.of(path[:-1])}{name}: the name of a field must be text"
     if kind == "value_error":  # of a validator: it has named field and value itself
         return f"{source.of(path)}{name + '.' if name else ''}{error['ctx']['error']}"
+    if kind == URL:
+        return f"{source.of(path)}{name} = {_shown(redact(value))}: {ADVICE}"
     if not schema.allowed_at(path) and schema.allowed_at(path[:-1]):
         path = path[:-1]  # of a union pydantic names each alternative: true or false, or text
     return _wrong(path, value, source)

@@ -21,6 +21,7 @@ from kat_ray.config.cluster import (
     ScorerConfig,
     Section,
 )
+from kat_ray.config.local_paths import LocalPath
 from kat_ray.rewards.limits import GradingLimits
 from kat_ray.termination import TerminationConfig
 from kat_ray.termination.settings import KatSettings
@@ -46,7 +47,7 @@ class RunConfig(Section):
 
     name: Resumable[str] = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run directory. `latest` is reserved."""
-    dir: Resumable[str] = "runs"
+    dir: Resumable[LocalPath] = "runs"
     """Folder that holds run directories; a relative path is relative to the working directory."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seeds data order, sampling, probes and the learner."""
@@ -92,7 +93,7 @@ class RunConfig(Section):
 class ModelConfig(Section):
     """One causal language model: a Hugging Face directory or hub id."""
 
-    path: str = Field(min_length=1)
+    path: LocalPath = Field(min_length=1)
     """Directory with config.json and safetensors, or a hub id. A directory is taken when it exists;
     `demo:student` and `demo:teacher` name the embedded models."""
     revision: str | None = None
@@ -109,7 +110,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Prompts of one split."""
 
-    path: str = Field(min_length=1)
+    path: LocalPath = Field(min_length=1)
     """A .jsonl or .parquet file, a Hugging Face data set id, or `demo:train` / `demo:heldout`."""
     name: str | None = Field(None, min_length=1)
     """Configuration of a Hugging Face data set that has several, such as `main` of openai/gsm8k; not used for

@@ -57,12 +57,12 @@ class ChromeTrace:
         self._path = path
         self._rows: dict[str, int] = {}
         self._first: float | None = None
-        if not path.exists():  # a run that was resumed goes on with its file
-            path.write_text("[\n", encoding="utf-8")
 
     def add(self, spans: Mapping[str, Sequence[Span]], step: int) -> None:
         """Append the spans of a step by actor; microseconds since the first one."""
         with self._path.open("a", encoding="utf-8") as file:
+            if not file.tell():  # a run that was resumed goes on with its file
+                file.write("[\n")
             for actor, own in spans.items():
                 if actor not in self._rows:
                     self._rows[actor] = len(self._rows)

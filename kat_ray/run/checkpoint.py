@@ -13,7 +13,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -30,6 +31,11 @@ STATE = f"{TRAINING}/state.json"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _NAME = re.compile(r"step-(0|[1-9]\d{0,17})")
 
+_BLOCK = 4 * 2**20  # bytes that are read at once
+# Seconds for which a file that another machine has just written may not be seen: NFS keeps what it knows of a folder
+# for up to a minute.
+LISTING_SECONDS = 75.0
+
 T = TypeVar("T")
 
 
@@ -45,11 +51,14 @@ class FileDigest:
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> FileDigest:
-        """Read a file to its end."""
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return cls(file.tell(), sha256)
+    def of(cls, path: Path, beat: Callable[[], object] = lambda: None) -> FileDigest:
+        """Read a file to its end; `beat` is called after each part of it."""
+        sha256, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+        with path.open("rb", buffering=0) as file:
+            while size := file.readinto(block):
+                sha256.update(block[:size])
+                beat()
+            return cls(file.tell(), sha256.hexdigest())
 
     @classmethod
     def synced(cls, path: Path) -> FileDigest:
@@ -59,9 +68,30 @@ class FileDigest:
         return digest
 
 
+# Checkpoint and files -> what is wrong with the first whose bytes are not those that were written; None: nothing.
+FindDamage = Callable[[Path, Mapping[str, FileDigest]], str | None]
+
+
+def damage_in(path: Path, files: Mapping[str, FileDigest], beat: Callable[[], object] = lambda: None) -> str | None:
+    """A `FindDamage` that reads the files to their end, here and now."""
+    for name, expected in sorted(files.items()):
+        try:
+            found = FileDigest.of(path / name, beat)
+        except OSError as error:
+            return f"{name}: {error.strerror or error}"
+        if found != expected:
+            return f"{name} is damaged: its bytes are not those that were written"
+    return None
+
+
+def unread(path: Path, files: Mapping[str, FileDigest]) -> str | None:
+    """A `FindDamage` that finds none: whoever loads the checkpoint reads the files first."""
+    return None
+
+
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint whose every file was found to be what its manifest says."""
+    """A checkpoint whose files were found to be what its manifest says."""
 
     path: Path
     step: int  # optimiser steps done
@@ -145,15 +175,18 @@ class Checkpoints:
             self._prune(step)
         return final
 
-    def newest(self) -> tuple[Loaded | None, list[str]]:
-        """The newest checkpoint that is whole, and a note for each newer one that is not. Reads all its bytes."""
+    def newest(self, find_damage: FindDamage = damage_in) -> tuple[Loaded | None, list[str]]:
+        """The newest checkpoint that is whole, and a note for each newer one that is not.
+
+        Manifest, sizes and state are looked at here, the bytes of all other files by `find_damage`.
+        """
         notes: list[str] = []
         with _named(self._folder):
             self._tidy()
             found = sorted(self._found().items(), reverse=True)
         for _, path in found:
             try:
-                return verify(path), notes
+                return verify(path, find_damage), notes
             except CheckpointError as error:
                 notes.append(str(error))
         return None, notes
@@ -193,8 +226,8 @@ class Checkpoints:
             shutil.rmtree(doomed)
 
 
-def verify(path: Path) -> Loaded:
-    """Read every file of a checkpoint; `CheckpointError` names the first that is not what the manifest says."""
+def verify(path: Path, find_damage: FindDamage = damage_in) -> Loaded:
+    """Look at every file of a checkpoint; `CheckpointError` names one that is not what the manifest says."""
     if path.is_dir() and not (path / MANIFEST).exists():
         raise CheckpointError(f"{path}: has no {MANIFEST}: it holds a model only and cannot be resumed")
     manifest = _read_manifest(path)
@@ -208,8 +241,10 @@ def verify(path: Path) -> Loaded:
             size = (path / file).stat().st_size
             if size != expected.size:
                 raise CheckpointError(f"{path}: {file} has {size} bytes instead of {expected.size}")
-            if FileDigest.of(path / file).sha256 != expected.sha256:
-                raise CheckpointError(f"{path}: {file} is damaged: its bytes are not those that were written")
+    files = {file: FileDigest(listed.size, listed.sha256) for file, listed in manifest.files.items()}
+    damage = damage_in(path, {STATE: files.pop(STATE)}) or find_damage(path, files)
+    if damage:
+        raise CheckpointError(f"{path}: {damage}")
     return Loaded(path, manifest.step, manifest.metric, _read_object(path, STATE))
 
 
@@ -232,17 +267,42 @@ def _check_plain(value: Any, where: str) -> None:
 
 
 def _manifest(folder: Path, step: int, files: Mapping[str, FileDigest], metric: float | None) -> str:
+    missing = _missing(folder, files)
+    deadline = time.monotonic() + LISTING_SECONDS
+    while missing and time.monotonic() < deadline:
+        time.sleep(0.5)
+        _refresh(folder, missing)
+        missing = _missing(folder, files)
+    for name in missing:
+        raise CheckpointError(
+            f"{folder}: {name} is not there with the {files[name].size} bytes that were written; all ranks of the "
+            "learner must see the driver's file system (run.dir)"
+        )
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
     assert there <= files.keys(), f"{folder}: no digests of {sorted(there - files.keys())}"
-    for name, digest in files.items():
-        if name not in there or (folder / name).stat().st_size != digest.size:
-            raise CheckpointError(
-                f"{folder}: {name} is not there with the {digest.size} bytes that were written; all ranks of the "
-                "learner must see the driver's file system (run.dir)"
-            )
     listed = {name: {"size": digest.size, "sha256": digest.sha256} for name, digest in sorted(files.items())}
     rated = metric if metric is not None and math.isfinite(metric) else None
     return json.dumps({"format": FORMAT, "step": step, "metric": rated, "files": listed}, indent=1)
+
+
+def _missing(folder: Path, files: Mapping[str, FileDigest]) -> list[str]:
+    def is_there(name: str) -> bool:
+        try:
+            return (folder / name).stat().st_size == files[name].size
+        except FileNotFoundError:
+            return False
+
+    return [name for name in sorted(files) if not is_there(name)]
+
+
+def _refresh(folder: Path, names: Sequence[str]) -> None:
+    """Have a network file system ask its server for these: what changes here makes it forget what it knew."""
+    for place in {(folder / name).parent for name in names}:
+        place.mkdir(exist_ok=True)
+        marker = place / f".look-{os.getpid()}"
+        marker.touch()
+        _sync(place)
+        marker.unlink()
 
 
 def _read_manifest(path: Path) -> _Manifest:

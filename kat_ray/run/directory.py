@@ -2,79 +2,115 @@
 
 Each file is written so that what was there before stays good: lines are appended whole, files are renamed into
 place. A full disk is an error that names the path, and what was recorded until then remains.
+
+Nothing is written into a run that exists before `begin`: what fails until then (a model that does not load, engines
+that disagree) leaves a run that is resumed, or that is to be replaced (`run.overwrite`), as it was.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from kat_ray.config import RunConfig
-from kat_ray.errors import UserError
 from kat_ray.observability.logs import line_format, name_driver
 from kat_ray.observability.redact import RedactingFormatter
 from kat_ray.records.traces import TraceRow, write_traces
+from kat_ray.run.lock import RecordError, ReplacedRun, discard_replaced, lock_run, naming
 
 # A run that starts with less would end in the middle of its first checkpoint.
 MIN_FREE_BYTES = 64 * 2**20
 
 
+_HELD_LINES, _NEVER = 10_000, logging.CRITICAL + 1  # of the log, before a run that exists is written again
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"  # appended to, line by line
-
-
-class RecordError(UserError):
-    """A record could not be written; what was written before is intact."""
 
 
 class RunDirectory:
     """One run's directory, locked for this process. What is appended to its growing files: `JsonlTracker`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, config_yaml: str | None = None, replaced: ReplacedRun | None = None) -> None:
+        """A new run is written from now on, one that goes on (with `config_yaml`) from `begin` on."""
         self.path = path
-        self._lock = _locked(path)
-        (path / METRICS).touch()
-        self._log = logging.FileHandler(path / "run.log", encoding="utf-8")
-        self._log.setFormatter(RedactingFormatter(line_format(path.name, "driver")))
+        self._lock = lock_run(path)
+        self._config_yaml, self._replaced = config_yaml, replaced
+        self._log: logging.Handler = MemoryHandler(_HELD_LINES, flushLevel=_NEVER, flushOnClose=False)
+        self.has_begun = False
         root = logging.getLogger("kat_ray")
         root.addHandler(self._log)
         root.setLevel(logging.INFO)
         name_driver(path.name)
+        if config_yaml is None:
+            self._write_log()
 
     @classmethod
     def create(cls, run: RunConfig, config_yaml: str) -> RunDirectory:
-        """Make `<dir>/<name>` (or `<name>-2`, ... if it exists) and point `<dir>/latest` to it."""
+        """Make `<dir>/<name>` (or `<name>-2`, ... if it exists) and point `<dir>/latest` to it.
+
+        With `run.overwrite` the run of this name is put aside until the new one begins. `RecordError` where another
+        process is writing it.
+        """
         root = Path(run.dir)
         with naming(root):
             root.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(root).free
             if free < MIN_FREE_BYTES:
                 raise RecordError(f"{root}: only {free / 2**20:.0f} MiB are free; a run needs more (run.dir)")
-            path = _new_directory(root, run)
-            (path / "traces").mkdir()
-            (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
-            link = root / f".latest-{os.getpid()}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.name)
-            link.replace(root / "latest")
-            return cls(path)
+            replaced = ReplacedRun.put_aside(root / run.name) if run.overwrite else None
+            try:
+                path = _new_directory(root, run.name)
+                (path / "traces").mkdir()
+                (path / METRICS).touch()
+                (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
+                link = root / f".latest-{os.getpid()}"
+                link.unlink(missing_ok=True)
+                link.symlink_to(path.name)
+                link.replace(root / "latest")
+                return cls(path, replaced=replaced)
+            except BaseException:
+                if replaced is not None:
+                    replaced.put_back()
+                raise
 
     @classmethod
     def reopen(cls, path: Path, config_yaml: str) -> RunDirectory:
-        """Go on with the records of a run; call `rewind` before anything is written."""
+        """Lock a run that exists, to go on with it; nothing of it is changed before `begin` and `rewind`."""
         with naming(path):
-            (path / "traces").mkdir(exist_ok=True)
-            records = cls(path)
-            _replace(path / "config.yaml", config_yaml)
-        return records
+            return cls(path, config_yaml)
+
+    def begin(self) -> None:
+        """The run is about to take its first step, or its next: from now on its records are written."""
+        if self.has_begun:
+            return
+        with naming(self.path):
+            self.has_begun = True
+            if self._config_yaml is not None:
+                (self.path / "traces").mkdir(exist_ok=True)
+                (self.path / METRICS).touch()
+                self._write_log()
+                _replace(self.path / "config.yaml", self._config_yaml)
+            discard_replaced(self.path)
+            if self._replaced is not None:
+                self._replaced.release()
+                self._replaced = None
+
+    def _write_log(self) -> None:
+        held = self._log
+        self._log = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+        self._log.setFormatter(RedactingFormatter(line_format(self.path.name, "driver")))
+        root = logging.getLogger("kat_ray")
+        root.addHandler(self._log)
+        root.removeHandler(held)
+        assert isinstance(held, MemoryHandler)
+        held.setTarget(self._log)
+        held.flush()
 
     def positions(self) -> dict[str, int]:
         """Bytes of the files that grow: what `rewind` takes."""
@@ -109,6 +145,8 @@ class RunDirectory:
         log.removeHandler(self._log)
         name_driver()
         self._log.close()
+        if self._replaced is not None:
+            self._replaced.put_back()
         os.close(self._lock)
 
     def write_traces(self, step: int, rows: Sequence[TraceRow]) -> None:
@@ -133,45 +171,18 @@ class RunDirectory:
         }
 
 
-def _new_directory(root: Path, run: RunConfig) -> Path:
-    path = root / run.name
-    if run.overwrite and path.is_dir():
-        shutil.rmtree(path)
-    number = 1
+def _new_directory(root: Path, name: str) -> Path:
+    path, number = root / name, 1
     while True:
         try:
             path.mkdir()
             return path
         except FileExistsError:
             number += 1
-            path = root / f"{run.name}-{number}"
+            path = root / f"{name}-{number}"
 
 
 def _replace(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def _locked(path: Path) -> int:
-    """A lock on a run directory, held until the file is closed: two writers would mix their records."""
-    lock = os.open(path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        raise RecordError(f"{path}: another process is writing this run; end it first, or wait for it") from error
-    return lock
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An `OSError` in this `with` becomes a `RecordError` that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise RecordError(
-            f"{path}: cannot be written: {error.strerror or error}; earlier records are intact"
-        ) from error

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from kat_ray.observability.trackers import Tracker
-from kat_ray.run.directory import EVALUATIONS, METRICS, naming
+from kat_ray.run.directory import EVALUATIONS, METRICS
+from kat_ray.run.lock import naming
 
 
 class JsonlTracker(Tracker):

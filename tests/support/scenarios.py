@@ -35,7 +35,7 @@ from kat_ray.data.golds import TrainingGolds
 from kat_ray.data.prompts import PromptSet
 from kat_ray.errors import StateLost, UserError
 from kat_ray.observability.trackers import Tracker, Trackers
-from kat_ray.run.checkpoint import Loaded, check_state
+from kat_ray.run.checkpoint import FileDigest, FindDamage, Loaded, check_state, unread
 from kat_ray.types.records import (
     EngineEnd,
     EngineRows,
@@ -176,6 +176,10 @@ class MemoryRun:
         self.metrics: list[tuple[int, dict[str, float]]] = []
         self.traces: dict[int, list[Any]] = {}
         self.summary: dict[str, Any] | None = None
+        self.has_begun = False
+
+    def begin(self) -> None:
+        self.has_begun = True
 
     def write_traces(self, step: int, rows: Sequence[Any]) -> None:
         self.traces[step] = list(rows)
@@ -225,12 +229,15 @@ class MemoryCheckpoints:
         self.written[step] = (json.dumps(state), weights)
         return final
 
-    def newest(self) -> tuple[Loaded | None, list[str]]:
-        if not self.written:
-            return None, []
-        step = max(self.written)
-        path = Path(f"/nowhere/run/checkpoints/step-{step}")
-        return Loaded(path, step, None, json.loads(self.written[step][0])), []
+    def newest(self, find_damage: FindDamage = unread) -> tuple[Loaded | None, list[str]]:
+        notes = []
+        for step in sorted(self.written, reverse=True):
+            path = Path(f"/nowhere/run/checkpoints/step-{step}")
+            damage = find_damage(path, {f"{path}/{part}": FileDigest(1, "") for part in "abc"})
+            if damage is None:
+                return Loaded(path, step, None, json.loads(self.written[step][0])), notes
+            notes.append(damage)
+        return None, notes
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -51,6 +51,7 @@ class World:
 
     meetings: dict[int, Meeting] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
+    damaged: set[str] = field(default_factory=set)  # checkpoints
     seconds: float = 0.2  # of every piece of work
 
 
@@ -122,6 +123,11 @@ class StubLearner:
         path, weights = self._written
         self.world.disk[path] = weights
         return {}
+
+    def find_damage(self, path: str, files: Mapping[str, Any]) -> str | None:
+        with self._heartbeat.busy("verify the checkpoint"):
+            time.sleep(self.world.seconds)
+            return "weights are damaged" if path in self.world.damaged else None
 
     def restore(self, path: str) -> None:
         with self._heartbeat.busy("restore"):

@@ -199,6 +199,39 @@ def test_a_learner_that_dies_while_it_restores():
     assert len([line for line in result.cluster.log if line.endswith(":kill:learner:0")]) == 2
 
 
+def told_to_end(changes=None):
+    """A run that was told to end in its second step of three, with a checkpoint of each; and its result."""
+    run = Run(0, {"run": {"checkpoint_every": 1}, **(changes or {})})
+    run.cluster.when("learner:0", "learn", run.cluster.terminate, nth=2)
+    result = run.go()
+    assert isinstance(result.error, Preempted) and sorted(result.checkpoints.written) == [1, 2]
+    return run, result
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_that_the_ranks_find_damaged_is_passed_over(ranks):
+    run, result = told_to_end({"learner": {"world_size": ranks}})
+    again = Run(0, run.changes, start_from=result)
+    again.world.damaged.add("/nowhere/run/checkpoints/step-2")
+    finish(again)
+    assert {"weights are damaged", "going on from step 1 instead of 2"} <= set(again.notes)
+
+
+def test_no_checkpoint_is_whole():
+    run, result = told_to_end()
+    again = Run(0, run.changes, start_from=result)
+    again.world.damaged |= {f"/nowhere/run/checkpoints/step-{n}" for n in (1, 2)}
+    finish(again)
+    assert "going on from step 0 instead of 2" in again.notes
+
+
+def test_a_learner_that_dies_while_it_verifies():
+    run, result = told_to_end()
+    again = Run(0, run.changes, start_from=result)
+    again.cluster.when("learner:0", "find_damage", lambda: again.cluster.kill("learner:0"))
+    finish(again, "kill:learner:0")
+
+
 def test_a_sampler_that_dies_again_while_it_takes_its_weights():
     run = Run()
     run.cluster.when("sampler:0", "generate", lambda: run.cluster.kill("sampler:0"), nth=2)

@@ -259,3 +259,18 @@ def test_a_local_ray_gets_a_token_of_its_own(monkeypatch, environment, address, 
     _keep_others_out(make_config("a", "b", cluster={"address": address}))
     assert environment.get("RAY_AUTH_MODE") == expected
     assert len(environment.get("RAY_AUTH_TOKEN", "")) == (64 if expected == "token" else 0)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["train", "--resume", "s3://b/run"], ["report", "s3://b/run"], ["replay", "s3://b/run"],
+     ["compare", "demo", "--out", "s3://b"], ["train", "gs://b/my.yaml"], ["eval", "s3://b/run"]],
+)  # fmt: skip
+def test_commands_refuse_object_stores(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = cli.main(argv)
+    except SystemExit as end:
+        code = end.code
+    assert code == 2 and "mount it as a file system" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

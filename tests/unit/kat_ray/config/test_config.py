@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kat_ray.config import Config, schema
 from kat_ray.config.load import DEMO_FILES, config_yaml, load_config, resolve_path, save_config
+from kat_ray.config.local_paths import ADVICE
 from kat_ray.errors import ConfigError
 from tests.support.paths import ROOT
 
@@ -119,6 +120,14 @@ def test_termination_without_rule_takes_the_default_rule(write):
             "F:4: run.name = 7: must be text that matches ^[A-Za-z0-9][A-Za-z0-9._-]*$; put it in quotes",
         ),
         ("run: {name: latest}\n", "F:4: run.name = 'latest': this name is reserved for the link to the newest run"),
+        (
+            "run: {dir: s3://b/runs}\n",
+            f'F:4: run.dir = "s3://b/runs": {ADVICE}',
+        ),
+        (
+            "evaluation: {data: {path: gs://b/p.jsonl}}\n",
+            f'F:4: evaluation.data.path = "gs://b/p.jsonl": {ADVICE}',
+        ),
         ("run: {stpes: 3}\n", "F:4: run.stpes: unknown field; did you mean steps?"),
         ("run: {max_num_seqs: 3}\n", "F:4: run.max_num_seqs: unknown field; did you mean sampler.max_num_seqs?"),
         ("sampelr: {}\n", "F:4: sampelr: unknown field; did you mean sampler?"),
@@ -283,3 +292,10 @@ def test_every_field_is_documented():
     for name, definition in schema.root_schema()["$defs"].items():
         for field, properties in definition["properties"].items():
             assert "description" in properties or "const" in properties, f"{name}.{field}"
+
+
+@pytest.mark.parametrize("field", ["run.dir", "student.path", "teacher.path", "data.path", "evaluation.data.path"])
+def test_object_stores_are_refused_with_what_to_do(field):
+    """`Path` would make a local folder `s3:` of it; a hub would be asked for it."""
+    with pytest.raises(ConfigError, match=rf'{field} = "s3://bucket/x": .*mount it as a file system on all nodes'):
+        load_config("demo", [f"{field}=s3://bucket/x"])

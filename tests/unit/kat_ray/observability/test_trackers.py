@@ -9,8 +9,8 @@ import pytest
 
 from kat_ray.observability.progress import Progress
 from kat_ray.observability.trackers import ConsoleTracker, TensorBoardTracker, Tracker, Trackers
-from kat_ray.run.directory import RecordError
 from kat_ray.run.jsonl_tracker import JsonlTracker
+from kat_ray.run.lock import RecordError
 
 STEP = {
     "kl/mean": 0.5, "rollout/generated_tokens": 5120.0, "rollout/trapped_share": 0.25, "kat/threshold": 0.125,

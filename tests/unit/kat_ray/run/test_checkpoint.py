@@ -5,8 +5,8 @@ import math
 import os
 import random
 import shutil
+import threading
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -255,7 +255,8 @@ def test_a_write_killed_anywhere_leaves_a_good_checkpoint(folder, monkeypatch, b
     assert names(folder) == ["step-4"] and checkpoints.newest()[0].step == 4
 
 
-def test_files_that_did_not_arrive_are_named(folder):
+def test_files_that_did_not_arrive_are_named(folder, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LISTING_SECONDS", 0.1)
     checkpoints = Checkpoints(folder, 1, False)
     partial = checkpoints.begin(1)
     (partial / "a").write_bytes(b"12")
@@ -264,6 +265,71 @@ def test_files_that_did_not_arrive_are_named(folder):
     with pytest.raises(CheckpointError, match="a is not there with the 3 bytes"):
         checkpoints.commit(1, {}, {"a": FileDigest(3, "0" * 64)}, None)
     assert names(folder) == ["step-1.partial"]
+
+
+def test_files_that_a_listing_does_not_show_yet_are_waited_for(folder):
+    """As over NFS, where the driver may know of a rank's file, or of its size, a minute later than the rank."""
+    checkpoints = Checkpoints(folder, 1, False)
+    partial = checkpoints.begin(1)
+    for name, content in FILES.items():
+        (partial / name).write_bytes(content)
+    digests = {name: FileDigest.of(partial / name) for name in FILES}
+    late, short = partial / "training/learner-0-of-1.safetensors", partial / "model.safetensors"
+    late.rename(folder / "late")
+    short.write_bytes(b"")
+    looked = threading.Event()
+
+    def arrive():
+        looked.wait(60)  # until the driver has looked for them once
+        (folder / "late").rename(late)
+        short.write_bytes(FILES["model.safetensors"])
+
+    def missing(*arguments):
+        found = whole(*arguments)
+        looked.set()
+        return found
+
+    whole, checkpoint._missing = checkpoint._missing, missing
+    arriving = threading.Thread(target=arrive)
+    arriving.start()
+    try:
+        path = checkpoints.commit(1, {"step": 1}, digests, None)
+    finally:
+        checkpoint._missing = whole
+        arriving.join()
+    assert {n: (path / n).read_bytes() for n in FILES} == FILES
+    assert {p.name for p in path.rglob("*") if p.is_file()} == {Path(n).name for n in FILES} | {
+        "manifest.json",
+        "state.json",
+    }
+    assert checkpoints.newest()[0].step == 1
+
+
+def test_others_may_read_the_bytes(folder):
+    """All files but the state, which the driver needs at once; what they find is said as of any damage."""
+    checkpoints = Checkpoints(folder, 2, False)
+    for step in (1, 2):
+        write(checkpoints, step)
+    (folder / "step-2" / "model.safetensors").write_bytes(bytes(len(FILES["model.safetensors"])))
+    assert checkpoints.newest(checkpoint.unread)[0].step == 2
+    asked = []
+
+    def find_damage(path, files):
+        asked.append((path.name, set(files)))
+        return checkpoint.damage_in(path, files)
+
+    loaded, (note,) = checkpoints.newest(find_damage)
+    assert loaded.step == 1 and "step-2: model.safetensors is damaged" in note
+    assert asked == [("step-2", set(FILES)), ("step-1", set(FILES))]
+    (folder / "step-1" / "training/state.json").write_text('{"step": 7}')
+    assert checkpoints.newest(checkpoint.unread)[0].step == 2, "its own bytes are still right"
+
+
+def test_who_reads_a_large_file_says_that_it_goes_on(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(3 * checkpoint._BLOCK + 1))
+    beats = []
+    assert checkpoint.damage_in(tmp_path, {"a": FileDigest.of(tmp_path / "a")}, lambda: beats.append(1)) is None
+    assert len(beats) == 4
 
 
 def test_a_full_disk_is_named(folder, monkeypatch):

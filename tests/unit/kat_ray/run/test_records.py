@@ -16,8 +16,9 @@ from kat_ray.observability.metric_catalog import METRICS
 from kat_ray.records.traces import SCHEMA, TraceRow, read_traces
 from kat_ray.rewards.limits import GradingLimits
 from kat_ray.run import directory as records
-from kat_ray.run.directory import RecordError, RunDirectory
+from kat_ray.run.directory import RunDirectory
 from kat_ray.run.jsonl_tracker import JsonlTracker
+from kat_ray.run.lock import RecordError
 from kat_ray.run.probes import RolloutGrader, grading_metrics, is_active, probe_metrics, seen_to_the_end
 from kat_ray.run.step_metrics import rollout_metrics, score_metrics
 from kat_ray.run.summary import Totals, git_commit, package_versions

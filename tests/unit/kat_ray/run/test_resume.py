@@ -1,7 +1,11 @@
 """Which run is gone on with, under which configuration, and what of its records is kept."""
 
 import json
+import logging
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -10,8 +14,9 @@ from kat_ray.config.schema import configuration_markdown
 from kat_ray.data.prompts import PromptSet
 from kat_ray.errors import UserError
 from kat_ray.observability.trackers import TensorBoardTracker, Trackers
-from kat_ray.run.directory import RecordError, RunDirectory
+from kat_ray.run.directory import RunDirectory
 from kat_ray.run.jsonl_tracker import JsonlTracker
+from kat_ray.run.lock import RecordError
 from kat_ray.run.resume import changes, check_prompts, is_finished, resumable, resumed_config, unfinished_run
 from kat_ray.types.records import Prompt
 
@@ -101,6 +106,7 @@ def test_records_are_taken_back_to_a_step(tmp_path):
                 kept = records.positions()
         records.write_summary({"steps": 3})
     with RunDirectory.reopen(records.path, "a: 2\n") as again, Trackers([JsonlTracker(again.path)]) as trackers:
+        again.begin()
         again.rewind(2, kept)
         trackers.start(2)
         trackers.step(3, {"kl/mean": 0.5})
@@ -164,10 +170,10 @@ def test_a_run_whose_file_of_prompts_was_changed_is_not_resumed(tmp_path, known,
     """Before Ray is started or a record taken back; a run of a version that kept no digest is let through."""
     from actors.driver.train import checkpoints_of, prepare, train
 
-    def reopen(*_):
+    def no_ray(*_):
         raise UserError("let through")
 
-    monkeypatch.setattr(RunDirectory, "reopen", reopen)
+    monkeypatch.setattr("actors.driver.train.ray_session", no_ray)
 
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "2 + 1 = "}\n')
@@ -190,12 +196,115 @@ def test_a_run_whose_file_of_prompts_was_changed_is_not_resumed(tmp_path, known,
     assert (run / "metrics.jsonl").read_text() == "{}\n"
 
 
+def contents(folder):
+    """All files below a folder but locks, with what they hold."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+HOLDER = rf"another process \(pid {os.getpid()} on .+\) is writing this run; end it first"
+
+
 def test_two_processes_do_not_write_one_run(tmp_path):
     config = config_in(tmp_path)
-    with (
-        RunDirectory.create(config.run, "") as records,
-        pytest.raises(RecordError, match="another process is writing this run"),
-    ):
+    with RunDirectory.create(config.run, "") as records, pytest.raises(RecordError, match=HOLDER):
         RunDirectory.reopen(records.path, "")
     with RunDirectory.reopen(records.path, ""):
         pass
+
+
+def test_a_run_that_is_being_written_is_not_replaced(tmp_path):
+    config = config_in(tmp_path, "run.overwrite=true")
+    with RunDirectory.create(config.run, "a: 1\n") as records:
+        records.begin()
+        before = contents(records.path)
+        with pytest.raises(RecordError, match=HOLDER):
+            RunDirectory.create(config.run, "a: 2\n")
+        assert contents(records.path) == before
+
+
+def test_a_run_that_is_being_written_keeps_the_checkpoint_that_it_is_writing(tmp_path):
+    """A resume looks for checkpoints, and tidies what killed processes left, once the run is its own."""
+    from actors.driver.train import checkpoints_of, train
+
+    config = config_in(tmp_path, "evaluation.data=null")
+    with RunDirectory.create(config.run, config_yaml(config)) as records:
+        partial = checkpoints_of(records.path, config.run).begin(1)
+        with pytest.raises(RecordError, match=HOLDER):
+            train(config, records.path)
+        assert partial.is_dir()
+
+
+@pytest.mark.parametrize("how", ["resumed", "replaced"])
+def test_what_fails_before_the_first_step_leaves_a_run_that_exists_as_it_was(tmp_path, how, monkeypatch):
+    """The real driver, ended where it would start Ray; records that a resume would take back are among them."""
+    from actors.driver.train import train
+
+    def no_ray(*_):
+        raise UserError("the engines disagree")
+
+    monkeypatch.setattr("actors.driver.train.ray_session", no_ray)
+    config = config_in(tmp_path, "evaluation.data=null", "run.profile=true")
+    with RunDirectory.create(config.run, config_yaml(config)) as records:
+        records.begin()
+        records.write_summary({"steps": 1})
+        (records.path / "metrics.jsonl").write_text('{"step": 1}\n')
+    before = contents(records.path)
+    changed = config_in(tmp_path, "evaluation.data=null", "run.steps=300", f"run.overwrite={how == 'replaced'}")
+    with pytest.raises(UserError, match="the engines disagree"):
+        train(changed, records.path if how == "resumed" else None)
+    assert contents(records.path) == before
+    failed = tmp_path / f"{config.run.name}.failed.log"
+    assert failed.exists() == (how == "replaced")
+    assert sorted(p.name for p in tmp_path.iterdir() if p != failed) == [records.path.name, "latest"]
+    with RunDirectory.reopen(records.path, "a: 1\n"):  # nobody holds it any more
+        pass
+
+
+def test_a_run_is_replaced_once_the_next_one_begins(tmp_path):
+    config = config_in(tmp_path, "run.overwrite=true")
+    for text in ("a: 1\n", "a: 2\n"):
+        with RunDirectory.create(config.run, text) as records:
+            records.begin()
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir() and not p.is_symlink()] == [records.path.name]
+    assert (records.path / "config.yaml").read_text() == "a: 2\n"
+
+
+def test_a_run_outlives_the_process_that_was_killed_before_it_replaced_it(tmp_path):
+    config = config_in(tmp_path, "run.overwrite=true")
+    with RunDirectory.create(config.run, "a: 1\n") as records:
+        records.begin()
+    code = (
+        "import os, sys; from kat_ray.config.load import load_config; "
+        "from kat_ray.run.directory import RunDirectory; "
+        "RunDirectory.create(load_config('demo', sys.argv[1:]).run, 'a: 2\\n'); os._exit(9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, f"run.dir={tmp_path}", "run.overwrite=true"], check=False)
+    assert done.returncode == 9 and (records.path / "config.yaml").read_text() == "a: 2\n"
+    with pytest.raises(KeyError), RunDirectory.create(config.run, "a: 3\n"):
+        raise KeyError
+    assert (records.path / "config.yaml").read_text() == "a: 1\n"
+
+
+def test_a_run_that_was_gone_on_with_is_not_taken_for_one_that_never_began(tmp_path):
+    """Its process was killed before it replaced another; a later one resumed it."""
+    config = config_in(tmp_path, "run.overwrite=true")
+    with RunDirectory.create(config.run, "a: 1\n") as records:
+        records.begin()
+    records.path.rename(tmp_path / f".{config.run.name}.replaced")
+    with RunDirectory.create(config_in(tmp_path).run, "a: 2\n"):
+        pass
+    with RunDirectory.reopen(records.path, "a: 2\n") as again:
+        again.begin()
+    with pytest.raises(KeyError), RunDirectory.create(config.run, "a: 3\n"):
+        raise KeyError
+    assert (records.path / "config.yaml").read_text() == "a: 2\n"
+
+
+def test_what_was_said_before_a_resumed_run_begins_is_in_its_log(run):
+    with RunDirectory.reopen(run, "") as records:
+        logging.getLogger("kat_ray.test").info("said early")
+        assert "said early" not in (run / "run.log").read_text()
+        records.begin()
+        logging.getLogger("kat_ray.test").info("said late")
+    said = (run / "run.log").read_text()
+    assert said.count("said early") == 1 and said.index("said early") < said.index("said late")
