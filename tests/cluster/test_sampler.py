@@ -65,9 +65,8 @@ def start_sampler(model_dir, options=None, **sampler):
     settings = SamplerSettings.from_config(
         config, config.student, model_dir, stop_ids=(1,), vocabulary=200, max_model_len=128
     )
-    options = {"runtime_env": {"env_vars": environments(config, threads_of(config, 1))["sampler"]}} | (
-        options or {}
-    )
+    env = environments(config, threads_of(config, 1))["sampler"]
+    options = {"runtime_env": {"env_vars": env}} | (options or {})
     return remote_class(Opened).options(**{"num_cpus": 1} | options).remote("sampler:0", settings)
 
 

@@ -70,6 +70,5 @@ def test_processes_of_roles_without_gpus_are_shown_none():
 def test_engines_are_eager_on_a_cpu_only_unless_told(sampler, eager):
     config = make_config("a", "b", sampler=sampler)
     assert config.sampler.eager is eager
-    assert environments(config, threads_of(config, 1))["sampler"].get("TORCHDYNAMO_DISABLE") == (
-        "1" if eager else None
-    )
+    env = environments(config, threads_of(config, 1))["sampler"]
+    assert env.get("TORCHDYNAMO_DISABLE") == ("1" if eager else None)
