@@ -7,7 +7,7 @@ WORKERS ?= 2
 LANES ?= 2
 SBOM := $(BIN)/cyclonedx-py requirements --output-reproducible --output-format JSON
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench test test-integration test-nightly audit lint format format-check types check sbom clean
+.PHONY: help setup train bench gpu-check test test-integration test-nightly audit lint format format-check types check sbom clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -20,6 +20,9 @@ train: setup ## train the embedded demo: make train ARGS="termination.rule=none"
 
 bench: setup ## run the benchmark, its peer included (an hour): make bench ARGS="--only sampler teacher"
 	@$(BIN)/kat-ray bench $(ARGS)
+
+gpu-check: setup ## check what is computed on a GPU (8 minutes at most); without one, tiny sizes on the CPU
+	@$(BIN)/python -m actors.acceptance $(ARGS)
 
 test: setup ## run the tests: no cluster, 5 minutes on 2 cores
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)

@@ -17,7 +17,7 @@ def speed(stage: str, device: torch.device, folder: Path, pair_name: str) -> lis
     """Of one stage, in this process: ratios are information, since no GPU has shown yet what to demand."""
     threads = torch.get_num_threads()
     rows = []
-    for figure in STAGES[stage](make_pair(pair_name, folder), threads):
+    for figure in STAGES[stage](make_pair(pair_name, folder), threads, 1.0 if device.type == "cuda" else 0.0):
         rates = [
             f"{k.removesuffix('_tokens_per_s')} {v:,} tokens/s"
             for k, v in figure.detail.items()

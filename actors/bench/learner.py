@@ -48,7 +48,7 @@ def _goal(pair: str) -> float | None:
     return GOAL if pair == "large" else None  # layers of 96: overhead decides there, not arithmetic
 
 
-def learner_of(student: Path, threads: int) -> Any:
+def learner_of(student: Path, threads: int, num_gpus: float = 0.0) -> Any:
     """A learner of one rank in this process, ready to take steps."""
     from actors.learner.learner import Learner
     from actors.learner.settings import LearnerSettings
@@ -59,7 +59,7 @@ def learner_of(student: Path, threads: int) -> Any:
             "student": {"path": str(student), "dtype": "float32"},
             "teacher": {"path": str(student), "dtype": "float32"},
             "data": {"path": "unused.jsonl"},
-            "learner": {"dtype": "float32", "threads": threads},
+            "learner": {"dtype": "float32", "threads": threads, "num_gpus": num_gpus},
         }
     )
     learner = Learner(0, LearnerSettings.from_config(config, str(student), (1,)))
@@ -91,9 +91,9 @@ class Counts:
         return 6.0 * self.body * self.run + 2.0 * HEAD_PRODUCTS * self.head * self.trained
 
 
-def measure(pair: Pair, threads: int) -> list[Figure]:
+def measure(pair: Pair, threads: int, num_gpus: float = 0.0) -> list[Figure]:
     """The figure of one pair, in this process."""
-    learner = learner_of(pair.student, threads)
+    learner = learner_of(pair.student, threads, num_gpus)
     model = learner._loaded.student.network
     count, lengths = _WORK[pair.name]
     rollouts = random_rollouts(count, lengths, model.config.vocab_size)
@@ -108,7 +108,8 @@ def measure(pair: Pair, threads: int) -> list[Figure]:
     step()  # warms up
     linear = _linear_layers(model)
     counts = _count(learner, linear, chunks, teacher, kept)
-    products, product_flops = _products(linear, counts.wide, learner._settings.learner.logits_chunk_tokens)
+    device = learner._loaded.engine.device
+    products, product_flops = _products(linear, counts.wide, learner._settings.learner.logits_chunk_tokens, device)
     products()
     own, other = alternate([step, products], _TURNS[pair.name])
     share = counts.useful / product_flops  # of a step's products in those timed alone
@@ -166,7 +167,7 @@ def _count(learner: Any, linear: Counter[tuple[int, int, bool]], chunks: Any, te
 
 
 def _products(
-    linear: Counter[tuple[int, int, bool]], tokens: int, head_tokens: int
+    linear: Counter[tuple[int, int, bool]], tokens: int, head_tokens: int, device: Any
 ) -> tuple[Callable[[], None], float]:
     """A function that computes each layer's three products into ready memory, and its FLOPs."""
     import torch
@@ -175,8 +176,9 @@ def _products(
     flops = 0.0
     for (rows, columns, head), layers in linear.items():
         n = head_tokens if head else tokens
-        x, w, dy = torch.randn(n, columns), torch.randn(rows, columns), torch.randn(n, rows)
-        out = [torch.empty(n, rows), torch.empty(n, columns), torch.empty(rows, columns)]
+        with torch.device(device):
+            x, w, dy = torch.randn(n, columns), torch.randn(rows, columns), torch.randn(n, rows)
+            out = [torch.empty(n, rows), torch.empty(n, columns), torch.empty(rows, columns)]
         # The output layer runs on all tokens, chunk by chunk.
         times = layers * max(1, tokens // n)
         jobs.append((times, [x, w, dy, *out]))
@@ -188,6 +190,8 @@ def _products(
                 torch.mm(x, w.t(), out=y)
                 torch.mm(dy, w, out=dx)
                 torch.mm(dy.t(), x, out=dw)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     return run, flops
 

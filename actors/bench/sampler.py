@@ -17,6 +17,7 @@ from actors.bench.pairs import MAX_POSITIONS, Pair, make_pair
 
 REQUESTS = 256
 GOAL = 0.85
+_SHARE = 0.4  # of a GPU, for each of the two engines
 _TOKENS = {"tiny": 208, "large": 16}
 _TURNS = {"tiny": 5, "large": 2}
 
@@ -31,12 +32,15 @@ def figures(folder: Path, threads: int = 1) -> list[Figure]:
     return found
 
 
-def measure(pair: Pair, threads: int) -> list[Figure]:
+def measure(pair: Pair, threads: int, num_gpus: float = 0.0) -> list[Figure]:
     """The figure of one pair, in this process."""
     from kat_ray.config import RolloutConfig
     from kat_ray.config.cluster import SamplerConfig
 
-    rollout, sampler = RolloutConfig(), SamplerConfig(max_num_seqs=REQUESTS)
+    rollout, sampler = (
+        RolloutConfig(),
+        SamplerConfig(max_num_seqs=REQUESTS, num_gpus=num_gpus, gpu_memory_utilization=_SHARE),
+    )
     prompts = _prompts(pair)
     ours = _ours(pair, sampler, rollout, prompts, _TOKENS[pair.name])
     lengths = ours()  # also warms up
@@ -118,6 +122,11 @@ def _bare(
     """A function that generates the same lengths as a plain user of vLLM would."""
     from vllm import LLM, SamplingParams
 
+    memory: dict[str, Any] = (
+        {"gpu_memory_utilization": sampler.gpu_memory_utilization}
+        if sampler.num_gpus
+        else {"kv_cache_memory_bytes": int(sampler.kv_cache_gib * 2**30)}
+    )
     llm = LLM(
         model=str(pair.student),
         dtype="float32",
@@ -126,9 +135,9 @@ def _bare(
         max_num_seqs=sampler.max_num_seqs,
         max_num_batched_tokens=sampler.max_num_batched_tokens,
         enforce_eager=sampler.eager,
-        kv_cache_memory_bytes=int(sampler.kv_cache_gib * 2**30),
         disable_log_stats=True,
         seed=0,
+        **memory,
     )
     inputs: Any = [{"prompt_token_ids": p} for p in prompts]
     params = [

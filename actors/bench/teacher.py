@@ -38,7 +38,7 @@ def _name(pair: str) -> str:
     return f"{pair}: seconds, incremental over one full forward"
 
 
-def scorer_of(student: Path, teacher: Path, prompts: Path, threads: int) -> Any:
+def scorer_of(student: Path, teacher: Path, prompts: Path, threads: int, num_gpus: float = 0.0) -> Any:
     """A scorer in this process."""
     from actors.teacher.scorer import TeacherScorer
     from actors.teacher.settings import ScorerSettings
@@ -49,20 +49,20 @@ def scorer_of(student: Path, teacher: Path, prompts: Path, threads: int) -> Any:
             "student": {"path": str(student), "dtype": "float32"},
             "teacher": {"path": str(teacher), "dtype": "float32"},
             "data": {"path": str(prompts)},
-            "scorer": {"threads": threads},
+            "scorer": {"threads": threads, "num_gpus": num_gpus, "backend": "transformers"},
         }
     )
     return TeacherScorer("scorer:0", ScorerSettings.from_config(config, str(teacher), (1,), MAX_POSITIONS))
 
 
-def measure(pair: Pair, threads: int) -> list[Figure]:
+def measure(pair: Pair, threads: int, num_gpus: float = 0.0) -> list[Figure]:
     """The figure of one pair, in this process."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from kat_ray.config import RolloutConfig
 
-    scorer = scorer_of(pair.student, pair.teacher, pair.prompts, threads)
+    scorer = scorer_of(pair.student, pair.teacher, pair.prompts, threads, num_gpus)
     vocabulary = scorer._teacher._model.config.vocab_size
     count, lengths = _WORK[pair.name]
     rollouts = random_rollouts(count, lengths, vocabulary)
@@ -76,6 +76,7 @@ def measure(pair: Pair, threads: int) -> list[Figure]:
     scorer.score(next(chunks_of(rollouts, 1, vocabulary)))  # warms up
     scorer.release(range(count))
     plain = AutoModelForCausalLM.from_pretrained(pair.teacher, dtype=torch.float32).eval()
+    plain.to(scorer._teacher._device)
     full, batch = _best_full(plain, scorer._teacher, rollouts, vocabulary)
     own, other = alternate([incremental, full], _TURNS[pair.name])
     tokens = sum(len(t) for _, t in rollouts)
@@ -140,11 +141,12 @@ def _full_batch(model: Any, teacher: Any, rollouts: Sequence[tuple[Any, Any]], i
     inputs = np.zeros((len(rollouts), max(lengths)), dtype=np.int64)
     for b, (prompt, tokens) in enumerate(rollouts):
         inputs[b, : lengths[b]] = np.concatenate([prompt, tokens])[:-1]
-    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(model.device)
+    given = torch.from_numpy(inputs).to(model.device)
     with torch.inference_mode():
-        hidden = model.model(
-            input_ids=torch.from_numpy(inputs), attention_mask=mask if len(rollouts) > 1 else None, use_cache=False
-        )[0]
+        hidden = model.model(input_ids=given, attention_mask=mask if len(rollouts) > 1 else None, use_cache=False)[
+            0
+        ]
         rows = torch.cat(
             [hidden[b, len(p) - 1 : n] for b, ((p, _), n) in enumerate(zip(rollouts, lengths, strict=True))]
         )

@@ -24,6 +24,7 @@ FLOORS = (
     ("actors.cluster", "actors.testing"),
     ("actors.driver",),
     ("actors.bench",),
+    ("actors.acceptance",),
     ("kat_ray.cli",),  # imports actors inside its commands only
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
