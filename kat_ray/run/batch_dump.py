@@ -49,7 +49,9 @@ def dump_batch(folder: Path, step: int, batch: StepBatch, report: Mapping[str, f
         "report": {n: None if n in odd else v for n, v in report.items()},
         "non_finite": odd,  # fields of the report that are null for being so
         "tensors_with_non_finite_values": {
-            n: int((~np.isfinite(a)).sum()) for n, a in tensors.items() if a.dtype.kind == "f" and a.size
+            n: int((~np.isfinite(a) & ~((n == "teacher_stop_logprobs") & np.isneginf(a))).sum())
+            for n, a in tensors.items()
+            if a.dtype.kind == "f" and a.size
         },
         "prompt_ids": [batch.prompt_ids[r.rollout_id] for r in rows],
     }

@@ -87,6 +87,7 @@ def test_without_a_finite_weight_no_pass_is_made(monkeypatch, weight, norm):
 def test_the_dummy_has_a_finite_loss():
     (batch,) = PaddedCollator(16).micro_batches([dummy_sample(8)])
     rows = step_module.token_rows(batch, torch.device("cpu"))
-    assert rows.topk_ids.shape == (1, 8) and all(torch.isfinite(column).all() for column in rows)
+    assert rows.topk_ids.shape == (1, 8) and rows.teacher_stop.tolist() == [-math.inf], "no stop ids outside"
+    assert all(torch.isfinite(column).all() for column in rows._replace(teacher_stop=rows.weights))
     mass = rows.teacher_topk.exp().sum() + rows.teacher_tail.exp()
     assert mass.item() == pytest.approx(1.0)

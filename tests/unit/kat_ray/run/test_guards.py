@@ -256,6 +256,7 @@ def a_batch(bad=math.nan):
     rollouts = {3: ([5, 6], [9, 4, 2]), 8: ([7], [11, 12])}
     chunks, teacher = stream(rollouts, 2)
     teacher[0].topk_logprobs[0, 1] = bad
+    teacher[0].stop_logprobs[:] = -math.inf  # no stop id outside the top k: nothing odd
     kept = [KeptRollout(3, 2, 2, np.array([1.0, math.inf], np.float32)), KeptRollout(8, 1, 2)]
     scored = [
         scored_chunk(c.rollout_ids, c.start, [c.new_tokens(i) / 8 for i in range(len(c.start))]) for c in chunks
