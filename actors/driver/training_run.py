@@ -22,6 +22,7 @@ from functools import partial
 
 from ray.exceptions import ObjectLostError
 
+from actors.cluster.draining import DrainWatch, draining_nodes
 from actors.cluster.object_store import StoreWatch
 from actors.cluster.placement import Placement
 from actors.cluster.resizing import Resizing
@@ -84,6 +85,7 @@ class TrainingRun:
         self._history = RunHistory(
             config, prepared, run, progress, self._trackers, self._actors, self._steps, self._evaluation
         )
+        self._draining = DrainWatch(partial(draining_nodes, placement))
         self._timeline = Timeline()
         self._trace = ChromeTrace(run.path / "timeline.json") if config.run.profile else None
         self._furthest = 0  # step that this driver completed
@@ -93,7 +95,7 @@ class TrainingRun:
 
     def run(self, started: float, loaded: Loaded | None) -> None:
         """Load, evaluate, train, evaluate, save, summarise; from a checkpoint where there is one."""
-        with self._trackers, self._stop.listening():
+        with self._trackers, self._stop.listening(), self._draining:
             try:
                 self._load(started, loaded)
                 self._train(loaded)
@@ -127,12 +129,20 @@ class TrainingRun:
                 history.begin_records()  # what fails before leaves a run that exists as it was
                 self._evaluation.run_if_due(history.done)
                 history.save_if_due()
+                self._save_if_draining()
                 if history.done == self._config.run.steps:
                     return history.writer.finish()
                 self._stop.check()
                 self._step(history.done)
             except LearnersLost as error:  # while it goes back, too
                 lost = error
+
+    def _save_if_draining(self) -> None:
+        """Save what would be lost with a node that is about to go: after each step until it has gone."""
+        for draining in self._draining.news():
+            self._progress.note(f"{draining.words()}: each step is saved from now on")
+        if self._draining.is_pressing:
+            self._history.save()
 
     def _roll_back(self, error: LearnersLost) -> None:
         """A learner died: start a new group, and go back to what is saved."""
@@ -146,7 +156,8 @@ class TrainingRun:
     def _step(self, step: int) -> None:
         started = time.monotonic()
         self._progress.training()
-        with self._timeline.span("sample"):
+        # The learner, whose state is that after the step before, is idle until the rollouts are handed over to it.
+        with self._timeline.span("sample"), self._actors.supervisor.meanwhile(self._save_if_draining):
             sampled, weight = self._rollouts(step)
         sampled_at = time.monotonic()
         pending = self._steps.learn(weight)

@@ -32,8 +32,8 @@ _PARTIAL, _REPLACED = ".partial", ".replaced"
 _NAME = re.compile(r"step-(0|[1-9]\d{0,17})")
 
 _BLOCK = 4 * 2**20  # bytes that are read at once
-# Seconds for which a file that another machine has just written may not be seen: NFS keeps what it knows of a folder
-# for up to a minute.
+# Seconds for which a file that another machine has just written may not be seen: NFS keeps what it knows of a
+# folder for up to a minute.
 LISTING_SECONDS = 75.0
 
 T = TypeVar("T")
