@@ -15,7 +15,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from kat_ray.cluster.devices import environment_of
@@ -130,6 +135,12 @@ class Placement:
     def places(self, role: str) -> tuple[Place, ...]:
         """The places reserved at the start, one for each replica."""
         return self._places[role]
+
+    def nodes(self, role: str) -> set[str]:
+        """Ids of the nodes on which a role has its places now: what is lost finds another."""
+        groups = {place.group.id: place.group for place in self._places.get(role, ())}
+        tables = (placement_group_table(group) for group in groups.values())
+        return {node for table in tables for node in table["bundles_to_node_id"].values() if node}
 
     def options(self, role: str, number: int, place: Place, label: str = "") -> dict[str, Any]:
         """Options of replica `number` of a role: its bundle, its environment, a telling name.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,7 @@ class Supervisor:
         self._health = HealthMonitor(limits)
         self._failures = FailurePolicy(limits.max_restarts)
         self._pids: dict[Replica, int] = {}
+        self._meanwhile: Callable[[], object] | None = None
 
     @property
     def restarts(self) -> int:
@@ -38,6 +40,19 @@ class Supervisor:
         """Once a second, whatever is waited for: `Preempted` where the run is to end and may."""
         self._stop.check(interruptible)
         self._health.check(tuple(self._pids))
+        do = self._meanwhile
+        if interruptible and do is not None:
+            with self.meanwhile(None):  # it may wait itself
+                do()
+
+    @contextmanager
+    def meanwhile(self, do: Callable[[], object] | None) -> Iterator[None]:
+        """Once a second while something interruptible is waited for inside, `do` is called."""
+        outer, self._meanwhile = self._meanwhile, do
+        try:
+            yield
+        finally:
+            self._meanwhile = outer
 
     def wait(
         self, refs: Sequence[Any], what: str, limit: str = "step_timeout", interruptible: bool = False

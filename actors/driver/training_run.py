@@ -23,6 +23,7 @@ from functools import partial
 
 from ray.exceptions import ObjectLostError
 
+from actors.cluster.draining import DrainWatch, draining_nodes
 from actors.cluster.object_store import StoreWatch
 from actors.cluster.placement import Placement
 from actors.cluster.resizing import Resizing
@@ -88,6 +89,7 @@ class TrainingRun:
         self._history = RunHistory(
             config, prepared, run, progress, self._trackers, self._actors, self._steps, self._evaluation
         )
+        self._draining = DrainWatch(partial(draining_nodes, placement))
         self._timeline = Timeline()
         self._trace = ChromeTrace(run.path / "timeline.json") if config.run.profile else None
         self._furthest = 0  # step that this driver completed
@@ -97,7 +99,7 @@ class TrainingRun:
 
     def run(self, started: float, loaded: Loaded | None) -> None:
         """Load, evaluate, train, evaluate, save, summarise; from a checkpoint where there is one."""
-        with self._trackers, closing(self._recorder), self._stop.listening():
+        with self._trackers, closing(self._recorder), self._stop.listening(), self._draining:
             try:
                 self._load(started, loaded)
                 self._train(loaded)
@@ -132,6 +134,7 @@ class TrainingRun:
                 history.begin_records()  # what fails before leaves a run that exists as it was
                 self._evaluation.run_if_due(history.done)
                 history.save_if_due()
+                self._save_if_draining()
                 if history.done == self._config.run.steps:
                     return history.writer.finish()
                 self._stop.check()
@@ -147,6 +150,13 @@ class TrainingRun:
             self._progress.note(check.summary())
             self._agreement = None
 
+    def _save_if_draining(self) -> None:
+        """Save what would be lost with a node that is about to go: after each step until it has gone."""
+        for draining in self._draining.news():
+            self._progress.note(f"{draining.words()}: each step is saved from now on")
+        if self._draining.is_pressing:
+            self._history.save()
+
     def _roll_back(self, error: LearnersLost) -> None:
         """A learner died: start a new group, and go back to what is saved."""
         self._progress.note(f"the learner was lost after step {self._history.done} ({error}): starting it again")
@@ -159,7 +169,8 @@ class TrainingRun:
     def _step(self, step: int) -> None:
         started = time.monotonic()
         self._progress.training()
-        with self._timeline.span("sample"):
+        # The learner, whose state is that after the step before, is idle until the rollouts are handed over to it.
+        with self._timeline.span("sample"), self._actors.supervisor.meanwhile(self._save_if_draining):
             sampled, weight = self._rollouts(step)
         sampled_at = time.monotonic()
         pending = self._steps.learn(weight)

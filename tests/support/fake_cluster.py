@@ -196,6 +196,7 @@ class FakeCluster:
         self.log: list[str] = []  # what was done to it
         self.trace: Callable[[str], Any] | None = None  # takes a line for every call, its execution and its answer
         self.full: set[str] = set()  # actors that find no place
+        self.draining: set[str] = set()  # actors whose nodes are about to go
         self.one_node = bool(seed % 2)  # arguments are at hand when a call goes out, not when it is carried out
         self.pings_in_store = False  # a scorer's other results, too: RAY_max_direct_call_object_size = 0 does it
         self.handlers: dict[int, Any] = {}  # of the driver's signals
@@ -266,6 +267,7 @@ class FakeCluster:
         if actor is None:
             return False
         self._note("lose", name)
+        self.draining.discard(name)
         gone, own = actor.process, actor.process.owned if actor.process else []
         self._die(actor, restart=True)
         for ref in [*self.driver.owned, *own, *(r for a in self.actors if a.process for r in a.process.owned)]:
@@ -279,6 +281,14 @@ class FakeCluster:
             return False
         self.full.add(name)
         return self.lose(name)
+
+    def drain(self, name: str) -> bool:
+        """Say that an actor's node is about to go."""
+        if name in self.draining or self._running(name) is None:
+            return False
+        self._note("drain", name)
+        self.draining.add(name)
+        return True
 
     def terminate(self) -> bool:
         """SIGTERM to the driver."""

@@ -21,6 +21,7 @@ from unittest import mock
 
 import numpy as np
 
+from actors.cluster.draining import LEARNER, Draining, DrainWatch
 from actors.cluster.object_store import StoreUsage, StoreWatch
 from actors.cluster.samplers import Engines, ModelPaths
 from actors.cluster.signals import Preempted, StopRequest
@@ -199,6 +200,23 @@ class MemoryRun:
         return {"checkpoint": checkpoint}
 
 
+class PromptDrainWatch(DrainWatch):
+    """Looks when it is asked, and not in a thread of its own: time is virtual."""
+
+    def __init__(self, cluster: FakeCluster, _ask: Any) -> None:
+        super().__init__(
+            lambda: [Draining(name, (LEARNER,), None) for name in sorted(cluster.draining) if "learner" in name]
+        )
+
+    def __enter__(self) -> DrainWatch:
+        return self
+
+    @property
+    def is_pressing(self) -> bool:
+        self.look()
+        return super().is_pressing
+
+
 class MemoryTracker(Tracker):
     """Keeps the metrics of a run's steps."""
 
@@ -356,6 +374,7 @@ class Run:
             "actors.driver.training_run.StoreWatch": functools.partial(
                 StoreWatch, ask=lambda: StoreUsage(0.1, 0.0)
             ),
+            "actors.driver.training_run.DrainWatch": functools.partial(PromptDrainWatch, self.cluster),
             "actors.driver.history.checkpoints_of": lambda *_: self.checkpoints,
             "actors.driver.training_run.run_summary": lambda _config, totals, *_: totals.as_dict(),
         }

@@ -330,6 +330,43 @@ def test_sigterm_with_a_frozen_learner_ends_when_the_grace_is_over():
     resumed(run, result)
 
 
+# --- a node that is about to go ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["plain", "two of each", "sampled ahead"])
+@pytest.mark.parametrize(("role", "method", "nth"), [("sampler", "generate", 3), ("learner:0", "learn", 2)])
+def test_what_was_learnt_is_saved_before_its_node_goes(layout, role, method, nth):
+    """While the next step is sampled, or at the end of the one that is learnt. Then the node goes."""
+    changes = {**LAYOUTS[layout], "run": {"checkpoint_every": 0}}
+    run = Run(0, changes)
+    run.cluster.when(role, method, lambda: run.cluster.drain("learner:0"), nth=nth)
+    run.cluster.when("learner:0", "collect", lambda: run.cluster.lose("learner:0"), nth=3)
+    finish(run, "drain:learner:0", "lose:learner:0")
+    assert "node learner: with the learner is going away: each step is saved from now on" in run.notes
+    assert "going on from step 2" in run.notes
+
+
+def test_without_notice_it_is_lost():
+    run = Run(0, {"run": {"checkpoint_every": 0}})
+    run.cluster.when("learner:0", "collect", lambda: run.cluster.lose("learner:0"), nth=3)
+    finish(run, "lose:learner:0")
+    assert "going on from step 0" in run.notes
+
+
+def test_a_learner_that_dies_while_it_is_saved():
+    run = Run(0, {"run": {"checkpoint_every": 0}})
+    run.cluster.when("sampler", "generate", lambda: run.cluster.drain("learner:0"), nth=3)
+    run.cluster.when("learner:0", "snapshot", lambda: run.cluster.lose("learner:0"))
+    finish(run, "drain:learner:0", "lose:learner:0")
+
+
+def test_a_node_without_a_learner_may_go():
+    run = Run(0, {"run": {"checkpoint_every": 0}})
+    run.cluster.when("sampler", "generate", lambda: run.cluster.drain("sampler:1"), nth=3)
+    finish(run, "drain:sampler:1")
+    assert not any("is going away" in note for note in run.notes)
+
+
 # --- pools that change -------------------------------------------------------------------------------------------
 
 
