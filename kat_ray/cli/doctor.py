@@ -279,10 +279,10 @@ def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
         yield ok("stop ids", ", ".join(map(str, facts.stop_ids)))
     if here:
         yield from _memory_needed(config, facts, _memory(), _gpus())
-    yield _prompts("data", config.data, facts, config.rollout.max_tokens, None)
+    yield _prompts("data", config, config.data, facts, config.rollout.max_tokens, None)
     if config.evaluation.data is not None:
         verifier = config.evaluation.verifier
-        yield _prompts("held-out data", config.evaluation.data, facts, config.eval_max_tokens, verifier)
+        yield _prompts("held-out data", config, config.evaluation.data, facts, config.eval_max_tokens, verifier)
 
 
 def _describe(info: ModelInfo) -> str:
@@ -307,7 +307,9 @@ def _memory_needed(config: Config, facts: ModelFacts, free: int, gpus: int) -> I
     yield warn("memory", f"{text}: it will not fit") if needed > free else ok("memory", text)
 
 
-def _prompts(name: str, data: DataConfig, facts: ModelFacts, max_tokens: int, verifier: str | None) -> Check:
+def _prompts(
+    name: str, config: Config, data: DataConfig, facts: ModelFacts, max_tokens: int, verifier: str | None
+) -> Check:
     from kat_ray.data.prompts import load_prompts
     from kat_ray.rewards.verifiers import check_golds
 
@@ -317,6 +319,7 @@ def _prompts(name: str, data: DataConfig, facts: ModelFacts, max_tokens: int, ve
         )
         if verifier is not None:
             check_golds(found.prompts, verifier)
+        facts.check_roles(config, found.longest + max_tokens)
     except UserError as error:
         return fail(name, str(error))
     text = f"{found.source}: {len(found.prompts)} prompts, the longest {found.longest} tokens"

@@ -11,13 +11,14 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kat_ray.config import Config, ModelConfig
 from kat_ray.config.load import resolve_path
 from kat_ray.errors import ModelError
+from kat_ray.models.support import check_roles
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -51,6 +52,7 @@ class ModelInfo:
     tied: bool  # the output layer is the embedding
     parameters: int | None  # from the safetensors headers; None for pickles and for weights not downloaded
     dtype: str | None  # data type most weights are stored in, as safetensors names it ("BF16")
+    config: Any = field(default=None, repr=False, compare=False)  # transformers', of the whole model
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,12 @@ class ModelFacts:
     def max_prompt_tokens(self, max_tokens: int) -> int | None:
         """Longest prompt that leaves room for `max_tokens` of answer."""
         return None if self.max_length is None else self.max_length - max_tokens
+
+    def check_roles(self, config: Config, longest: int) -> None:
+        """`ModelError` where a model cannot play its role in a run whose longest prompt and answer together have
+        `longest` tokens.
+        """
+        check_roles(config, {"student": self.student.config, "teacher": self.teacher.config}, longest)
 
 
 def resolve_model(model: ModelConfig) -> str:
@@ -123,6 +131,7 @@ def check_models(config: Config) -> ModelFacts:
     warnings = stop_id_warnings(config, student, teacher, tokenizers["student"])
     facts = ModelFacts(student, teacher, tokenizers["student"], merged, warnings)
     _check_lengths(config, facts)
+    facts.check_roles(config, config.rollout.max_tokens + 1)  # a prompt has one token at least
     return facts
 
 
@@ -133,7 +142,8 @@ def inspect_model(model: ModelConfig) -> tuple[ModelInfo, Any]:
     _refuse_code(model, raw)
     architecture = _causal_architecture(model, raw)
     parameters, dtype = _weights(model, directory, names)
-    text = _text_config(model, directory)
+    whole = _model_config(model, directory)
+    text = whole.get_text_config()
     vocabulary = getattr(text, "vocab_size", None)
     if not isinstance(vocabulary, int) or vocabulary < 1:
         raise ModelError(f"{model.path}: config.json does not give vocab_size")
@@ -152,6 +162,7 @@ def inspect_model(model: ModelConfig) -> tuple[ModelInfo, Any]:
         tied=bool(getattr(text, "tie_word_embeddings", False)),
         parameters=parameters,
         dtype=dtype,
+        config=whole,
     )
     return info, tokenizer
 
@@ -230,10 +241,10 @@ def _check_lengths(config: Config, facts: ModelFacts) -> None:
         asked["evaluation.max_tokens"] = config.eval_max_tokens
     if facts.max_length is None:
         return
-    for field, tokens in asked.items():
+    for name, tokens in asked.items():
         if tokens >= facts.max_length:
             raise ModelError(
-                f"{field} = {tokens}: must be < {facts.max_length}, the tokens that both models take "
+                f"{name} = {tokens}: must be < {facts.max_length}, the tokens that both models take "
                 "(max_position_embeddings), with room for the prompt"
             )
 
@@ -304,15 +315,14 @@ def _causal_architecture(model: ModelConfig, raw: Mapping[str, Any]) -> str:
     raise ModelError(f"{model.path}: {shown} is not a causal language model (architectures in config.json)")
 
 
-def _text_config(model: ModelConfig, directory: Path) -> Any:
+def _model_config(model: ModelConfig, directory: Path) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"{model.path}: transformers cannot read config.json: {_first_line(error)}") from error
-    return config.get_text_config()
 
 
 def _weights(model: ModelConfig, directory: Path, names: frozenset[str]) -> tuple[int | None, str | None]:

@@ -8,6 +8,7 @@ import torch
 
 from kat_ray.config import ModelConfig
 from kat_ray.errors import UserError
+from kat_ray.models.text_model import text_decoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -32,13 +33,14 @@ def check_output_layer(model: Any, name: str) -> None:
     """Refuse a model that changes its logits after the output layer: loss and scores take them from there."""
     parts = [hasattr(model, part) for part in ("model", "lm_head")]
     ids = torch.arange(4)[None] % model.config.get_text_config().vocab_size
-    if torch.isnan(model(input_ids=ids).logits).any():
+    logits = model(input_ids=ids, use_cache=False).logits
+    if torch.isnan(logits).any():
         raise UserError(
             f"{name}: its logits are NaN for the first four token ids: the weights are broken, or overflow in "
             f"{str(model.dtype).removeprefix('torch.')}; try another dtype"
         )
     if not all(parts) or not torch.allclose(
-        model.lm_head(model.model(input_ids=ids)[0]), model(input_ids=ids).logits, rtol=1e-3, atol=1e-3
+        model.lm_head(text_decoder(model)(input_ids=ids, use_cache=False)[0]), logits, rtol=1e-3, atol=1e-3
     ):
         raise UserError(
             f"{name}: {type(model).__name__} has no `lm_head` over a `model`, or scales or caps the logits behind "
