@@ -89,7 +89,7 @@ class _SlotLayer(CacheLayerMixin):
                 )
             else:
                 parts.append(_attention(own, keys, values, view, scale, cap, sinks))
-        return torch.cat(parts, dim=2).flatten(0, 1).transpose(0, 1)[None]
+        return torch.cat(parts, dim=2).flatten(0, 1).transpose(0, 1)[None].contiguous()
 
     @staticmethod
     def _view(stored: Tensor, view: View, sharers: int) -> Tensor:
@@ -146,7 +146,7 @@ def _slot_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: SlotMask | None,
+    attention_mask: SlotMask | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -165,14 +165,14 @@ def _slot_attention(
     if asked:
         shown = ", ".join(f"{k} ({type(v).__name__})" for k, v in sorted(asked.items()))
         raise UserError(f"{name} asks its attention for {shown}, which attention over slots does not do")
-    if not isinstance(mask, SlotMask):
+    if not isinstance(attention_mask, SlotMask):
         raise UserError(f"{name} does not take its mask from transformers' mask interface")
-    if sliding_window is not None and mask.is_plain:
+    if sliding_window is not None and attention_mask.is_plain:
         raise UserError(f"{name} names sliding_window = {sliding_window} and asks for the mask of full attention")
     layer = getattr(key, "slot_layer", None)  # may be an earlier one, whose keys this one shares
     if layer is None or getattr(value, "slot_layer", None) is not layer:
         raise UserError(f"{name} changes keys or values after they are stored")
-    attended: Tensor = layer.attend(query, mask, scaling, softcap, s_aux)
+    attended: Tensor = layer.attend(query, attention_mask, scaling, softcap, s_aux)
     return attended, None
 
 

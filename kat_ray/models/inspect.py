@@ -18,7 +18,7 @@ from typing import Any
 from kat_ray.config import Config, ModelConfig
 from kat_ray.config.load import resolve_path
 from kat_ray.errors import ModelError
-from kat_ray.models.support import check_roles
+from kat_ray.models.support import check_roles, roles_of
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -117,10 +117,12 @@ def check_models(config: Config) -> ModelFacts:
             raise ModelError(f"{role}.path: {error}") from error
     student, teacher = infos["student"], infos["teacher"]
     compare_tokenizers(tokenizers["student"], tokenizers["teacher"])
-    if teacher.vocabulary < student.vocabulary:
+    # Each model has a row for every entry of the one tokenizer: what differs is padding.
+    if teacher.vocabulary < student.vocabulary and "scorer-vllm" in roles_of(config)["teacher"]:
         raise ModelError(
             f"the teacher's vocabulary ({teacher.vocabulary}, {teacher.path}) is smaller than the student's "
-            f"({student.vocabulary}, {student.path}): it could not score every token the student may choose"
+            f"({student.vocabulary}, {student.path}), and vLLM does not score ids that its model has no row for; use "
+            "scorer.backend = transformers"
         )
     if student.vocabulary < config.rollout.top_k_logprobs:
         raise ModelError(

@@ -15,14 +15,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def load_causal_lm(model: ModelConfig, directory: str, dtype: str, role: str) -> Any:
     """The model of a directory or hub id; refused where its logits are not those of its output layer."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(
+        directory, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    # transformers' default attention passes over a cap on the scores (Gemma 2), without a word.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     loaded = AutoModelForCausalLM.from_pretrained(
         directory,
         revision=model.revision,
         dtype=DTYPES[dtype],
         trust_remote_code=model.trust_remote_code,
         use_safetensors=None if model.allow_pickle else True,
+        attn_implementation="eager" if capped else None,
     ).eval()
     check_output_layer(loaded, f"{role}.path = {model.path!r}")
     return loaded
@@ -44,5 +50,5 @@ def check_output_layer(model: Any, name: str) -> None:
     ):
         raise UserError(
             f"{name}: {type(model).__name__} has no `lm_head` over a `model`, or scales or caps the logits behind "
-            "it; the distribution would be another one. Qwen, Llama and Mistral fit."
+            "it; the distribution would be another one. docs/models.md lists families that fit."
         )

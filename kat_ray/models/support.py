@@ -25,6 +25,12 @@ _PHRASES: Mapping[Role, str] = {
 }
 # Attention whose keys the slots of a scorer can hold: which of them a token sees is the mask's matter.
 _KEPT_KEYS = {"full_attention", "sliding_attention", "chunked_attention"}
+# Families whose attention asks more of a cache than to keep what it stores, by the name of their configuration.
+_OWN_ATTENTION: Mapping[str, str] = {
+    "diffllama": "its attention splits values after they are stored",
+    "doge": "its attention makes a mask of its own from the values",
+}
+_PREFIXES = ("model", "language_model")  # of classes with an `lm_head` over a `model`
 # Fields under which configurations of different families hold the number of experts.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 # Fields of what is done to the logits behind the output layer, with the values that do nothing.
@@ -80,7 +86,7 @@ def has_experts(text: Any) -> bool:
 
 def _output_layer(config: Any, text: Any) -> Iterator[Refusal]:
     network = _class_of(config)
-    if network is not None and network.base_model_prefix != "model":
+    if network is not None and network.base_model_prefix not in _PREFIXES:
         yield Refusal(
             "output layer",
             f"{network.__name__} has no `lm_head` over a `model`, from which loss and scores are taken",
@@ -108,7 +114,9 @@ def _slots(config: Any, text: Any) -> Iterator[Refusal]:
             "MLA",
             f"its attention keeps compressed keys and values (MLA, kv_lora_rank = {text.kv_lora_rank}){instead}",
         )
-    if network is not None and not network._supports_attention_backend:
+    if (reason := _OWN_ATTENTION.get(text.model_type)) is not None:
+        yield Refusal("own attention", f"{reason}{instead}")
+    if network is not None and not network._can_set_attn_implementation():
         yield Refusal(
             "own attention", f"{network.__name__} does not use transformers' attention interface{instead}"
         )

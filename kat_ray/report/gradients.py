@@ -29,6 +29,7 @@ from kat_ray.losses.fused_head import head_loss
 from kat_ray.losses.term import TokenRows
 from kat_ray.models.inspect import check_models, resolve_model
 from kat_ray.models.load import load_causal_lm
+from kat_ray.models.text_model import text_decoder
 from kat_ray.report.phases import PHASES, Phases
 from kat_ray.report.run_records import RunRecords
 
@@ -171,7 +172,7 @@ def _add_gradient(
     start = len(prompt) - 1
     with torch.no_grad():
         q = torch.log_softmax(teacher(input_ids=ids, use_cache=False).logits[0, start:].float(), -1)
-    hidden = student.model(input_ids=ids, use_cache=False)[0][0, start:]
+    hidden = text_decoder(student)(input_ids=ids, use_cache=False)[0][0, start:]
     with torch.no_grad():
         top = torch.log_softmax(student.lm_head(hidden), -1).topk(config.rollout.top_k_logprobs, dim=-1).indices
     zeros = torch.zeros(len(tokens), device=device)
