@@ -128,7 +128,7 @@ def learner_errors(path, gradient_checkpointing=False):
         if own.grad is not None or theirs[name].grad is not None
     }
     norm = max(float(p.grad.norm()) for p in theirs.values() if p.grad is not None)
-    return float((logprobs - expected).abs().max()), max(differences.values()) / norm
+    return float((logprobs - expected).detach().abs().max()), max(differences.values()) / norm
 
 
 def published(path):
