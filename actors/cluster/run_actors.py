@@ -52,8 +52,10 @@ class RunActors:
         """Start the actors but for the samplers, which `samplers.use_student` starts."""
         supervisor = Supervisor(config.cluster, stop)
         facts = RunFacts(config.run.seed, config.rollout.max_tokens)
-        scorers = ScorerSettings.from_config(config, paths.teacher_dir, paths.stop_ids, paths.max_model_len)
-        ranks = LearnerSettings.from_config(config, paths.student_dir, paths.stop_ids)
+        scorers = ScorerSettings.from_config(
+            config, paths.teacher_dir, paths.stop_ids, paths.max_model_len, paths.vocabulary
+        )
+        ranks = LearnerSettings.from_config(config, paths.student_dir, paths.stop_ids, paths.max_model_len)
 
         def scorer(name: str, options: dict[str, Any]) -> Any:
             return remote_class(TeacherScorer).options(**options).remote(name, scorers, engines.scorer)

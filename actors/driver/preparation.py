@@ -63,6 +63,7 @@ def prepare(config: Config) -> Prepared:
         heldout = prompts(config.evaluation.data, config.eval_max_tokens, True)
         check_golds(heldout.prompts, verifier, limits)
         longest = max(longest, heldout.longest + config.eval_max_tokens)
+    facts.check_roles(config, longest)
     paths = ModelPaths(
         student_dir=resolve_model(config.student),
         teacher_dir=resolve_model(config.teacher),

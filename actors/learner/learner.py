@@ -109,7 +109,7 @@ class Learner:
 
     def _load(self) -> _Loaded:
         settings, learner = self._settings, self._settings.learner
-        student = load_student(settings.student, settings.student_dir, learner)
+        student = load_student(settings.student, settings.student_dir, learner, settings.max_model_len)
         term = Distillation(settings.stop_ids, settings.eos)
         curve = MassCurve(student.vocabulary)
         engine = make_engine(student, term, learner, curve)

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from kat_ray.config import LearnerConfig, ModelConfig
 from kat_ray.models.load import load_causal_lm
-from kat_ray.models.output_layer import body_of, output_layer
+from kat_ray.models.output_layer import output_layer
+from kat_ray.models.support import require_directory
+from kat_ray.models.text_model import text_decoder
 from kat_ray.types.records import WeightUpdate
 
 
 class StudentModel:
-    """A causal language model of transformers of which every parameter is trained."""
+    """A causal language model of transformers of which every parameter is trained; of a multimodal one, the text
+    model's.
+    """
 
     def __init__(self, network: Any) -> None:
         self.network = network  # for DeepSpeed; who trains, publishes or saves goes through the methods
@@ -30,24 +34,31 @@ class StudentModel:
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What the optimiser updates and a checkpoint holds, by the names that it has there; tied ones once."""
-        parameters: Iterator[tuple[str, nn.Parameter]] = self.network.named_parameters()
-        return parameters
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
 
     def hidden_states(self, arguments: Mapping[str, Tensor]) -> Tensor:
         """Last hidden states [B, L, H] of a batch; see `ModelInputs.arguments`."""
-        hidden_BLH: Tensor = body_of(self.network)(**arguments, use_cache=False)[0]
+        hidden_BLH: Tensor = text_decoder(self.network)(**arguments, use_cache=False)[0]
         return hidden_BLH
 
     def weight_update(self, policy_version: int, dtype: torch.dtype) -> WeightUpdate:
-        """The whole student as contiguous arrays, in the data type in which samplers run it."""
+        """The whole student as contiguous arrays, in the data type in which samplers run it.
+
+        Names and shapes are those of a checkpoint on disk: transformers holds the experts of a mixture in one
+        tensor, and some weights under names of its own, which readers of checkpoints do not know.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
         state = dict(self.network.state_dict())
         if "lm_head.weight" not in state and self.network.get_output_embeddings() is not None:
             state["lm_head.weight"] = self.network.get_output_embeddings().weight
         names, dtypes, arrays = [], [], []
-        copies: dict[tuple[int, torch.Size], Any] = {}
-        for name, tensor in state.items():
+        copies: dict[tuple[int, torch.Size, tuple[int, ...]], Any] = {}
+        for name, tensor in revert_weight_conversion(self.network, state).items():
             # Tied weights share one array under both names: an array that a record holds twice travels once.
-            where = (tensor.data_ptr(), tensor.shape)
+            where = (tensor.data_ptr(), tensor.shape, tensor.stride())
             if where not in copies:
                 # A copy in any case: the record is frozen, the learner's parameters are not.
                 plain = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
@@ -91,16 +102,33 @@ def _save(network: Any, weights: Mapping[str, Tensor], path: Path) -> None:
         raise OSError(f"{path}: {error}") from error
 
 
-def load_student(model: ModelConfig, directory: str, learner: LearnerConfig) -> StudentModel:
-    """The model of a directory or hub id in the learner's data type, in training mode, without dropout."""
+def load_student(
+    model: ModelConfig, directory: str, learner: LearnerConfig, max_length: int | None = None
+) -> StudentModel:
+    """The model of a directory or hub id in the learner's data type, without dropout or any other noise.
+
+    `max_length` is that of the longest prompt and answer together. UserError names a model that cannot be trained.
+    """
+    require_directory(model, directory, "learner", f"student.path = {model.path!r}", max_length)
     network = load_causal_lm(model, directory, learner.dtype, "student")
     network.config.use_cache = False
     if learner.gradient_checkpointing:
         network.gradient_checkpointing_enable()
-    network.train()
+    prepare_for_training(network)
+    return StudentModel(network)
+
+
+def prepare_for_training(network: Any) -> None:
+    """Leave the model to compute what the sampler's does: in training mode, experts are routed with noise."""
+    network.eval()
+    for layer in network.modules():
+        # Where activations are computed again in the backward pass, transformers asks the layer for its mode.
+        layer.training = bool(getattr(layer, "gradient_checkpointing", False))
     switch_dropout_off(network)
     train_every_embedding(network)
-    return StudentModel(network)
+    of_text = {id(p) for part in (text_decoder(network), network.lm_head) for p in part.parameters()}
+    for parameter in network.parameters():
+        parameter.requires_grad_(id(parameter) in of_text)
 
 
 def train_every_embedding(network: nn.Module) -> None:
@@ -116,5 +144,5 @@ def switch_dropout_off(network: nn.Module) -> None:
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
         for name, value in vars(layer).items():
-            if isinstance(value, float) and "dropout" in name:
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
                 setattr(layer, name, 0.0)

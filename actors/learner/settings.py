@@ -21,9 +21,12 @@ class LearnerSettings:
     top_k: int  # of `rollout.top_k_logprobs`
     seed: int
     steps: int  # of the whole run: the learning rate goes by them
+    max_model_len: int | None = None  # longest prompt and answer together
 
     @classmethod
-    def from_config(cls, config: Config, student_dir: str, stop_ids: Sequence[int]) -> LearnerSettings:
+    def from_config(
+        cls, config: Config, student_dir: str, stop_ids: Sequence[int], max_model_len: int | None = None
+    ) -> LearnerSettings:
         """The sections of `config` that concern a rank."""
         return cls(
             learner=config.learner,
@@ -34,4 +37,5 @@ class LearnerSettings:
             top_k=config.rollout.top_k_logprobs,
             seed=config.run.seed,
             steps=config.run.steps,
+            max_model_len=max_model_len,
         )

@@ -18,10 +18,16 @@ class ScorerSettings:
     max_model_len: int  # longest prompt and answer together
     scorer: ScorerConfig
     rollout: RolloutConfig
+    student_vocabulary: int = 0  # ids that chunks may hold; 0: those of the teacher
 
     @classmethod
     def from_config(
-        cls, config: Config, teacher_dir: str, stop_ids: Sequence[int], max_model_len: int
+        cls,
+        config: Config,
+        teacher_dir: str,
+        stop_ids: Sequence[int],
+        max_model_len: int,
+        student_vocabulary: int = 0,
     ) -> ScorerSettings:
         return cls(
             teacher=config.teacher,
@@ -30,4 +36,5 @@ class ScorerSettings:
             max_model_len=max_model_len,
             scorer=config.scorer,
             rollout=config.rollout,
+            student_vocabulary=student_vocabulary,
         )

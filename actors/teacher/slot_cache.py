@@ -4,12 +4,15 @@ A forward pass takes the new tokens of some slots, one after the other, as one r
 All layers but attention treat tokens independently. The cache layer stores new keys and values in the slots; the
 attention, registered with transformers under `ATTENTION`, then runs rollout by rollout on views of the slots: to
 gather and pad the pasts of all rollouts took half of the scoring time of a small model (docs/log.md).
+
+Which keys a token sees is what the model asks transformers' mask interface for (`slot_masks.py`). What a model asks
+of its attention beyond that is done, or refused by name: nothing is passed over.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,36 +20,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-ATTENTION = "kat_ray_slots"
-_FIRST_CAPACITY = 64
+from actors.teacher.slot_masks import ATTENTION, Selection, SlotMask, Span, View
+from kat_ray.errors import UserError
 
-
-class Span(NamedTuple):
-    """The part of a pass that belongs to one slot: `new` tokens after the `past` that it holds."""
-
-    slot: int
-    past: int
-    new: int
-
-
-class _Selection:
-    """The state that all layers share: the size of the slots, and the spans of the current pass."""
-
-    def __init__(self) -> None:
-        self.slots = 0
-        self.capacity = _FIRST_CAPACITY
-        self.spans: Sequence[Span] = ()
-        self.counts: list[int] = []
-        self.rows_T = torch.zeros(0, dtype=torch.long)  # of each token, in [slots x capacity]
-        self.mask_NC: Tensor | None = None
-
-    def mask(self, span: Span) -> Tensor | None:
-        """Added to a span's attention scores [new, past + new]; None if nothing is masked."""
-        if span.new == 1:
-            return None
-        assert self.mask_NC is not None
-        first = self.mask_NC.shape[1] - self.mask_NC.shape[0] - span.past
-        return self.mask_NC[: span.new, first : first + span.past + span.new]
+# Keywords of transformers' attention functions that change nothing here: positions are in the keys already, lengths
+# are the spans', and what is asked to be returned beside the output is not used.
+_HARMLESS = frozenset(
+    {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+     "output_router_logits", "deterministic"}
+)  # fmt: skip
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -54,7 +36,7 @@ class _SlotLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, shared: _Selection) -> None:
+    def __init__(self, shared: Selection) -> None:
         super().__init__()
         self._shared = shared
 
@@ -77,45 +59,51 @@ class _SlotLayer(CacheLayerMixin):
                 new[: old.shape[0], : old.shape[1]] = old
                 setattr(self, name, new)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
-        """Store [1, heads, T, width] in the slots; returns itself instead of keys, for `_slot_attention`."""
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store [1, heads, T, width] in the slots; returns what it was given, by which the attention finds them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows_T = self._shared.rows_T
         self.keys.flatten(0, 1).index_copy_(0, rows_T, key_states[0].transpose(0, 1))
         self.values.flatten(0, 1).index_copy_(0, rows_T, value_states[0].transpose(0, 1))
-        return self, self
+        for states in (key_states, value_states):
+            states.slot_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
 
-    def attend(self, query: Tensor, scale: float | None) -> Tensor:
-        """Causal attention of queries [1, heads, T, width] over each span's own slot; [1, T, heads, width]."""
-        shared = self._shared
+    def attend(
+        self, query: Tensor, mask: SlotMask, scale: float | None, cap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """Attention of queries [1, heads, T, width] over each span's own slot; [1, T, heads, width]."""
         heads = self.keys.shape[2]
-        parts = []
         # Query heads that share a key head are adjacent: [key heads, sharers, T, width].
         queries = query[0].unflatten(0, (heads, -1))
-        for span, own in zip(shared.spans, queries.split(shared.counts, dim=2), strict=True):
-            keys = self._view(self.keys, span, own.shape[1])
-            values = self._view(self.values, span, own.shape[1])
-            parts.append(
-                scaled_dot_product_attention(own, keys, values, shared.mask(span), scale=scale)
-                if span.past
-                else scaled_dot_product_attention(own, keys, values, is_causal=True, scale=scale)
-            )
-        return torch.cat(parts, dim=2).flatten(0, 1).transpose(0, 1)[None]
+        sinks = None if sinks is None else sinks.reshape(heads, -1, 1, 1)
+        parts = []
+        for view, own in zip(mask.views(self._shared), queries.split(self._shared.counts, dim=2), strict=True):
+            keys, values = (self._view(stored, view, own.shape[1]) for stored in (self.keys, self.values))
+            if cap is None and sinks is None:
+                parts.append(
+                    scaled_dot_product_attention(
+                        own, keys, values, view.mask, is_causal=view.is_causal, scale=scale
+                    )
+                )
+            else:
+                parts.append(_attention(own, keys, values, view, scale, cap, sinks))
+        return torch.cat(parts, dim=2).flatten(0, 1).transpose(0, 1)[None].contiguous()
 
     @staticmethod
-    def _view(stored: Tensor, span: Span, sharers: int) -> Tensor:
-        """[heads, sharers, past + new, width] of one slot, without a copy."""
+    def _view(stored: Tensor, view: View, sharers: int) -> Tensor:
+        """[heads, sharers, end - first, width] of one slot, without a copy."""
         slot, position, head, width = stored.stride()
-        size = (stored.shape[2], sharers, span.past + span.new, stored.shape[3])
-        return stored.as_strided(size, (head, 0, position, width), span.slot * slot)
+        size = (stored.shape[2], sharers, view.end - view.first, stored.shape[3])
+        return stored.as_strided(size, (head, 0, position, width), view.slot * slot + view.first * position)
 
     def get_seq_length(self) -> int:
         """Not used: positions are given."""
         return 0
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Not used: transformers builds no mask for this attention."""
+        """Not used: the sizes of masks are those of the spans."""
         return int(query_length), 0
 
     def get_max_cache_shape(self) -> int:
@@ -125,16 +113,67 @@ class _SlotLayer(CacheLayerMixin):
         return -1
 
 
-def _slot_attention(
-    _module: Any,
+def _attention(
     query: Tensor,
-    layer: _SlotLayer,
-    _values: Any,
-    _mask: None,
+    keys: Tensor,
+    values: Tensor,
+    view: View,
+    scale: float | None,
+    cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention with a soft cap on its scores (arXiv 2408.00118) or sinks (arXiv 2309.17453), step by step.
+
+    A sink is a score that takes its share of the softmax and has no value.
+    """
+    scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
+    mask = view.mask
+    if view.is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.float()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], dim=-1)
+    shares = scores.softmax(dim=-1)[..., : keys.shape[-2]]
+    return shares.to(values.dtype) @ values
+
+
+def _slot_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: SlotMask | None,
     scaling: float | None = None,
-    **_: Any,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    return layer.attend(query, scaling), None
+    """As transformers' attention functions. UserError names a keyword of a model that is not known here."""
+    name = type(module).__name__
+    asked = {k: v for k, v in others.items() if k not in _HARMLESS and v is not None and v is not False}
+    if dropout:
+        asked["dropout"] = dropout
+    if is_causal is False:
+        asked["is_causal"] = is_causal
+    if asked:
+        shown = ", ".join(f"{k} ({type(v).__name__})" for k, v in sorted(asked.items()))
+        raise UserError(f"{name} asks its attention for {shown}, which attention over slots does not do")
+    if not isinstance(attention_mask, SlotMask):
+        raise UserError(f"{name} does not take its mask from transformers' mask interface")
+    if sliding_window is not None and attention_mask.is_plain:
+        raise UserError(f"{name} names sliding_window = {sliding_window} and asks for the mask of full attention")
+    layer = getattr(key, "slot_layer", None)  # may be an earlier one, whose keys this one shares
+    if layer is None or getattr(value, "slot_layer", None) is not layer:
+        raise UserError(f"{name} changes keys or values after they are stored")
+    attended: Tensor = layer.attend(query, attention_mask, scaling, softcap, s_aux)
+    return attended, None
 
 
 AttentionInterface.register(ATTENTION, _slot_attention)
@@ -144,7 +183,7 @@ class SlotCache(Cache):
     """Slots for rollouts: taken, written by forward passes, freed."""
 
     def __init__(self, layers: int) -> None:
-        self._selection = _Selection()
+        self._selection = Selection()
         super().__init__(layers=[_SlotLayer(self._selection) for _ in range(layers)])
         self._free: list[int] = []
 
@@ -160,7 +199,7 @@ class SlotCache(Cache):
         """Free a slot; the next rollout overwrites its content."""
         self._free.append(slot)
 
-    def select(self, spans: Sequence[Span], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def select(self, spans: Sequence[Span], device: torch.device) -> Tensor:
         """Prepare a pass over these spans, in order; returns the positions [T] of its tokens."""
         s = self._selection
         longest = max(span.past + span.new for span in spans)
@@ -173,8 +212,8 @@ class SlotCache(Cache):
         within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         positions_T = pasts.repeat_interleave(counts) + within
         s.rows_T = (slots.repeat_interleave(counts) * s.capacity + positions_T).to(device)
-        s.mask_NC = _band(spans, dtype, device)
-        return positions_T.to(device)
+        s.positions_T = positions_T.to(device)
+        return s.positions_T
 
     def _fit(self) -> None:
         for layer in self.layers:
@@ -184,15 +223,19 @@ class SlotCache(Cache):
     def bytes(self) -> int:
         """Memory of all keys and values."""
         return sum(
-            2 * layer.keys.numel() * layer.keys.element_size() for layer in self.layers if layer.is_initialized
+            stored.numel() * stored.element_size()
+            for layer in self.layers
+            if layer.is_initialized
+            for stored in (layer.keys, layer.values)
         )
 
 
-def _band(spans: Sequence[Span], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """One mask that contains every span's as a part: the i-th new token sees the past and i + 1 new tokens."""
-    wide = [span for span in spans if span.past and span.new > 1]
-    if not wide:
-        return None
-    width, past = max(span.new for span in wide), max(span.past for span in wide)
-    hidden = torch.arange(-past, width) > torch.arange(width)[:, None]
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).to(device)
+def run_spans(decoder: Any, cache: SlotCache, spans: Sequence[Span], token_ids: Sequence[int]) -> Tensor:
+    """Last hidden states [T, H] of the tokens of all spans, which are stored in their slots."""
+    device = decoder.device
+    ids_T = torch.tensor(token_ids, dtype=torch.long, device=device)
+    positions_T = cache.select(spans, device)
+    hidden_TH: Tensor = decoder(
+        input_ids=ids_T[None], position_ids=positions_T[None], past_key_values=cache, use_cache=True
+    )[0][0]
+    return hidden_TH

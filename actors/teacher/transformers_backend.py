@@ -1,26 +1,32 @@
 """A teacher on transformers with a KV cache that persists between calls: every token is run once.
 
 Keys and values of all live rollouts are in slots (actors/teacher/slot_cache.py). A forward pass takes the new
-tokens of some rollouts, one after the other, without padding. Not supported, and refused: models whose attention is
-not causal over the whole past (sliding windows, linear attention), or does not use transformers' attention
-interface.
+tokens of some rollouts, one after the other, without padding. What cannot be scored so is refused: by
+`kat_ray/models/support.py` from the configuration, and where a model's passes in pieces are not its plain forward
+pass (`slot_check.py`) when it is loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from actors.teacher.backend import Sequences, TeacherColumns, columns_of
 from actors.teacher.settings import ScorerSettings
-from actors.teacher.slot_cache import ATTENTION, SlotCache, Span
+from actors.teacher.slot_cache import SlotCache, run_spans
+from actors.teacher.slot_check import check_slots, refused_by_name
+from actors.teacher.slot_masks import ATTENTION, Span
 from kat_ray.cluster.devices import device_of
-from kat_ray.errors import StateLost, UserError
+from kat_ray.errors import StateLost
+from kat_ray.losses.divergence import LOG_FLOOR
 from kat_ray.models.load import load_causal_lm, plain_logprobs
 from kat_ray.models.output_layer import output_layer
+from kat_ray.models.support import require_directory
+from kat_ray.models.text_model import text_decoder
 from kat_ray.types.records import FloatArray, IntArray, RolloutChunk
 
 _LOGITS = 2**25  # logits in memory at once: tokens x vocabulary, 128 MiB in float32
@@ -33,16 +39,32 @@ class _State:
     slot: int
     fed: int
     pending: int
+    lost: bool = False  # its slot holds a token that the teacher does not have
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Feed:
     """Tokens of one rollout to run, after those in its slot; the last `wanted` give a row each."""
 
     state: _State
-    token_ids: Sequence[int]
+    token_ids: list[int]
     wanted: int
     pending: int  # the token after them, not run yet
+    foreign: int | None = None  # index of the first token that the teacher does not have
+
+    def drop_foreign(self, vocabulary: int) -> None:
+        """Replace tokens that only the student has a row for: after one, the teacher knows no distribution."""
+        if self.token_ids and max(self.token_ids) >= vocabulary:
+            self.foreign = next(i for i, token in enumerate(self.token_ids) if token >= vocabulary)
+            self.token_ids = [token if token < vocabulary else 0 for token in self.token_ids]
+
+    def known(self, hidden_TH: Tensor) -> Tensor:
+        """The hidden states, NaN from the first foreign token of the rollout on."""
+        first = 0 if self.state.lost else self.foreign
+        if first is None:
+            return hidden_TH
+        beyond = torch.arange(len(hidden_TH), device=hidden_TH.device) >= first
+        return hidden_TH.masked_fill(beyond[:, None], torch.nan)
 
 
 def logits_tokens(vocabulary: int) -> int:
@@ -55,33 +77,28 @@ class TransformersTeacher:
 
     def __init__(self, settings: ScorerSettings) -> None:
         teacher = settings.teacher
+        self._name = f"teacher.path = {teacher.path!r}"
+        require_directory(teacher, settings.teacher_dir, "scorer-transformers", self._name, settings.max_model_len)
         self._model = load_causal_lm(teacher, settings.teacher_dir, teacher.dtype, "teacher")
         self._device = device_of(settings.scorer.num_gpus, "scorer")
         self._model.to(self._device)
         self._output_layer = output_layer(self._model)
-        model_config = self._model.config
-        kinds = set(getattr(model_config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise UserError(
-                f"teacher.path = {teacher.path!r}: its layers attend by {', '.join(sorted(kinds))}; the "
-                "transformers backend scores models with full attention only. Use scorer.backend = vllm on a GPU."
-            )
-        self._own_attention = model_config._attn_implementation
-        self._model.set_attn_implementation(ATTENTION)
-        if model_config._attn_implementation != ATTENTION:
-            raise UserError(
-                f"teacher.path = {teacher.path!r}: {type(self._model).__name__} does not go through transformers' "
-                "attention interface, which the transformers backend needs. Use scorer.backend = vllm on a GPU."
-            )
-        self._cache = SlotCache(model_config.num_hidden_layers)
+        self._decoder = text_decoder(self._model)
+        text = self._decoder.config
+        self._own_vocabulary = int(text.vocab_size)
+        self._vocabulary = max(self._own_vocabulary, settings.student_vocabulary)
+        self._cache = SlotCache(text.num_hidden_layers)
         self._budget = settings.scorer.max_batch_tokens
         self._stop_ids = settings.stop_ids
         self._states: dict[int, _State] = {}
         self.run_tokens = 0
+        with refused_by_name(self._name, type(self._model).__name__):
+            check_slots(self._decoder, self._cache, self._own_vocabulary)
 
     @property
     def vocabulary(self) -> int:
-        return int(self._model.config.vocab_size)
+        """The student's where that is larger: rows of padding, for which this model has none."""
+        return self._vocabulary
 
     @property
     def held(self) -> int:
@@ -109,7 +126,7 @@ class TransformersTeacher:
         parts = []
         if rows:
             hidden_NH = torch.cat(rows)
-            step = logits_tokens(self._model.config.vocab_size)
+            step = logits_tokens(self._vocabulary)
             for first in range(0, chunk.tokens, step):
                 part = slice(first, first + step)
                 ids = torch.from_numpy(topk_ids[part].astype("int64"))
@@ -117,23 +134,31 @@ class TransformersTeacher:
         for feed in feeds:
             feed.state.fed += len(feed.token_ids)
             feed.state.pending = feed.pending
+            feed.state.lost |= feed.foreign is not None
         return TeacherColumns.join(parts, chunk.topk_logprobs.shape[1])
 
     def plain_logprobs(self, sequences: Sequences) -> list[FloatArray]:
-        """By the model's own forward pass, with the attention that transformers chose for it."""
-        self._model.set_attn_implementation(self._own_attention)
+        """By the model's own forward pass, with eager attention, which passes over no cap and no sink."""
+        self._decoder.set_attn_implementation("eager")
         try:
             return [plain_logprobs(self._model, *pair, self._device) for pair in sequences]
         finally:
-            self._model.set_attn_implementation(ATTENTION)
+            self._decoder.set_attn_implementation(ATTENTION)
 
     def columns(self, hidden_NH: Tensor, ids: Tensor) -> TeacherColumns:
-        """Columns from hidden states [N, H] and the student's top-k ids [N, k] int64."""
-        return columns_of(self.logprobs(hidden_NH), ids, self._stop_ids)
+        """Columns from hidden states [N, H] and the student's top-k ids [N, k] int64.
+
+        Ids that only the student has rows for are padding, which this teacher never chooses. They get the floor
+        instead of no mass at all: with -inf, rows whose top k reaches into the padding would be lost.
+        """
+        columns = columns_of(self.logprobs(hidden_NH), ids, self._stop_ids)
+        floor = torch.full_like(columns.topk, LOG_FLOOR)
+        return replace(columns, topk=torch.where(ids.cpu() >= self._own_vocabulary, floor, columns.topk))
 
     def logprobs(self, hidden_NH: Tensor) -> Tensor:
-        """Log-probabilities [N, V] float32 over the teacher's whole vocabulary, on its device."""
-        return torch.log_softmax(self._output_layer.logits(hidden_NH), dim=-1)
+        """Log-probabilities [N, V] float32 over the larger of the two models' vocabularies, on the device."""
+        own_NV = torch.log_softmax(self._output_layer.logits(hidden_NH), dim=-1)
+        return pad(own_NV, (0, self._vocabulary - self._own_vocabulary), value=-torch.inf)
 
     def _feeds(self, chunk: RolloutChunk) -> list[_Feed]:
         """What to run for each rollout: all that was not run yet, except the last token."""
@@ -174,11 +199,9 @@ class TransformersTeacher:
         return rows + self._pass(group) if group else rows
 
     def _pass(self, feeds: Sequence[_Feed]) -> list[Tensor]:
+        for feed in feeds:
+            feed.drop_foreign(self._own_vocabulary)
         spans = [Span(f.state.slot, f.state.fed, len(f.token_ids)) for f in feeds]
-        ids = torch.tensor([t for f in feeds for t in f.token_ids], dtype=torch.long, device=self._device)
-        positions_T = self._cache.select(spans, self._model.dtype, self._device)
-        hidden_TH = self._model.model(
-            input_ids=ids[None], position_ids=positions_T[None], past_key_values=self._cache, use_cache=True
-        )[0][0]
+        hidden_TH = run_spans(self._decoder, self._cache, spans, [t for f in feeds for t in f.token_ids])
         parts = hidden_TH.split([s.new for s in spans])
-        return [part[len(part) - f.wanted :] for part, f in zip(parts, feeds, strict=True) if f.wanted]
+        return [f.known(part)[len(part) - f.wanted :] for part, f in zip(parts, feeds, strict=True) if f.wanted]

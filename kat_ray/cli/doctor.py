@@ -318,6 +318,7 @@ def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> tuple[Check
             check_golds(found.prompts, verifier, limits)
         else:
             note = training_golds(data, found, verifier, limits).note
+        facts.check_roles(config, found.longest + max_tokens)
     except UserError as error:
         return fail(name, str(error)), None
     longest = found.longest + max_tokens

@@ -7,12 +7,11 @@ stretched by rope scaling; `max_position_embeddings` is taken as it is.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from kat_ray.config.load import resolve_path
 from kat_ray.errors import ModelError
 from kat_ray.models.edges import edges_of
 from kat_ray.models.shape import ModelShape, shape_of
+from kat_ray.models.support import check_roles, roles_of
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -54,8 +54,9 @@ class ModelInfo:
     tied: bool  # the output layer is the embedding
     parameters: int | None  # from the safetensors headers; None for pickles and for weights not downloaded
     dtype: str | None  # data type most weights are stored in, as safetensors names it ("BF16")
-    edges: Mapping[str, int] = dataclasses.field(default_factory=dict)  # see `kat_ray.models.edges`
+    edges: Mapping[str, int] = field(default_factory=dict)  # see `kat_ray.models.edges`
     shape: ModelShape | None = None  # None where config.json has other names for it
+    config: Any = field(default=None, repr=False, compare=False)  # transformers', of the whole model
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,12 @@ class ModelFacts:
     def max_prompt_tokens(self, max_tokens: int) -> int | None:
         """Longest prompt that leaves room for `max_tokens` of answer."""
         return None if self.max_length is None else self.max_length - max_tokens
+
+    def check_roles(self, config: Config, longest: int) -> None:
+        """`ModelError` where a model cannot play its role in a run whose longest prompt and answer together have
+        `longest` tokens.
+        """
+        check_roles(config, {"student": self.student.config, "teacher": self.teacher.config}, longest)
 
 
 def resolve_model(model: ModelConfig) -> str:
@@ -124,10 +131,12 @@ def check_models(config: Config) -> ModelFacts:
             raise ModelError(f"{role}.path: {error}") from error
     student, teacher = infos["student"], infos["teacher"]
     compare_tokenizers(tokenizers["student"], tokenizers["teacher"])
-    if teacher.vocabulary < student.vocabulary:
+    # Each model has a row for every entry of the one tokenizer: what differs is padding.
+    if teacher.vocabulary < student.vocabulary and "scorer-vllm" in roles_of(config)["teacher"]:
         raise ModelError(
             f"the teacher's vocabulary ({teacher.vocabulary}, {teacher.path}) is smaller than the student's "
-            f"({student.vocabulary}, {student.path}): it could not score every token the student may choose"
+            f"({student.vocabulary}, {student.path}), and vLLM does not score ids that its model has no row for; "
+            "use scorer.backend = transformers"
         )
     if student.vocabulary < config.rollout.top_k_logprobs:
         raise ModelError(
@@ -138,6 +147,7 @@ def check_models(config: Config) -> ModelFacts:
     warnings = stop_id_warnings(config, student, teacher, tokenizers["student"])
     facts = ModelFacts(student, teacher, tokenizers["student"], merged, warnings, tokenizers["teacher"])
     _check_lengths(config, facts)
+    facts.check_roles(config, config.rollout.max_tokens + 1)  # a prompt has one token at least
     return facts
 
 
@@ -148,7 +158,8 @@ def inspect_model(model: ModelConfig) -> tuple[ModelInfo, Any]:
     _refuse_code(model, raw)
     architecture = _causal_architecture(model, raw)
     parameters, dtype = _weights(model, directory, names)
-    text = _text_config(model, directory)
+    whole = _model_config(model, directory)
+    text = whole.get_text_config()
     vocabulary = getattr(text, "vocab_size", None)
     if not isinstance(vocabulary, int) or vocabulary < 1:
         raise ModelError(f"{model.path}: config.json does not give vocab_size")
@@ -169,6 +180,7 @@ def inspect_model(model: ModelConfig) -> tuple[ModelInfo, Any]:
         dtype=dtype,
         edges=edges_of(text),
         shape=shape_of(text),
+        config=whole,
     )
     return info, tokenizer
 
@@ -324,15 +336,14 @@ def _causal_architecture(model: ModelConfig, raw: Mapping[str, Any]) -> str:
     raise ModelError(f"{model.path}: {shown} is not a causal language model (architectures in config.json)")
 
 
-def _text_config(model: ModelConfig, directory: Path) -> Any:
+def _model_config(model: ModelConfig, directory: Path) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"{model.path}: transformers cannot read config.json: {_first_line(error)}") from error
-    return config.get_text_config()
 
 
 def _weights(model: ModelConfig, directory: Path, names: frozenset[str]) -> tuple[int | None, str | None]:

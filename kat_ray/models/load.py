@@ -10,7 +10,8 @@ import torch
 
 from kat_ray.config import ModelConfig
 from kat_ray.errors import UserError
-from kat_ray.models.output_layer import body_of, output_layer, token_ids
+from kat_ray.models.output_layer import output_layer, token_ids
+from kat_ray.models.text_model import text_decoder
 from kat_ray.types.records import FloatArray
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,14 +22,20 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-3, tor
 
 def load_causal_lm(model: ModelConfig, directory: str, dtype: str, role: str) -> Any:
     """The model of a directory or hub id; refused where its logits are not those of its output layer."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(
+        directory, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    # transformers' default attention passes over a cap on the scores (Gemma 2), without a word.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     loaded = AutoModelForCausalLM.from_pretrained(
         directory,
         revision=model.revision,
         dtype=DTYPES[dtype],
         trust_remote_code=model.trust_remote_code,
         use_safetensors=None if model.allow_pickle else True,
+        attn_implementation="eager" if capped else None,
     ).eval()
     check_output_layer(loaded, f"{role}.path = {model.path!r}")
     return loaded
@@ -48,7 +55,7 @@ def check_output_layer(model: Any, name: str) -> None:
         layer = output_layer(model)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
-    own = layer.logits(body_of(model)(input_ids=ids, use_cache=False)[0][0])
+    own = layer.logits(text_decoder(model)(input_ids=ids, use_cache=False)[0][0])
     largest = max(float(logits.abs().max()), 1.0)
     if (difference := float((own - logits).abs().max())) > _TOLERANCE[model.dtype] * largest:
         raise UserError(

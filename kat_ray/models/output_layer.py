@@ -15,14 +15,10 @@ from torch import Tensor, nn
 
 from kat_ray.errors import UserError
 from kat_ray.losses.output_layer import OutputLayer
+from kat_ray.models.text_model import text_decoder
 
 _TOKENS = 4
 _SMALL, _LARGE = 1e-6, 1e6  # products whose logits show the scale and the cap
-
-
-def body_of(model: Any) -> Any:
-    """The part of a causal language model whose first output is the last hidden states [B, L, H]."""
-    return model.base_model
 
 
 def output_layer(model: Any) -> OutputLayer:
@@ -30,7 +26,7 @@ def output_layer(model: Any) -> OutputLayer:
 
     UserError where logits are not made from the body's hidden states by one matrix, scales and a soft cap.
     """
-    kind, head, body = type(model).__name__, model.get_output_embeddings(), body_of(model)
+    kind, head, body = type(model).__name__, model.get_output_embeddings(), text_decoder(model)
     if not isinstance(head, nn.Linear) or body is model:
         raise UserError(f"{kind} has no single linear output layer over a body: {_CONSEQUENCE}")
     probe = _Probe(body, head)
@@ -115,7 +111,7 @@ def _hidden_scale(model: Any, probe: _Probe, kind: str) -> float:
         hidden, scale = probe.hidden, _plain(float(probe.head_input[0, 0, 0] / probe.hidden[0, 0, 0]))
     else:
         with torch.no_grad():
-            hidden, scale = body_of(model)(input_ids=token_ids(model), use_cache=False)[0], 1.0
+            hidden, scale = text_decoder(model)(input_ids=token_ids(model), use_cache=False)[0], 1.0
     if probe.head_input.shape != hidden.shape or not torch.allclose(
         probe.head_input.double(), hidden.double() * scale, rtol=1e-3, atol=1e-6
     ):

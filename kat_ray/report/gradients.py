@@ -29,7 +29,8 @@ from kat_ray.losses.fused_head import head_loss
 from kat_ray.losses.term import TokenRows
 from kat_ray.models.inspect import check_models, resolve_model
 from kat_ray.models.load import load_causal_lm
-from kat_ray.models.output_layer import body_of, output_layer
+from kat_ray.models.output_layer import output_layer
+from kat_ray.models.text_model import text_decoder
 from kat_ray.report.phases import PHASES, Phases
 from kat_ray.report.run_records import RunRecords
 
@@ -174,7 +175,7 @@ def _add_gradient(
     with torch.no_grad():
         q = torch.log_softmax(teacher(input_ids=ids, use_cache=False).logits[0, start:].float(), -1)
     layer = output_layer(student)
-    hidden = body_of(student)(input_ids=ids, use_cache=False)[0][0, start:]
+    hidden = text_decoder(student)(input_ids=ids, use_cache=False)[0][0, start:]
     top = layer.logits(hidden).topk(config.rollout.top_k_logprobs, dim=-1).indices
     zeros = torch.zeros(len(tokens), device=device)
     tail, stop = tail_and_stop(q, top, stop_ids)

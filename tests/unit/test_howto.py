@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -63,14 +64,17 @@ def install(project):
         points.write(file)
 
 
+def left_out(folder, names):
+    """Of a folder of the tree; the room kat_ray/models is none of the models."""
+    return {"__pycache__", "golden", "deploy", *(["models"] if Path(folder).name == "demo" else [])} & set(names)
+
+
 def copy_of_the_tree(folder):
     """The sources, in a folder that may be edited. Models and pictures are linked, since nobody edits these."""
     for name in TREE:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(
-                source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "models", "golden", "deploy")
-            )
+            shutil.copytree(source, folder / name, ignore=left_out)
         else:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, folder / name)

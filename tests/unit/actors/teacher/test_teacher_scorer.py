@@ -207,12 +207,34 @@ def test_llama_scores_like_its_full_forward(models, tmp_path):
         np.testing.assert_allclose(rows.topk_logprobs[part], expected, rtol=2**-11, atol=1e-4)
 
 
-def test_a_teacher_with_sliding_windows_is_refused(models, tmp_path):
-    make_model(tmp_path / "m", layer_types=["full_attention", "sliding_attention"], sliding_window=8,
-               use_sliding_window=True)  # fmt: skip
-    config = make_config(models["student"][0], str(tmp_path / "m"))
-    with pytest.raises(ValueError, match="sliding_attention"):
-        TeacherScorer("scorer:0", ScorerSettings.from_config(config, str(tmp_path / "m"), (1,), 64))
+def test_a_sliding_window_without_layer_types_is_kept_past_its_length(models, tmp_path):
+    """As of Mistral, whose configuration names no kinds of layers; scored whole, and one token at a time."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(2)
+    sizes = models["teacher"][1].config.to_dict()
+    sizes = {k: sizes[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                   "num_attention_heads", "num_key_value_heads", "head_dim")}  # fmt: skip
+    MistralForCausalLM(MistralConfig(**sizes, sliding_window=5, initializer_range=0.3)).save_pretrained(tmp_path)
+    teacher = MistralForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    config = make_config(models["student"][0], str(tmp_path))
+    scorer = TeacherScorer("scorer:0", ScorerSettings.from_config(config, str(tmp_path), (1,), 64))
+    student, rollouts = models["student"][1], random_rollouts(3, seed=8, tokens=(20, 30))
+    d = [score_in_pieces(scorer, student, rollouts, size) for size in (1000, 1)]
+    teacher_without = MistralForCausalLM.from_pretrained(tmp_path, sliding_window=None).eval()
+    for i, (prompt, tokens) in rollouts.items():
+        np.testing.assert_allclose(d[0][i], d[1][i], atol=1e-4)
+        chunk = chunk_of(student, {i: (prompt, tokens)})
+        _, rows = scorer.score(chunk)
+        ids = torch.from_numpy(chunk.topk_ids().astype(np.int64))
+        with torch.no_grad():
+            whole = torch.tensor([[*prompt, *tokens]])
+            expected, other = (
+                torch.log_softmax(m(whole).logits[0], -1)[len(prompt) - 1 : -1].gather(-1, ids)
+                for m in (teacher, teacher_without)
+            )
+        np.testing.assert_allclose(rows.topk_logprobs, expected, rtol=2**-10, atol=1e-3)
+        assert (other - expected).abs().max() > 0.3, "the window matters here"
 
 
 def test_the_vllm_teacher_needs_a_gpu(models):

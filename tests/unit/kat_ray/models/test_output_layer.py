@@ -6,7 +6,7 @@ import transformers
 
 from kat_ray.errors import UserError
 from kat_ray.models.load import check_output_layer
-from kat_ray.models.output_layer import body_of, output_layer
+from kat_ray.models.output_layer import output_layer, text_decoder
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -56,7 +56,7 @@ def test_logits_are_the_models_own(name, changes, expected):
     *scales, cap = expected
     assert (layer.hidden_scale, layer.scale) == pytest.approx(scales, rel=1e-6) and layer.cap == cap
     ids = torch.arange(2, 30)[None]
-    own = layer.logits(body_of(model)(input_ids=ids, use_cache=False)[0][0])
+    own = layer.logits(text_decoder(model)(input_ids=ids, use_cache=False)[0][0])
     theirs = model(input_ids=ids, use_cache=False).logits[0]
     assert layer.vocabulary == theirs.shape[-1] and theirs.std() > 0.05
     torch.testing.assert_close(own, theirs, atol=2e-4, rtol=1e-4)

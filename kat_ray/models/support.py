@@ -1,0 +1,186 @@
+"""Which model can play which role, decided from config.json alone: asked before a run, and again by each actor.
+
+A role is refused where its engine would compute another model than a plain forward pass of transformers does, or
+none at all. What the configuration does not tell, actors find when they load the weights. docs/models.md shows what
+was tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+from kat_ray.config import Config, ModelConfig
+from kat_ray.errors import ModelError
+
+Role = Literal["sampler-cpu", "sampler-gpu", "learner", "scorer-transformers", "scorer-vllm"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+_PHRASES: Mapping[Role, str] = {
+    "sampler-cpu": "samplers on CPUs (vLLM) cannot generate with this model",
+    "sampler-gpu": "samplers (vLLM) cannot generate with this model",
+    "learner": "the learner cannot train this model",
+    "scorer-transformers": "scorers on transformers cannot score with this model",
+    "scorer-vllm": "scorers on vLLM cannot score with this model",
+}
+# Attention whose keys the slots of a scorer can hold: which of them a token sees is the mask's matter.
+_KEPT_KEYS = {"full_attention", "sliding_attention", "chunked_attention"}
+# Families whose attention asks more of a cache than to keep what it stores, by the name of their configuration.
+_OWN_ATTENTION: Mapping[str, str] = {
+    "diffllama": "its attention splits values after they are stored",
+    "doge": "its attention makes a mask of its own from the values",
+}
+_PREFIXES = ("model", "language_model")  # of classes with an `lm_head` over a `model`
+# Fields under which configurations of different families hold the number of experts.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+# Fields of what is done to the logits behind the output layer, with the values that do nothing.
+_BEHIND_OUTPUT: Mapping[str, tuple[Any, ...]] = {
+    "final_logit_softcapping": (None,),
+    "logits_soft_cap": (None,),
+    "logit_scale": (None, 1.0),
+    "logits_scaling": (None, 1.0),
+    "lm_head_multiplier": (None, 1.0),
+    "dim_model_base": (None,),  # MiniCPM scales the hidden states before it
+}
+
+
+class Refusal(NamedTuple):
+    """Why a model cannot play a role: in two or three words, and as part of a sentence with what to do."""
+
+    kind: str
+    reason: str
+
+
+def refusal(config: Any, role: Role, max_length: int | None = None) -> Refusal | None:
+    """Why a model cannot play a role; None where nothing speaks against it.
+
+    `config` is transformers' configuration of the whole model, `max_length` the longest prompt and answer together,
+    in tokens.
+    """
+    return next(_reasons(config, config.get_text_config(), role, max_length), None)
+
+
+def _reasons(config: Any, text: Any, role: Role, max_length: int | None) -> Iterator[Refusal]:
+    if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) is True:
+        yield Refusal("looks ahead", "its attention looks ahead of a token")
+    if role in ("learner", "scorer-transformers"):
+        yield from _output_layer(config, text)
+    if role == "scorer-transformers":
+        yield from _slots(config, text)
+    if role == "sampler-cpu" and has_experts(text):
+        yield Refusal(
+            "experts on a CPU",
+            "it is a mixture of experts, and vLLM's build for CPUs packs experts when it loads them and does not "
+            "when new weights are published: from the second step on another model would generate; use GPUs "
+            "(sampler.num_gpus)",
+        )
+    if max_length is not None:
+        # vLLM generates one token after what it scores.
+        yield from _rope(text, max_length + (role == "scorer-vllm"))
+
+
+def has_experts(text: Any) -> bool:
+    """Whether a text model's configuration names more than one expert."""
+    return any(isinstance(n := getattr(text, name, None), int) and n > 1 for name in _EXPERTS)
+
+
+def _output_layer(config: Any, text: Any) -> Iterator[Refusal]:
+    network = _class_of(config)
+    if network is not None and network.base_model_prefix not in _PREFIXES:
+        yield Refusal(
+            "output layer",
+            f"{network.__name__} has no `lm_head` over a `model`, from which loss and scores are taken",
+        )
+    for field, nothing in _BEHIND_OUTPUT.items():
+        if (value := getattr(text, field, None)) not in nothing:
+            yield Refusal(
+                "scaled logits", f"it scales or caps its logits behind the output layer ({field} = {value})"
+            )
+
+
+def _slots(config: Any, text: Any) -> Iterator[Refusal]:
+    """Why the transformers backend, whose cache is keys and values in slots, cannot hold a model's past."""
+    network = _class_of(config)
+    instead = "; use scorer.backend = vllm on GPUs"
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if getattr(network, "_is_stateful", False) or kinds - _KEPT_KEYS:
+        shown = ", ".join(sorted(kinds - _KEPT_KEYS)) or "recurrent"
+        yield Refusal(
+            "recurrent state",
+            f"layers of it ({shown}) keep a state that is not keys and values of past tokens{instead}",
+        )
+    if getattr(text, "kv_lora_rank", None):
+        yield Refusal(
+            "MLA",
+            f"its attention keeps compressed keys and values (MLA, kv_lora_rank = {text.kv_lora_rank}){instead}",
+        )
+    if (reason := _OWN_ATTENTION.get(text.model_type)) is not None:
+        yield Refusal("own attention", f"{reason}{instead}")
+    if network is not None and not network._can_set_attn_implementation():
+        yield Refusal(
+            "own attention", f"{network.__name__} does not use transformers' attention interface{instead}"
+        )
+
+
+def _rope(text: Any, max_length: int) -> Iterator[Refusal]:
+    """Rotary frequencies that depend on the longest sequence of a batch, beyond the length where they are fixed."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in (rope, *(v for v in rope.values() if isinstance(v, Mapping))):
+        kind = parameters.get("rope_type")
+        if kind == "longrope":
+            limit = getattr(text, "original_max_position_embeddings", None)
+            limit = limit or parameters.get("original_max_position_embeddings")
+        elif kind == "dynamic":
+            limit = text.max_position_embeddings
+        else:
+            continue
+        if limit is not None and max_length > limit:
+            yield Refusal(
+                "batch-dependent positions",
+                f"its positions are encoded by {kind}, which beyond {limit} tokens changes with the longest "
+                f"sequence of a batch, and prompt and answer may have {max_length}: lower rollout.max_tokens "
+                "(and evaluation.max_tokens), or leave out the longest prompts",
+            )
+
+
+def _class_of(config: Any) -> Any:
+    """The class that transformers loads for a configuration; None for code from a model's directory."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        return None
+
+
+def require(config: Any, role: Role, name: str, max_length: int | None = None) -> None:
+    """`ModelError` where a model cannot play a role; `name` is its field and value."""
+    if (found := refusal(config, role, max_length)) is not None:
+        raise ModelError(f"{name}: {_PHRASES[role]}: {found.reason}")
+
+
+def require_directory(model: ModelConfig, directory: str, role: Role, name: str, max_length: int | None) -> None:
+    """`require` for a directory or hub id, before its weights are loaded."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        directory, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    require(config, role, name, max_length)
+
+
+def roles_of(config: Config) -> Mapping[str, tuple[Role, ...]]:
+    """The roles that the student and the teacher play in a run."""
+    on_gpus = config.scorer.backend == "auto" and config.scorer.num_gpus > 0
+    return {
+        "student": ("sampler-gpu" if config.sampler.num_gpus > 0 else "sampler-cpu", "learner"),
+        "teacher": ("scorer-vllm" if on_gpus or config.scorer.backend == "vllm" else "scorer-transformers",),
+    }
+
+
+def check_roles(config: Config, models: Mapping[str, Any], max_length: int) -> None:
+    """`require` for all roles of a run; `models` has transformers' configuration of student and teacher."""
+    for section, roles in roles_of(config).items():
+        path = (config.student if section == "student" else config.teacher).path
+        for role in roles:
+            require(models[section], role, f"{section}.path = {path!r}", max_length)

@@ -1,0 +1,10 @@
+"""The text model of a causal language model, which is the model itself or a part of a multimodal one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def text_decoder(model: Any) -> Any:
+    """The module that makes last hidden states [B, L, H] of token ids; its `config` is of the text model alone."""
+    return getattr(model.base_model, "language_model", model.base_model)
