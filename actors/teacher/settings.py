@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kat_ray.config import Config, ModelConfig, RolloutConfig, ScorerConfig
+from kat_ray.termination import RULES
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class ScorerSettings:
     max_model_len: int  # longest prompt and answer together
     scorer: ScorerConfig
     rollout: RolloutConfig
+    top_needed: bool = False  # the rule cannot do without the teacher's most likely ids
 
     @classmethod
     def from_config(
@@ -30,4 +32,5 @@ class ScorerSettings:
             max_model_len=max_model_len,
             scorer=config.scorer,
             rollout=config.rollout,
+            top_needed=bool({"overlap", "teacher_max"} & {*RULES[config.termination.rule].needs}),
         )
