@@ -37,7 +37,7 @@ def environments(config: Config) -> dict[str, dict[str, str]]:
     return {
         "learner": _learner_env(config),
         "sampler": _sampler_env(config),
-        "scorer": _env(config.scorer) | _RETURNS_IN_STORE,
+        "scorer": _env(config.scorer) | _RETURNS_IN_STORE | _vllm_env(),
         "monitor": _env(config.monitor),
     }
 
@@ -61,11 +61,17 @@ def _learner_env(config: Config) -> dict[str, str]:
     return env
 
 
+def _vllm_env() -> dict[str, str]:
+    return {
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
 def _sampler_env(config: Config) -> dict[str, str]:
     env = _env(config.sampler) | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's loop is the actor's own
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        "VLLM_NO_USAGE_STATS": "1",
+        **_vllm_env(),
     }
     if config.sampler.enforce_eager:
         # vLLM compiles its token-rank function even so: 14 s at the first start, and a compiler needed.

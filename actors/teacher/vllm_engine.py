@@ -64,7 +64,7 @@ def start_engine(settings: ScorerSettings, **changes: Any) -> LLMEngine:
         with _one_position_more():
             return LLMEngine.from_engine_args(replace(args, max_model_len=settings.max_model_len + 1))
     except ValueError as error:  # vLLM's own errors of validation, pydantic's among them
-        raise UserError(f"{name}: vLLM cannot start this teacher: {_reason(error)}") from error
+        raise UserError(f"{name}: vLLM cannot start it: {_reason(error)}") from error
 
 
 def check_runner(engine: LLMEngine) -> None:
@@ -79,7 +79,7 @@ def check_runner(engine: LLMEngine) -> None:
 def cache_tokens(engine: LLMEngine) -> int:
     """Tokens that the engine's KV cache holds."""
     cache = engine.vllm_config.cache_config
-    return int(cache.kv_cache_size_tokens or (cache.num_gpu_blocks or 0) * cache.block_size)
+    return int(getattr(cache, "kv_cache_size_tokens", None) or (cache.num_gpu_blocks or 0) * cache.block_size)
 
 
 @contextmanager
