@@ -72,14 +72,6 @@ class PoolConfig(PlacementConfig):
         return self
 
 
-def _check_gpus(tensor_parallel_size: int, num_gpus: float) -> None:
-    if tensor_parallel_size > 1 and num_gpus != tensor_parallel_size:
-        raise ValueError(
-            f"tensor_parallel_size = {tensor_parallel_size}: needs num_gpus = {tensor_parallel_size}, not "
-            f"{num_gpus:g}; an engine's GPUs are one replica's"
-        )
-
-
 class SamplerConfig(PoolConfig):
     """Student samplers: vLLM engines. The rollouts of a step are dealt out evenly."""
 
@@ -98,7 +90,11 @@ class SamplerConfig(PoolConfig):
 
     @model_validator(mode="after")
     def _gpus_of_one_engine(self) -> SamplerConfig:
-        _check_gpus(self.tensor_parallel_size, self.num_gpus)
+        if self.tensor_parallel_size > 1 and self.num_gpus != self.tensor_parallel_size:
+            raise ValueError(
+                f"tensor_parallel_size = {self.tensor_parallel_size}: needs num_gpus = "
+                f"{self.tensor_parallel_size}, not {self.num_gpus:g}; an engine's GPUs are one replica's"
+            )
         return self
 
     @model_validator(mode="after")
@@ -140,11 +136,16 @@ class ScorerConfig(PoolConfig):
 
     @model_validator(mode="after")
     def _gpus_of_one_engine(self) -> ScorerConfig:
-        _check_gpus(self.tensor_parallel_size, self.num_gpus)
-        if self.tensor_parallel_size > 1 and self.engine != "vllm":
+        size = self.tensor_parallel_size
+        if size > 1 and self.num_gpus != size:
             raise ValueError(
-                f"tensor_parallel_size = {self.tensor_parallel_size}: needs backend = 'vllm', not "
-                f"{self.backend!r}; the transformers teacher runs on one GPU"
+                f"tensor_parallel_size = {size}: needs num_gpus = {size}, not {self.num_gpus:g}; a teacher's GPUs "
+                "are one replica's"
+            )
+        if size > 1 and self.engine != "vllm":
+            raise ValueError(
+                f"tensor_parallel_size = {size}: needs backend = 'vllm', not {self.backend!r}; the transformers "
+                "teacher runs on one GPU"
             )
         return self
 

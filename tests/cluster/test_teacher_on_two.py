@@ -61,7 +61,10 @@ def test_a_teacher_on_two_devices_starts_where_ray_places_it(models):
     try:
         placement = Placement(config, True, "two", only=["scorer"])
         (place,) = placement.places("scorer")
-        probe = remote_class(Probe).options(**placement.options("scorer", 0, place)).remote(settings)
+        options = placement.options("scorer", 0, place)
+        # On a CPU vLLM would bind each process to a NUMA node of its own.
+        options["runtime_env"]["env_vars"]["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        probe = remote_class(Probe).options(**options).remote(settings)
         size, executor, processes, run = ray.get(probe.ask.remote(chunk), timeout=500)
         assert (size, executor) == (2, "mp") and len(processes) >= 2
         assert run == chunk.tokens + len(chunk.context_ids), "each token once: nothing was cached"
