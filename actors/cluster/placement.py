@@ -44,7 +44,7 @@ def environments(config: Config, threads: Mapping[str, int]) -> dict[str, dict[s
     own = {name: _env(getattr(config, name).num_gpus, threads[name]) for name in threads}
     own["learner"] |= _learner_env(config)
     own["sampler"] |= _sampler_env(config)
-    own["scorer"] |= _RETURNS_IN_STORE
+    own["scorer"] |= _RETURNS_IN_STORE | _vllm_env()
     return own
 
 
@@ -64,11 +64,17 @@ def _learner_env(config: Config) -> dict[str, str]:
     return {} if config.learner.num_gpus else {"TORCHDYNAMO_DISABLE": "1"}
 
 
+def _vllm_env() -> dict[str, str]:
+    return {
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
 def _sampler_env(config: Config) -> dict[str, str]:
     env = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's loop is the actor's own
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
-        "VLLM_NO_USAGE_STATS": "1",
+        **_vllm_env(),
     }
     if config.sampler.tensor_parallel_size > 1 and not config.sampler.num_gpus:
         # vLLM would bind each of an engine's processes to a NUMA node of its own, and refuse where there are fewer.

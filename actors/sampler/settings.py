@@ -22,6 +22,7 @@ class SamplerSettings:
     cluster: ClusterConfig
     deterministic: bool
     seed: int
+    cache_block: int = 1  # tokens of a block of the scorers' prefix caches
 
     @classmethod
     def from_config(
@@ -45,4 +46,5 @@ class SamplerSettings:
             cluster=config.cluster,
             deterministic=config.run.deterministic,
             seed=config.run.seed,
+            cache_block=config.scorer.chunk_block,
         )

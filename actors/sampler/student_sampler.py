@@ -200,12 +200,13 @@ class _Generation:
         self._request = request
         self._control_seconds = 0.0
         specs = request.specs
+        block = sampler._settings.cache_block
         self._rollouts: dict[int, PendingRollout] = {}
         ranges = scorer_ranges(sampler._teachers)
         for i, spec in enumerate(specs):
             peers = ranges[spec.teacher]
             scorer = peers[scorer_of(i, len(specs), sampler._index, sampler._samplers, len(peers))]
-            self._rollouts[spec.rollout_id] = PendingRollout(spec.rollout_id, spec.prompt_ids, scorer)
+            self._rollouts[spec.rollout_id] = PendingRollout(spec.rollout_id, spec.prompt_ids, scorer, block=block)
         self._active = {str(i): r for i, r in self._rollouts.items()}
         self._stream = ScoringStream(
             request,

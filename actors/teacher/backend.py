@@ -77,9 +77,14 @@ def columns_of(logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int]) -> Teache
         topk=logprobs.gather(-1, ids),
         tail=tail,
         stop=stop,
-        overlap=(ids[:, :top, None] == best_ids[:, None, :]).any(dim=-1).float().mean(dim=-1),
+        overlap=overlap_share(ids[:, :top], best_ids),
         teacher_max=best[:, 0].exp(),
         teacher_entropy=entropy(logprobs),
         top=best_ids[:, 0].int(),
     )
     return TeacherColumns(*(getattr(columns, f.name).cpu() for f in fields(columns)))
+
+
+def overlap_share(ids: Tensor, best_ids: Tensor) -> Tensor:
+    """Share [N] of the student's most likely ids [N, n] that are among the teacher's [N, n]."""
+    return (ids[:, :, None] == best_ids[:, None, :]).any(dim=-1).float().mean(dim=-1)

@@ -29,15 +29,14 @@ from kat_ray.types.records import EngineEnd, FloatArray, IntArray, RolloutChunk,
 
 
 def make_teacher(settings: ScorerSettings) -> Teacher:
-    """The engine that `scorer.backend` names; `auto` takes vLLM on a GPU, transformers elsewhere."""
-    backend = settings.scorer.backend
-    on_gpu = device_of(settings.scorer.num_gpus, "scorer").type == "cuda"
-    if backend == "vllm" and not on_gpu:
-        raise UserError(
-            "scorer.backend = 'vllm': scoring given ids needs vLLM's V2 model runner, which needs a GPU, and "
-            "scorer.num_gpus = 0; use 'auto' or 'transformers', or give scorers a GPU (scorer.num_gpus = 1)"
-        )
-    if backend == "vllm" or (backend == "auto" and on_gpu):
+    """The engine that `scorer.backend` names; `auto` takes vLLM where scorers have GPUs, transformers elsewhere."""
+    if settings.scorer.engine == "vllm":
+        if device_of(settings.scorer.num_gpus, "scorer").type != "cuda":
+            raise UserError(
+                f"scorer.backend = {settings.scorer.backend!r}: scoring given ids needs vLLM's V2 model runner, "
+                "which needs a GPU, and scorer.num_gpus = 0; use 'auto' or 'transformers', or give scorers a GPU "
+                "(scorer.num_gpus = 1)"
+            )
         from actors.teacher.vllm_backend import VllmTeacher
 
         return VllmTeacher(settings)
@@ -101,10 +100,12 @@ class TeacherScorer:
         topk_ids = chunk.topk_ids()
         check_chunk_vocabulary(chunk, topk_ids, self._teacher.vocabulary, self._teacher_name)
         self.release(chunk.released.tolist())
+        before = self._teacher.run_tokens
         columns = self._teacher.score(chunk, topk_ids)
+        run = self._teacher.run_tokens - before
         self.release(chunk.rollout_ids[chunk.ended != EngineEnd.RUNNING].tolist())
         self._scored_tokens += chunk.tokens
-        scored, rows = self._compare(chunk, topk_ids, columns, started)
+        scored, rows = self._compare(chunk, topk_ids, columns, started, run)
         self._busy_seconds += scored.seconds
         return scored, rows
 
@@ -141,7 +142,7 @@ class TeacherScorer:
 
     @torch.inference_mode()
     def _compare(
-        self, chunk: RolloutChunk, topk_ids: IntArray, teacher: TeacherColumns, started: float
+        self, chunk: RolloutChunk, topk_ids: IntArray, teacher: TeacherColumns, started: float, run: int
     ) -> tuple[ScoredChunk, TeacherRows]:
         """Reverse KL of every row over the student's top k and the tail; the teacher's rows, quantised."""
         stops = is_stop(torch.from_numpy(topk_ids), self._stop_ids)
@@ -166,5 +167,7 @@ class TeacherScorer:
             student_tail=tail.exp().half().numpy(),
             teacher_top=teacher.top.numpy(),
             seconds=time.monotonic() - started,
+            asked_tokens=chunk.tokens + len(chunk.context_ids),
+            run_tokens=run,
         )
         return scored, TeacherRows(teacher.topk.half().numpy(), teacher.tail.numpy(), teacher.stop.numpy())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kat_ray.config import Config, ModelConfig, RolloutConfig, ScorerConfig
+from kat_ray.termination import RULES
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class ScorerSettings:
     scorer: ScorerConfig
     rollout: RolloutConfig
     student_vocabulary: int = 0  # ids that chunks may hold; 0: those of the teacher
+    top_needed: bool = False  # the rule cannot do without the teacher's most likely ids
 
     @classmethod
     def from_config(
@@ -37,4 +39,5 @@ class ScorerSettings:
             scorer=config.scorer,
             rollout=config.rollout,
             student_vocabulary=student_vocabulary,
+            top_needed=bool({"overlap", "teacher_max"} & {*RULES[config.termination.rule].needs}),
         )

@@ -1,26 +1,76 @@
 """A teacher on vLLM, which scores given ids at given rows of a prompt. Not run on a GPU by this project.
 
-A rollout's tokens so far are sent as a prompt of which only the new rows are scored; the prefix cache keeps what
-was run before, so that a token is run about once (a block that is not full is run again). Only vLLM's V2 model
-runner can do this (`SamplingParams.prompt_logprob_token_ids`), and it needs a GPU. It returns log-probabilities of
-the requested ids and nothing else: overlap, largest probability and entropy are NaN.
+A rollout's tokens so far are sent as a prompt of L tokens of which the last n are new. Row p of the engine is its
+distribution after token p, so the n new tokens are scored by rows L - 1 - n to L - 2; the last row, L - 1, predicts
+the token that the engine must generate, and is of no use. Only vLLM's V2 model runner scores given ids
+(`SamplingParams.prompt_logprob_token_ids`), and it needs a GPU. It returns float32 [n, ids] on the CPU, once for
+each request, also where a long prompt was run in several steps. Entropy is not reported (NaN); the most likely ids,
+from which overlap and largest probability follow, are asked for only where the rule needs them.
+
+What is run, and what is run again. The prefix cache keeps whole blocks of earlier requests. Three things follow.
+- A block that is not full is run again with the next chunk. Samplers therefore end a running rollout's chunk where
+  all tokens but the last fill blocks (`PendingRollout.ready`): 1 + 1 / block tokens are run for each new one.
+- A cached block must not reach past the first row asked for, or vLLM drops the request's scores. The last token of
+  a request is therefore never the rollout's own: no row that is scored depends on it, and the block that it fills
+  is found by nobody. Another rollout with the same first tokens may still have left such a block; then the rollout
+  is run once more whole, under a name of its own in the cache, which it keeps: this happens to it once at most.
+- Where live rollouts exceed the cache, those scored last are asked for first: what they left is still there, and
+  what is run again whole pushes out only what would be.
+
+What this rests on (tests/cluster/test_teacher_vllm.py): engine, front door, scheduler, prefix cache, tensor
+parallelism and the code that picks rows are vLLM's own, run on a CPU; the kernel that takes log-probabilities of
+ids, and the V2 runner that calls all this, were only read (docs/gpu.md).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
-from vllm import EngineArgs, LLMEngine, SamplingParams
+from vllm import LLMEngine, SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs.engine import tokens_input
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
-from actors.teacher.backend import TeacherColumns
+from actors.teacher.backend import OVERLAP_TOP, Sequences, TeacherColumns, overlap_share
+from actors.teacher.plain_copy import logprobs_of_copy
+from actors.teacher.prefix_cache import PrefixCacheWatch
 from actors.teacher.settings import ScorerSettings
+from actors.teacher.vllm_engine import cache_tokens, check_runner, start_engine
 from kat_ray.errors import StateLost, UserError
 from kat_ray.losses.divergence import tail_and_stop_of_ids
-from kat_ray.types.records import IntArray, RolloutChunk
+from kat_ray.types.records import FloatArray, IntArray, RolloutChunk
+
+log = logging.getLogger("kat_ray.scorer")
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What a rollout asks for: its tokens so far, and the ids [n, k + stop ids] to score for the last n of them."""
+
+    rollout_id: int
+    tokens: list[int]
+    ids: IntArray
+    alone: bool  # it has a part of the prefix cache of its own
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens with another one in place of the last, on which no row depends that is asked for."""
+        return [*self.tokens[:-1], 1 if self.tokens[-1] == 0 else 0]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Of one rollout's n rows: log-probabilities [n, ids], and of the most likely ids [n, top], where asked for."""
+
+    given: torch.Tensor
+    top_ids: torch.Tensor | None
+    top_logprobs: torch.Tensor | None
 
 
 class VllmTeacher:
@@ -28,32 +78,33 @@ class VllmTeacher:
 
     cache_bytes = 0  # the engine has its own block pool; only token ids are held here
 
-    def __init__(self, settings: ScorerSettings) -> None:
-        model = settings.teacher
-        self._engine = LLMEngine.from_engine_args(
-            EngineArgs(
-                model=settings.teacher_dir,
-                revision=model.revision,
-                dtype=model.dtype,
-                trust_remote_code=model.trust_remote_code,
-                skip_tokenizer_init=True,
-                max_model_len=settings.max_model_len + 1,  # scoring a finished rollout still generates one token
-                gpu_memory_utilization=settings.scorer.gpu_memory_utilization,
-                enable_prefix_caching=True,
-                logprobs_mode="raw_logprobs",
-                disable_log_stats=True,
-            )
-        )
-        if not self._engine.vllm_config.use_v2_model_runner:
-            raise UserError(
-                "scorer.backend: vLLM did not choose its V2 model runner for this teacher; only that one scores "
-                "given ids; set VLLM_USE_V2_MODEL_RUNNER=1, or scorer.backend = 'transformers'"
-            )
+    def __init__(self, settings: ScorerSettings, engine: LLMEngine | None = None) -> None:
+        self._engine: Any = engine or start_engine(settings)
+        check_runner(self._engine)
+        self._core = self._engine.engine_core
+        self._settings = settings
         self._tasks = self._engine.get_supported_tasks()
-        self._stop_ids = settings.stop_ids
-        self._tokens: dict[int, list[int]] = {}
+        self._name = f"teacher.path = {settings.teacher.path!r}"
+        # An id that the teacher has no token for has no mass, and vLLM refuses it.
+        self._stop_ids = np.array([i for i in settings.stop_ids if i < self.vocabulary], dtype=np.int32)
+        self._top = min(OVERLAP_TOP, settings.rollout.top_k_logprobs) if settings.top_needed else None
+        self._tokens: dict[int, list[int]] = {}  # by rollout; the one scored last is last
+        self._alone: set[int] = set()
         self._numbers = count()
+        self._watch = self._make_watch(settings.scorer.cache_block)
         self.run_tokens = 0
+
+    def _make_watch(self, block: int) -> PrefixCacheWatch:
+        cache = self._engine.vllm_config.cache_config
+        if not cache.enable_prefix_caching:
+            log.warning("%s: vLLM has no prefix cache for it; every chunk runs its rollouts whole", self._name)
+        elif cache.block_size != block:
+            log.warning(
+                "%s: vLLM's cache has blocks of %d tokens; scorer.cache_block = %d: part of them is run again with "
+                "every chunk; set scorer.cache_block = %d",
+                self._name, cache.block_size, block, cache.block_size,
+            )  # fmt: skip
+        return PrefixCacheWatch(cache_tokens(self._engine), cache.block_size)
 
     @property
     def vocabulary(self) -> int:
@@ -67,60 +118,143 @@ class VllmTeacher:
         """Drop the tokens of rollouts; their blocks age out of the prefix cache."""
         for rollout_id in rollout_ids:
             self._tokens.pop(rollout_id, None)
+            self._alone.discard(rollout_id)
 
     def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
-        """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked."""
-        asked: dict[int, np.ndarray] = {}
-        for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
-            if chunk.whole_past[i]:
-                self._tokens[rollout_id] = []
-            elif rollout_id not in self._tokens:
-                raise StateLost(f"the past of rollouts [{rollout_id}] is not held: send their context")
-            new = chunk.new_tokens(i)
-            self._tokens[rollout_id] += [*chunk.context(i).tolist(), *new.tolist()]
-            self.run_tokens += len(new) + chunk.context(i).size
-            if new.size:
-                rows = topk_ids[chunk.offsets[i] : chunk.offsets[i + 1]].astype(np.int64)
-                stops = np.broadcast_to(np.array(self._stop_ids, dtype=np.int64), (len(rows), len(self._stop_ids)))
-                asked[rollout_id] = np.concatenate([rows, stops], axis=1)
-        scores = self._ask(asked, skip_cache=False)
-        # If the cached prefix, whole blocks, covers the first requested row, vLLM returns no scores.
-        scores |= self._ask({i: ids for i, ids in asked.items() if i not in scores}, skip_cache=True)
-        top_k = chunk.topk_logprobs.shape[1]
-        return TeacherColumns.join([_columns(scores[i], asked[i], self._stop_ids, top_k) for i in asked], top_k)
+        """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked.
 
-    def _ask(self, asked: dict[int, np.ndarray], skip_cache: bool) -> dict[int, torch.Tensor]:
-        """Log-probabilities [n, ids] of each rollout's last n rows; rollouts without scores are left out."""
-        names = {}
-        for rollout_id, ids in asked.items():
-            prompt = self._tokens[rollout_id]
-            params = SamplingParams(
-                max_tokens=1,
-                temperature=0.0,
-                detokenize=False,
-                prompt_logprob_token_ids=ids,
-                prompt_logprob_start=len(prompt) - 1 - len(ids),
-                skip_reading_prefix_cache=skip_cache,
-            )
-            name = f"score-{next(self._numbers)}"
-            request = self._engine.input_processor.process_inputs(
-                name, tokens_input(prompt_token_ids=list(prompt)), params, supported_tasks=self._tasks
-            )
-            self._engine.engine_core.add_request(request)
-            names[name] = rollout_id
-        scores, open_names = {}, set(names)
-        while open_names:
-            for output in self._engine.engine_core.get_output().outputs:
-                if output.prompt_token_id_logprobs is not None:
-                    scores[names[output.request_id]] = output.prompt_token_id_logprobs.float().cpu()
-                if output.finish_reason is not None:
-                    open_names.discard(output.request_id)
+        `StateLost` names rollouts whose past is not held: send them again with their whole past. Where this raises,
+        nothing of the chunk is held.
+        """
+        tokens = self._with_chunk(chunk)
+        asks = {a.rollout_id: a for a in self._asks(chunk, tokens, topk_ids)}
+        before, ordered = self.run_tokens, self._latest_first(asks)
+        scores = self._ask([asks[i] for i in ordered])
+        missed = [replace(asks[i], alone=True) for i in ordered if i not in scores]
+        scores |= self._ask(missed, whole=True)
+        if lacking := [i for i in ordered if i not in scores]:
+            raise RuntimeError(f"{self._name}: vLLM gave no scores for rollouts {lacking}")
+        self._alone.update(a.rollout_id for a in missed)
+        for rollout_id in [*(i for i in tokens if i not in asks), *ordered]:
+            self._tokens.pop(rollout_id, None)
+            self._tokens[rollout_id] = tokens[rollout_id]
+        live = sum(map(len, self._tokens.values()))
+        for warning in self._watch.observe(chunk.tokens + len(chunk.context_ids), self.run_tokens - before, live):
+            log.warning("%s: %s", self._name, warning)
+        top_k = topk_ids.shape[1]
+        return TeacherColumns.join([_columns(scores[i], asks[i].ids, self._stop_ids, top_k) for i in asks], top_k)
+
+    def plain_logprobs(self, sequences: Sequences) -> list[FloatArray]:
+        """By a copy of the teacher in transformers; where it does not fit, by this engine's passes without a cache."""
+        found = logprobs_of_copy(self._settings, sequences)
+        if found is None:
+            log.warning(
+                "%s: no memory for a second copy; what is scored in pieces is compared with this engine's own passes "
+                "of whole rollouts", self._name,
+            )  # fmt: skip
+            found = [self._whole(prompt, answer) for prompt, answer in sequences]
+        return found
+
+    def _whole(self, prompt: Sequence[int], answer: Sequence[int]) -> FloatArray:
+        ids = np.array(answer, dtype=np.int32)[:, None]
+        ask, ran = _Ask(-1, [*prompt, *answer], ids, alone=True), self.run_tokens
+        scores = self._ask([ask], whole=True)[-1].given[:, 0].numpy()
+        self.run_tokens = ran
         return scores
 
+    def _with_chunk(self, chunk: RolloutChunk) -> dict[int, list[int]]:
+        """The tokens of each of the chunk's rollouts, with those that it brings."""
+        ids, whole = chunk.rollout_ids.tolist(), chunk.whole_past.tolist()
+        if unknown := [i for i, w in zip(ids, whole, strict=True) if not w and i not in self._tokens]:
+            raise StateLost(f"the past of rollouts {unknown} is not held: send their context")
+        return {
+            rollout_id: [
+                *([] if whole[i] else self._tokens[rollout_id]),
+                *chunk.context(i).tolist(),
+                *chunk.new_tokens(i).tolist(),
+            ]
+            for i, rollout_id in enumerate(ids)
+        }
 
-def _columns(scores: torch.Tensor, ids: np.ndarray, stop_ids: Sequence[int], top_k: int) -> TeacherColumns:
-    topk, topk_ids = scores[:, :top_k], torch.from_numpy(ids[:, :top_k])
-    tail, stop = tail_and_stop_of_ids(topk, topk_ids, scores[:, top_k:], stop_ids)
-    unknown = torch.full((len(scores),), torch.nan)
-    top = torch.full((len(scores),), -1, dtype=torch.int32)
-    return TeacherColumns(topk, tail, stop, unknown, unknown, unknown, top)
+    def _asks(self, chunk: RolloutChunk, tokens: dict[int, list[int]], topk_ids: IntArray) -> list[_Ask]:
+        """What is asked for each rollout that has new tokens, in the chunk's order."""
+        asks = []
+        for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
+            rows = topk_ids[chunk.offsets[i] : chunk.offsets[i + 1]]
+            if len(rows):
+                stops = np.broadcast_to(self._stop_ids, (len(rows), len(self._stop_ids)))
+                ids = np.concatenate([rows, stops], axis=1)
+                asks.append(_Ask(rollout_id, tokens[rollout_id], ids, rollout_id in self._alone))
+        return asks
+
+    def _latest_first(self, asks: dict[int, _Ask]) -> list[int]:
+        """The rollouts in the order in which to ask: what was scored last is still cached; new ones are not."""
+        known = [i for i in reversed(self._tokens) if i in asks]
+        return [*known, *(i for i in asks if i not in self._tokens)]
+
+    def _ask(self, asks: Sequence[_Ask], whole: bool = False) -> dict[int, _Scores]:
+        """Scores by rollout, without those whose cached prefix covered the first row. `whole` reads no cache."""
+        requests = [self._request(ask, whole) for ask in asks]  # refused before any is added
+        by_name = {r.request_id: ask for r, ask in zip(requests, asks, strict=True)}
+        scores: dict[int, _Scores] = {}
+        pending = set(by_name)
+        try:
+            for request in requests:
+                self._core.add_request(request)
+            while pending:
+                for output in self._core.get_output().outputs:
+                    if output.request_id not in pending:
+                        continue  # of a call that failed before
+                    self._read(output, by_name[output.request_id], scores)
+                    if output.finish_reason is not None:
+                        pending.discard(output.request_id)
+        except BaseException:
+            self._core.abort_requests(list(pending))
+            raise
+        return scores
+
+    def _request(self, ask: _Ask, whole: bool) -> EngineCoreRequest:
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            prompt_logprobs=self._top,
+            prompt_logprob_token_ids=ask.ids,
+            prompt_logprob_start=len(ask.tokens) - 1 - len(ask.ids),
+            skip_reading_prefix_cache=whole,
+        )
+        name = f"score-{next(self._numbers)}"
+        salt = f"rollout-{ask.rollout_id}" if ask.alone else None
+        prompt = tokens_input(prompt_token_ids=ask.prompt, cache_salt=salt)
+        try:
+            request: EngineCoreRequest = self._engine.input_processor.process_inputs(
+                name, prompt, params, supported_tasks=self._tasks
+            )
+        except VLLMValidationError as error:
+            raise UserError(f"{self._name}: vLLM refuses to score rollout {ask.rollout_id}: {error}") from error
+        return request
+
+    def _read(self, output: EngineCoreOutput, ask: _Ask, scores: dict[int, _Scores]) -> None:
+        if output.prefill_stats is not None:
+            self.run_tokens += output.prefill_stats.num_computed_tokens
+        given = output.prompt_token_id_logprobs
+        if given is None:
+            return
+        if given.shape != ask.ids.shape:
+            raise RuntimeError(f"{self._name}: vLLM gave {[*given.shape]} scores for {[*ask.ids.shape]} ids")
+        top_ids = top_logprobs = None
+        if (best := output.new_prompt_logprobs_tensors) is not None:
+            rows = slice(len(best.logprobs) - len(given), None)  # the last of those run; column 0 is the prompt's
+            top_ids, top_logprobs = best.logprob_token_ids[rows, 1:].cpu(), best.logprobs[rows, 1:].float().cpu()
+        scores[ask.rollout_id] = _Scores(given.float().cpu(), top_ids, top_logprobs)
+
+
+def _columns(scores: _Scores, ids: IntArray, stop_ids: Sequence[int], top_k: int) -> TeacherColumns:
+    topk, topk_ids = scores.given[:, :top_k], torch.from_numpy(ids[:, :top_k])
+    tail, stop = tail_and_stop_of_ids(topk, topk_ids, scores.given[:, top_k:], stop_ids)
+    unknown = torch.full((len(topk),), torch.nan)
+    overlap, largest, top = unknown, unknown, torch.full((len(topk),), -1, dtype=torch.int32)
+    if scores.top_ids is not None and scores.top_logprobs is not None:
+        overlap = overlap_share(topk_ids[:, : scores.top_ids.shape[1]], scores.top_ids)
+        largest, top = scores.top_logprobs[:, 0].exp(), scores.top_ids[:, 0].int()
+    return TeacherColumns(topk, tail, stop, overlap, largest, unknown, top)

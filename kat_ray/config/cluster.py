@@ -121,11 +121,43 @@ class ScorerConfig(PoolConfig):
     """Teacher scorers. A rollout stays with one of them."""
 
     backend: Literal["auto", "transformers", "vllm"] = "auto"
-    """`auto` takes vLLM where its V2 runner is available (a GPU), transformers elsewhere."""
+    """`auto` takes vLLM where scorers have GPUs (num_gpus), transformers elsewhere."""
     max_batch_tokens: int = Field(4096, ge=16)
     """Tokens, padding included, that one teacher forward takes."""
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     """Share of a GPU's memory that vLLM takes (backend vllm)."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs of one teacher (backend vllm), all of one node. Not run on a GPU by this project's tests."""
+    cache_block: int = Field(16, ge=1)
+    """Tokens of a block of vLLM's prefix cache (backend vllm). A chunk of a rollout that goes on ends where a block
+    does, so that no block is run twice. Attention kernels take 16 and more; some need 32, 64 or 128."""
+
+    @property
+    def engine(self) -> Literal["transformers", "vllm"]:
+        """The backend that `auto` stands for."""
+        if self.backend == "auto":
+            return "vllm" if self.num_gpus else "transformers"
+        return self.backend
+
+    @property
+    def chunk_block(self) -> int:
+        """Tokens of a rollout that its chunks end at a multiple of; 1 where the engine keeps single tokens."""
+        return self.cache_block if self.engine == "vllm" else 1
+
+    @model_validator(mode="after")
+    def _gpus_of_one_engine(self) -> ScorerConfig:
+        size = self.tensor_parallel_size
+        if size > 1 and self.num_gpus != size:
+            raise ValueError(
+                f"tensor_parallel_size = {size}: needs num_gpus = {size}, not {self.num_gpus:g}; a teacher's GPUs "
+                "are one replica's"
+            )
+        if size > 1 and self.engine != "vllm":
+            raise ValueError(
+                f"tensor_parallel_size = {size}: needs backend = 'vllm', not {self.backend!r}; the transformers "
+                "teacher runs on one GPU"
+            )
+        return self
 
 
 class MonitorConfig(PlacementConfig):

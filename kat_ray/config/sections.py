@@ -23,10 +23,12 @@ from kat_ray.config.cluster import (
 )
 from kat_ray.config.local_paths import LocalPath
 from kat_ray.rewards.limits import GradingLimits
-from kat_ray.termination import TerminationConfig
+from kat_ray.termination import RULES, TerminationConfig
 from kat_ray.termination.settings import KatSettings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+# Features of tokens (`NewTokens`) that vLLM's scores of given ids do not contain.
+_NOT_FROM_VLLM = ("teacher_entropy",)
 
 # Arguments of a chat template, or of the call that applies it, which are not the user's.
 _SET_BY_US = frozenset(
@@ -319,6 +321,16 @@ class Config(Section):
             raise ValueError(
                 f"monitor.shards = {self.monitor.shards}: must be <= {samplers}, the fewest samplers; "
                 "a sampler's rollouts belong to one monitor"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rule_gets_what_it_needs(self) -> Config:
+        lacking = [name for name in RULES[self.termination.rule].needs if name in _NOT_FROM_VLLM]
+        if lacking and self.scorer.engine == "vllm":
+            raise ValueError(
+                f"termination.rule = {self.termination.rule!r}: it needs {', '.join(lacking)} of every token, "
+                "which a teacher on vLLM does not report; set scorer.backend = 'transformers', or take another rule"
             )
         return self
 

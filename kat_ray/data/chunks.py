@@ -40,6 +40,7 @@ class PendingRollout:
     inserted: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by the number of generated tokens before
     topk_ids: list[IntArray] = field(default_factory=list)
     logprobs: list[FloatArray] = field(default_factory=list)
+    block: int = 1  # tokens of a block of the scorer's prefix cache
 
     def add(self, token_ids: Sequence[int], topk_ids: IntArray, logprobs: FloatArray) -> None:
         """Add new tokens with their rows: ids and log-probabilities [n, 1 + k], the sampled token first."""
@@ -78,9 +79,32 @@ class PendingRollout:
         return len(self.token_ids) - self.sent
 
     @property
+    def ready(self) -> int:
+        """Number of unsent tokens that the next chunk takes: all of them once the rollout has ended.
+
+        Before, the last `(length - 1) % block` wait for the next one: all tokens sent but the last then fill whole
+        blocks, which is what a prefix cache keeps, and only the last is run again.
+        """
+        if self.end is not EngineEnd.RUNNING:
+            return self.unsent
+        length = len(self.prompt_ids) + sum(map(len, self.inserted.values())) + len(self.token_ids)
+        return max(0, self.unsent - (length - 1) % self.block)
+
+    @property
     def has_news(self) -> bool:
-        """Whether the next chunk must include this rollout: it has new tokens, or its end is not sent yet."""
-        return self.unsent > 0 or (self.end is not EngineEnd.RUNNING and not self.end_sent)
+        """Whether the next chunk must include this rollout: it has tokens ready, or its end is not sent yet."""
+        return self.ready > 0 or (self.end is not EngineEnd.RUNNING and not self.end_sent)
+
+    def take(self, count: int) -> tuple[list[int], list[IntArray], list[FloatArray]]:
+        """The first `count` unsent tokens and their rows, which are then marked as sent."""
+        tokens, ids, logprobs = self.token_ids[self.sent : self.sent + count], self.topk_ids, self.logprobs
+        self.topk_ids, self.logprobs = [], []
+        if count < self.unsent:
+            whole_ids, whole_logprobs = np.concatenate(ids), np.concatenate(logprobs)
+            ids, logprobs = [whole_ids[:count]], [whole_logprobs[:count]]
+            self.topk_ids, self.logprobs = [whole_ids[count:]], [whole_logprobs[count:]]
+        self.sent += count
+        return tokens, ids, logprobs
 
 
 def build_chunk(
@@ -91,25 +115,27 @@ def build_chunk(
     top_k: int,
     vocabulary: int,
 ) -> RolloutChunk:
-    """One chunk of everything that is not sent yet of these rollouts, which is then marked as sent.
+    """One chunk of everything that is `ready` of these rollouts, which is then marked as sent.
 
     All rollouts belong to one scorer. `released` are rollouts whose state that scorer can drop.
     """
-    counts = [r.unsent for r in rollouts]
+    counts, starts = [r.ready for r in rollouts], [r.sent for r in rollouts]
     contexts = [r.context(r.sent) for r in rollouts]
+    inserted = _inserted(rollouts, contexts)
+    taken = [r.take(n) for r, n in zip(rollouts, counts, strict=True)]
     rows = sum(counts)
     ids = np.zeros((rows, top_k + 1), dtype=np.int32)
     logprobs = np.zeros((rows, top_k + 1), dtype=np.float32)
     if rows:
-        np.concatenate([a for r in rollouts for a in r.topk_ids], out=ids, casting="same_kind")
-        np.concatenate([a for r in rollouts for a in r.logprobs], out=logprobs)
+        np.concatenate([a for _, ids_of, _ in taken for a in ids_of], out=ids, casting="same_kind")
+        np.concatenate([a for _, _, logprobs_of in taken for a in logprobs_of], out=logprobs)
     low, high = pack_ids(ids[:, 1:], vocabulary)
     chunk = RolloutChunk(
         attempt=attempt,
         rollout_ids=np.array([r.rollout_id for r in rollouts], dtype=np.int64),
-        start=np.array([r.sent for r in rollouts], dtype=np.int32),
+        start=np.array(starts, dtype=np.int32),
         offsets=_offsets(counts),
-        token_ids=np.array([t for r in rollouts for t in r.token_ids[r.sent :]], dtype=np.int32),
+        token_ids=np.array([t for tokens, _, _ in taken for t in tokens], dtype=np.int32),
         ended=np.array([r.end for r in rollouts], dtype=np.int8),
         sampled_logprobs=np.ascontiguousarray(logprobs[:, 0]),
         topk_ids_low=low,
@@ -118,15 +144,12 @@ def build_chunk(
         tail_logprobs=tail_logprobs(logprobs[:, 1:]),
         context_offsets=_offsets([len(c) for c in contexts]),
         context_ids=np.array([t for c in contexts for t in c], dtype=np.int32),
-        inserted=_inserted(rollouts, contexts),
+        inserted=inserted,
         released=np.asarray(released, dtype=np.int64),
     )
     for rollout in rollouts:
         rollout.known = True
-        rollout.sent = len(rollout.token_ids)
         rollout.end_sent = rollout.end is not EngineEnd.RUNNING
-        rollout.topk_ids.clear()
-        rollout.logprobs.clear()
     return chunk
 
 

@@ -56,6 +56,11 @@ METRICS = {
         Metric("health/student_entropy", "nats", "entropy of the student's events, mean; kept tokens"),
         Metric("health/tail_mass", "probability", "the student's mass outside its top k, mean; kept tokens"),
         Metric(
+            "scorer/run_per_token",
+            "tokens",
+            "run by the teacher's engine for each token that scorers got, prompts included: above 1, some twice",
+        ),
+        Metric(
             "learner/loss",
             "nats",
             "(weighted) mean reverse KL of the trained tokens in the learner's own forward pass",

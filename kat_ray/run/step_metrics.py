@@ -49,7 +49,7 @@ def rollout_metrics(rollouts: Sequence[FinishedRollout], step_start: StepStart) 
 
 
 def score_metrics(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> dict[str, float]:
-    """Means over scored tokens: KL of all and of the kept ones, and the health features.
+    """Means over scored tokens: KL of all and of the kept ones, the health features, and what scorers ran.
 
     `kept` maps rollout ids to the number of kept tokens. Tokens without a finite value do not enter a mean.
     """
@@ -60,6 +60,8 @@ def score_metrics(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> dic
     figures = {"kl/mean": _mean(d), "kl/kept_mean": _mean(d[mask])}
     for name, field in _FEATURES.items():
         figures[name] = _mean(np.concatenate([getattr(c, field) for c in scored])[mask])
+    if asked := sum(c.asked_tokens for c in scored):
+        figures["scorer/run_per_token"] = sum(c.run_tokens for c in scored) / asked
     return {k: v for k, v in figures.items() if v is not None}
 
 

@@ -170,6 +170,8 @@ class ScoredChunk(ChunkRows):
     student_tail: FloatArray  # probability mass outside the student's top k
     teacher_top: IntArray  # [N] int32, the teacher's most likely id; -1 where the engine does not say
     seconds: float  # time the scorer worked on this chunk
+    asked_tokens: int = 0  # tokens that the chunk brought, context included
+    run_tokens: int = 0  # tokens that the teacher's engine ran for it
 
 
 @dataclass(frozen=True)

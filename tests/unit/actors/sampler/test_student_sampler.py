@@ -60,9 +60,9 @@ def method(answer):
     return call
 
 
-def sampler_with(engine):
+def sampler_with(engine, **scorer):
     """A sampler whose monitor never cuts."""
-    config = make_config("a", "b", rollout={"top_k_logprobs": 4, "chunk_tokens": 2})
+    config = make_config("a", "b", rollout={"top_k_logprobs": 4, "chunk_tokens": 2}, scorer=scorer)
     settings = SamplerSettings.from_config(
         config, config.student, "", stop_ids=(1,), vocabulary=50, max_model_len=64
     )
@@ -99,3 +99,14 @@ def test_an_error_half_way_leaves_an_idle_engine(call, fails):
     report = sampler.generate(request())
     assert [len(r.token_ids) for r in report.rollouts] == [8] * 4
     assert len(report.chunks) == len(report.decision_seconds) == 4
+
+
+@pytest.mark.parametrize(
+    "scorer, ends",
+    [({}, [4, 6, 8, 10]), ({"num_gpus": 1, "cache_block": 3}, [4, 7, 10]),
+     ({"num_gpus": 1, "cache_block": 3, "backend": "transformers"}, [4, 6, 8, 10])],
+)  # fmt: skip
+def test_chunks_end_where_the_teachers_blocks_do(scorer, ends):
+    """A prompt of 2 and 8 tokens, a chunk every 2 steps: one token after a block of 3, where vLLM scores."""
+    report = sampler_with(Failing(), **scorer).generate(request(1))
+    assert [2 + int(c.chunk.start[0]) + c.chunk.tokens for c in report.chunks] == ends

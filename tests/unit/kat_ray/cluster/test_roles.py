@@ -60,6 +60,22 @@ def test_what_a_pool_cannot_be(section, words):
         make_config("a", "b", sampler=section)
 
 
+@pytest.mark.parametrize(
+    "section, words",
+    [({"tensor_parallel_size": 2, "num_gpus": 1}, "needs num_gpus = 2, not 1"),
+     ({"tensor_parallel_size": 2, "num_gpus": 2, "backend": "transformers"}, "needs backend = 'vllm'"),
+     ({"cache_block": 0}, "greater than or equal to 1")],
+)  # fmt: skip
+def test_what_scorers_cannot_be(section, words):
+    with pytest.raises(ValueError, match=words):
+        make_config("a", "b", scorer=section)
+
+
+def test_a_teacher_on_two_gpus_is_one_bundle():
+    roles = roles_of(make_config("a", "b", scorer={"tensor_parallel_size": 2, "num_gpus": 2, "replicas": 3}))
+    assert (roles["scorer"].bundle, roles["scorer"].replicas) == ({"CPU": 1.0, "GPU": 2.0}, 3)
+
+
 def test_the_monitors_rollouts_need_a_sampler_each_at_any_size():
     with pytest.raises(ValueError, match="the fewest samplers"):
         make_config("a", "b", sampler={"replicas": 4, "min_replicas": 1}, monitor={"shards": 2})

@@ -1,5 +1,6 @@
 """Configuration files and overrides: what is read, what is refused, and in which words."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -299,3 +300,24 @@ def test_object_stores_are_refused_with_what_to_do(field):
     """`Path` would make a local folder `s3:` of it; a hub would be asked for it."""
     with pytest.raises(ConfigError, match=rf'{field} = "s3://bucket/x": .*mount it as a file system on all nodes'):
         load_config("demo", [f"{field}=s3://bucket/x"])
+
+
+@pytest.mark.parametrize(
+    "scorer, engine, block",
+    [("{}", "transformers", 1), ("{num_gpus: 1}", "vllm", 16), ("{backend: vllm}", "vllm", 16),
+     ("{num_gpus: 2, tensor_parallel_size: 2, cache_block: 64}", "vllm", 64),
+     ("{num_gpus: 1, backend: transformers}", "transformers", 1)],
+)  # fmt: skip
+def test_the_teachers_engine_follows_from_its_gpus(write, scorer, engine, block):
+    config = load_config(write(f"scorer: {scorer}\n")).scorer
+    assert (config.engine, config.chunk_block) == (engine, block)
+
+
+def test_a_rule_that_needs_what_vllm_does_not_report_is_refused_by_name(write, monkeypatch):
+    from kat_ray.termination import prune_opd, registry
+
+    rule = "termination: {rule: prune_opd}\nscorer: {num_gpus: 1}\n"
+    assert load_config(write(rule)).termination.rule == "prune_opd"  # it needs overlap, which vLLM is asked for
+    monkeypatch.setitem(registry._OWN, "prune_opd", replace(prune_opd.KIND, needs=("teacher_entropy",)))
+    assert "termination.rule = 'prune_opd': it needs teacher_entropy of every token" in refusal(write(rule))
+    assert load_config(write(rule), ["scorer.backend=transformers"]).scorer.engine == "transformers"

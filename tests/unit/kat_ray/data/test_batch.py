@@ -153,6 +153,25 @@ def test_a_chunk_that_comes_again_has_what_was_inserted_before_it(first):
     assert again == [(first and first + 1, past, False, True), *contexts(chunks)[first + 1 :]]
 
 
+@pytest.mark.parametrize("prompt", range(1, 9))
+def test_chunks_of_a_running_rollout_end_one_token_after_a_block(prompt):
+    """Blocks of 4, three tokens at a time; the held ones go with the next chunk, and all of them with the end."""
+    rollout = PendingRollout(1, tuple(range(100, 100 + prompt)), scorer=0, block=4)
+    chunks = []
+    for first in range(1, 24, 3):
+        generated(rollout, *range(first, first + 3))
+        if rollout.has_news:
+            chunks.append(build_chunk([rollout], [], attempt=0, top_k=K, vocabulary=500))
+            assert (prompt + rollout.sent - 1) % 4 == 0 and chunks[-1].tokens == rollout.sent - chunks[-1].start[0]
+        assert rollout.unsent == (prompt + first + 2 - 1) % 4 or rollout.sent == 0
+    generated(rollout, 25)
+    rollout.end = EngineEnd.EOS
+    chunks.append(build_chunk([rollout], [], attempt=0, top_k=K, vocabulary=500))
+    assert [t for c in chunks for t in c.token_ids.tolist()] == list(range(1, 26))
+    assert [t for c in chunks for t in c.topk_ids()[:, 0].tolist()] == list(range(1, 26)), "each with its own row"
+    assert chunks[0].context(0).tolist() == list(range(100, 100 + prompt)) and not rollout.has_news
+
+
 def test_tokens_are_inserted_after_those_that_were_sent_only():
     rollout = PendingRollout(1, (5,), scorer=0)
     generated(rollout, 7, 8)

@@ -167,6 +167,9 @@ def test_traces_and_masks_follow_the_chunks():
     figures = score_metrics(scored, {0: 3, 1: 0})
     assert figures["kl/mean"] == pytest.approx(19 / 5) and figures["kl/kept_mean"] == pytest.approx(2.0)
     assert figures["health/overlap"] == pytest.approx(2.0)
+    assert "scorer/run_per_token" not in figures, "of chunks that do not say"
+    ran = [replace(scored[0], asked_tokens=10, run_tokens=12), replace(scored[1], asked_tokens=30, run_tokens=48)]
+    assert score_metrics(ran, {0: 3, 1: 0})["scorer/run_per_token"] == 60 / 40
 
 
 def test_chunks_of_two_scorers_may_interleave():
