@@ -142,15 +142,16 @@ class VllmTeacher:
         for warning in self._watch.observe(chunk.tokens + len(chunk.context_ids), self.run_tokens - before, live):
             log.warning("%s: %s", self._name, warning)
         top_k = topk_ids.shape[1]
-        return TeacherColumns.join([_columns(scores[i], asks[i].ids, self._stop_ids, top_k) for i in asks], top_k)
+        stops = self._stop_ids.tolist()
+        return TeacherColumns.join([_columns(scores[i], asks[i].ids, stops, top_k) for i in asks], top_k)
 
     def plain_logprobs(self, sequences: Sequences) -> list[FloatArray]:
-        """By a copy of the teacher in transformers; where it does not fit, by this engine's passes without a cache."""
+        """By a copy of the teacher in transformers; where that does not fit, by passes that use no cache."""
         found = logprobs_of_copy(self._settings, sequences)
         if found is None:
             log.warning(
-                "%s: no memory for a second copy; what is scored in pieces is compared with this engine's own passes "
-                "of whole rollouts", self._name,
+                "%s: no memory for a second copy; what is scored in pieces is compared with this engine's own "
+                "passes of whole rollouts", self._name,
             )  # fmt: skip
             found = [self._whole(prompt, answer) for prompt, answer in sequences]
         return found

@@ -96,6 +96,28 @@ def test_both_backends_give_the_same_columns(models, engine, teachers, size):
         ours.score(chunk, chunk.topk_ids())
 
 
+@pytest.mark.parametrize("memory", [2**40, 0])
+def test_pieces_are_compared_with_a_plain_copy_or_with_passes_of_whole_rollouts(
+    models, teachers, monkeypatch, memory
+):
+    """As the check at a run's start does; the copy is left out where it does not fit."""
+    from actors.teacher import plain_copy
+    from actors.teacher.agreement import chunked_logprobs
+
+    monkeypatch.setattr(plain_copy, "free_memory", lambda: memory)
+    ours, other = teachers
+    pairs = [(prompt, tokens[: 5 + 7 * i]) for i, (prompt, tokens) in ragged(4).items()]
+    ran = ours.run_tokens
+    plain = ours.plain_logprobs(pairs)
+    assert ours.run_tokens == ran and ours.held == 0
+    for own, copy, theirs in zip(
+        chunked_logprobs(ours, pairs, 64), plain, other.plain_logprobs(pairs), strict=True
+    ):
+        np.testing.assert_allclose(own, copy, atol=1e-4)
+        np.testing.assert_allclose(own, theirs, atol=1e-4)
+    assert ours.held == 0
+
+
 def test_a_rollout_may_be_as_long_as_the_teacher_takes(models, teachers):
     """256 positions, all of them used: vLLM itself takes no prompt of its max_model_len."""
     student, (ours, other) = models["student"][1], teachers
