@@ -94,13 +94,14 @@ def _save(network: Any, weights: Mapping[str, Tensor], path: Path) -> None:
 def load_student(model: ModelConfig, directory: str, learner: LearnerConfig) -> StudentModel:
     """The model of a directory or hub id in the learner's data type, in training mode, without dropout."""
     network = load_causal_lm(model, directory, learner.dtype, "student")
+    student = StudentModel(network)
     network.config.use_cache = False
     if learner.gradient_checkpointing:
         network.gradient_checkpointing_enable()
     network.train()
     switch_dropout_off(network)
     train_every_embedding(network)
-    return StudentModel(network)
+    return student
 
 
 def train_every_embedding(network: nn.Module) -> None:
