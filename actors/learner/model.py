@@ -111,11 +111,12 @@ def load_student(
     """
     require_directory(model, directory, "learner", f"student.path = {model.path!r}", max_length)
     network = load_causal_lm(model, directory, learner.dtype, "student")
+    student = StudentModel(network)
     network.config.use_cache = False
     if learner.gradient_checkpointing:
         network.gradient_checkpointing_enable()
     prepare_for_training(network)
-    return StudentModel(network)
+    return student
 
 
 def prepare_for_training(network: Any) -> None:
@@ -126,7 +127,9 @@ def prepare_for_training(network: Any) -> None:
         layer.training = bool(getattr(layer, "gradient_checkpointing", False))
     switch_dropout_off(network)
     train_every_embedding(network)
-    of_text = {id(p) for part in (text_decoder(network), network.lm_head) for p in part.parameters()}
+    of_text = {
+        id(p) for part in (text_decoder(network), network.get_output_embeddings()) for p in part.parameters()
+    }
     for parameter in network.parameters():
         parameter.requires_grad_(id(parameter) in of_text)
 

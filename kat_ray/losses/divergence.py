@@ -71,7 +71,7 @@ def tail_and_stop(logprobs: Tensor, topk_ids: Tensor, stop_ids: Sequence[int]) -
     )
     outside = logprobs.scatter(-1, topk_ids, -math.inf)
     stop = log_sum(outside.index_select(-1, ids))
-    return log_sum(outside.index_fill(-1, ids, -math.inf)), stop
+    return log_sum(outside.index_fill_(-1, ids, -math.inf)), stop
 
 
 def tail_and_stop_of_ids(
