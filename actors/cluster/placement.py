@@ -37,6 +37,10 @@ log = logging.getLogger("kat_ray.cluster")
 _RETURNS_IN_STORE = {"RAY_max_direct_call_object_size": "0"}
 
 
+# torch's settings of its GPU allocator: the name of today and that of before, which it reads as well.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
 def environments(config: Config) -> dict[str, dict[str, str]]:
     """Environment of each role's processes."""
     return {
@@ -63,6 +67,9 @@ def _learner_env(config: Config) -> dict[str, str]:
         # ZeRO brings an optimiser that DeepSpeed lets torch compile, and with it the compiler: 1.7 s at a start.
         # Nothing that a learner does here is compiled.
         env["TORCHDYNAMO_DISABLE"] = "1"
+    elif not any(name in os.environ for name in _ALLOCATOR):
+        # Micro-batches have other lengths each time: with segments of fixed sizes what is free falls into pieces.
+        env[_ALLOCATOR[0]] = "expandable_segments:True"
     return env
 
 
