@@ -39,6 +39,10 @@ log = logging.getLogger("kat_ray.cluster")
 _RETURNS_IN_STORE = {"RAY_max_direct_call_object_size": "0"}
 
 
+# torch's settings of its GPU allocator: the name of today and that of before, which it reads as well.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
 def environments(config: Config, threads: Mapping[str, int]) -> dict[str, dict[str, str]]:
     """Environment of each role's processes, by the role's threads."""
     own = {name: _env(getattr(config, name).num_gpus, threads[name]) for name in threads}
@@ -59,9 +63,12 @@ def _env(num_gpus: float, threads: int) -> dict[str, str]:
 
 
 def _learner_env(config: Config) -> dict[str, str]:
-    # ZeRO brings an optimiser that DeepSpeed lets torch compile, and with it the compiler: 1.7 s at a start.
-    # Nothing that a learner does here is compiled.
-    return {} if config.learner.num_gpus else {"TORCHDYNAMO_DISABLE": "1"}
+    if not config.learner.num_gpus:
+        # ZeRO brings an optimiser that DeepSpeed lets torch compile, and with it the compiler: 1.7 s at a start.
+        # Nothing that a learner does here is compiled.
+        return {"TORCHDYNAMO_DISABLE": "1"}
+    # Micro-batches have other lengths each time: with segments of fixed sizes what is free falls into pieces.
+    return {} if any(name in os.environ for name in _ALLOCATOR) else {_ALLOCATOR[0]: "expandable_segments:True"}
 
 
 def _vllm_env() -> dict[str, str]:

@@ -2,9 +2,9 @@
 
     samplers                scorers, monitors        driver                      learner
     rollouts of step k  ->  scores, decisions   ->   wait for all of them
-                                                     hand over k            ->   collect
-    rollouts of k + 1                                record k                    learn k
-    (staleness 1 only)                               wait for k             <-   report
+    rollouts of k + 1                                hand over k            ->   collect
+    (staleness 1 only)                               record k                    learn k
+                                                     wait for k             <-   report
                                                      wait for k + 1
     load weights        <-                           publish k + 1          <-   weights
                                                      resize, guard, log; checkpoint and evaluation where due
@@ -175,8 +175,6 @@ class TrainingRun:
         sampled_at = time.monotonic()
         pending = self._steps.learn(weight)
         store = self._store.sample()
-        if self._config.rollout.staleness and step + 1 < self._config.run.steps and self._store.has_room:
-            self._prefetch.start(step + 1, sampled.ended_with)
         with self._timeline.span("record"):
             recorded = self._recorder.record(step, sampled, self._history.totals)  # while the learner works
         with self._timeline.span("learn"):
@@ -208,10 +206,21 @@ class TrainingRun:
         while True:
             try:
                 sampled = self._prefetch.get(step, self._history.rule_state)
+                self._sample_ahead(step + 1, sampled)
                 return sampled, self._steps.hand_over(sampled)
             except ObjectLostError as error:
                 self._records_lost(step, error)
-                self._prefetch.cancel()
+                if self._prefetch.cancel():
+                    self._actors.abandon_sampling()
+
+    def _sample_ahead(self, step: int, sampled: SampledStep) -> None:
+        """With staleness 1 the samplers, which hold the weights for it, go on to the next step at once.
+
+        The learner fetches its batch meanwhile, and learns it.
+        """
+        self._store.sample()
+        if self._config.rollout.staleness and step < self._config.run.steps and self._store.has_room:
+            self._prefetch.start(step, sampled.ended_with)
 
     def _finish_step(self, result: StepResult, sampled: SampledStep, goes_on: bool) -> None:
         """Judge, resize, log. The step is done from here on; it may be the last."""

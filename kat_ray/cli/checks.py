@@ -48,8 +48,14 @@ def resources(config: Config, cores: int, gpus: int) -> Iterator[Check]:
     cpus_wanted, gpus_wanted = _sum(roles, "CPU"), _sum(roles, "GPU")
     if gpus_wanted > gpus:
         yield fail("GPUs", f"the roles ask for {gpus_wanted:g} ({_asked(roles, 'GPU')}), the machine has {gpus}")
+    elif gpus and not gpus_wanted:
+        yield warn(
+            "GPUs",
+            f"the machine has {gpus}, no role asks for one (num_gpus = 0), so all run on the CPU: "
+            "learner.num_gpus=1 sampler.num_gpus=1 scorer.num_gpus=1, or shares of one",
+        )
     elif gpus:
-        yield ok("GPUs", f"the roles ask for {gpus_wanted:g} of {gpus}")
+        yield ok("GPUs", f"the roles ask for {gpus_wanted:g} of {gpus} ({_asked(roles, 'GPU')})")
     limit = config.cluster.num_cpus
     if limit is not None and cpus_wanted > limit:
         yield fail(

@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 
 from kat_ray.cli.checks import Check, ClusterSeen, fail, ok, placements, resources, same_ray, warn
+from kat_ray.cli.gpu_driver import driver_check, driver_version
 from kat_ray.cluster.auth import fault
 from kat_ray.cluster.machine import free_memory, own_cores
 from kat_ray.cluster.threads import threads_of
@@ -52,6 +53,8 @@ def examine(config: Config | None) -> Iterator[Check]:
         yield from _packages()
         torch = _torch()
         yield torch
+        if torch.level != "FAIL" and (driver := _driver()):
+            yield driver
         yield from _ray(os.environ, config)
         if config is not None and (torch.level == "FAIL" or _version("transformers") is None):
             yield fail("configuration", "not checked: that needs torch and transformers")
@@ -139,6 +142,12 @@ def _torch() -> Check:
             "torch", f"built for CUDA {torch.version.cuda}, but no GPU can be used: no driver, or none visible"
         )
     return ok("torch", f"built for CUDA {torch.version.cuda}, {count} x {torch.cuda.get_device_name(0)}")
+
+
+def _driver() -> Check | None:
+    import torch
+
+    return driver_check(torch.version.cuda, driver_version(), torch.cuda.device_count())
 
 
 def _gpus() -> int:

@@ -83,6 +83,35 @@ def test_an_image_is_what_it_says(path):
     assert not re.search(r"(?i)(token|secret|password)=", (ROOT / path).read_text())
 
 
+def environment_of(path):
+    (text,) = [a for n, a in instructions(path) if n == "ENV"]
+    return dict(part.split("=", 1) for part in text.split())
+
+
+@every_image
+def test_caches_can_be_written_by_anybody_under_a_read_only_root(path):
+    """They lie where the chart's pods have a volume; without the chart the image brings one."""
+    chart = (CHART / "templates/_pod.tpl").read_text()
+    caches = dict(re.findall(r"- \{name: (\w+), value: (/cache\S*)\}", chart))
+    assert {"HOME", "HF_HOME", "VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"} <= caches.keys()
+    assert {k: v for k, v in environment_of(path).items() if v.startswith("/cache")} == caches
+    steps = instructions(path)
+    assert ("VOLUME", "/cache") in steps
+    assert steps.index(("VOLUME", "/cache")) > max(i for i, (n, a) in enumerate(steps) if n == "RUN")
+    assert any(n == "RUN" and "mkdir --mode=1777 /cache" in a for n, a in steps)
+
+
+def test_the_image_for_gpus_asks_for_the_driver_of_its_cuda():
+    from kat_ray.cli.gpu_driver import OLDEST_DRIVER
+
+    text = (ROOT / "docker/Dockerfile").read_text()
+    cuda = int(re.search(r"BASE=nvidia/cuda:(\d+)\.", text)[1])
+    oldest = environment_of("docker/Dockerfile")["KAT_RAY_OLDEST_DRIVER"]
+    assert int(oldest) == OLDEST_DRIVER[cuda]
+    assert f"{oldest} or newer" in (ROOT / "docs/gpu.md").read_text()
+    assert "KAT_RAY_OLDEST_DRIVER" not in environment_of("docker/Dockerfile.cpu")
+
+
 @every_image
 def test_an_image_installs_what_the_project_installs(path):
     runs = [a for n, a in instructions(path) if n == "RUN" and "install.sh" in a]
@@ -204,8 +233,8 @@ def raylet():
     server.server_close()
 
 
-def healthy(folder, port):
-    environment = {"RAY_TMPDIR": str(folder), "KAT_RAY_AGENT_PORT": str(port)}
+def healthy(folder, port, **more):
+    environment = {"RAY_TMPDIR": str(folder), "KAT_RAY_AGENT_PORT": str(port), **more}
     command = [sys.executable, str(ROOT / "docker/healthcheck.py")]
     return subprocess.run(command, env=environment, capture_output=True, timeout=30, check=False).returncode == 0
 
@@ -217,3 +246,22 @@ def test_the_health_check(tmp_path, raylet, monkeypatch):
     assert not healthy(tmp_path, 1)
     monkeypatch.setattr(Raylet, "answer", b"no")
     assert not healthy(tmp_path, raylet)
+
+
+@pytest.mark.parametrize(
+    ("version", "is_well"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n", False),
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:15:53 UTC 2025\n", True),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  590.10  Release Build\n", True),
+        ("what is this\n", True),
+        (None, True),
+    ],
+)
+def test_a_driver_that_is_too_old_is_not_healthy(tmp_path, raylet, version, is_well):
+    """The file is the kernel's; a node without GPUs has none."""
+    file = tmp_path / "version"
+    if version is not None:
+        file.write_text(version)
+    assert healthy(tmp_path, raylet, KAT_RAY_DRIVER_FILE=str(file), KAT_RAY_OLDEST_DRIVER="580") == is_well
+    assert healthy(tmp_path, raylet, KAT_RAY_DRIVER_FILE=str(file)), "the image for CPUs asks for none"

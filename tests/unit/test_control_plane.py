@@ -162,6 +162,25 @@ def test_records_that_are_lost_when_all_rollouts_have_ended():
         finish(run, "lose:scorer:0")
 
 
+def test_the_next_step_is_sampled_while_the_batch_is_on_its_way_to_the_learner():
+    """With staleness 1 the samplers hold the weights for it."""
+    run = Run(0, LAYOUTS["sampled ahead"])
+    collected, started = [], []
+    run.cluster.delay("learner:0", "collect", 30.0, nth=1)
+    run.cluster.when("learner:0", "learn", lambda: collected.append(run.cluster.scheduler.now))
+    for sampler in ("sampler:0", "sampler:1"):
+        run.cluster.when(sampler, "generate", lambda: started.append(run.cluster.scheduler.now), nth=2)
+    finish(run)
+    assert max(started) < collected[0] - 20.0
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_records_that_are_lost_while_the_next_step_is_sampled(nth):
+    run = Run(0, LAYOUTS["sampled ahead"])
+    run.cluster.when("learner:0", "collect", lambda: run.cluster.lose("scorer:0"), nth=nth, at="send")
+    finish(run, "lose:scorer:0")
+
+
 def test_weights_that_are_lost_while_they_are_published():
     run = Run()
     run.cluster.when("sampler:0", "load_weights", lambda: run.cluster.lose("learner:0"), nth=2, at="send")

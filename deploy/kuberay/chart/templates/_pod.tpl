@@ -111,6 +111,7 @@ spec:
 - {name: CUDA_CACHE_PATH, value: /cache/nv}
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 - {name: VLLM_NO_USAGE_STATS, value: "1"}
+- {name: VLLM_USE_FLASHINFER_SAMPLER, value: "0"}
 - {name: PYTHONUNBUFFERED, value: "1"}
 {{- if .Values.hub.offline }}
 - {name: HF_HUB_OFFLINE, value: "1"}

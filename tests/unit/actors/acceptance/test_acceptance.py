@@ -68,8 +68,4 @@ def test_the_whole_command(tmp_path, monkeypatch):
     assert command.main() == 0
     verdicts = {row["part"]: row["verdict"] for row in json.loads(out.read_text())["rows"]}
     assert set(verdicts) >= {name for name in command.PARTS if not name.startswith("speed")} | {"speed"}
-        "speed of the sampler",
-        "speed of the teacher",
-        "speed of the learner",
-    }
     assert "FAIL" not in verdicts.values()

@@ -1,5 +1,6 @@
 """The doctor's verdicts: what passes, what warns, what fails, and what it says to do."""
 
+import os
 import tomllib
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from packaging.specifiers import SpecifierSet
 from kat_ray.cli import doctor
 from kat_ray.cli.checks import ClusterSeen, resources, same_ray
 from kat_ray.cli.doctor import GIB, Check, disk_verdict, vllm_verdict
+from kat_ray.cli.gpu_driver import driver_check, driver_version
 from kat_ray.cluster.roles import Node
 from tests.support.configs import make_config
 from tests.support.models import make_model
@@ -276,3 +278,64 @@ def test_nothing_is_left_running(monkeypatch):
     next(examination)
     examination.close()  # Ctrl-C in the middle
     assert started[0].poll() is not None
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """A program of this name on the PATH, which says this and ends with this code."""
+
+    def put(says, code=0):
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\necho '{says}'\nexit {code}\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "version"),
+    [("580.65.06", 0, "580.65.06"), ("580.65.06\n580.65.06", 0, "580.65.06"), ("No devices were found", 6, None),
+     ("NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver.", 9, None), ("", 0, None)],
+)  # fmt: skip
+def test_what_nvidia_smi_says(nvidia_smi, says, code, version):
+    nvidia_smi(says, code)
+    assert driver_version() == version
+
+
+def test_no_nvidia_smi(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert driver_version() is None
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "usable", "level", "words"),
+    [
+        ("13.0", "550.54.15", 0, "FAIL", "550.54.15 is too old: torch is built for CUDA 13.0, which needs 580"),
+        ("13.0", "580.65.06", 2, "ok", "580.65.06 fits CUDA 13.0"),
+        ("13.0", "580.65.06", 0, "warn", "CUDA_VISIBLE_DEVICES"),
+        ("12.8", "550.54.15", 1, "ok", "fits CUDA 12.8"),
+        ("14.1", "590.1", 1, "ok", "fits"),
+        (None, "580.65.06", 0, "warn", "torch is built for the CPU: no role can use a GPU (num_gpus)"),
+    ],
+)  # fmt: skip
+def test_the_driver_is_held_against_what_torch_was_built_for(cuda, driver, usable, level, words):
+    check = driver_check(cuda, driver, usable)
+    assert check.level == level and words in check.text
+    assert driver_check(cuda, None, usable) is None
+
+
+def test_doctor_asks_the_driver(nvidia_smi, monkeypatch):
+    import torch
+
+    nvidia_smi("550.54.15")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(doctor, "_start_vllm_import", lambda: None)
+    assert levels(doctor.examine(None))["driver"] == "FAIL"
+
+
+def test_gpus_that_no_role_asks_for(files):
+    (check,) = [c for c in resources(config(files), 8, 2) if c.name == "GPUs"]
+    assert check.level == "warn" and "no role asks for one (num_gpus = 0), so all run on the CPU" in check.text
+    (check,) = [c for c in resources(config(files, sampler={"num_gpus": 1}), 8, 2) if c.name == "GPUs"]
+    assert str(check) == "ok    GPUs: the roles ask for 1 of 2 (1 x sampler 1)"
