@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -49,20 +49,33 @@ def ray_session(config: Config) -> Iterator[bool]:
         # that calls this as a library chooses for itself.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        store = cluster.object_store_gib
         with _bound_to(cluster.bind):
-            ray.init(
-                address="local",
-                num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, cpus_asked(roles_of(config))),
-                object_store_memory=int(store * 2**30) if store else None,
-                include_dashboard=cluster.dashboard,
-                dashboard_host="127.0.0.1",
-                **common,
-            )
+            _start(config, common)
     try:
         yield named is None
     finally:
         ray.shutdown()
+
+
+def _start(config: Config, common: Mapping[str, Any]) -> None:
+    """A local Ray; `UserError` where its processes do not come up."""
+    cluster = config.cluster
+    store = cluster.object_store_gib
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cluster.num_cpus or max(os.cpu_count() or 1, cpus_asked(roles_of(config))),
+            object_store_memory=int(store * 2**30) if store else None,
+            include_dashboard=cluster.dashboard,
+            dashboard_host="127.0.0.1",
+            **common,
+        )
+    except Exception as error:  # Ray raises a bare one where it has waited half a minute for its own processes
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"a local Ray did not start: {reason} Is the machine overloaded, or its memory, disk or /dev/shm full "
+            "(kat-ray doctor)? Ray's own logs: /tmp/ray/session_latest/logs"
+        ) from error
 
 
 @contextmanager
