@@ -18,7 +18,7 @@ from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import StubTeacher
 from kat_ray.errors import UserError
 from tests.support.configs import make_config
-from tests.support.runs import QUICK, SINGLE, check_books, records_of, stub_config
+from tests.support.runs import QUICK, SINGLE, check_books, stub_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local")]
 
@@ -98,8 +98,6 @@ def test_a_run_recovers_from_errors_that_end_a_process(files, tmp_path):
     text = (path / "run.log").read_text()
     assert "sampler:0 was lost" in text and f"OutOfMemoryError: {OUT_OF_MEMORY}" in text
     assert "learner:0 was lost" in text and "DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:3690" in text
-    _, _, metrics = records_of(path)
-    assert sum(m["pool/restarts"] for m in metrics) >= 2
 
 
 @pytest.mark.nightly

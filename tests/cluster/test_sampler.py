@@ -41,11 +41,12 @@ class Opened(StudentSampler):
     def forget_one(self, prompts, name):
         """Drop a request here which vLLM goes on with."""
         self._add(prompts)
-        self._engine._running.discard(name)
+        (own,) = [own for own, given in self._engine._names.items() if given == name]
+        del self._engine._names[own]
         try:
             self._engine.step()
         finally:
-            self._engine._running.add(name)
+            self._engine._names[own] = name
             self._engine.abort([str(i) for i in range(len(prompts))])
 
     def check_build(self, device):
@@ -54,10 +55,14 @@ class Opened(StudentSampler):
         check_build(device)
 
     def clear_while_running(self, prompt):
+        """As where vLLM still holds a request that is not known here."""
         self._add([prompt])
+        names, drain = self._engine._names, self._engine._drain
+        self._engine._names, self._engine._drain = {}, lambda: None
         try:
             self._engine.clear_cache()
         finally:
+            self._engine._names, self._engine._drain = names, drain
             self._engine.abort(["0"])
 
 
@@ -160,7 +165,7 @@ def test_aborted_requests_give_nothing_more(models, sampler):
 
 
 def test_tokens_after_an_abort_are_an_error(sampler):
-    with pytest.raises(RuntimeError, match=r"tokens of requests that were aborted or had ended: 2;"):
+    with pytest.raises(RuntimeError, match=r"tokens of requests that were aborted or had ended: 2#\d+;"):
         ray.get(sampler.forget_one.remote(PROMPTS, "2"), timeout=200)
 
 
@@ -178,11 +183,12 @@ def test_a_vllm_that_is_built_for_cpus_is_no_engine_on_a_gpu(sampler):
 @pytest.mark.nightly
 def test_two_processes_of_an_engine_hold_what_is_published(models):
     """In a placement group, as a run places its samplers: vLLM must not ask Ray for a bundle of each worker."""
-    config = make_config(models["student"][0], models["student"][0], sampler={"num_cpus": 2})
+    size = {"tensor_parallel_size": 2, "num_cpus": 2}
+    config = make_config(models["student"][0], models["student"][0], sampler=size)
     placement = Placement(config, fixed_size=False, run="tp", only=["sampler"])
     try:
         options = placement.options("sampler", 0, placement.places("sampler")[0])
-        actor = start_sampler(models["student"][0], options, tensor_parallel_size=2, num_cpus=2)
+        actor = start_sampler(models["student"][0], options, **size)
         ray.get(actor.ready.remote(), timeout=400)
         assert_is(models["student"][1], actor)
         model = make_model(models["student"][0] + "-parallel", seed=8)
