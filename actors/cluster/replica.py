@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import ray
@@ -53,7 +55,7 @@ def dies_of_fatal_errors(cls: type) -> type:
     methods = {
         name: _guarded(method)
         for name in dir(cls)
-        if not name.startswith("_") and callable(method := getattr(cls, name)) and not isinstance(method, type)
+        if not name.startswith("_") and isinstance(method := inspect.getattr_static(cls, name), FunctionType)
     }
     own = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (cls,), own | methods)

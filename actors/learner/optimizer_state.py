@@ -133,7 +133,7 @@ def copy_optimizer(
         step = int(adam["step"]) if adam else 0
         parameters[piece.name] = {"shape": piece.shape, "start": piece.start, "size": piece.size, "step": step}
     tensors[_RNG] = torch.get_rng_state()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # this rank computes on a GPU
         tensors[_CUDA_RNG] = torch.cuda.get_rng_state()
     content = {
         "format": FORMAT,
@@ -227,7 +227,7 @@ class SavedOptimizer:
             with _as_checkpoint_error(self._path):
                 file = self._files[rank]
                 torch.set_rng_state(file.get_tensor(_RNG))
-                if torch.cuda.is_available() and _CUDA_RNG in set(file.keys()):
+                if torch.cuda.is_initialized() and _CUDA_RNG in set(file.keys()):
                     torch.cuda.set_rng_state(file.get_tensor(_CUDA_RNG))
 
 

@@ -8,6 +8,7 @@ generating the token does on a small model (docs/log.md). Left out: detokenising
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from kat_ray.errors import ModelError, UserError
 from kat_ray.types.records import EngineEnd, EngineRows, SamplingSettings, WeightUpdate
 
 _ENDS = {FinishReason.STOP: EngineEnd.EOS, FinishReason.LENGTH: EngineEnd.MAX_TOKENS}
+
+_STEPS_UNDER_WAY = 4  # more than vLLM has at once: two, or one for each stage of a pipeline, which this has not
 
 
 class VllmEngine:
@@ -64,11 +67,12 @@ class VllmEngine:
         self._engine = LLMEngine.from_engine_args(args)
         self._core = self._engine.engine_core
         self._tasks = self._engine.get_supported_tasks()
-        self._running: set[str] = set()
+        self._names: dict[str, str] = {}  # of the requests that run: the caller's by vLLM's
+        self._numbers = itertools.count()
 
     @property
     def running(self) -> int:
-        return len(self._running)
+        return len(self._names)
 
     def add(self, request_id: str, prompt_ids: Sequence[int], seed: int, settings: SamplingSettings) -> None:
         """Queue one request. The same seed and prompt draw the same tokens in any batch."""
@@ -83,28 +87,35 @@ class VllmEngine:
             seed=seed,
             detokenize=False,
         )
+        # A name of its own each time: vLLM knows requests by name alone, and what is under way for one that ended
+        # would be taken for another of the same name.
+        own = f"{request_id}#{next(self._numbers)}"
         request = self._engine.input_processor.process_inputs(
-            request_id, tokens_input(prompt_token_ids=list(prompt_ids)), params, supported_tasks=self._tasks
+            own, tokens_input(prompt_token_ids=list(prompt_ids)), params, supported_tasks=self._tasks
         )
-        self._running.add(request_id)  # before: what fails half-way can be aborted
+        self._names[own] = request_id  # before: what fails half-way can be aborted
         self._core.add_request(request)
 
     def step(self) -> list[EngineRows]:
         """Run one engine step; returns the new tokens of the requests that it scheduled."""
-        rows = [_rows(output) for output in self._core.get_output().outputs]
-        late = [r.request_id for r in rows if r.request_id not in self._running]
-        if late:
+        outputs = self._core.get_output().outputs
+        if late := [output.request_id for output in outputs if output.request_id not in self._names]:
             raise RuntimeError(
                 f"vLLM gave tokens of requests that were aborted or had ended: {', '.join(late)}; what they hold "
                 "of its KV cache is not known any more"
             )
-        self._running.difference_update(r.request_id for r in rows if r.end is not EngineEnd.RUNNING)
+        rows = [_rows(output, self._names[output.request_id]) for output in outputs]
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self._names[output.request_id]
         return rows
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """Stop requests at once; they give no further output."""
-        live = [r for r in request_ids if r in self._running]
-        self._running.difference_update(live)
+        wanted = set(request_ids)
+        live = [own for own, name in self._names.items() if name in wanted]
+        for own in live:
+            del self._names[own]
         self._core.abort_requests(live)
 
     def load_weights(self, update: WeightUpdate) -> None:
@@ -112,7 +123,8 @@ class VllmEngine:
 
         `ModelError` names what vLLM's model did not take, or did not get.
         """
-        assert not self._running, f"{len(self._running)} requests are running while weights are loaded"
+        assert not self._names, f"{len(self._names)} requests are running while weights are loaded"
+        self._drain()
         if self._engine.vllm_config.parallel_config.world_size == 1:
             reports = self._engine.collective_rpc(load, args=(tensors_of(update),))
         else:
@@ -123,11 +135,21 @@ class VllmEngine:
 
     def clear_cache(self) -> None:
         """Drop what is cached of prompts. No request may be running."""
+        assert not self._names, f"{len(self._names)} requests are running while the cache is cleared"
+        self._drain()
         if not self._engine.reset_prefix_cache():
             raise RuntimeError(
                 "vLLM did not clear its prefix cache: it still holds blocks of requests, though none is running; "
                 "what is cached would be used under other weights"
             )
+
+    def _drain(self) -> None:
+        """Take what is under way for requests that have ended.
+
+        On a GPU vLLM schedules a step before it has the tokens of the one before; the last is for nobody.
+        """
+        for _ in range(_STEPS_UNDER_WAY):
+            self.step()
 
     def close(self) -> None:
         self._core.shutdown()
@@ -183,7 +205,7 @@ def _some(names: frozenset[str], shown: int = 8) -> str:
     return ", ".join(first) + more
 
 
-def _rows(output: EngineCoreOutput) -> EngineRows:
+def _rows(output: EngineCoreOutput, name: str) -> EngineRows:
     end = EngineEnd.RUNNING
     if output.finish_reason is not None:
         end = _ENDS.get(output.finish_reason, EngineEnd.FAILED)
@@ -191,4 +213,4 @@ def _rows(output: EngineCoreOutput) -> EngineRows:
     ids, values = (None, None) if logprobs is None else (logprobs.logprob_token_ids, logprobs.logprobs)
     prompt = output.new_prompt_logprobs_tensors
     of_prompt = None if prompt is None else prompt.logprobs[:, 0].numpy()
-    return EngineRows(output.request_id, output.new_token_ids, ids, values, end, of_prompt)
+    return EngineRows(name, output.new_token_ids, ids, values, end, of_prompt)

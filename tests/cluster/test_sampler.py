@@ -11,7 +11,7 @@ from actors.learner.model import StudentModel
 from actors.sampler.settings import SamplerSettings
 from actors.sampler.student_sampler import StudentSampler
 from kat_ray.cluster.threads import threads_of
-from kat_ray.errors import ModelError
+from kat_ray.errors import ModelError, UserError
 from kat_ray.types.records import SamplingSettings, WeightUpdate
 from tests.support.configs import make_config
 from tests.support.models import make_model
@@ -42,18 +42,28 @@ class Opened(StudentSampler):
     def forget_one(self, prompts, name):
         """Drop a request here which vLLM goes on with."""
         self._add(prompts)
-        self._engine._running.discard(name)
+        (own,) = [own for own, given in self._engine._names.items() if given == name]
+        del self._engine._names[own]
         try:
             self._engine.step()
         finally:
-            self._engine._running.add(name)
+            self._engine._names[own] = name
             self._engine.abort([str(i) for i in range(len(prompts))])
 
+    def check_build(self, device):
+        from actors.sampler.vllm_engine import check_build
+
+        check_build(device)
+
     def clear_while_running(self, prompt):
+        """As where vLLM still holds a request that is not known here."""
         self._add([prompt])
+        names, drain = self._engine._names, self._engine._drain
+        self._engine._names, self._engine._drain = {}, lambda: None
         try:
             self._engine.clear_cache()
         finally:
+            self._engine._names, self._engine._drain = names, drain
             self._engine.abort(["0"])
 
 
@@ -74,7 +84,7 @@ def start_sampler(model_dir, options=None, **sampler):
 def sampler(models):
     """One of the student, which holds its weights as version 0."""
     actor = start_sampler(models["student"][0])
-    ray.get(actor.ready.remote(), timeout=120)
+    ray.get(actor.ready.remote(), timeout=400)
     yield actor
     ray.kill(actor)
 
@@ -88,7 +98,7 @@ def plain(model, tokens):
 
 def assert_is(model, sampler, tokens=12, seed=3):
     """What the sampler says of prompts and of its own tokens is what `model` says."""
-    checks = ray.get(sampler.check.remote(PROMPTS, tokens, seed), timeout=60)
+    checks = ray.get(sampler.check.remote(PROMPTS, tokens, seed), timeout=200)
     for prompt, check in zip(PROMPTS, checks, strict=True):
         assert len(check.token_ids) == len(check.logprobs) == tokens
         expected = plain(model, prompt + check.token_ids.tolist())
@@ -114,7 +124,7 @@ def update_of(model, version, drop=(), **more):
 def test_published_weights_are_those_that_it_samples_from(models, sampler):
     model = make_model(models["student"][0] + "-changed", seed=7)
     for version, published in ((1, model), (2, models["student"][1])):
-        assert ray.get(sampler.load_weights.remote(update_of(published, version)), timeout=60) == version
+        assert ray.get(sampler.load_weights.remote(update_of(published, version)), timeout=200) == version
         assert_is(published, sampler)
 
 
@@ -131,8 +141,8 @@ def test_what_vllm_did_not_take_is_an_error_that_names_it(models, sampler, drop,
     """vLLM itself would go on, with a warning in its log for some of these."""
     model = models["student"][1]
     with pytest.raises(ModelError, match=message):
-        ray.get(sampler.load_weights.remote(update_of(model, 3, [drop], **more)), timeout=60)
-    ray.get(sampler.load_weights.remote(update_of(model, 0)), timeout=60)
+        ray.get(sampler.load_weights.remote(update_of(model, 3, [drop], **more)), timeout=200)
+    ray.get(sampler.load_weights.remote(update_of(model, 0)), timeout=200)
     assert_is(model, sampler)
 
 
@@ -140,10 +150,10 @@ def test_prompts_that_exceed_a_batch_together_are_not_split(models, sampler):
     """vLLM's CPU build cannot run a piece of a prompt whose request has a seed of its own; 1,000 tokens > 384."""
     prompts = tuple(tuple(range(3 + i, 103 + i)) for i in range(10))
     seeds, settings = tuple(range(10)), SamplingSettings(6, 1.0, 1.0, 0, (1,))
-    together = ray.get(sampler.complete.remote(prompts, seeds, settings, 0), timeout=60)
+    together = ray.get(sampler.complete.remote(prompts, seeds, settings, 0), timeout=200)
     for i in (0, 6, 9):
         assert ray.get(sampler.complete.remote(prompts[i : i + 1], seeds[i : i + 1], settings, 0)) == [together[i]]
-    checks = ray.get(sampler.check.remote(prompts, 4, 5), timeout=60)
+    checks = ray.get(sampler.check.remote(prompts, 4, 5), timeout=200)
     for prompt, check in zip(prompts, checks, strict=True):
         expected = plain(models["student"][1], [*prompt, *check.token_ids.tolist()])
         np.testing.assert_allclose([*check.prompt_logprobs, *check.logprobs], expected, atol=TOLERANCE)
@@ -151,38 +161,44 @@ def test_prompts_that_exceed_a_batch_together_are_not_split(models, sampler):
 
 def test_aborted_requests_give_nothing_more(models, sampler):
     """As vLLM has it: a rollout that is aborted half-way has no row in any later step, and the engine goes on."""
-    late, left = ray.get(sampler.abort_some.remote([*PROMPTS, [8, 9]], ("0", "3")), timeout=60)
+    late, left = ray.get(sampler.abort_some.remote([*PROMPTS, [8, 9]], ("0", "3")), timeout=200)
     assert (late, left) == ([], {"1", "2", "4"})
     assert_is(models["student"][1], sampler)
 
 
 def test_tokens_after_an_abort_are_an_error(sampler):
-    with pytest.raises(RuntimeError, match=r"tokens of requests that were aborted or had ended: 2;"):
-        ray.get(sampler.forget_one.remote(PROMPTS, "2"), timeout=60)
+    with pytest.raises(RuntimeError, match=r"tokens of requests that were aborted or had ended: 2#\d+;"):
+        ray.get(sampler.forget_one.remote(PROMPTS, "2"), timeout=200)
 
 
 def test_a_cache_that_is_not_cleared_is_an_error(sampler):
     """vLLM answers False and goes on."""
     with pytest.raises(RuntimeError, match="did not clear its prefix cache"):
-        ray.get(sampler.clear_while_running.remote(PROMPTS[1]), timeout=60)
+        ray.get(sampler.clear_while_running.remote(PROMPTS[1]), timeout=200)
+
+
+def test_a_vllm_that_is_built_for_cpus_is_no_engine_on_a_gpu(sampler):
+    with pytest.raises(UserError, match=r"sampler\.num_gpus asks for an engine on cuda, and .* is built for cpu"):
+        ray.get(sampler.check_build.remote("cuda"), timeout=200)
 
 
 @pytest.mark.nightly
 def test_two_processes_of_an_engine_hold_what_is_published(models):
     """In a placement group, as a run places its samplers: vLLM must not ask Ray for a bundle of each worker."""
-    config = make_config(models["student"][0], models["student"][0], sampler={"num_cpus": 2})
+    size = {"tensor_parallel_size": 2, "num_cpus": 2}
+    config = make_config(models["student"][0], models["student"][0], sampler=size)
     placement = Placement(config, fixed_size=False, run="tp", only=["sampler"])
     try:
         options = placement.options("sampler", 0, placement.places("sampler")[0])
-        actor = start_sampler(models["student"][0], options, tensor_parallel_size=2, num_cpus=2)
-        ray.get(actor.ready.remote(), timeout=300)
+        actor = start_sampler(models["student"][0], options, **size)
+        ray.get(actor.ready.remote(), timeout=400)
         assert_is(models["student"][1], actor)
         model = make_model(models["student"][0] + "-parallel", seed=8)
-        ray.get(actor.load_weights.remote(update_of(model, 1)), timeout=60)
+        ray.get(actor.load_weights.remote(update_of(model, 1)), timeout=200)
         assert_is(model, actor)
         with pytest.raises(ModelError, match=r"no new values for model\.layers\.0\.mlp\.gate_up_proj \("):
             ray.get(
-                actor.load_weights.remote(update_of(model, 2, ["model.layers.0.mlp.up_proj.weight"])), timeout=60
+                actor.load_weights.remote(update_of(model, 2, ["model.layers.0.mlp.up_proj.weight"])), timeout=200
             )
     finally:
         placement.remove()

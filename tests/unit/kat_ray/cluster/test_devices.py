@@ -63,6 +63,12 @@ def test_processes_of_roles_without_gpus_are_shown_none():
     assert shown == {"sampler": "as Ray says", "learner": "as Ray says", "scorer": "", "monitor": ""}
 
 
+def test_processes_of_one_engine_on_a_cpu_need_no_numa_node_each():
+    sizes = [{"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "num_gpus": 2}, {}]
+    found = [environments(make_config("a", "b", sampler=size))["sampler"] for size in sizes]
+    assert [env.get("VLLM_CPU_OMP_THREADS_BIND") for env in found] == ["nobind", None, None]
+
+
 @pytest.mark.parametrize(
     "sampler, eager", [({}, True), ({"num_gpus": 1}, False), ({"num_gpus": 1, "enforce_eager": True}, True),
                        ({"enforce_eager": False}, False)],
