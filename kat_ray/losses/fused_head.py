@@ -99,10 +99,12 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place: they have no other use, and the weight's is twice as large as a weight in bfloat16.
-        d_hidden, d_weight, d_bias = (None if d is None else d.mul_(grads[0]) for d in ctx.saved_tensors)
         of_hidden, of_weight = ctx.dtypes
-        d_bias = None if d_bias is None else d_bias.to(of_weight)
-        return d_hidden.to(of_hidden), d_weight.to(of_weight), d_bias, None, None, None, None
+        d_hidden, d_weight, d_bias = (
+            None if d is None else d.mul_(grads[0]).to(dtype)
+            for d, dtype in zip(ctx.saved_tensors, (of_hidden, of_weight, of_weight), strict=True)
+        )
+        return d_hidden, d_weight, d_bias, None, None, None, None
 
 
 def _products_gradient(

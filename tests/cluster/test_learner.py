@@ -132,7 +132,8 @@ def test_bfloat16_without_zero_does_what_it_does_with_it(models):
 )
 def test_gradients_of_many_micro_batches_are_summed_in_float32(models, stage):
     # The reference has the same bfloat16 passes, each alone, summed in float64: 64 of them, off by 0.7 % if summed
-    # in bfloat16. At stage 1 one rounding of the whole sum remains.
+    # in bfloat16. At stage 1 one rounding of the whole sum remains; and where autograd sums in float32 it adds the
+    # two gradients of a tied weight in float32 too, which the reference does not.
     chunk, teacher, kept = step_of(models, random_rollouts(64))
     weight = float(sum(k.kept for k in kept))
     with Group(models, 1, zero_stage=stage, dtype="bfloat16", micro_batch_tokens=16, clip=1e9) as group:
@@ -156,7 +157,7 @@ def test_gradients_of_many_micro_batches_are_summed_in_float32(models, stage):
         float((torch.cat(side).double() - exact).norm() / exact.norm())
         for side in ([torch.from_numpy(found[n]) for n in names], [g.flatten() for g in rounded])
     ]
-    assert errors[0] < (2.5e-3 if stage == 1 else 1e-6) and errors[1] > 5e-3, errors
+    assert errors[0] < {0: 1e-3, 1: 2.5e-3}.get(stage, 1e-6) and errors[1] > 5e-3, errors
 
 
 @pytest.mark.integration
