@@ -25,7 +25,7 @@ def patch_scores(monkeypatch):
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    scores, known = {}, set()
+    scores, known = {}, {}
     worker = PromptLogprobsWorker(256, torch.device("cpu"), "raw_logits")
     prompt_logprobs, sample_tokens = GPUModelRunner._get_prompt_logprobs_dict, GPUModelRunner.sample_tokens
 
@@ -33,9 +33,9 @@ def patch_scores(monkeypatch):
         names = self.input_batch.req_ids
         requests = [self.requests[name] for name in names]
         for index, (name, request) in enumerate(zip(names, requests, strict=True)):
-            if name not in known:
+            if known.get(name) is not request:  # names come again with the next teacher
                 worker.add_request(name, index, request.sampling_params)
-                known.add(name)
+                known[name] = request
         lengths = np.array([len(r.prompt_token_ids) for r in requests])
         batch = SimpleNamespace(
             req_ids=names, idx_mapping_np=np.arange(len(names)), prefill_len_np=lengths,
