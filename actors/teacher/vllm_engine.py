@@ -114,4 +114,4 @@ def _reason(error: ValueError) -> str:
     """The message without pydantic's frame, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("Value error, ")]
-    return (told or lines or [type(error).__name__])[0].removeprefix("Value error, ")
+    return (told or lines or [type(error).__name__])[0].removeprefix("Value error, ").partition(" [type=")[0]

@@ -128,7 +128,17 @@ def test_a_rollout_may_be_as_long_as_the_teacher_takes(models, teachers):
         np.testing.assert_allclose(a.topk, b.topk, atol=1e-4)
 
 
-def test_one_that_is_longer_is_refused_in_a_sentence(models):
+@pytest.fixture
+def no_engine_yet(monkeypatch):
+    """As in a scorer's process, in which no engine was started before: vLLM keeps its environment from then on."""
+    from vllm import envs
+    from vllm.config import VllmConfig
+
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", False)
+    monkeypatch.setattr(envs, "VLLM_ALLOW_LONG_MAX_MODEL_LEN", False, raising=False)
+
+
+def test_one_that_is_longer_is_refused_in_a_sentence(models, no_engine_yet):
     from actors.teacher.vllm_engine import start_engine
 
     with pytest.raises(UserError, match=r"teacher.path = .*vLLM cannot start it: .*max_model_len \(257\)"):
@@ -136,7 +146,7 @@ def test_one_that_is_longer_is_refused_in_a_sentence(models):
 
 
 @pytest.mark.parametrize("top_k", [64, 256])
-def test_the_front_door_takes_the_widest_rows(monkeypatch, models, tmp_path, top_k):
+def test_the_front_door_takes_the_widest_rows(monkeypatch, models, tmp_path, no_engine_yet, top_k):
     """The k ids of the student and all stop ids, in one row; `engine_args` as the engine is started with."""
     from vllm.v1.engine.input_processor import InputProcessor
 

@@ -33,9 +33,9 @@ def patch_scores(monkeypatch):
         names = self.input_batch.req_ids
         requests = [self.requests[name] for name in names]
         for index, (name, request) in enumerate(zip(names, requests, strict=True)):
-            if known.get(name) is not request.sampling_params:  # another teacher may count its requests anew
+            if known.get(name) is not request:  # names come again with the next teacher
                 worker.add_request(name, index, request.sampling_params)
-                known[name] = request.sampling_params
+                known[name] = request
         lengths = np.array([len(r.prompt_token_ids) for r in requests])
         batch = SimpleNamespace(
             req_ids=names, idx_mapping_np=np.arange(len(names)), prefill_len_np=lengths,
