@@ -69,6 +69,7 @@ from kat_ray.types.records import Prompt
         (r"\boxed{\frac{1}{2}} 7", None),
         (r"\boxed{x+1} 7", None),
         ("1/2 of 84 is 42", "42"),
+        ("answer 62, for answer * 38 is too large", "62"),  # a product
         ("answering 3 questions leaves 4", "4"),
         ("x" * 9 + " 9" + "9" * 5000, "9" * 5001),  # longer than Python converts to int
     ],
