@@ -80,7 +80,7 @@ class Trackers:
 
     def evaluation(self, done: int, record: Mapping[str, Any]) -> None:
         """See `Tracker.evaluation`; `record` holds the fields of `EvalResult`."""
-        metrics = {f"eval/{name}": float(record[name]) for name in _EVALUATED}
+        metrics = {f"eval/{name}": float(record[name]) for name in _EVALUATED if name in record}
         self._tell_all(lambda t: t.evaluation(done, record, metrics))
 
     def checkpoint(self, done: int, path: Path) -> None:

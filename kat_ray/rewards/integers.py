@@ -28,7 +28,7 @@ _NUMBER = (
     r"(?:\.[0-9]+|[ ]?/[ ]?[0-9]+|\^)?"
 )
 _DOLLAR = r"\\?\$"
-_BETWEEN = rf"(?:\s|[*`:=]|is\b|{_DOLLAR}|\\[(\[]){{0,20}}"  # of `answer` and its number
+_BETWEEN = rf"(?:\s|[`:=]|\*\*|is\b|{_DOLLAR}|\\[(\[]){{0,20}}"  # of `answer` and its number
 _NUMBER_RE = re.compile(_NUMBER)
 _STATED_RE = re.compile(
     rf"\banswer\b{_BETWEEN}(?P<answer>{_NUMBER})"

@@ -60,11 +60,19 @@ def test_minimal_file_takes_the_defaults(write):
         ("run.name=2026-01-02", "run", "name", "2026-01-02"),  # YAML 1.1 reads a date
         ("data.path=a=b.jsonl", "data", "path", "a=b.jsonl"),
         (" run.steps = 7 ", "run", "steps", 7),
+        ("evaluation.grading_seconds=2", "evaluation", "grading_seconds", 2.0),
         ("run.tensorboard=false", "run", "tensorboard", False),
     ],
 )
 def test_override_values_are_read_as_yaml(write, override, section, field, value):
     assert getattr(getattr(load_config(write(""), [override]), section), field) == value
+
+
+def test_arguments_of_the_chat_template_are_given_as_a_mapping_or_one_by_one(write):
+    for overrides in (["{enable_thinking: false, n: 1}"], [".enable_thinking=false", ".n=1"]):
+        given = [f"data.chat_template_kwargs{o if o[0] == '.' else f'={o}'}" for o in overrides]
+        data = load_config(write(""), ["data.chat_template=teacher", *given]).data
+        assert (data.chat_template, data.chat_template_kwargs) == ("teacher", {"enable_thinking": False, "n": 1})
 
 
 def test_later_overrides_win_and_sections_can_be_made(write):
@@ -115,6 +123,15 @@ def test_termination_without_rule_takes_the_default_rule(write):
             "rollout: {eos: mergd}\n",
             'F:4: rollout.eos = "mergd": must be one of raw, merged, mask; did you mean merged?',
         ),
+        (
+            "evaluation: {data: {path: x, chat_template: 3}}\n",
+            "F:4: evaluation.data.chat_template = 3: must be true or false or text that is not empty",
+        ),
+        (
+            "evaluation: {data: {path: x, chat_template_kwargs: {a: [1]}}}\n",
+            "F:4: evaluation.data.chat_template_kwargs.a = [1]: must be true or false or a whole number or "
+            "a number or text or null",
+        ),
         ("learner: {betas: [0.9, 2]}\n", "F:4: learner.betas[1] = 2: must be a number >= 0 and < 1"),
         (
             "run: {name: 7}\n",
@@ -158,6 +175,14 @@ def test_mistakes_name_line_field_value_and_what_is_allowed(write, text, message
         (
             "sampler: {max_num_seqs: 65, max_num_batched_tokens: 64}\n",
             "sampler.max_num_batched_tokens = 64: must be >= max_num_seqs = 65",
+        ),
+        (
+            "evaluation: {data: {path: x, chat_template_kwargs: {a: 1}}}\n",
+            "chat_template_kwargs: needs chat_template",
+        ),
+        (
+            "evaluation: {data: {path: x, chat_template: true, chat_template_kwargs: {tokenize: 1}}}\n",
+            "evaluation.data.chat_template_kwargs.tokenize: is set by the run itself",
         ),
         ("evaluation: {data: {path: x, answer_column: null}}\n", "evaluation.data.answer_column = null"),
         (

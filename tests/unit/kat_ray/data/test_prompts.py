@@ -214,10 +214,10 @@ USER = {"role": "user", "content": "x"}
         ([{"role": 3, "content": "x"}], "the role of a message is a number; it must be text"),
         (
             [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "image": "b"}]}],
-            "a part of a message is {'type': 'image', 'image': 'b'}; only parts {type: text",
+            "a part of a message is {'type': 'image', 'image': 'b'}; only {type: text",
         ),
         ([{"role": "user", "content": [{"type": "text", "text": None}]}], "a part of a message is {'type': 'text'"),
-        ([{"role": "user", "content": ["x"]}], "a part of a message is x; only parts"),
+        ([{"role": "user", "content": ["x"]}], "a part of a message is x; only {type"),
         ([USER, {"role": "assistant", "content": "y"}], "the last message is the assistant's; an answer follows"),
         ([{"role": "system", "content": "y"}], "the last message is the system's; an answer follows"),
     ],

@@ -12,7 +12,7 @@ from kat_ray.rewards.grader_pool import GraderPool
 from kat_ray.rewards.integers import extract_integer, gold_integer
 from kat_ray.rewards.limits import GradingLimits, Outcome
 from kat_ray.rewards.math_grader import MathGrader
-from kat_ray.rewards.verifiers import avg_at_k, check_golds, evaluate_answers, grade, pass_at_k, unmatchable
+from kat_ray.rewards.verifiers import avg_at_k, check_golds, evaluate_answers, grade, pass_at_k
 from kat_ray.types.records import Prompt
 
 
@@ -69,6 +69,7 @@ from kat_ray.types.records import Prompt
         (r"\boxed{\frac{1}{2}} 7", None),
         (r"\boxed{x+1} 7", None),
         ("1/2 of 84 is 42", "42"),
+        ("answer 62, for answer * 38 is too large", "62"),  # a product
         ("answering 3 questions leaves 4", "4"),
         ("x" * 9 + " 9" + "9" * 5000, "9" * 5001),  # longer than Python converts to int
     ],
@@ -210,10 +211,9 @@ def test_a_gold_answer_that_is_in_a_sentence_is_found(pool):
 
 
 def test_a_gold_answer_that_does_not_equal_itself_is_refused():
-    problems = [Prompt("ok", (1,), "7"), Prompt("f:3", (2,), "$"), Prompt("f:4", (3,), "")]
+    problems = [Prompt("ok", (1,), "7"), Prompt("f:3", (2,), "$")]
     with pytest.raises(DataError, match=r"problem f:3: no answer could match the gold answer '\$': .*itself"):
         check_golds(problems, "math")
-    assert [p.prompt_id for p in unmatchable(problems, "math")] == ["f:3"]
 
 
 @pytest.mark.parametrize(
