@@ -135,7 +135,7 @@ def check_models(config: Config) -> ModelFacts:
     if teacher.vocabulary < student.vocabulary and "scorer-vllm" in roles_of(config)["teacher"]:
         raise ModelError(
             f"the teacher's vocabulary ({teacher.vocabulary}, {teacher.path}) is smaller than the student's "
-            f"({student.vocabulary}, {student.path}), and vLLM does not score ids that its model has no row for; "
+            f"({student.vocabulary}, {student.path}), and vLLM does not score ids that its model has no row for: "
             "use scorer.backend = transformers"
         )
     if student.vocabulary < config.rollout.top_k_logprobs:
