@@ -30,18 +30,8 @@ _OWN_ATTENTION: Mapping[str, str] = {
     "diffllama": "its attention splits values after they are stored",
     "doge": "its attention makes a mask of its own from the values",
 }
-_PREFIXES = ("model", "language_model")  # of classes with an `lm_head` over a `model`
 # Fields under which configurations of different families hold the number of experts.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
-# Fields of what is done to the logits behind the output layer, with the values that do nothing.
-_BEHIND_OUTPUT: Mapping[str, tuple[Any, ...]] = {
-    "final_logit_softcapping": (None,),
-    "logits_soft_cap": (None,),
-    "logit_scale": (None, 1.0),
-    "logits_scaling": (None, 1.0),
-    "lm_head_multiplier": (None, 1.0),
-    "dim_model_base": (None,),  # MiniCPM scales the hidden states before it
-}
 
 
 class Refusal(NamedTuple):
@@ -63,8 +53,6 @@ def refusal(config: Any, role: Role, max_length: int | None = None) -> Refusal |
 def _reasons(config: Any, text: Any, role: Role, max_length: int | None) -> Iterator[Refusal]:
     if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) is True:
         yield Refusal("looks ahead", "its attention looks ahead of a token")
-    if role in ("learner", "scorer-transformers"):
-        yield from _output_layer(config, text)
     if role == "scorer-transformers":
         yield from _slots(config, text)
     if role == "sampler-cpu" and has_experts(text):
@@ -82,20 +70,6 @@ def _reasons(config: Any, text: Any, role: Role, max_length: int | None) -> Iter
 def has_experts(text: Any) -> bool:
     """Whether a text model's configuration names more than one expert."""
     return any(isinstance(n := getattr(text, name, None), int) and n > 1 for name in _EXPERTS)
-
-
-def _output_layer(config: Any, text: Any) -> Iterator[Refusal]:
-    network = _class_of(config)
-    if network is not None and network.base_model_prefix not in _PREFIXES:
-        yield Refusal(
-            "output layer",
-            f"{network.__name__} has no `lm_head` over a `model`, from which loss and scores are taken",
-        )
-    for field, nothing in _BEHIND_OUTPUT.items():
-        if (value := getattr(text, field, None)) not in nothing:
-            yield Refusal(
-                "scaled logits", f"it scales or caps its logits behind the output layer ({field} = {value})"
-            )
 
 
 def _slots(config: Any, text: Any) -> Iterator[Refusal]:

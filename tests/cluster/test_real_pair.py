@@ -15,7 +15,7 @@ PROMPTS = (
     "The capital of France is", "Once upon a time, in a small village,", "Water boils at a temperature of",
     "The three primary colours are", "A healthy breakfast could be", "The first person on the moon was",
 )  # fmt: skip
-STEPS, NOISE = 4, 0.1
+STEPS, NOISE = 8, 0.1
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def finished(ray_local, pair, tmp_path_factory, request):
             "data": {"path": str(pair / "prompts.jsonl")},
             "rollout": {"prompts_per_step": len(PROMPTS), "max_tokens": 24},
             "sampler": {"kv_cache_gib": 0.25},
-            "learner": {"dtype": request.param, "lr": 1e-4, "warmup_ratio": 0.0},
+            "learner": {"dtype": request.param, "lr": 3e-4, "warmup_ratio": 0.0},
         }
     )
     path = job.train(config)
@@ -62,7 +62,7 @@ def test_the_student_comes_nearer_to_its_teacher(finished):
     _, _, metrics = finished
     kl = [line["kl/mean"] for line in metrics]
     assert metrics[0]["learner/loss"] == pytest.approx(metrics[0]["kl/kept_mean"], rel=0.05)
-    assert kl[-1] < 0.8 * kl[0], kl
+    assert sum(kl[-3:]) < 0.9 * sum(kl[:3]), kl
 
 
 def test_the_run_says_what_the_tail_hides_and_what_differs(finished):

@@ -60,7 +60,7 @@ def stub_config(root: Path) -> Config:
             "sampler": {"replicas": 2, "kv_cache_gib": 0.05, "num_cpus": 0.5, "max_num_seqs": 64},
             "scorer": {"replicas": 2, "num_cpus": 0.5},
             "learner": {"world_size": 2, "dtype": "float32", "lr": 1e-3, "num_cpus": 0.5},
-            "guards": {"logprob_diff": None},  # a stub engine's log-probabilities are no model's
+            "guards": {"logprob_diff": None, "tail_mass": None},  # a stub engine's top k is no model's
         }
     )  # fmt: skip
 

@@ -58,7 +58,7 @@ def stub_config(files, tmp_path, steps, **sections):
         **{
             "run": {"steps": steps, "checkpoint_every": 5, "deterministic": True},
             "rollout": {"top_k_logprobs": 16}, "evaluation": {"data": None}, "learner": {"world_size": 1},
-            "guards": {"logprob_diff": None},  # a stub engine's log-probabilities are no model's
+            "guards": {"logprob_diff": None, "tail_mass": None},  # a stub engine's top k is no model's
             "cluster": PATIENT, **sections,
         },
     )  # fmt: skip

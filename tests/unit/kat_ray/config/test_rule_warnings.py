@@ -54,10 +54,11 @@ def test_training_says_what_its_rule_will_not_do(tmp_path, monkeypatch, capsys):
         raise UserError("as far as this test goes")
         yield
 
-    prompts = SimpleNamespace(skipped_too_long=0, prompts=[])
-    prepared = SimpleNamespace(
-        facts=SimpleNamespace(warnings=[]), train=prompts, heldout=None, golds=SimpleNamespace(note=None)
-    )
+    prompts = SimpleNamespace(skipped_too_long=0, prompts=[], longest=9)
+    unknown = SimpleNamespace(parameters=None)
+    facts = SimpleNamespace(warnings=[], student=unknown, teacher=unknown)
+    golds = SimpleNamespace(note=None)
+    prepared = SimpleNamespace(facts=facts, train=prompts, heldout=None, golds=golds)
     monkeypatch.setattr(run, "prepare", lambda config: prepared)
     monkeypatch.setattr(run, "_placement", stop)
     overrides = [f"run.dir={tmp_path}", "termination.rule=fixed_prefix", "termination.n=208"]
