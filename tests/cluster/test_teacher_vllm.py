@@ -135,7 +135,7 @@ def no_engine_yet(monkeypatch):
     from vllm.config import VllmConfig
 
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", False)
-    monkeypatch.setattr(envs, "VLLM_ALLOW_LONG_MAX_MODEL_LEN", False, raising=False)
+    monkeypatch.setitem(vars(envs), "VLLM_ALLOW_LONG_MAX_MODEL_LEN", False)
 
 
 def test_one_that_is_longer_is_refused_in_a_sentence(models, no_engine_yet):
