@@ -156,7 +156,7 @@ class QuickTeacher:
 
 
 def quick_compare(
-    scorer: Any, chunk: RolloutChunk, _ids: Any, columns: _Columns, _started: float
+    scorer: Any, chunk: RolloutChunk, _ids: Any, columns: _Columns, _started: float, _run: int
 ) -> tuple[ScoredChunk, TeacherRows]:
     """Stands in for the scorer's arithmetic in torch."""
     n = chunk.tokens
