@@ -51,7 +51,8 @@ def test_every_id_of_the_stop_event_ends_a_rollout(prepared):
     engine.close()
     for name, answer in tokens.items():
         assert not ids & set(answer[:-1]), "nothing is generated behind a stop id"
-        assert (ends[name] is EngineEnd.EOS) == (answer[-1] in ids)
+        if len(answer) < settings.max_tokens:
+            assert ends[name] is EngineEnd.EOS and answer[-1] in ids
     assert {answer[-1] for answer in tokens.values()} >= ids, "each of them has ended a rollout"
 
 
