@@ -170,10 +170,9 @@ def _slot_attention(
     if sliding_window is not None and attention_mask.is_plain:
         raise UserError(f"{name} names sliding_window = {sliding_window} and asks for the mask of full attention")
     layer = getattr(key, "slot_layer", None)  # may be an earlier one, whose keys this one shares
-    if layer is None or getattr(value, "slot_layer", None) is not layer:
+    if not isinstance(layer, _SlotLayer) or getattr(value, "slot_layer", None) is not layer:
         raise UserError(f"{name} changes keys or values after they are stored")
-    attended: Tensor = layer.attend(query, attention_mask, scaling, softcap, s_aux)
-    return attended, None
+    return layer.attend(query, attention_mask, scaling, softcap, s_aux), None
 
 
 AttentionInterface.register(ATTENTION, _slot_attention)
