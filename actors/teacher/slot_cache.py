@@ -12,7 +12,7 @@ of its attention beyond that is done, or refused by name: nothing is passed over
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -169,11 +169,12 @@ def _slot_attention(
         raise UserError(f"{name} does not take its mask from transformers' mask interface")
     if sliding_window is not None and attention_mask.is_plain:
         raise UserError(f"{name} names sliding_window = {sliding_window} and asks for the mask of full attention")
-    layer = getattr(key, "slot_layer", None)  # may be an earlier one, whose keys this one shares
-    if layer is None or getattr(value, "slot_layer", None) is not layer:
+    # The layer that stored them may be an earlier one, whose keys this one shares.
+    owners = [getattr(states, "slot_layer", None) for states in (key, value)]
+    if owners[0] is None or owners[0] is not owners[1]:
         raise UserError(f"{name} changes keys or values after they are stored")
-    attended: Tensor = layer.attend(query, attention_mask, scaling, softcap, s_aux)
-    return attended, None
+    layer = cast(_SlotLayer, owners[0])
+    return layer.attend(query, attention_mask, scaling, softcap, s_aux), None
 
 
 AttentionInterface.register(ATTENTION, _slot_attention)

@@ -7,4 +7,5 @@ from typing import Any
 
 def text_decoder(model: Any) -> Any:
     """The module that makes last hidden states [B, L, H] of token ids; its `config` is of the text model alone."""
-    return getattr(model.base_model, "language_model", model.base_model)
+    body = getattr(model, "model", model.base_model)
+    return getattr(body, "language_model", body)
