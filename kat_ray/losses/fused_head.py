@@ -16,8 +16,9 @@ from kat_ray.losses.coverage import MassCurve
 from kat_ray.losses.output_layer import OutputLayer, add_outer_, product_with_weight
 from kat_ray.losses.term import LossTerm, StudentLogprobs, TermSums, TokenRows
 
-# Tokens of a call whose whole distribution is sorted: 30 ms on a core for 50,000 entries each, beside seconds.
-_CURVE_TOKENS = 8
+# Tokens of a call whose whole distribution is sorted: 0.17 s on a core for 49,152 entries each, beside seconds. Of
+# 8 tokens a call, in steps of one call, the k for 99 % of the mass scattered by a factor of 3.
+_CURVE_TOKENS = 32
 
 
 def head_loss(

@@ -54,8 +54,8 @@ class ModelInfo:
     tied: bool  # the output layer is the embedding
     parameters: int | None  # from the safetensors headers; None for pickles and for weights not downloaded
     dtype: str | None  # data type most weights are stored in, as safetensors names it ("BF16")
-    edges: Mapping[str, int] = field(default_factory=dict)  # see `kat_ray.models.edges`
     shape: ModelShape | None = None  # None where config.json has other names for it
+    edges: Mapping[str, int] = field(default_factory=dict)  # see `kat_ray.models.edges`
     config: Any = field(default=None, repr=False, compare=False)  # transformers', of the whole model
 
 

@@ -118,7 +118,8 @@ def test_some_rows_without_finite_values_are_dropped_and_the_rest_is_learnt(mode
     assert (broken.dropped_tokens, broken.tokens, broken.skipped) == (kept[0].kept, expected.tokens, False)
     assert broken.loss == pytest.approx(expected.loss, rel=1e-5)
     for name, value in weights.items():
-        np.testing.assert_allclose(value, others[name], atol=1e-5, err_msg=name)
+        # The two have other micro-batches; AdamW divides by a gradient's size, also where that is rounding alone.
+        np.testing.assert_allclose(value, others[name], atol=5e-5, err_msg=name)
 
 
 def test_an_id_beyond_the_vocabulary_is_named_by_the_learner(models):

@@ -9,12 +9,15 @@ import numpy as np
 import torch
 
 from actors.learner.model import load_student
+from actors.learner.tensors import token_rows
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.transformers_backend import TransformersTeacher
 from kat_ray.config import LearnerConfig
 from kat_ray.data.batch import TrainingSample
 from kat_ray.data.collate import PaddedCollator
 from kat_ray.errors import UserError
+from kat_ray.losses.fused_head import head_loss
+from kat_ray.losses.term import TermSums
 from kat_ray.models.support import ROLES, Role, refusal
 from tests.support.chunks import chunk_of
 from tests.support.configs import make_config
@@ -97,10 +100,17 @@ def _samples():
         )  # fmt: skip
 
 
-def learner_logits(student, hidden):
-    """Logits [T, V] as the learner makes them."""
-    layer = student.output_layer
-    return layer.logits(hidden) if hasattr(layer, "logits") else layer(hidden)
+class SumOfTopk:
+    """A loss term: the sum of the log-probabilities at the rows' ids, which it keeps."""
+
+    stop_ids, sum_names, max_names = (), (), ()
+
+    def __init__(self):
+        self.parts = []
+
+    def __call__(self, student, rows):
+        self.parts.append(student.topk.detach())
+        return TermSums(student.topk.sum(), torch.zeros(0, dtype=torch.float64), torch.zeros(0))
 
 
 def learner_errors(path, gradient_checkpointing=False):
@@ -114,9 +124,10 @@ def learner_errors(path, gradient_checkpointing=False):
     (batch,) = PaddedCollator(10**6).micro_batches(list(_samples()))
     arguments = {name: torch.from_numpy(a) for name, a in batch.inputs.arguments().items()}
     rows, columns = torch.from_numpy(batch.inputs.positions).unbind(1)
-    logprobs = torch.log_softmax(learner_logits(student, student.hidden_states(arguments)[rows, columns]), dim=-1)
-    ids = torch.from_numpy(np.concatenate([s.topk_ids for s in batch.samples]))
-    logprobs.gather(-1, ids).sum().backward()
+    term, given = SumOfTopk(), token_rows(batch, torch.device("cpu"))
+    hidden = student.hidden_states(arguments)[rows, columns]
+    head_loss(hidden, student.output_layer, given, term, chunk_tokens=16).loss.backward()
+    logprobs, ids = torch.cat(term.parts), given.topk_ids
 
     reference = plain(path)
     expected = torch.cat([plain_logprobs(reference, s.prompt_ids, s.token_ids) for s in batch.samples])
@@ -128,7 +139,7 @@ def learner_errors(path, gradient_checkpointing=False):
         if own.grad is not None or theirs[name].grad is not None
     }
     norm = max(float(p.grad.norm()) for p in theirs.values() if p.grad is not None)
-    return float((logprobs - expected).detach().abs().max()), max(differences.values()) / norm
+    return float((logprobs - expected.gather(-1, ids)).detach().abs().max()), max(differences.values()) / norm
 
 
 def published(path):

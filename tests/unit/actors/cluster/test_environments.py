@@ -3,13 +3,15 @@
 import pytest
 
 from actors.cluster.placement import environments
+from kat_ray.cluster.threads import threads_of
 from tests.support.configs import make_config
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def learner_env(gpus):
-    return environments(make_config("a", "b", learner={"num_gpus": gpus}))["learner"]
+    config = make_config("a", "b", learner={"num_gpus": gpus})
+    return environments(config, threads_of(config, 1))["learner"]
 
 
 @pytest.fixture(autouse=True)

@@ -170,7 +170,7 @@ def test_a_teacher_without_the_students_rows_of_padding(padded):
     torch.testing.assert_close(columns.topk[~beyond], expected[~beyond], atol=1e-4, rtol=0)
     assert (columns.topk[beyond] == LOG_FLOOR).all()
     rest = 1 - torch.where(beyond, 0.0, expected.exp()).sum(-1)
-    torch.testing.assert_close(columns.tail.exp(), rest, atol=1e-5, rtol=0)
+    torch.testing.assert_close(columns.tail.exp() + columns.stop.exp(), rest, atol=1e-5, rtol=0)
     scored, _ = TeacherScorer("scorer:0", settings_of(str(root / "narrow"), 120)).score(chunk)
     assert np.isfinite(scored.d).all() and (scored.d > 0).all()
 

@@ -65,7 +65,8 @@ def test_processes_of_roles_without_gpus_are_shown_none():
 
 def test_processes_of_one_engine_on_a_cpu_need_no_numa_node_each():
     sizes = [{"tensor_parallel_size": 2}, {"tensor_parallel_size": 2, "num_gpus": 2}, {}]
-    found = [environments(make_config("a", "b", sampler=size))["sampler"] for size in sizes]
+    configs = [make_config("a", "b", sampler=size) for size in sizes]
+    found = [environments(config, threads_of(config, 1))["sampler"] for config in configs]
     assert [env.get("VLLM_CPU_OMP_THREADS_BIND") for env in found] == ["nobind", None, None]
 
 

@@ -43,7 +43,8 @@ def test_what_a_resume_may_change_is_what_it_was_when_it_was_a_list():
     expected = {f"run.{name}" for name in [*run.split(), "grace_seconds"]}
     expected |= {f"learner.{name}" for name in learner.split()}
     expected |= {"sampler", "scorer", "monitor", "guards", "pools", "cluster"}
-    # Added since: bounds of grading.
+    # Added since: the check before the first step, bounds of grading.
+    expected |= {"run.check_agreement"}
     expected |= {f"evaluation.grading_{name}" for name in ("processes", "seconds", "step_seconds", "memory_gib")}
     assert set(resumable()) == expected | {"rollout.max_chunks_ahead", "evaluation.every"}
 

@@ -45,7 +45,9 @@ def test_a_checkpoint_without_a_version_is_read_whole(tmp_path):
     assert state.evaluations["before"] == EvalResult(0.5, 1.0, 2, 1, 7.5, 0.0, right=(1,))
     assert state.totals.ended == {StopReason.EOS: 3, StopReason.MAX_TOKENS: 1}
     watch = AT_3AA4268["watch"] | {"tail": {"said": None}}
-    assert state.to_json() == AT_3AA4268 | {"version": 1, "watch": watch}
+    before = AT_3AA4268["evaluations"]["before"] | {"ran_out": 0}
+    evaluations = AT_3AA4268["evaluations"] | {"before": before}
+    assert state.to_json() == AT_3AA4268 | {"version": 1, "watch": watch, "evaluations": evaluations}
 
 
 def test_what_is_written_is_read_back_the_same(tmp_path):
