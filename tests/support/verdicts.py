@@ -95,7 +95,7 @@ def _samples():
         n = len(answer)
         nothing = np.zeros(n, dtype=np.float32)
         yield TrainingSample(
-            i, np.array(prompt), np.array(answer), rng.integers(0, VOCABULARY, (n, _TOP_K)),
+            i, np.array(prompt), np.array(answer), np.stack([rng.permutation(VOCABULARY)[:_TOP_K] for _ in answer]),
             np.zeros((n, _TOP_K), dtype=np.float32), nothing, nothing, nothing, np.ones(n, dtype=np.float32),
         )  # fmt: skip
 
