@@ -30,6 +30,11 @@ _OWN_ATTENTION: Mapping[str, str] = {
     "diffllama": "its attention splits values after they are stored",
     "doge": "its attention makes a mask of its own from the values",
 }
+# Families whose gradients are not finite in a padded batch, by the name of their text model's configuration.
+_NO_GRADIENTS: Mapping[str, str] = {
+    "gemma3n_text": "its sparse activations have gradients that are NaN at the padding of a batch, so that every "
+    "step would be skipped",
+}
 # Fields under which configurations of different families hold the number of experts.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
@@ -53,6 +58,8 @@ def refusal(config: Any, role: Role, max_length: int | None = None) -> Refusal |
 def _reasons(config: Any, text: Any, role: Role, max_length: int | None) -> Iterator[Refusal]:
     if not getattr(text, "is_causal", True) or getattr(text, "use_bidirectional_attention", None) is True:
         yield Refusal("looks ahead", "its attention looks ahead of a token")
+    if role == "learner" and (reason := _NO_GRADIENTS.get(text.model_type)) is not None:
+        yield Refusal("no gradients", reason)
     if role == "scorer-transformers":
         yield from _slots(config, text)
     if role == "sampler-cpu" and has_experts(text):
