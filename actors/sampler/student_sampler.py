@@ -143,13 +143,16 @@ class StudentSampler:
             answers[i].extend(rows.token_ids)
         return answers
 
-    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int, seed: int) -> list[SampleCheck]:
+    def check(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, seed: int, prompt_logprobs: bool = False
+    ) -> list[SampleCheck]:
         """Sample `max_tokens` tokens after each prompt, all prompts together, with the weights held now.
 
         On the path that rollouts take. For between two steps; nothing is left in the engine or its cache. Prompt i
-        draws with the seed `seed + i`.
+        draws with the seed `seed + i`. With `prompt_logprobs` those of the prompts' own tokens come too, for which
+        vLLM makes float32 logits of a whole prompt at once.
         """
-        settings = SamplingSettings(max_tokens, 1.0, 1.0, logprobs=1, stop_ids=(), prompt_logprobs=True)
+        settings = SamplingSettings(max_tokens, 1.0, 1.0, logprobs=1, stop_ids=(), prompt_logprobs=prompt_logprobs)
         parts: list[list[EngineRows]] = [[] for _ in prompts]
         seeds = range(seed, seed + len(prompts))
         for i, rows in self._sampled("check", prompts, seeds, settings):

@@ -98,7 +98,7 @@ def plain(model, tokens):
 
 def assert_is(model, sampler, tokens=12, seed=3):
     """What the sampler says of prompts and of its own tokens is what `model` says."""
-    checks = ray.get(sampler.check.remote(PROMPTS, tokens, seed), timeout=200)
+    checks = ray.get(sampler.check.remote(PROMPTS, tokens, seed, True), timeout=200)
     for prompt, check in zip(PROMPTS, checks, strict=True):
         assert len(check.token_ids) == len(check.logprobs) == tokens
         expected = plain(model, prompt + check.token_ids.tolist())
@@ -153,7 +153,7 @@ def test_prompts_that_exceed_a_batch_together_are_not_split(models, sampler):
     together = ray.get(sampler.complete.remote(prompts, seeds, settings, 0), timeout=200)
     for i in (0, 6, 9):
         assert ray.get(sampler.complete.remote(prompts[i : i + 1], seeds[i : i + 1], settings, 0)) == [together[i]]
-    checks = ray.get(sampler.check.remote(prompts, 4, 5), timeout=200)
+    checks = ray.get(sampler.check.remote(prompts, 4, 5, True), timeout=200)
     for prompt, check in zip(prompts, checks, strict=True):
         expected = plain(models["student"][1], [*prompt, *check.token_ids.tolist()])
         np.testing.assert_allclose([*check.prompt_logprobs, *check.logprobs], expected, atol=TOLERANCE)
