@@ -21,7 +21,7 @@ from actors.cluster.actor_groups import ActorGroup
 from actors.cluster.learners import LearnerGroup
 from actors.cluster.replica import Replica, remote_class
 from actors.cluster.run_actors import RunActors
-from actors.cluster.samplers import SamplerGroup
+from actors.cluster.samplers import ModelPaths, SamplerGroup
 from actors.cluster.signals import StopRequest
 from actors.cluster.supervisor import Supervisor
 from actors.driver.steps import SampledStep, Steps
@@ -137,7 +137,8 @@ def fleet_actors(config: Config, handles: Mapping[str, Sequence[Any]]) -> RunAct
     """Actors that are ready already, by role, without learners."""
     nowhere: Any = None  # they have no places: none is made or given back here
     supervisor = Supervisor(config.cluster, StopRequest(config.run.grace_seconds))
-    samplers = SamplerGroup(config, nowhere, supervisor, nowhere)
+    unread = ModelPaths("", "", (), (), (), vocabulary=0, max_model_len=0)  # of models that nobody loads
+    samplers = SamplerGroup(config, unread, supervisor, nowhere)
     scorers, monitors = (ActorGroup(role, supervisor, nowhere, nowhere) for role in ("scorer", "monitor"))
     for group in (samplers, scorers, monitors):
         group.replicas = tuple(Replica(group.role, i, h, nowhere) for i, h in enumerate(handles[group.role]))

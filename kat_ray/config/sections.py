@@ -166,8 +166,9 @@ class RolloutConfig(Section):
     """Rollouts of each prompt."""
     max_tokens: int = Field(1024, ge=1)
     """Tokens after which a rollout is ended by the engine."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature. KL always uses the unfiltered distributions at temperature 1."""
+    temperature: float = Field(1.0, gt=0, le=2)
+    """Sampling temperature; vLLM takes none above 2. KL always uses the unfiltered distributions at temperature
+    1."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Nucleus sampling; 1 samples from the whole distribution."""
     top_k_logprobs: int = Field(64, ge=1)
@@ -249,8 +250,8 @@ class EvaluationConfig(Section):
     """Steps between evaluations; 0 evaluates only before and after."""
     max_tokens: int | None = Field(None, ge=1)
     """Tokens of an answer; null takes `rollout.max_tokens`."""
-    temperature: float = Field(1.0, ge=0)
-    """Sampling temperature."""
+    temperature: float = Field(1.0, ge=0, le=2)
+    """Sampling temperature; vLLM takes none above 2."""
     top_p: float = Field(0.95, gt=0, le=1)
     """Nucleus sampling."""
     teacher: bool = True

@@ -5,7 +5,6 @@ import pytest
 from actors.cluster.samplers import Engines
 from actors.driver.train import check_agreement
 from actors.sampler.student_sampler import vllm_engine
-from actors.teacher.transformers_backend import TransformersTeacher
 from kat_ray.agreement.compare import AgreementError
 from tests.support.runs import config_of
 
@@ -27,17 +26,6 @@ class DeafEngine:
         pass
 
 
-class ForgetfulTeacher(TransformersTeacher):
-    """Takes a rollout over without what went before."""
-
-    def _feeds(self, chunk):
-        feeds = super()._feeds(chunk)
-        for i, feed in enumerate(feeds):
-            if chunk.whole_past[i] and chunk.start[i] and len(feed.token_ids) > feed.wanted:
-                object.__setattr__(feed, "token_ids", feed.token_ids[-feed.wanted :])
-        return feeds
-
-
 def test_engines_that_agree(files, tmp_path):
     found = check_agreement(config_of(files, tmp_path))
     sides = {(a.ours, a.theirs) for a in found}
@@ -52,8 +40,3 @@ def test_engines_that_agree(files, tmp_path):
 def test_weights_that_do_not_arrive(files, tmp_path):
     with pytest.raises(AgreementError, match="sampler:0 after changed weights were published"):
         check_agreement(config_of(files, tmp_path, **ONE), Engines(sampler=DeafEngine))
-
-
-def test_a_takeover_without_the_past(files, tmp_path):
-    with pytest.raises(AgreementError, match="scorer:0 in pieces and its plain forward pass"):
-        check_agreement(config_of(files, tmp_path, **ONE), Engines(scorer=ForgetfulTeacher))

@@ -58,7 +58,7 @@ def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path
         newest_of("learner").kill()
 
     before(monkeypatch, job_module.StepRecorder, "record", lambda n: kill("step") if n == 3 else None)
-    before(monkeypatch, RunHistory, "restore", lambda n: kill("restore") if n == 0 else None)
+    before(monkeypatch, RunHistory, "_restore", lambda n: kill("restore") if n == 0 else None)
     before(monkeypatch, RunActors, "publish", lambda n: kill("publish") if killed == ["step", "restore"] else None)
     path = job.train(config, engines=QUICK)
     assert killed == ["step", "restore", "publish"]

@@ -39,7 +39,7 @@ def test_every_id_of_the_stop_event_ends_a_rollout(prepared):
     assert ids == {*OWN, *OTHER} and set(given.paths.student_stop_ids) == ids
     engine = VllmEngine(config.student, config.sampler, given.paths.student_dir, max_model_len=80, top_k=8, seed=0)
     settings = SamplingSettings(
-        max_tokens=40, temperature=3.0, top_p=1.0, logprobs=0, stop_ids=given.paths.student_stop_ids
+        max_tokens=40, temperature=2.0, top_p=1.0, logprobs=0, stop_ids=given.paths.student_stop_ids
     )
     tokens, ends = {}, {}
     for i in range(120):
