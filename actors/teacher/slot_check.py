@@ -15,6 +15,7 @@ from torch import Tensor
 
 from actors.teacher.slot_cache import SlotCache, run_spans
 from actors.teacher.slot_masks import ATTENTION, Span
+from kat_ray.cluster.fatal_errors import fatal_reason
 from kat_ray.errors import UserError
 
 _INSTEAD = "use scorer.backend = vllm on GPUs, or another teacher"
@@ -31,9 +32,9 @@ def refused_by_name(name: str, architecture: str) -> Iterator[None]:
     """Errors inside are the model's, which cannot be scored with: `UserError` names it and what was wrong."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever another library's code raises where it finds no cache of its own
+        if fatal_reason(error) is not None:  # the device's fault, not the model's
+            raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"{name}: {architecture} cannot be scored by the transformers backend: {lines[0]}; {_INSTEAD}"

@@ -15,6 +15,7 @@ from transformers.masking_utils import (
 from actors.teacher.scorer import TeacherScorer
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.slot_cache import SlotCache
+from actors.teacher.slot_check import refused_by_name
 from actors.teacher.slot_masks import ATTENTION, SlotMask, Span
 from actors.teacher.transformers_backend import TransformersTeacher
 from kat_ray.errors import UserError
@@ -200,3 +201,10 @@ def test_without_a_larger_student_an_id_beyond_the_teachers_is_refused(padded):
     root, student, _ = padded
     with pytest.raises(UserError, match="has a vocabulary of 100 ids"):
         TeacherScorer("scorer:0", settings_of(str(root / "narrow"))).score(chunk_of(student, ROLLOUT, top_k=16))
+
+
+def test_a_fault_of_the_device_is_not_said_of_the_model():
+    with pytest.raises(torch.OutOfMemoryError), refused_by_name("teacher.path = 'x'", "Qwen3ForCausalLM"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="CUDA error"), refused_by_name("teacher.path = 'x'", "Qwen3ForCausalLM"):
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
