@@ -76,6 +76,7 @@ class _Attempt:
             probe=probe,
             would_cut=state.cut.at if probe and state.cut else None,
             weights=None if state.weights is None else np.asarray(state.weights, dtype=np.float32),
+            evidence=state.evidence,
         )
 
 

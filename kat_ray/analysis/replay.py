@@ -21,8 +21,9 @@ from kat_ray.data.prompts import is_probe
 from kat_ray.errors import UserError
 from kat_ray.records.traces import read_rows
 from kat_ray.termination import RULES, RunFacts, make_rule
-from kat_ray.termination.calibration import MinimaBuffer
+from kat_ray.termination.calibration import MinimaBuffer, calibration
 from kat_ray.termination.settings import KatParameters, RuleSettings
+from kat_ray.termination.staircase import staircase
 from kat_ray.types.records import FloatArray, IntArray
 
 Rule = TypeVar("Rule", bound=RuleSettings)
@@ -279,21 +280,27 @@ def calibrate(
 
     As online, all rollouts feed the buffer until the rule is active, and then those that `calibrate_on` admits:
     probes, with the minimum of their whole trace; those that are not cut; or all, one that is cut with its minimum
-    up to the decision.
+    up to the decision. With a budget: probes, with what every cut would remove.
     """
     blocks = blocks if blocks is not None else blocks_of(traces, rule.window)
     whole = apply_rule(traces, rule, np.full(len(traces.step), math.nan), blocks).minimum
     probe = _probes(traces, rule, seed)
-    buffer, thresholds = MinimaBuffer(rule.buffer), np.full(len(traces.step), math.nan)
+    buffer, thresholds = calibration(rule), np.full(len(traces.step), math.nan)
     for step in np.unique(traces.step):
         rows = np.flatnonzero(traces.step == step)
-        minima = whole[rows]
-        if step >= rule.min_steps and len(buffer) >= rule.min_samples:
-            thresholds[rows] = buffer.threshold(rule.eta)
-            minima = _admitted(minima, probe[rows], rule, _until_cut(rows, rule, thresholds, blocks))
-        for minimum in minima:
-            if not math.isnan(minimum):
-                buffer.push(float(minimum))
+        active = step >= rule.min_steps and len(buffer) >= rule.min_samples
+        threshold = buffer.threshold() if active else None
+        if threshold is not None:
+            thresholds[rows] = threshold
+        if isinstance(buffer, MinimaBuffer):
+            minima = whole[rows]
+            if threshold is not None:
+                minima = _admitted(minima, probe[rows], rule, _until_cut(rows, rule, thresholds, blocks))
+            for minimum in minima[~np.isnan(minima)].tolist():
+                buffer.add(minimum)
+        else:
+            for row in rows if threshold is None else rows[probe[rows]]:
+                buffer.add(staircase(traces.d[traces.offsets[row] : traces.offsets[row + 1]], rule))
     return thresholds, apply_rule(traces, rule, thresholds, blocks)
 
 

@@ -101,6 +101,7 @@ def finished(outcome: RolloutOutcome) -> Finished:
         probe=outcome.probe,
         length=outcome.scored,
         full=outcome.stop_reason is StopReason.MAX_TOKENS,
+        evidence=outcome.evidence,
     )
 
 

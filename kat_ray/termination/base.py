@@ -107,6 +107,7 @@ class Finished:
     probe: bool
     length: int = 0  # tokens scored
     full: bool = False  # it ran into its token limit
+    evidence: Any = None  # what its tracker left for the calibration; None of those that have none to leave
 
 
 class TerminationRule(Protocol):

@@ -9,8 +9,9 @@ With d[i] the reverse KL of generated token i in nats, window W, stride S, exemp
     cut    = e_first - W                  the first token of the first window of that streak
     m(y)   = min of z(e), checked or not  up to the confirmation; pushed to the FIFO buffer B
 
-The rule is inactive (s is None) until B holds `min_samples` minima and `min_steps` optimiser steps are
-done. Why B is fed by probes once the rule is active: docs/termination.md.
+With a `budget` s is instead the largest threshold whose cuts remove no larger share of the KL than that, by the
+rollouts in B (`calibration.ShareBuffer`). The rule is inactive (s is None) until B holds `min_samples` rollouts and
+`min_steps` optimiser steps are done. Why B is fed by probes once the rule is active: docs/termination.md.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from kat_ray.termination.base import Cut, Finished, NewTokens, RolloutStart, RolloutTracker, RunScale
-from kat_ray.termination.calibration import MinimaBuffer
+from kat_ray.termination.calibration import calibration
 from kat_ray.termination.settings import KatParameters
-from kat_ray.termination.state import CalibrationState, read_state
+from kat_ray.termination.staircase import Staircase, staircase
 from kat_ray.termination.window import WindowMean
 
 _LONG_LAG = 100  # steps; the embedded task's KL scale falls by half within 20
 # What a replay tries where the user names nothing: factors of the rule's own values, or values.
 _FACTORS = {"window": (0.5, 1, 2), "consecutive": (0.5, 1, 2), "exempt": (0, 1, 2), "stride": (1, 4)}
 _ETAS = (0.1, 0.2, 0.3, 0.5, 0.7)
+_BUDGETS = (0.01, 0.02, 0.03, 0.05, 0.1)
 
 
 class KatTracker:
@@ -37,7 +41,7 @@ class KatTracker:
     stays uncensored.
     """
 
-    __slots__ = ("_probe", "_settings", "_streak", "_window", "cut", "minimum", "recovered", "threshold")
+    __slots__ = ("_probe", "_seen", "_settings", "_streak", "_window", "cut", "minimum", "recovered", "threshold")
 
     weights: Sequence[float] | None = None
 
@@ -45,6 +49,7 @@ class KatTracker:
         self._settings = settings
         self._probe = probe
         self._window = WindowMean(settings.window)
+        self._seen: list[float] | None = [] if tells_all(settings, threshold, probe) else None
         self._streak = 0
         self.threshold = threshold
         self.cut: Cut | None = None
@@ -57,9 +62,17 @@ class KatTracker:
         """Number of d's observed: up to the decision, or all of a probe's."""
         return self._window.count
 
+    @property
+    def evidence(self) -> Staircase | None:
+        """What a budget's calibration asks of a rollout that is followed to its end."""
+        return None if self._seen is None else staircase(np.array(self._seen), self._settings)
+
     def observe(self, tokens: NewTokens) -> Cut | None:
         """Take the next d's in order; unless the rollout is a probe, values after a decision are ignored."""
-        for value in tokens.d.tolist():
+        values = tokens.d.tolist()
+        if self._seen is not None:
+            self._seen += values
+        for value in values:
             if self.cut is not None and not self._probe:
                 break
             z = self._window.push(value)
@@ -93,43 +106,41 @@ class KatRule:
 
     def __init__(self, settings: KatParameters) -> None:
         self._settings = settings
-        self._buffer = MinimaBuffer(settings.buffer)
+        self._buffer = calibration(settings)
         self.threshold: float | None = None
 
     @property
     def samples(self) -> int:
-        """Minima in the buffer."""
+        """Rollouts in the buffer."""
         return len(self._buffer)
 
     def start_step(self, step: int) -> None:
         """Fix the threshold for the rollouts of optimiser step `step` (0-based)."""
         rule = self._settings
         active = step >= rule.min_steps and len(self._buffer) >= rule.min_samples
-        self.threshold = self._buffer.threshold(rule.eta) if active else None
+        self.threshold = self._buffer.threshold() if active else None
 
     def begin(self, start: RolloutStart) -> RolloutTracker:
         """Start a rollout under the present threshold."""
         return KatTracker(self._settings, self.threshold, start.probe)
 
     def end_step(self, finished: Sequence[Finished]) -> None:
-        """Feed the buffer with the minima that `calibrate_on` admits."""
+        """Feed the buffer with the rollouts that `calibrate_on` admits."""
         for rollout in finished:
-            if rollout.minimum is not None and self._admits(rollout):
-                self._buffer.push(rollout.minimum)
+            if self._admits(rollout):
+                self._buffer.push(rollout)
 
     def state(self) -> dict[str, Any]:
         """The buffer in order, and the threshold."""
-        return CalibrationState(buffer=self._buffer.values(), threshold=self.threshold).model_dump()
+        return self._buffer.state(self.threshold)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from it; a smaller buffer than the one saved keeps the newest minima."""
-        saved = read_state(CalibrationState, state)
-        self._buffer.replace(saved.buffer)
-        self.threshold = saved.threshold
+        """Go on from it; a smaller buffer than the one saved keeps the newest rollouts."""
+        self.threshold = self._buffer.load(state)
 
     def _admits(self, rollout: Finished) -> bool:
         if self.threshold is None:
-            return True  # nothing was cut: every minimum is uncensored
+            return True  # nothing was cut: every rollout is uncensored
         match self._settings.calibrate_on:
             case "probes":
                 return rollout.probe
@@ -139,12 +150,19 @@ class KatRule:
                 return True
 
 
+def tells_all(rule: KatParameters, threshold: float | None, probe: bool) -> bool:
+    """Whether a rollout is kept whole for the calibration: with a budget, of those that are followed to their end."""
+    return rule.budget is not None and (probe or threshold is None)
+
+
 def values_to_try(rule: KatParameters, max_tokens: int) -> dict[str, list[Any]]:
     """Values around the rule's own for a replay to try."""
     grid: dict[str, list[Any]] = {}
     for name, factors in _FACTORS.items():
         own = getattr(rule, name)
         grid[name] = sorted({max(0 if name == "exempt" else 1, round(own * f)) for f in factors})
+    if rule.budget is not None:
+        return grid | {"budget": sorted({*_BUDGETS, rule.budget})}
     return grid | {"eta": sorted({*_ETAS, rule.eta})}
 
 

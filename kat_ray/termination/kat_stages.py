@@ -23,6 +23,7 @@ from pydantic import Field
 from kat_ray.termination.base import Cut, Effect, NewTokens, RolloutStart, RuleType, RunFacts
 from kat_ray.termination.kat import KatRule, KatTracker, settings_in_vain, values_to_try
 from kat_ray.termination.settings import KatParameters
+from kat_ray.termination.staircase import Staircase
 
 
 class KatStagesSettings(KatParameters):
@@ -60,6 +61,10 @@ class StagesTracker:
     @property
     def seen(self) -> int:
         return self._kat.seen
+
+    @property
+    def evidence(self) -> Staircase | None:
+        return self._kat.evidence if self._probe or self.threshold is None else None
 
     @property
     def weights(self) -> Sequence[float] | None:

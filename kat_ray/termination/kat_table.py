@@ -12,10 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from kat_ray.termination.base import Cut, NewTokens, RolloutStart, RuleType, RunFacts
-from kat_ray.termination.kat import KatRule, settings_in_vain, values_to_try
+from kat_ray.termination.kat import KatRule, settings_in_vain, tells_all, values_to_try
 from kat_ray.termination.settings import KatParameters, KatSettings
+from kat_ray.termination.staircase import staircase
 from kat_ray.termination.table import TrackerState, padded
 from kat_ray.types.records import FloatArray, IntArray
+
+_NONE = np.zeros(0)
 
 
 class KatTable:
@@ -26,6 +29,9 @@ class KatTable:
         self._settings = settings
         self._threshold = threshold
         self._probe = np.asarray(probes, dtype=bool)
+        # All values of the rollouts that the calibration asks for, in pieces.
+        whole = [row for row, probe in enumerate(probes) if tells_all(settings, threshold, probe)]
+        self._whole: dict[int, list[FloatArray]] = {row: [] for row in whole}
         # prefix[:, c]: sum before value `seen - W + c`; the last column is the sum of all.
         self._prefix = np.zeros((rollouts, settings.window + 1))
         self._seen = np.zeros(rollouts, dtype=np.int64)
@@ -43,17 +49,22 @@ class KatTable:
         """Take the next d's of `rows`; values after a decision are ignored unless the rollout is a probe."""
         decided = (self._cut[rows] >= 0) & ~self._probe[rows]
         n = np.where(decided, 0, count)
+        if self._whole:
+            for row, start, more in zip(rows.tolist(), first.tolist(), n.tolist(), strict=True):
+                if row in self._whole:
+                    self._whole[row].append(np.array(tokens.d[start : start + more]))
         if n.any():
             self._take(rows, n, padded(tokens.d, first, n))
         return self._cut[rows], self._confirmed[rows]
 
     def tracker_state(self, row: int) -> TrackerState:
         """What is known of a row now."""
-        cut, minimum = int(self._cut[row]), float(self._minimum[row])
+        cut, minimum, whole = int(self._cut[row]), float(self._minimum[row]), self._whole.get(row)
         return TrackerState(
             threshold=self._threshold,
             cut=Cut(cut, int(self._confirmed[row])) if cut >= 0 else None,
             minimum=None if np.isnan(minimum) else minimum,
+            evidence=staircase(np.concatenate([_NONE, *whole]), self._settings) if whole is not None else None,
         )
 
     def _take(self, rows: IntArray, n: IntArray, values_RN: FloatArray) -> None:

@@ -23,6 +23,20 @@ class CalibrationState(RuleState):
     threshold: float | None  # of the step that was last started, nats
 
 
+class StairsState(RuleState):
+    """Of one rollout; see staircase.py."""
+
+    value: list[float]  # nats, falling
+    share: list[float]  # of its KL that the cut would remove, falling
+
+
+class BudgetCalibrationState(RuleState):
+    """Of rules whose threshold follows from what cuts would remove."""
+
+    stairs: list[StairsState]  # oldest first
+    threshold: float | None  # of the step that was last started, nats
+
+
 class BudgetState(RuleState):
     """Of rules that bound the length of rollouts by how many were full."""
 

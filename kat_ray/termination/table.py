@@ -24,6 +24,7 @@ class TrackerState:
     cut: Cut | None
     minimum: float | None
     weights: Sequence[float] | None = None
+    evidence: Any = None  # for the rule's calibration, where it asks for more than the minimum
 
 
 class RolloutTable(Protocol):
@@ -69,7 +70,8 @@ class TrackerTable:
     def tracker_state(self, row: int) -> TrackerState:
         """What the row's tracker says."""
         tracker = self._trackers[row]
-        return TrackerState(tracker.threshold, tracker.cut, tracker.minimum, tracker.weights)
+        evidence = getattr(tracker, "evidence", None)  # an addition: trackers of other packages may lack it
+        return TrackerState(tracker.threshold, tracker.cut, tracker.minimum, tracker.weights, evidence)
 
 
 def make_table(rule: TerminationRule, starts: Sequence[RolloutStart]) -> RolloutTable:

@@ -199,7 +199,8 @@ class RolloutOutcome:
 
     `cut` is None if nothing is cut. `would_cut` is where the rule would have cut a probe. `scored` counts the d's
     that reached the monitor before the rollout ended. `minimum` is m(y) in nats, None if no window was full.
-    `weights` [tokens that the rule saw] are the tokens' weights in the loss, None if all are 1.
+    `weights` [tokens that the rule saw] are the tokens' weights in the loss, None if all are 1. `evidence` is what
+    the rule's calibration asks of the rollout beyond that, its own affair.
     """
 
     rollout_id: int
@@ -212,6 +213,7 @@ class RolloutOutcome:
     probe: bool
     would_cut: int | None
     weights: FloatArray | None = None
+    evidence: Any = None
 
 
 @dataclass(frozen=True)

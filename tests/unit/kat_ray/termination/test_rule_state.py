@@ -27,6 +27,9 @@ from tests.support.rules import recorded_run, settings_from
 FIELDS = {
     "none": {},
     "kat": {"window": 4, "exempt": 2, "consecutive": 2, "buffer": 20, "min_samples": 8, "min_steps": 1},
+    "kat with a budget": {
+        "window": 4, "exempt": 2, "consecutive": 2, "buffer": 20, "min_samples": 8, "min_steps": 1, "budget": 0.5,
+    },
     "kat_stages": {"window": 4, "exempt": 2, "consecutive": 2, "buffer": 20, "min_samples": 8, "min_steps": 1},
     "fixed_prefix": {"n": 9},
     "random": {"longest": 12},
@@ -34,7 +37,7 @@ FIELDS = {
     "repetition": {"max_period": 3, "repeats": 3},
     "prune_opd": {"decay": 0.1, "start": 15, "growth": 3, "patience": 2, "shortest": 5},
     "progressive": {"start": 4, "steps": 5},
-}
+}  # fmt: skip
 MAX_TOKENS = 24
 
 
@@ -45,8 +48,9 @@ def record(tmp_path_factory):
 
 
 def make(name, record, **changes):
+    rule = name.partition(" ")[0]
     fields = FIELDS[name] | ({"run": record} if name == "length_matched" else {}) | changes
-    return make_rule(settings_from(rule=name, **fields), RunFacts(5, MAX_TOKENS))
+    return make_rule(settings_from(rule=rule, **fields), RunFacts(5, MAX_TOKENS))
 
 
 def play(rule, steps):
@@ -67,7 +71,8 @@ def play(rule, steps):
             one = np.array([row])
             table.observe(one, tokens, np.zeros(1, np.int64), np.array([n]))
             end = table.tracker_state(row)
-            finished.append(Finished(end.minimum, end.cut is not None, start.probe, n, full=n == rule.budget))
+            is_cut, full = end.cut is not None, n == rule.budget
+            finished.append(Finished(end.minimum, is_cut, start.probe, n, full, end.evidence))
             seen.append((end.threshold, end.cut, end.minimum, end.weights and list(end.weights)))
         rule.end_step(finished)
         seen.append((rule.threshold, rule.budget, rule.samples))
@@ -75,7 +80,7 @@ def play(rule, steps):
 
 
 def test_every_rule_is_played():
-    assert set(RULES) == set(FIELDS)
+    assert set(RULES) == {name.partition(" ")[0] for name in FIELDS}
 
 
 @pytest.mark.parametrize("name", sorted(FIELDS))
@@ -90,7 +95,7 @@ def test_a_rule_that_is_given_its_state_goes_on_as_if_nothing_had_been(name, rec
         assert play(again, range(stop, 12)) == play(rule, range(stop, 12))
 
 
-@pytest.mark.parametrize("name", ["kat", "kat_stages", "prune_opd"])
+@pytest.mark.parametrize("name", ["kat", "kat with a budget", "kat_stages", "prune_opd"])
 def test_rules_that_learn_would_go_on_otherwise_without_it(name, record):
     rule = make(name, record)
     play(rule, range(6))

@@ -116,10 +116,10 @@ def test_quantile_refuses_no_values():
 
 
 def test_buffer_forgets_the_oldest():
-    buffer = MinimaBuffer(2)
+    buffer = MinimaBuffer(2, eta=0.5)
     for value in (9.0, 1.0, 3.0):
-        buffer.push(value)
-    assert len(buffer) == 2 and buffer.threshold(0.5) == 2.0
+        buffer.add(value)
+    assert len(buffer) == 2 and buffer.threshold() == 2.0
 
 
 def test_rule_waits_for_samples_and_steps():
