@@ -59,7 +59,7 @@ def checkpoints_of(records: RunRecords, given: Sequence[Path]) -> tuple[Path, Pa
 
 
 def gradient_evidence(records: RunRecords, phases: Phases, first: Path, last: Path, rollouts: int) -> Evidence:
-    """Measure the shares on the first `rollouts` trapped rollouts that were seen to their end.
+    """Measure the shares on the first `rollouts` rollouts with a trap that were seen to their end.
 
     The first ones, because they were sampled nearest to the first checkpoint.
     """
