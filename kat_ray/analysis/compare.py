@@ -40,7 +40,7 @@ def parse_arm(text: str) -> Arm:
     """`rule` or `rule:field=value,field=value`; `length_matched:of=LABEL` copies another arm of the comparison."""
     name, _, rest = text.partition(":")
     if name not in RULES:
-        raise UserError(f"--rules {text!r}: {name!r} is no rule; there are {', '.join(RULES)}")
+        raise UserError(f"--rules {text!r}: {name!r} is not a rule; the rules are {', '.join(RULES)}")
     known = [f for f in RULES[name].settings.model_fields if f != "rule"]
     if RULES[name].copies:
         known.append("of")
@@ -79,7 +79,7 @@ def _with_copied(arm: Arm, arms: Sequence[Arm]) -> Arm:
                 f"--rules {arm.rule}: add kat, whose lengths it copies, or name a run: {arm.rule}:{kind.copies}=DIR"
             )
         if len(kats) > 1:
-            raise UserError(f"--rules {arm.rule}: of which? Write {arm.rule}:of={' or :of='.join(kats)}")
+            raise UserError(f"--rules {arm.rule}: which one? Write {arm.rule}:of={' or :of='.join(kats)}")
         return dataclasses.replace(arm, of=kats[0])
     if arm.of not in by_label:
         raise UserError(f"--rules {arm.label}: no rule has the label {arm.of!r}; there are {', '.join(by_label)}")
@@ -158,7 +158,7 @@ def _check_rule(config: Config, arm: Arm) -> None:
 def run_all(planned: Sequence[Planned], train: Callable[[Config], Any], say: Callable[[str], None]) -> None:
     """Run what has no summary yet; `train` runs one configuration."""
     for number, run in enumerate(planned, 1):
-        say(f"[{number}/{len(planned)}] {run.title}{': done before' if run.done else ''}")
+        say(f"[{number}/{len(planned)}] {run.title}{': already done' if run.done else ''}")
         if not run.done:
             train(run.config)
 
@@ -178,7 +178,7 @@ def check_same(config: Config, folder: Path) -> None:
     then = then.model_copy(update={"run": then.run.model_copy(update={"dir": config.run.dir})})
     if differing := differences(config, then):
         raise UserError(
-            f"{folder} was run with other settings ({'; '.join(differing)}): remove it, or choose another --out"
+            f"{folder} was run with different settings ({'; '.join(differing)}): remove it, or choose another --out"
         )
 
 

@@ -38,7 +38,7 @@ _BOOKS = (
 )  # fmt: skip
 
 MEANING = (
-    "Tokens are sums over a run; kept tokens / rollout is over all rollouts, the probes among them, which are "
+    "Tokens are sums over a run; kept tokens / rollout is over all rollouts, including probes, which are "
     "never cut. TFLOP: 2 per parameter and token forward, 6 with the backward pass. Student sampling: prompts and "
     "generated tokens; teacher scoring: prompts and scored tokens; learning: prompts and kept tokens. Attention "
     "over the past, padding and evaluation are left out. Training seconds are the sum of the steps' durations, "
@@ -164,7 +164,7 @@ def read_finished(folder: Path) -> FinishedRun:
         raise UserError(f"{folder}: no summary.json in it: not a run directory, or its run has not ended")
     summary = read_json(file, SUMMARY)
     if missing := [name for name in _BOOKS if name not in summary]:
-        raise UserError(f"{file}: {', '.join(missing)} are not in it: it is of another version of kat-ray")
+        raise UserError(f"{file}: {', '.join(missing)} are missing: it was written by another version of kat-ray")
     config = load_config(folder / "config.yaml")
     if summary["eval_after"] is None or config.evaluation.data is None:
         raise UserError(f"{folder}: it was not evaluated; a comparison needs held-out problems")
@@ -193,8 +193,8 @@ def tflop_parts(summary: Mapping[str, Any], file: Path) -> dict[str, float]:
     student, teacher = (summary["parameters"].get(name) for name in ("student", "teacher"))
     if student is None or teacher is None:
         raise UserError(
-            f"{file}: parameters of student and teacher are {student} and {teacher}: the size of a model whose "
-            "weights are no safetensors is not known, and a comparison counts arithmetic by it; write it in there"
+            f"{file}: parameters of student and teacher are {student} and {teacher}: the size of a model is "
+            "known only if its weights are safetensors, and a comparison counts arithmetic by it: fill them in"
         )
     prompts = summary["prompt_tokens"]
     return {
@@ -220,7 +220,7 @@ def _right(folder: Path, summary: Mapping[str, Any]) -> FloatArray:
         raise UserError(damage[0] if damage else f"{file}: is missing or empty: no verdicts to compare")
     right = np.array(lines[-1].get("right", ()), dtype=float) / lines[-1]["k"]
     if not len(right) or not math.isclose(right.mean(), summary["eval_after"]["avg_at_k"], abs_tol=1e-9):
-        raise UserError(f"{file}: its last line is not the evaluation after training (summary.json): it is cut off")
+        raise UserError(f"{file}: cut off: its last line is not the evaluation after training (summary.json)")
     return right
 
 
@@ -254,12 +254,12 @@ def _different_starts(results: Sequence[Result]) -> Iterator[str]:
             if differing and run.problems == first[1].problems:
                 figures = "; ".join(f"{n} {a.get(n)} and {b.get(n)}" for n in differing)
                 yield (
-                    f"seed {seed}: {first[0]} and {label} do not start alike (before training: {figures}): another "
-                    "student, or engines that do not repeat their own answers"
+                    f"seed {seed}: {first[0]} and {label} do not start alike (before training: {figures}): "
+                    "different students, or engines that do not repeat their own answers"
                 )
 
 
 def _different_seeds(results: Sequence[Result]) -> Iterator[str]:
     if len({result.seeds for result in results}) > 1:
         seeds = "; ".join(f"{r.label} {', '.join(map(str, r.seeds))}" for r in results)
-        yield f"not all rules have the same seeds ({seeds}): differences are taken on the seeds that both have"
+        yield f"not all rules have the same seeds ({seeds}): differences are taken over the seeds that both have"

@@ -21,10 +21,10 @@ _SHARES = ("avg_at_k", "pass_at_k")
 _RELATIVE = ("mean_length", "generated_tokens", "tflop")
 
 INTERVALS = (
-    "Differences are rule - against, on the seeds that both have. avg@k and pass@k: paired by seed and held-out "
-    "problem, in points, with a 95 % bootstrap interval that resamples seeds and problems (with one seed, problems "
-    "only). An interval that holds 0 does not tell the two apart. Tokens and TFLOP: relative to the other run of "
-    "the same seed, mean over seeds [smallest, largest]; no interval, seeds are too few for one."
+    "Differences are rule minus against, over the seeds that both have. avg@k and pass@k: paired by seed and "
+    "held-out problem, in points, with a 95 % bootstrap interval that resamples seeds and problems (with one seed, "
+    "problems only). An interval that contains 0 does not tell the two apart. Tokens and TFLOP: relative to the "
+    "other run of the same seed, mean over seeds [smallest, largest]; no interval: there are too few seeds for one."
 )
 
 

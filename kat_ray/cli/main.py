@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return _complain(
-            f"the disk is full ({error.filename or 'see run.dir'}): free some, or choose another run.dir"
+            f"the disk is full ({error.filename or 'see run.dir'}): free some space, or choose another run.dir"
         )
 
 
@@ -117,7 +117,7 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
     train = add("train", _train, "distil the teacher into the student")
     train.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     train.add_argument(
-        "--resume", metavar="RUN", type=_path, help="go on with this run from its newest good checkpoint"
+        "--resume", metavar="RUN", type=_path, help="resume this run from its newest good checkpoint"
     )
     train.add_argument(
         "--profile",
@@ -136,7 +136,7 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
         help="ask a cluster, not this machine, where each role would go (--address)",
     )
     doctor.add_argument(
-        "--autoscaled", action="store_true", help="with --cluster: an autoscaler brings the nodes that are lacking"
+        "--autoscaled", action="store_true", help="with --cluster: an autoscaler adds the nodes that are missing"
     )
     doctor.add_argument(
         "--agreement",
@@ -165,7 +165,7 @@ def _add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.A
     replay = add("replay", _replay, "apply other settings of the rule to a run's recorded rollouts", OVER_A_RUN)
     replay.add_argument("run", metavar="RUN", type=_path, help="run directory, such as runs/latest")
     replay.add_argument(
-        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a field of the rule; a list sweeps it"
+        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a setting of the rule; a list sweeps it"
     )
     replay.add_argument(
         "--rule", metavar="RULE", help="the rule to apply (default: the run's own if it is a KAT rule, else kat)"
@@ -180,15 +180,15 @@ def _add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.A
     report = add("report", _report, "write a run's report: one page with pictures and its rollouts", ABOUT_REPORT)
     report.add_argument("run", metavar="RUN", type=_path, help="run directory, such as runs/latest")
     report.add_argument(
-        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a field of the rule that divides rollouts"
+        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a setting of the rule that divides rollouts"
     )
     report.add_argument(
         "--rollouts", metavar="N", type=_count, default=300, help="rollouts to show in the page (default 300)"
     )
     report.add_argument(
         "--gradients", metavar="CHECKPOINT", type=_path, nargs="*",
-        help="also compare the stages' gradients with the update from the student as it was to the newest "
-        "checkpoint, or between the two named",
+        help="also compare the stages' gradients with the update from the student before training to the "
+        "newest checkpoint, or between the two checkpoints named",
     )  # fmt: skip
     report.add_argument("--out", metavar="DIR", type=_path, help="where report.html goes (default RUN/report)")
     bench = add("bench", _bench, "measure the pipeline against its peer and the machine", ABOUT_BENCH)
@@ -223,14 +223,14 @@ def _train(args: argparse.Namespace) -> int:
     overrides = [*args.overrides, *(["run.profile=true"] if args.profile else [])]
     if args.resume is None:
         if args.config is None:
-            raise UserError("name a configuration file, or `demo`; or a run to go on with: --resume RUN")
+            raise UserError("name a configuration file, or `demo`; or a run to resume: --resume RUN")
         config = load_config(args.config, overrides)
     else:
         if args.config is not None and "=" not in args.config:
             raise UserError(f"{args.config}: --resume takes the run's own configuration; leave this one out")
         config = resumed_config(args.resume, [*([args.config] if args.config else []), *overrides])
         if is_finished(args.resume, config.run.steps):
-            print(f"{args.resume}: all {config.run.steps} steps are done; run.steps=N takes it further")
+            print(f"{args.resume}: all {config.run.steps} steps are done; a larger run.steps=N adds more")
             return 0
     from kat_ray.cluster.versions import skew
 
@@ -316,13 +316,13 @@ def _doctor(args: argparse.Namespace) -> int:
     cluster = None
     if args.cluster:
         if config is None:
-            raise UserError("--cluster: name a configuration file, or `demo`: its roles are what is placed")
+            raise UserError("--cluster: name a configuration file, or `demo`, whose roles are to be placed")
         cluster = cli_jobs.cluster_seen(args.address, args.autoscaled)
     elif args.autoscaled:
-        raise UserError("--autoscaled: says something about a cluster; give --cluster as well")
+        raise UserError("--autoscaled: describes a cluster; give --cluster as well")
     if args.agreement:
         if config is None or args.cluster:
-            raise UserError("--agreement: name a configuration file, or `demo`; its engines are started from here")
+            raise UserError("--agreement: name a configuration file, or `demo`, without --cluster")
         _reach(config)
         return doctor.report(doctor.agreement(config), _say)
     return doctor.run(config, _say, cluster)

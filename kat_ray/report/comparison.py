@@ -15,7 +15,7 @@ from kat_ray.report.page import Section, png_of, render, write_page
 from kat_ray.report.style import figure, percent, smooth
 
 _ALIKE = "Each rule from the same start, on the same prompts, for the same number of optimiser steps."
-_NOT_ALIKE = "Not only the rules differ, or not all is known: see the notes."
+_NOT_ALIKE = "The runs differ in more than their rules, or not everything is known: see the notes."
 
 
 def write_comparison(results: Sequence[Result], notes: Sequence[str], out: Path) -> list[Path]:
@@ -105,7 +105,7 @@ def _curves(results: Sequence[Result]) -> tuple[Any, list[str]]:
                     label=result.label,
                 )
     kl.set(title="Reverse KL of the trained tokens", xlabel="step", ylabel="nats", yscale="log")
-    kept.set(title="Tokens kept in a step", xlabel="step")
+    kept.set(title="Tokens kept per step", xlabel="step")
     kept.set_ylim(bottom=0)
     if kept.lines:
         kept.legend()

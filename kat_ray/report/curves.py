@@ -46,7 +46,7 @@ def learning(records: RunRecords) -> Any:
     _legend(accuracy)
     _line(tokens, records, "rollout/generated_tokens", "generated", GREY)
     _line(tokens, records, "rollout/kept_tokens", "kept", KEPT)
-    tokens.set(title="Tokens of a step", xlabel="step")
+    tokens.set(title="Tokens per step", xlabel="step")
     tokens.set_ylim(bottom=0)
     _legend(tokens)
     _line(gradient, records, "learner/grad_norm", "gradient norm", KEPT)
@@ -127,7 +127,7 @@ def probes(records: RunRecords) -> Any:
     percent(shares.yaxis)
     _legend(shares, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)  # not over the lines
     _line(tokens, records, "probe/tokens_after_cut", "tokens", KEPT, parts=10)
-    tokens.set(title="Tokens that a cut would have saved, mean", xlabel="step")
+    tokens.set(title="Mean tokens that a cut would have saved", xlabel="step")
     tokens.set_ylim(bottom=0)
     return fig
 

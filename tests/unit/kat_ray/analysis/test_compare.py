@@ -22,7 +22,7 @@ def test_arms_are_rules_with_fields():
     arm = parse_arm("kat:eta=0.5,window=32")
     assert (arm.label, arm.rule, arm.fields) == ("kat-eta=0.5-window=32", "kat", {"eta": 0.5, "window": 32})
     for text, message in (
-        ("kta", "is no rule"),
+        ("kta", "is not a rule"),
         ("kat:et=1", "must be FIELD=VALUE"),
         ("kat:eta", "must be FIELD=VALUE"),
     ):
@@ -56,7 +56,7 @@ def test_length_matched_comes_after_the_run_it_copies(tmp_path):
 
 def test_length_matched_copies_the_arm_that_is_named(tmp_path):
     kats = [parse_arm("kat"), parse_arm("kat:eta=0.5")]
-    with pytest.raises(UserError, match="of which"):
+    with pytest.raises(UserError, match="which one"):
         order_of([*kats, parse_arm("length_matched")])
     copy = parse_arm("length_matched:of=kat-eta=0.5,probe_share=0.2")
     assert (copy.label, copy.of) == ("length_matched-probe_share=0.2-of=kat-eta=0.5", "kat-eta=0.5")
@@ -85,8 +85,8 @@ def test_a_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
         run_all(plan_runs(BASE, arms, [0, 1], tmp_path), train, said.append)
     run_all(plan_runs(BASE, arms, [0, 1], tmp_path), train, said.append)
     assert done == [("none", 0), ("kat", 0), ("none", 1), ("none", 1), ("kat", 1)]
-    assert said[-4].endswith("none, seed 0: done before")
-    with pytest.raises(UserError, match=r"other settings \(learner.lr: 0.0009, was 0.001\)"):
+    assert said[-4].endswith("none, seed 0: already done")
+    with pytest.raises(UserError, match=r"different settings \(learner.lr: 0.0009, was 0.001\)"):
         plan_runs(changed(BASE, "learner", lr=9e-4), arms, [0, 1], tmp_path)
     monkeypatch.chdir(tmp_path.parent)
     again = plan_runs(BASE, arms, [0, 1], Path(tmp_path.name))
@@ -196,7 +196,7 @@ def test_the_table_is_saved_in_three_forms(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rules", "none", "kta"], "is no rule"),
+        (["--rules", "none", "kta"], "is not a rule"),
         (["--rules", "none", "--seeds", "1", "1"], "same seed"),
         (["--rules", "none", "evaluation.data=null"], "evaluation.data = null"),
         (["--rules", "length_matched"], "add kat"),

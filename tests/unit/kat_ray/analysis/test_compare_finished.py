@@ -34,7 +34,7 @@ def test_finished_runs_are_compared_and_their_other_differences_named(tmp_path, 
     assert "note: " in (out := capsys.readouterr().out) and "compare.html" in out
     html = (tmp_path / "page" / "compare.html").read_text()
     assert "more than the rule: learner.lr" in html and 'id="differences"' in html
-    assert "from the same start" not in html and "Not only the rules differ" in html
+    assert "from the same start" not in html and "The runs differ in more than their rules" in html
     assert (tmp_path / "page" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     document = json.loads((tmp_path / "page" / "compare.json").read_text())
     by_rule = {d["rule"]: d for d in document["differences"]}
@@ -103,10 +103,10 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path, capsys):
     ("name", "content", "message"),
     [
         ("summary.json", '{"steps": 3, "kept', "is damaged"),
-        ("summary.json", "{}", "rollouts_started, .* are not in it"),
+        ("summary.json", "{}", "rollouts_started, .* are missing"),
         ("evaluations.jsonl", None, "is missing or empty"),
         ("evaluations.jsonl", '{"k": 3, "right": [0, 0]}\n{"k": 3, "ri', "jsonl:2 is damaged"),
-        ("evaluations.jsonl", '{"k": 3, "right": [0, 0]}\n', "it is cut off"),
+        ("evaluations.jsonl", '{"k": 3, "right": [0, 0]}\n', "cut off: its last line"),
     ],
 )
 def test_damaged_records_are_one_message(tmp_path, name, content, message):

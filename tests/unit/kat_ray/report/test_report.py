@@ -301,9 +301,9 @@ def test_every_rule_has_a_page(tmp_path, rule):
     [
         (["window=0"], "window"),
         (["windw=4"], "must be FIELD=VALUE"),
-        (["window=[4,8]"], "one value"),
+        (["window=[4,8]"], "single value"),
         (["--gradients"], "holds no checkpoint"),
-        (["--gradients", "a"], "no directory, or two"),
+        (["--gradients", "a"], "no directory or two"),
     ],
 )
 def test_mistakes_are_one_message(tmp_path, capsys, arguments, message):
