@@ -222,6 +222,18 @@ def test_ticks_say_what_they_are():
     assert [nats(v, 0) for v in (0.02, 0.03, 0.5, 4)] == ["0.02", "", "0.5", ""]
 
 
+def test_pass_at_k_of_fewer_answers_is_not_drawn_with_that_of_more(tmp_path):
+    run = small_run(tmp_path)
+    ks = {0: 3, 5: 1, 10: 3}
+    steps = [{"step": step, "eval/avg_at_k": 0.5, "eval/pass_at_k": 0.3 * k} for step, k in ks.items()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    evaluations = [{"step": step, "k": k} for step, k in ks.items()]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
+    accuracy = curves.learning(read_run(run)).axes[1]
+    drawn = {line.get_label(): line.get_xdata().tolist() for line in accuracy.lines}
+    assert drawn == {"pass@k": [0, 10], "avg@k": [0, 5, 10]}
+
+
 def test_failed_rollouts_and_the_entropy_gap_are_drawn(tmp_path):
     run = small_run(tmp_path)
     line = {"rollout/eos_share": 0.5, "rollout/max_tokens_share": 0.25, "rollout/trapped_share": 0.0}
