@@ -70,7 +70,10 @@ examples:
 
 Each rule runs from the same start on the same prompts, once for each seed, in DIR/RULE/seed-N. A run that is
 finished is not run again: called again, a comparison goes on where it was. length_matched cuts at the lengths of
-kat's run of the same seed, regardless of KL; of several, length_matched:of=kat-eta=0.5 names one by its folder.""",
+kat's run of the same seed, regardless of KL; of several, length_matched:of=kat-eta=0.5 names one by its folder.
+
+Rules are compared after equal steps, and at equal generated tokens and TFLOP by evaluations along the runs:
+--evaluate-every, which a finished run without any cannot have added.""",
     "replay": """\
 examples:
   kat-ray replay runs/latest                                  a sweep around the run's own settings

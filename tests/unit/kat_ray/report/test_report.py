@@ -18,7 +18,7 @@ from kat_ray.report.browser import choose
 from kat_ray.report.page import embedded_json
 from kat_ray.report.phases import lens_of, phase_means, phase_table, phases_of, teacher_tokens
 from kat_ray.report.run_records import read_run
-from kat_ray.report.style import figure, percent, plain
+from kat_ray.report.style import figure, percent, plain, thousands
 from kat_ray.rewards import math_grader
 from kat_ray.termination.settings import KatSettings
 from kat_ray.types.records import StopReason
@@ -220,6 +220,10 @@ def test_ticks_say_what_they_are():
     share, nats = axes.yaxis.get_major_formatter(), axes.xaxis.get_minor_formatter()
     assert [share(v, 0) for v in (0, 0.025, 0.07, 0.075, 1)] == ["0%", "2.5%", "7%", "7.5%", "100%"]
     assert [nats(v, 0) for v in (0.02, 0.03, 0.5, 4)] == ["0.02", "", "0.5", ""]
+    thousands(axes.xaxis)
+    tokens = axes.xaxis.get_major_formatter()
+    figures = [tokens(v, 0) for v in (0, 0.5, 100, 2500, 3e5, 2e6, 1.5e9)]
+    assert figures == ["0", "0.5", "100", "2.5k", "300k", "2M", "1.5B"]
 
 
 def test_pass_at_k_of_fewer_answers_is_not_drawn_with_that_of_more(tmp_path):
