@@ -22,6 +22,9 @@ from kat_ray.errors import UserError
 from kat_ray.termination import RULES, Effect, RunFacts, TerminationConfig, make_rule
 from kat_ray.termination.settings import KatParameters
 
+# Fields of the evaluation that say how often a run is looked at, and not what it computes.
+ALONG_THE_WAY = ("every", "every_k")
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -132,6 +135,20 @@ class Planned:
         return f"{self.arm.label}, seed {self.config.run.seed}"
 
 
+def evaluated_along_the_way(base: Config, every: int | None) -> Config:
+    """`base` with an evaluation every so many steps; None: its own, or about ten in a run where it has none.
+
+    Where `base` has none these have one answer to each problem, unless it says how many.
+    """
+    own = base.evaluation
+    if every is None:
+        every = own.every or max(1, round(base.run.steps / 10))
+    if every == own.every:
+        return base
+    every_k = own.every_k if own.every or own.every_k else 1
+    return base.model_copy(update={"evaluation": own.model_copy(update={"every": every, "every_k": every_k})})
+
+
 def plan_runs(base: Config, arms: Sequence[Arm], seeds: Sequence[int], out: Path) -> list[Planned]:
     """Every run in its order; whatever can be wrong with one is said now, not after hours of the others."""
     planned = []
@@ -166,8 +183,8 @@ def run_all(planned: Sequence[Planned], train: Callable[[Config], Any], say: Cal
 def check_same(config: Config, folder: Path) -> None:
     """Refuse a finished run that differs from what would be run now; names the fields.
 
-    `run.dir` does not count: it is where the run was found, however it was written then. A run that copied another
-    one is the same wherever both were moved together.
+    `run.dir` does not count: it is where the run was found, however it was written then; nor do evaluations along
+    the way. A run that copied another one is the same wherever both were moved together.
     """
     then = load_config(folder / "config.yaml")
     now_copies, then_copied = (getattr(c.termination, "run", None) for c in (config, then))
@@ -175,7 +192,13 @@ def check_same(config: Config, folder: Path) -> None:
         is_same = Path(now_copies).resolve() == Path(then_copied).resolve()
         if is_same or relpath(now_copies, config.run.dir) == relpath(then_copied, then.run.dir):
             then = then.model_copy(update={"termination": then.termination.model_copy(update={"run": now_copies})})
-    then = then.model_copy(update={"run": then.run.model_copy(update={"dir": config.run.dir})})
+    looked_at = {name: getattr(config.evaluation, name) for name in ALONG_THE_WAY}
+    then = then.model_copy(
+        update={
+            "run": then.run.model_copy(update={"dir": config.run.dir}),
+            "evaluation": then.evaluation.model_copy(update=looked_at),
+        }
+    )
     if differing := differences(config, then):
         raise UserError(
             f"{folder} was run with different settings ({'; '.join(differing)}): remove it, or choose another --out"

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kat_ray.analysis.compare import Arm, differences
+from kat_ray.analysis.compare import ALONG_THE_WAY, Arm, differences
+from kat_ray.analysis.compare_curves import Curve, curve_of
 from kat_ray.config import Config
 from kat_ray.config.load import load_config, resolve_path
 from kat_ray.errors import UserError
@@ -48,7 +49,10 @@ MEANING = (
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
-    """One run: configuration, summary, measures by name, and right answers [problems] as shares of k."""
+    """One run: configuration, summary, measures by name, and right answers [problems] as shares of k.
+
+    `curve` is None where the run was not evaluated along the way, or its records do not say how.
+    """
 
     path: Path
     config: Config
@@ -56,6 +60,7 @@ class FinishedRun:
     measures: Mapping[str, float]
     right: FloatArray
     notes: tuple[str, ...] = ()
+    curve: Curve | None = None
 
     @property
     def seed(self) -> int:
@@ -64,7 +69,7 @@ class FinishedRun:
     @cached_property
     def problems(self) -> Mapping[str, Any]:
         """What decides which problems were asked, and how they were answered and graded."""
-        evaluation = self.config.evaluation.model_dump(exclude={"every", "teacher"})
+        evaluation = self.config.evaluation.model_dump(exclude={*ALONG_THE_WAY, "teacher"})
         data = evaluation.pop("data") or {}
         data.pop("shuffle", None)  # of training data only
         if (path := resolve_path(data["path"])).exists():
@@ -139,8 +144,8 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
 
 
 def _differs(one: Config, other: Config) -> list[str]:
-    """What differs beside rule, seed and where the records go."""
-    aside = ("termination.", "run.")
+    """What differs beside rule, seed, where the records go, and how often a run is looked at."""
+    aside = ("termination.", "run.", *(f"evaluation.{name}:" for name in ALONG_THE_WAY))
     return [d for d in differences(one, other) if not d.startswith(aside) or d.startswith("run.steps:")]
 
 
@@ -170,7 +175,16 @@ def read_finished(folder: Path) -> FinishedRun:
         raise UserError(f"{folder}: it was not evaluated; a comparison needs held-out problems")
     seconds, notes = _training_seconds(folder, config.run.steps)
     measures = _measures(summary, file) | {"training_seconds": seconds}
-    return FinishedRun(folder, config, summary, measures, _right(folder, summary), notes)
+    evaluations = folder / "evaluations.jsonl"
+    lines, damage = read_json_lines(evaluations, EVALUATION)
+    if damage:
+        raise UserError(damage[0])
+    right = _right(evaluations, lines, summary)
+    parameters = {"parameters": summary["parameters"]}
+    curve, trouble = curve_of(lines, lambda line: sum(tflop_parts({**line, **parameters}, file).values()))
+    if trouble is not None:
+        notes = (*notes, f"{evaluations}: {trouble}; the run is left out at equal cost")
+    return FinishedRun(folder, config, summary, measures, right, notes, curve)
 
 
 def _measures(summary: Mapping[str, Any], file: Path) -> dict[str, float]:
@@ -213,11 +227,10 @@ def _training_seconds(folder: Path, steps: int) -> tuple[float, tuple[str, ...]]
     return math.nan, (*notes, unknown)
 
 
-def _right(folder: Path, summary: Mapping[str, Any]) -> FloatArray:
-    file = folder / "evaluations.jsonl"
-    lines, damage = read_json_lines(file, EVALUATION)
-    if damage or not lines:
-        raise UserError(damage[0] if damage else f"{file}: is missing or empty: no verdicts to compare")
+def _right(file: Path, lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> FloatArray:
+    """Of the evaluation after training."""
+    if not lines:
+        raise UserError(f"{file}: is missing or empty: no verdicts to compare")
     right = np.array(lines[-1].get("right", ()), dtype=float) / lines[-1]["k"]
     if not len(right) or not math.isclose(right.mean(), summary["eval_after"]["avg_at_k"], abs_tol=1e-9):
         raise UserError(f"{file}: cut off: its last line is not the evaluation after training (summary.json)")

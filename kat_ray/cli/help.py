@@ -71,7 +71,10 @@ examples:
 Each rule runs from the same start on the same prompts, once for each seed, in DIR/RULE/seed-N. Finished
 runs are not repeated: the same command goes on with a comparison that was interrupted. length_matched cuts at the
 lengths of kat's run of the same seed, regardless of KL; if there are several such rules,
-length_matched:of=kat-eta=0.5 names one by its folder.""",
+length_matched:of=kat-eta=0.5 names one by its folder.
+
+Rules are compared after equal steps, and at equal generated tokens and TFLOP by evaluations along the runs
+(--evaluate-every). These cannot be added to a run that has ended without them.""",
     "replay": """\
 examples:
   kat-ray replay runs/latest                                  a sweep around the run's own settings

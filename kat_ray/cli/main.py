@@ -155,6 +155,11 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
     )  # fmt: skip
     compare.add_argument("--seeds", metavar="N", nargs="+", help="default: 0 1 2")
     compare.add_argument(
+        "--evaluate-every", metavar="N",
+        help="steps between evaluations along each run, which accuracy at equal tokens and TFLOP is taken from; 0: "
+        "none (default: evaluation.every, or a tenth of the run with one answer to each problem where that is 0)",
+    )  # fmt: skip
+    compare.add_argument(
         "--out", metavar="DIR", type=_path, help="folder of the comparison (default <run.dir>/compare-<run.name>)"
     )
     return [train, evaluate, doctor, compare]
@@ -336,11 +341,12 @@ def _compare(args: argparse.Namespace) -> int:
     from kat_ray.cli.compare import plan, run, show_finished
 
     if args.runs:
-        given = {"--rules": args.rules, "--seeds": args.seeds, **dict.fromkeys(args.overrides, True)}
-        others = [*filter(None, [args.config]), *(name for name, value in given.items() if value)]
+        given = {"--rules": args.rules, "--seeds": args.seeds, "--evaluate-every": args.evaluate_every}
+        others = [*filter(None, [args.config]), *(name for name, value in given.items() if value is not None)]
+        others += args.overrides
         show_finished(args.runs, others, args.out, _say)
         return 0
-    comparison = plan(args.config, args.overrides, args.rules, args.seeds, args.out)
+    comparison = plan(args.config, args.overrides, args.rules, args.seeds, args.out, args.evaluate_every)
     _reach(comparison.config)
     from actors.driver.train import train
 

@@ -38,9 +38,8 @@ def learning(records: RunRecords) -> Any:
     _line(kl, records, "learner/loss", "trained tokens", KEPT)
     kl.set(title="Reverse KL", ylabel="nats")
     _legend(kl)
-    for metric, label, colour in (("eval/pass_at_k", "pass@k", SCALE), ("eval/avg_at_k", "avg@k", KEPT)):
-        steps, values = records.series(metric)
-        accuracy.plot(steps, values, "o-", color=colour, label=label)
+    accuracy.plot(*_pass_at_k(records), "o-", color=SCALE, label="pass@k")
+    accuracy.plot(*records.series("eval/avg_at_k"), "o-", color=KEPT, label="avg@k")
     accuracy.set(title="Held-out accuracy", ylim=(0, 1))
     percent(accuracy.yaxis)
     _legend(accuracy)
@@ -53,6 +52,15 @@ def learning(records: RunRecords) -> Any:
     gradient.set(title="Gradient norm before clipping", xlabel="step")
     gradient.set_ylim(bottom=0)
     return fig
+
+
+def _pass_at_k(records: RunRecords) -> tuple[list[int], list[float]]:
+    """Steps and pass@k; those with fewer answers (`evaluation.every_k`) are lower for that alone, and left out."""
+    k = max((line["k"] for line in records.evaluations), default=0)
+    fewer = {line.get("step") for line in records.evaluations if line["k"] < k}
+    steps, values = records.series("eval/pass_at_k")
+    kept = [i for i, step in enumerate(steps) if step not in fewer]
+    return [steps[i] for i in kept], [values[i] for i in kept]
 
 
 def stops(records: RunRecords) -> Any:

@@ -175,6 +175,7 @@ class MemoryRun:
     def __init__(self) -> None:
         self.path = Path("/nowhere/run")
         self.metrics: list[tuple[int, dict[str, float]]] = []
+        self.evaluations: list[tuple[int, dict[str, Any]]] = []
         self.traces: dict[int, list[Any]] = {}
         self.summary: dict[str, Any] | None = None
         self.has_begun = False
@@ -189,10 +190,11 @@ class MemoryRun:
         self.summary = dict(summary)
 
     def positions(self) -> dict[str, int]:
-        return {"metrics.jsonl": len(self.metrics)}
+        return {"metrics.jsonl": len(self.metrics), "evaluations.jsonl": len(self.evaluations)}
 
     def rewind(self, step: int, positions: Mapping[str, int]) -> None:
         del self.metrics[positions.get("metrics.jsonl", 0) :]
+        del self.evaluations[positions.get("evaluations.jsonl", 0) :]
         self.traces = {s: rows for s, rows in self.traces.items() if s < step}
         self.summary = None
 
@@ -218,13 +220,16 @@ class PromptDrainWatch(DrainWatch):
 
 
 class MemoryTracker(Tracker):
-    """Keeps the metrics of a run's steps."""
+    """Keeps the metrics of a run's steps, and its evaluations."""
 
     def __init__(self, run: MemoryRun) -> None:
         self._run = run
 
     def step(self, done: int, metrics: Mapping[str, float]) -> None:
         self._run.metrics.append((done, dict(metrics)))
+
+    def evaluation(self, done: int, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        self._run.evaluations.append((done, dict(record)))
 
 
 class MemoryCheckpoints:
@@ -353,7 +358,8 @@ class Run:
             "learner": config.learner.world_size,
         }  # fmt: skip
         model = SimpleNamespace(parameters=1)
-        facts = SimpleNamespace(tokenizer=None, student=model, teacher=model)
+        tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids[-1] % 2))
+        facts = SimpleNamespace(tokenizer=tokenizer, student=model, teacher=model)
         progress = SimpleNamespace(
             phase=lambda _: None, training=lambda: None, note=self.notes.append, step=lambda _: None,
             finish=lambda *_: None,
@@ -362,7 +368,8 @@ class Run:
         learner = type("StubLearner", (StubLearner,), {"world": self.world})
         engine = functools.partial(make_engine, bool(config.rollout.staleness))
         engines = Engines(engine, QuickTeacher, learner)
-        prepared: Any = Prepared(facts, PROMPTS, TrainingGolds({}, None), None, paths)
+        heldout = HELDOUT if config.evaluation.data is not None else None
+        prepared: Any = Prepared(facts, PROMPTS, TrainingGolds({}, None), heldout, paths)
         self.placement: Any = FakePlacement(self.cluster, numbers)
         return TrainingRun(config, prepared, self.placement, self.records, progress, self.stop, engines)
 
@@ -396,6 +403,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 SMALL = {"prompts_per_step": 3, "max_tokens": 12}  # where thousands are run
 PROMPT_LENGTH = 3
+HELDOUT = PromptSet(tuple(Prompt(f"h{i}", (50 + i, 40), "1") for i in range(6)), 0, "unused.jsonl")
 PROMPTS = PromptSet(tuple(Prompt(f"p{i}", (20 + i, 30 + i, 40)) for i in range(5)), 0, "unused.jsonl")
 
 

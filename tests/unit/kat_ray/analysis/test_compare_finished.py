@@ -62,7 +62,7 @@ def test_other_problems_are_not_paired(tmp_path):
         run = finish_rule(tmp_path / str(number), "kat", 0, [1, 1], evaluation)
         results, notes = read_runs([base, run])
         assert not paired(results) and "more than the rule" in notes[0]
-    same = other(every=1, teacher=False, data=BASE.evaluation.data.model_copy(update={"shuffle": False}))
+    same = other(every=1, every_k=1, teacher=False, data=BASE.evaluation.data.model_copy(update={"shuffle": False}))
     assert paired(read_runs([base, finish_rule(tmp_path / "same", "kat", 0, [1, 1], same)])[0])
 
 
@@ -93,6 +93,7 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path, capsys):
         (["demo", "--runs", done], "leave demo out"),
         (["--runs", done, "--seeds", "0"], "leave --seeds out"),
         (["--runs", done, "--rules", "kat"], "leave --rules out"),
+        (["--runs", done, "--evaluate-every", "0"], "leave --evaluate-every out"),
         ([], "name a configuration file"),
     ):
         assert cli.main(["compare", *arguments]) == 2
