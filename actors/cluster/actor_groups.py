@@ -72,6 +72,21 @@ class ActorGroup:
 
         Where one was lost it is replaced, or done by another where it is dropped; then `prepare(i)`, and again.
         """
+        return [result for _, result in self._call(request, what, interruptible, prepare)]
+
+    def by_replica(self, request: Callable[[Any], Any], what: str) -> dict[Replica, Any]:
+        """`request(handle)` on every replica at once; results of those that the group still has at the end."""
+        answers = self._call(lambda _, handle: request(handle), what, False, lambda _: None)
+        return {replica: result for replica, result in answers if replica in self.replicas}
+
+    def _call(
+        self,
+        request: Callable[[int, Any], Any],
+        what: str,
+        interruptible: bool,
+        prepare: Callable[[int], None],
+    ) -> list[tuple[Replica, Any]]:
+        """As `call`, and who answered in the end."""
         results: dict[int, Any] = {}
         holders = list(self.replicas)  # of the parts
         refs = {i: request(i, replica.handle) for i, replica in enumerate(holders)}
@@ -88,7 +103,7 @@ class ActorGroup:
                 holders[i] = substitutes[holders[i]]
                 holders[i] = self._prepared(i, holders[i], prepare, interruptible)
             refs = {i: request(i, holders[i].handle) for i in errors}
-        return [results[i] for i in range(len(holders))]
+        return [(holder, results[i]) for i, holder in enumerate(holders)]
 
     def _replace(self, replica: Replica, error: BaseException, interruptible: bool) -> Replica:
         """The replica, once it is back; another one where it was dropped."""

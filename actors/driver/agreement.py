@@ -110,8 +110,7 @@ class AgreementCheck:
             prompts = [list(probe.prompt_ids) for probe in group]
             request = partial(_answer, prompts, self._answer_tokens, self.config.run.seed)
             kinds = [probe.kind + beside for probe in group]
-            of_all = self.actors.samplers.call(request, _WHAT)
-            for replica, checked in zip(self.actors.samplers.replicas, of_all, strict=True):
+            for replica, checked in self.actors.samplers.by_replica(request, _WHAT).items():
                 answers = [c.token_ids.tolist() for c in checked]
                 plain = self._plain(list(zip(prompts, answers, strict=True)))
                 own, ours = [c.logprobs for c in checked], f"{replica.name} {when}"
@@ -164,11 +163,11 @@ class AgreementCheck:
         pairs = [(list(p.prompt_ids), list(a)) for p, a in zip(asked, answers, strict=True)]
         dtype = self.config.teacher.dtype
         for group in self.actors.teachers.values():
-            own, plain = (group.call(partial(_score, pairs, plain), _WHAT) for plain in (False, True))
-            for replica, ours, theirs in zip(group.replicas, own, plain, strict=True):
+            own, plain = (group.by_replica(partial(_score, pairs, plain), _WHAT) for plain in (False, True))
+            for replica, theirs in plain.items():  # one that was dropped before is not among them
                 self._compare(
-                    f"{replica.name} in pieces", "its plain forward pass", [p.kind for p in asked], ours, theirs,
-                    _SCORER, logprob_tolerance(dtype, dtype),
+                    f"{replica.name} in pieces", "its plain forward pass", [p.kind for p in asked], own[replica],
+                    theirs, _SCORER, logprob_tolerance(dtype, dtype),
                 )  # fmt: skip
 
     # --- both -------------------------------------------------------------------------------------------------
@@ -202,9 +201,9 @@ class AgreementCheck:
         return self.actors.learners.on_all(request, _WHAT)[0]
 
 
-def _answer(prompts: Sequence[Sequence[int]], tokens: int, seed: int, _: int, sampler: Any) -> Any:
+def _answer(prompts: Sequence[Sequence[int]], tokens: int, seed: int, sampler: Any) -> Any:
     return sampler.check.remote(prompts, tokens, seed)
 
 
-def _score(pairs: Pairs, plain: bool, _: int, scorer: Any) -> Any:
+def _score(pairs: Pairs, plain: bool, scorer: Any) -> Any:
     return scorer.logprobs.remote(pairs, plain)
