@@ -72,6 +72,11 @@ class Opened(Learner):
     def release(self):
         self.released.set()
 
+    def copies(self):
+        """How often this rank's host holds the weights as they were before `change_weights`."""
+        whole = sum(getattr(p, "ds_numel", p.numel()) for _, p in self._loaded.student.trained_parameters())
+        return sum(tensor.numel() for tensor in self._saved) / whole
+
     def random(self):
         return torch.rand(3).tolist()
 
