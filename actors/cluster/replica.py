@@ -68,7 +68,7 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
             time.sleep(_LAST_WORDS)
         try:
             return method(self, *args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # of any type: the reason may be its cause's
             reason = fatal_reason(error)
             if reason is None:
                 raise

@@ -94,7 +94,7 @@ def _serve(pipe, args):
         method, given = pipe.recv()
         try:
             answer = getattr(learner, method)(*given), None
-        except Exception as error:
+        except Exception as error:  # whatever it is, the test that called raises it (`Rank.answer`)
             answer = None, error
         pipe.send(answer)
 
