@@ -8,13 +8,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, Generic
 
 import ray
 
+from actors.cluster.handles import A, Handle, P
 from actors.cluster.placement import Place
 from kat_ray.cluster.fatal_errors import fatal_reason
 from kat_ray.errors import StateLost
@@ -26,12 +27,12 @@ _LAST_WORDS = 1.0  # seconds in which the error reaches who called, before the p
 
 
 @dataclass(frozen=True, eq=False)
-class Replica:
+class Replica(Generic[A]):
     """One actor of a role. Its number is its own for as long as the run lasts, whoever leaves before it."""
 
     role: str
     number: int
-    handle: Any  # of the Ray actor
+    handle: Handle[A]
     place: Place
 
     @property
@@ -43,6 +44,13 @@ class Replica:
 def remote_class(cls: type) -> Any:
     """A plain class as an actor class that answers `health` while it works, and dies of what is fatal."""
     return ray.remote(concurrency_groups={"health": 1})(dies_of_fatal_errors(cls))
+
+
+def start(cls: Callable[P, A], options: Mapping[str, Any], /, *args: P.args, **kwargs: P.kwargs) -> Handle[A]:
+    """An actor of a class, with Ray's options, that is constructed with these arguments."""
+    assert isinstance(cls, type)
+    handle: Handle[A] = remote_class(cls).options(**options).remote(*args, **kwargs)
+    return handle
 
 
 def dies_of_fatal_errors(cls: type) -> type:
