@@ -53,6 +53,7 @@ def start(cls: Callable[P, A], options: Mapping[str, Any], /, *args: P.args, **k
     return handle
 
 
+@functools.lru_cache(maxsize=8)  # the fake cluster's runs make thousands of actors of the same classes
 def dies_of_fatal_errors(cls: type) -> type:
     """A class whose process ends where a method raises what `kat_ray.cluster.fatal_errors` calls fatal.
 
