@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from actors.cluster.handles import Handle, Ref, remote
 from actors.cluster.samplers import SamplerGroup
+from actors.sampler.student_sampler import StudentSampler
 from kat_ray.config import Config
 from kat_ray.rewards.verifiers import EvalResult, evaluate_answers
 from kat_ray.types.records import Prompt, SamplingSettings
@@ -53,8 +55,8 @@ class Evaluator:
         prompts = [p.token_ids for p in self._problems for _ in range(k)]
         n = len(samplers.replicas)
 
-        def complete(i: int, sampler: Any) -> Any:
-            return sampler.complete.remote(prompts[i::n], seeds[i::n], settings, samplers.version)
+        def complete(i: int, sampler: Handle[StudentSampler]) -> Ref[list[list[int]]]:
+            return remote(sampler, StudentSampler.complete)(prompts[i::n], seeds[i::n], settings, samplers.version)
 
         answers: list[list[int]] = [[] for _ in prompts]
         for i, part in enumerate(samplers.call(complete, "evaluation", interruptible=True)):
