@@ -7,7 +7,7 @@ WORKERS ?= 2
 LANES ?= 2
 SBOM := $(BIN)/cyclonedx-py requirements --output-reproducible --output-format JSON
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench gpu-check test test-integration test-nightly audit lint format format-check types check sbom clean
+.PHONY: help setup train bench gpu-check test test-integration test-nightly docs audit lint format format-check types check sbom clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,6 +32,11 @@ test-integration: setup ## run those on a real Ray and with real engines (20 min
 
 test-nightly: setup ## run the long ones: many kills, two thousand steps, matrices, Redis (an hour)
 	@$(BIN)/python -m pytest -n $(LANES) --dist loadgroup -m nightly $(ARGS)
+
+docs: setup ## write anew what is generated: configuration.md, the table of models.md, the dashboard
+	@$(BIN)/kat-ray config --docs >docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md
+	@$(BIN)/python -m tests.support.verdicts
+	@$(BIN)/python deploy/monitoring/make_dashboard.py
 
 audit: ## known holes in the locked packages; says so where no advisory service answers
 	@python3 .ci/audit.py

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
-from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError
 
+from actors.cluster.handles import Actor, Handle, Ref, remote
 from actors.cluster.replica import Replica
 from actors.cluster.waiting import death_message, ready
 from kat_ray.cluster.hang_policy import HangPolicy
@@ -20,12 +20,12 @@ from kat_ray.config.cluster import ClusterConfig
 log = logging.getLogger("kat_ray.health")
 
 
-def ping(handle: Any) -> Any:
+def ping(handle: Handle[Actor]) -> Ref[HeartbeatReport]:
     """Ask an actor how it is, beside whatever it works at; returns the reference of its answer."""
-    return handle.health.options(concurrency_group="health").remote()
+    return remote(handle, Actor.health, concurrency_group="health")()
 
 
-def answer_of(reference: Any, name: str) -> HeartbeatReport | Unavailable:
+def answer_of(reference: Ref[HeartbeatReport], name: str) -> HeartbeatReport | Unavailable:
     """The answer to a ping that is there."""
     try:
         report: HeartbeatReport = ray.get(reference)
@@ -41,7 +41,7 @@ class HealthMonitor:
 
     def __init__(self, limits: ClusterConfig) -> None:
         self._policy = HangPolicy(hang_timeout=limits.hang_timeout, start_timeout=limits.start_timeout)
-        self._pings: dict[str, Any] = {}
+        self._pings: dict[str, Ref[HeartbeatReport]] = {}
 
     def check(self, replicas: Iterable[Replica]) -> None:
         """Look at every actor, at most every few seconds. Does not wait."""

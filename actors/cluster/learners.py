@@ -9,7 +9,9 @@ from typing import Any
 from ray.exceptions import ObjectLostError
 
 from actors.cluster.actor_groups import ActorGroup
+from actors.cluster.handles import Handle, R, Ref, remote, remote_pair
 from actors.cluster.waiting import ACTOR_LOST, LearnersLost, last_line
+from actors.learner.learner import Learner
 from actors.learner.optimizer_state import file_name
 from kat_ray.run.checkpoint import FileDigest
 
@@ -26,18 +28,18 @@ def deal(files: Mapping[str, FileDigest], ranks: int) -> list[dict[str, FileDige
     return shares
 
 
-class LearnerGroup(ActorGroup):
+class LearnerGroup(ActorGroup[Learner]):
     """Ranks that meet at the first one's address. What one of them loses all of them have lost."""
 
-    def begin_start(self) -> list[Any]:
+    def begin_start(self) -> list[Ref[dict[str, Any]]]:
         """Have the ranks meet and load the student; pending answers."""
-        calls = [self.replicas[0].handle.address.remote]
+        calls = [remote(self.replicas[0].handle, Learner.address)]
         ((host, port),) = self.supervisor.wait_for_start(calls, "learner 0 to start")
-        return [rank.start.remote(host, port) for rank in self.handles]
+        return [remote(rank, Learner.start)(host, port) for rank in self.handles]
 
     def wait(
-        self, refs: Sequence[Any], what: str, interruptible: bool = False, limit: str = "step_timeout"
-    ) -> list[Any]:
+        self, refs: Sequence[Ref[R]], what: str, interruptible: bool = False, limit: str = "step_timeout"
+    ) -> list[R]:
         """Results of ranks, within `cluster.<limit>`; `LearnersLost` if one of them died.
 
         A lost record is no lost learner, and passes through.
@@ -49,7 +51,7 @@ class LearnerGroup(ActorGroup):
         except ACTOR_LOST as error:
             raise LearnersLost(last_line(error)) from error
 
-    def on_all(self, request: Callable[[Any], Any], what: str) -> list[Any]:
+    def on_all(self, request: Callable[[Handle[Learner]], Ref[R]], what: str) -> list[R]:
         """`request(rank)` on all ranks at once."""
         return self.wait([request(rank) for rank in self.handles], what)
 
@@ -57,7 +59,8 @@ class LearnerGroup(ActorGroup):
         """Have the ranks read a checkpoint's files, each about as many bytes: what is wrong with one, or None."""
         shares = deal(files, len(self.replicas))
         calls = [
-            rank.find_damage.remote(str(path), share) for rank, share in zip(self.handles, shares, strict=True)
+            remote(rank, Learner.find_damage)(str(path), share)
+            for rank, share in zip(self.handles, shares, strict=True)
         ]
         found = self.wait(calls, f"the checkpoint {path} to be verified")
         return next((damage for damage in found if damage), None)
@@ -77,6 +80,6 @@ class LearnerGroup(ActorGroup):
 
     def weights(self, version: int) -> Any:
         """Reference to the weights under this version, once the first rank has put them into the object store."""
-        pairs = [rank.weights.options(num_returns=2).remote(version) for rank in self.handles]
+        pairs = [remote_pair(rank, Learner.weights)(version) for rank in self.handles]
         self.wait([done for _, done in pairs], "the learner's weights")
         return pairs[0][0]

@@ -23,6 +23,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.cluster.handles import Ref
 from kat_ray.cluster.devices import environment_of
 from kat_ray.cluster.machine import own_cores
 from kat_ray.cluster.roles import Node, Role, place, roles_of
@@ -172,7 +173,7 @@ class Placement:
             "runtime_env": {"env_vars": self._env[role] | labels(self._run, f"{role}:{number}")},
         }
 
-    def request(self, role: str) -> tuple[Place, Any]:
+    def request(self, role: str) -> tuple[Place, Ref[Any]]:
         """Ask for one more replica's place; an autoscaler sees it. The reference is there once it is reserved."""
         asks = self._roles[role]
         group = _group([asks.bundle], asks.labels)

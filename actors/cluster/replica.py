@@ -8,13 +8,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, Generic
 
 import ray
 
+from actors.cluster.handles import A, Handle, P
 from actors.cluster.placement import Place
 from kat_ray.cluster.fatal_errors import fatal_reason
 from kat_ray.errors import StateLost
@@ -26,12 +27,12 @@ _LAST_WORDS = 1.0  # seconds in which the error reaches who called, before the p
 
 
 @dataclass(frozen=True, eq=False)
-class Replica:
+class Replica(Generic[A]):
     """One actor of a role. Its number is its own for as long as the run lasts, whoever leaves before it."""
 
     role: str
     number: int
-    handle: Any  # of the Ray actor
+    handle: Handle[A]
     place: Place
 
     @property
@@ -45,6 +46,14 @@ def remote_class(cls: type) -> Any:
     return ray.remote(concurrency_groups={"health": 1})(dies_of_fatal_errors(cls))
 
 
+def start(cls: Callable[P, A], options: Mapping[str, Any], /, *args: P.args, **kwargs: P.kwargs) -> Handle[A]:
+    """An actor of a class, with Ray's options, that is constructed with these arguments."""
+    assert isinstance(cls, type)
+    handle: Handle[A] = remote_class(cls).options(**options).remote(*args, **kwargs)
+    return handle
+
+
+@functools.lru_cache(maxsize=8)  # the fake cluster's runs make thousands of actors of the same classes
 def dies_of_fatal_errors(cls: type) -> type:
     """A class whose process ends where a method raises what `kat_ray.cluster.fatal_errors` calls fatal.
 
@@ -68,7 +77,7 @@ def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
             time.sleep(_LAST_WORDS)
         try:
             return method(self, *args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # of any type: the reason may be its cause's
             reason = fatal_reason(error)
             if reason is None:
                 raise

@@ -16,10 +16,12 @@ from typing import Any
 from ray.exceptions import RayError
 
 from actors.cluster.actor_groups import ActorGroup
+from actors.cluster.handles import Actor, Loading, Ref, remote
 from actors.cluster.placement import Place, Placement
 from actors.cluster.replica import Replica
 from actors.cluster.run_actors import RunActors
 from actors.cluster.waiting import get, last_line, ready
+from actors.sampler.student_sampler import StudentSampler
 from kat_ray.cluster.scaling_policy import Change, ScalingPolicy, StageTimes, scaling_metrics, size_metrics
 from kat_ray.config import Config
 from kat_ray.errors import UserError
@@ -33,7 +35,7 @@ class _Coming:
     """A replica that was asked for: first its place, then its actor."""
 
     place: Place
-    ready: Any
+    ready: Ref[Any]  # first that of the place
     since: float
     replica: Replica | None = None
 
@@ -45,7 +47,7 @@ class Resizing:
         self, config: Config, actors: RunActors, placement: Placement, note: Callable[[str], object]
     ) -> None:
         self._actors, self._placement, self._note = actors, placement, note
-        self._groups: dict[str, ActorGroup] = {
+        self._groups: dict[str, ActorGroup[Any]] = {
             "sampler": actors.samplers,
             "scorer": actors.teachers[DEFAULT_TEACHER],
         }
@@ -103,7 +105,7 @@ class Resizing:
             get([coming.ready], f"a new {role} to start")
             if coming.replica is None:
                 coming.replica = group.start_replica(coming.place)
-                coming.ready = coming.replica.handle.ready.remote()
+                coming.ready = remote(coming.replica.handle, Loading.ready)()
                 return
             pid = self._initialise(role, coming.replica)
         except (RayError, UserError) as error:  # of no use: the same evidence will ask for another
@@ -119,9 +121,10 @@ class Resizing:
 
     def _initialise(self, role: str, replica: Replica) -> int:
         """Give a replica that is ready the current weights; returns its process id."""
-        pending = [replica.handle.health.remote()]
+        pending: list[Ref[Any]] = [remote(replica.handle, Actor.health)()]
         if role == "sampler" and self._actors.samplers.weights is not None:
-            pending.append(replica.handle.load_weights.remote(self._actors.samplers.weights))
+            load = remote(replica.handle, StudentSampler.load_weights)
+            pending.append(load(self._actors.samplers.weights))
         what = f"a new {role} to take its weights"
         report, *_ = self._actors.supervisor.wait(pending, what, limit="hang_timeout")
         return int(report.pid)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import ObjectLostError
 
+from actors.cluster.handles import Ref
 from actors.cluster.health import answer_of, ping
 from actors.cluster.replica import Replica
 from actors.cluster.waiting import ACTOR_LOST, LearnersLost, Limit, get, ready
+from kat_ray.cluster.heartbeat import HeartbeatReport
 from kat_ray.cluster.revival import PAUSE, Revival, Step
 
 if TYPE_CHECKING:
@@ -22,19 +24,19 @@ class ReplicaRevival:
     """First another process has to answer, then it has to take what it must know: its `briefing`."""
 
     def __init__(
-        self, replica: Replica, supervisor: Supervisor, briefing: Callable[[Replica], Sequence[Any]]
+        self, replica: Replica, supervisor: Supervisor, briefing: Callable[[Replica], Sequence[Ref[Any]]]
     ) -> None:
         """`briefing` calls the new process and returns the references of its answers."""
         self.replica = replica
         self._supervisor, self._briefing = supervisor, briefing
         self._limit = Limit.of(supervisor.limits, "start_timeout")
-        self._told: list[Any] | None = None  # answers to the briefing
-        self._awaited: list[Any] = []  # those of them that are not there
+        self._told: list[Ref[Any]] | None = None  # answers to the briefing
+        self._awaited: list[Ref[Any]] = []  # those of them that are not there
         self._told_at = 0.0
         self._begin()
 
     @property
-    def pending(self) -> list[Any]:
+    def pending(self) -> list[Ref[Any]]:
         """References that this waits for now, none of which was there at the last poll; none while it pauses."""
         return [self._ping] if self._told is None and self._ping is not None else self._awaited
 
@@ -68,7 +70,8 @@ class ReplicaRevival:
         return True
 
     def _begin(self) -> None:
-        self._told, self._ping = None, None
+        self._told = None
+        self._ping: Ref[HeartbeatReport] | None = None
         self._awaited = []
         self._machine: Revival = self._supervisor.begin_revival(self.replica)
 

@@ -11,15 +11,18 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from actors.cluster.actor_groups import ActorGroup
+from actors.cluster.handles import Actor, Handle, Ref, remote
 from actors.cluster.learners import LearnerGroup
 from actors.cluster.placement import Placement
-from actors.cluster.replica import Replica, remote_class
+from actors.cluster.replica import Replica, start
 from actors.cluster.samplers import Engines, ModelPaths, SamplerGroup
 from actors.cluster.signals import StopRequest
 from actors.cluster.supervisor import Supervisor
 from actors.cluster.waiting import SLICE, LearnersLost
+from actors.learner.learner import Learner
 from actors.learner.settings import LearnerSettings
 from actors.monitor.trap_monitor import TrapMonitor
+from actors.sampler.student_sampler import StudentSampler
 from actors.teacher.scorer import TeacherScorer
 from actors.teacher.settings import ScorerSettings
 from kat_ray.config import Config
@@ -38,12 +41,12 @@ class RunActors:
 
     supervisor: Supervisor
     samplers: SamplerGroup
-    teachers: Mapping[str, ActorGroup]  # scorers, by the teacher's name
-    monitors: ActorGroup
+    teachers: Mapping[str, ActorGroup[TeacherScorer]]  # scorers, by the teacher's name
+    monitors: ActorGroup[TrapMonitor]
     learners: LearnerGroup
 
     def __post_init__(self) -> None:
-        self._loading: list[Any] = []  # learners that begin
+        self._loading: list[Ref[dict[str, Any]]] = []  # learners that begin
 
     @classmethod
     def make(
@@ -57,15 +60,14 @@ class RunActors:
         )
         ranks = LearnerSettings.from_config(config, paths.student_dir, paths.stop_ids, paths.max_model_len)
 
-        def scorer(name: str, options: dict[str, Any]) -> Any:
-            return remote_class(TeacherScorer).options(**options).remote(name, scorers, engines.scorer)
+        def scorer(name: str, options: dict[str, Any]) -> Handle[TeacherScorer]:
+            return start(TeacherScorer, options, name, scorers, engines.scorer)
 
-        def monitor(name: str, options: dict[str, Any]) -> Any:
-            return remote_class(TrapMonitor).options(**options).remote(config.termination, facts)
+        def monitor(name: str, options: dict[str, Any]) -> Handle[TrapMonitor]:
+            return start(TrapMonitor, options, config.termination, facts)
 
-        def learner(name: str, options: dict[str, Any]) -> Any:
-            rank = int(name.partition(":")[2])
-            return remote_class(engines.learner).options(**options).remote(rank, ranks)
+        def learner(name: str, options: dict[str, Any]) -> Handle[Learner]:
+            return start(engines.learner, options, int(name.partition(":")[2]), ranks)
 
         actors = cls(
             supervisor,
@@ -74,21 +76,22 @@ class RunActors:
             ActorGroup("monitor", supervisor, placement, monitor),
             LearnerGroup("learner", supervisor, placement, learner),
         )
-        for group in (actors.monitors, actors.learners, *actors.teachers.values()):
+        first: list[ActorGroup[Any]] = [actors.monitors, actors.learners, *actors.teachers.values()]
+        for group in first:
             group.start()
         return actors
 
     @property
-    def groups(self) -> tuple[ActorGroup, ...]:
+    def groups(self) -> tuple[ActorGroup[Any], ...]:
         """All of them."""
         return self.samplers, *self.teachers.values(), self.monitors, self.learners
 
     @property
-    def scorers(self) -> list[Any]:
+    def scorers(self) -> list[Handle[TeacherScorer]]:
         """The scorers of all teachers."""
         return [scorer for group in self.teachers.values() for scorer in group.handles]
 
-    def by_name(self) -> dict[str, Any]:
+    def by_name(self) -> dict[str, Handle[Actor]]:
         """All actors, as `sampler:0`."""
         return {replica.name: replica.handle for group in self.groups for replica in group.replicas}
 
@@ -99,11 +102,11 @@ class RunActors:
         self.supervisor.watch(self.learners.replicas)
         self._loading = self.learners.begin_start()
         for scorer in self.scorers:
-            scorer.ready.remote()
+            remote(scorer, TeacherScorer.ready)()
 
     def wait_until_ready(self) -> None:
         """Wait until every model is loaded, and wire samplers, scorers and monitors."""
-        ready = [scorer.ready.remote for scorer in self.scorers]
+        ready = [remote(scorer, TeacherScorer.ready) for scorer in self.scorers]
         self.supervisor.wait_for_start(ready, "scorers to load", interruptible=True)
         try:
             self.learners.wait(self._loading, "the learner to start", interruptible=True, limit="start_timeout")
@@ -115,18 +118,18 @@ class RunActors:
     def wire(self) -> None:
         """Tell every sampler of its scorers and its monitor."""
         self.samplers.wiring = self._wire_one
-        wired: tuple[Replica, ...] = ()
+        wired: tuple[Replica[StudentSampler], ...] = ()
         while wired != self.samplers.replicas:  # one that is lost meanwhile may be dropped: the others move up
             wired = self.samplers.replicas
             self.samplers.call(lambda _, sampler: self._wire(sampler), "samplers to be wired")
 
-    def _wire_one(self, replica: Replica) -> Any:
+    def _wire_one(self, replica: Replica[StudentSampler]) -> Ref[None]:
         return self._wire(replica.handle)
 
-    def _wire(self, sampler: Any) -> Any:
+    def _wire(self, sampler: Handle[StudentSampler]) -> Ref[None]:
         index, samplers = self.samplers.handles.index(sampler), len(self.samplers.replicas)
         monitors = self.monitors.handles
-        return sampler.connect.remote(
+        return remote(sampler, StudentSampler.connect)(
             {name: group.handles for name, group in self.teachers.items()},
             monitors[shard_of(index, len(monitors))],
             index,
@@ -148,7 +151,7 @@ class RunActors:
     def abandon(self, request: GenerateRequest) -> None:
         """Have the scorers forget a request whose sampler was lost, before its rollouts are given out again."""
         ids = [spec.rollout_id for spec in request.specs]
-        left = [scorer.abandon.remote(request.attempt, ids) for scorer in self.scorers]
+        left = [remote(scorer, TeacherScorer.abandon)(request.attempt, ids) for scorer in self.scorers]
         limit = self.supervisor.limits.hang_timeout  # a scorer that is lost has forgotten it too
         deadline = time.monotonic() + limit
         while left and time.monotonic() < deadline:

@@ -10,10 +10,12 @@ from typing import Any
 import ray
 
 from actors.cluster.actor_groups import ActorGroup
+from actors.cluster.handles import Handle, Ref, remote
 from actors.cluster.placement import Placement
-from actors.cluster.replica import Replica, remote_class
+from actors.cluster.replica import Replica, start
 from actors.cluster.supervisor import Supervisor
 from actors.learner.learner import Learner
+from actors.learner.settings import LearnerSettings
 from actors.sampler.settings import SamplerSettings
 from actors.sampler.student_sampler import EngineMaker, StudentSampler, vllm_engine
 from actors.teacher.scorer import TeacherMaker, make_teacher
@@ -42,7 +44,7 @@ class Engines:
 
     sampler: EngineMaker = vllm_engine
     scorer: TeacherMaker = make_teacher
-    learner: type = Learner
+    learner: Callable[[int, LearnerSettings], Learner] = Learner
 
     @property
     def are_real(self) -> bool:
@@ -50,7 +52,7 @@ class Engines:
         return self == Engines()
 
 
-class SamplerGroup(ActorGroup):
+class SamplerGroup(ActorGroup[StudentSampler]):
     """Samplers, and the weights that they hold. Evaluation needs no other actors."""
 
     def __init__(
@@ -67,7 +69,8 @@ class SamplerGroup(ActorGroup):
         self.stop_ids = paths.student_stop_ids  # those that end what the samplers generate
         self.version = 0
         self.weights: Any = None  # reference to those of this version; None: as the model was given
-        self.wiring: Callable[[Replica], Any] | None = None  # tells a sampler of its scorers and its monitor
+        # Tells a sampler of its scorers and its monitor.
+        self.wiring: Callable[[Replica[StudentSampler]], Ref[None]] | None = None
 
     def use_student(self) -> None:
         """Put engines of the student in the samplers' places; those that held them end."""
@@ -87,7 +90,7 @@ class SamplerGroup(ActorGroup):
         self.forget_weights()
         self._numbers = itertools.count()  # none of the old ones is left
         self.start()
-        ready = [handle.ready.remote for handle in self.handles]
+        ready = [remote(handle, StudentSampler.ready) for handle in self.handles]
         self.supervisor.wait_for_start(ready, "samplers to load", interruptible=True)
         self.supervisor.watch(self.replicas)
 
@@ -95,22 +98,24 @@ class SamplerGroup(ActorGroup):
         """Samplers that come back get none until the next are published."""
         self.version, self.weights = 0, None
 
-    def briefing(self, replica: Replica) -> list[Any]:
+    def briefing(self, replica: Replica[StudentSampler]) -> list[Ref[Any]]:
         """Tell a new process whom it works with, and hand it the current weights."""
-        told = [] if self.wiring is None else [self.wiring(replica)]
+        told: list[Ref[Any]] = [] if self.wiring is None else [self.wiring(replica)]
         if self.weights is not None:
-            told.append(replica.handle.load_weights.remote(self.weights))
+            told.append(remote(replica.handle, StudentSampler.load_weights)(self.weights))
         return told
 
     def load_weights(self, version: int, weights: Any) -> None:
         """Have every sampler hold these weights. No sampler may be at work."""
         self.version, self.weights = version, weights
-        loaded = self.call(lambda _, s: s.load_weights.remote(weights), "weights to be published")
+        loaded = self.call(
+            lambda _, sampler: remote(sampler, StudentSampler.load_weights)(weights), "weights to be published"
+        )
         assert all(v == version for v in loaded), f"samplers hold versions {loaded}, published was {version}"
 
-    def _make_sampler(self, name: str, options: Mapping[str, Any]) -> Any:
+    def _make_sampler(self, name: str, options: Mapping[str, Any]) -> Handle[StudentSampler]:
         settings = SamplerSettings.from_config(
             self._config, self._model, self._model_dir, stop_ids=self.stop_ids,
             vocabulary=self._paths.vocabulary, max_model_len=self._paths.max_model_len,
         )  # fmt: skip
-        return remote_class(StudentSampler).options(**options).remote(name, settings, self._make_engine)
+        return start(StudentSampler, options, name, settings, self._make_engine)

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
+from actors.cluster.handles import Actor, R, Ref, remote
 from actors.cluster.health import HealthMonitor
 from actors.cluster.replica import Replica
 from actors.cluster.signals import StopRequest
@@ -55,14 +55,14 @@ class Supervisor:
             self._meanwhile = outer
 
     def wait(
-        self, refs: Sequence[Any], what: str, limit: str = "step_timeout", interruptible: bool = False
-    ) -> list[Any]:
+        self, refs: Sequence[Ref[R]], what: str, limit: str = "step_timeout", interruptible: bool = False
+    ) -> list[R]:
         """Results of calls, within `cluster.<limit>`."""
         return wait(refs, what, Limit.of(self.limits, limit), partial(self.check, interruptible))
 
     def wait_for_start(
-        self, calls: Sequence[Callable[[], Any]], what: str, interruptible: bool = False
-    ) -> list[Any]:
+        self, calls: Sequence[Callable[[], Ref[R]]], what: str, interruptible: bool = False
+    ) -> list[R]:
         """Results of calls on actors that are being started, within `cluster.start_timeout`."""
         check = partial(self._stop.check, interruptible)
         return wait_for_start(calls, what, Limit.of(self.limits, "start_timeout"), check)
@@ -70,7 +70,8 @@ class Supervisor:
     def watch(self, replicas: Iterable[Replica]) -> None:
         """Remember the processes of actors: another one under the same name has to be told everything."""
         watched = list(replicas)
-        reports = self.wait_for_start([r.handle.health.remote for r in watched], "actors to answer", True)
+        calls = [remote(r.handle, Actor.health) for r in watched]
+        reports = self.wait_for_start(calls, "actors to answer", True)
         for replica, report in zip(watched, reports, strict=True):
             self.is_ready(replica, report.pid)
 

@@ -6,11 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError, RayTaskError
 
+from actors.cluster.handles import R, Ref
 from kat_ray.config.cluster import ClusterConfig
 from kat_ray.errors import StateLost, UserError
 
@@ -46,13 +46,13 @@ class Limit:
         return UserError(f"waited {self.seconds:g} s for {what} ({self.field})")
 
 
-def wait(refs: Sequence[Any], what: str, limit: Limit, check: Callable[[], object]) -> list[Any]:
+def wait(refs: Sequence[Ref[R]], what: str, limit: Limit, check: Callable[[], object]) -> list[R]:
     """The results of all references, in their order. The first that failed ends it at once.
 
     `check` is called every second, and may raise. What tells of lost actors and records passes through.
     """
     started = checked = time.monotonic()
-    results: dict[Any, Any] = {}
+    results: dict[Ref[R], R] = {}
     left = list(dict.fromkeys(refs))
     while left:
         number = 1 if len(left) <= _FEW else len(left)
@@ -67,18 +67,21 @@ def wait(refs: Sequence[Any], what: str, limit: Limit, check: Callable[[], objec
     return [results[ref] for ref in refs]
 
 
-def ready(refs: Sequence[Any]) -> list[Any]:
+def ready(refs: Sequence[Ref[R]]) -> list[Ref[R]]:
     """Those of the references whose results are there, without waiting; Ray's own call refuses none at all."""
-    return ray.wait(list(refs), num_returns=len(refs), timeout=0)[0] if refs else []
+    if not refs:
+        return []
+    there: list[Ref[R]] = ray.wait(list(refs), num_returns=len(refs), timeout=0)[0]
+    return there
 
 
-def get(refs: Sequence[Any], what: str) -> list[Any]:
+def get(refs: Sequence[Ref[R]], what: str) -> list[R]:
     """`ray.get` of results that are there, with errors that say what was waited for.
 
     What tells of lost actors and records passes through: it can be mended.
     """
     try:
-        results: list[Any] = ray.get(list(refs))
+        results: list[R] = ray.get(list(refs))
     except (*ACTOR_LOST, ObjectLostError):
         raise
     except RayTaskError as error:
@@ -95,12 +98,12 @@ def get(refs: Sequence[Any], what: str) -> list[Any]:
 
 
 def wait_for_start(
-    calls: Sequence[Callable[[], Any]], what: str, limit: Limit, check: Callable[[], object] = lambda: None
-) -> list[Any]:
+    calls: Sequence[Callable[[], Ref[R]]], what: str, limit: Limit, check: Callable[[], object] = lambda: None
+) -> list[R]:
     """Results of calls on actors that are being started; one that dies meanwhile is called again."""
     deadline = time.monotonic() + limit.seconds
     refs = [call() for call in calls]
-    results: list[Any] = []
+    results: list[R] = []
     for i, call in enumerate(calls):
         while True:
             if not ray.wait([refs[i]], timeout=max(0.0, min(SLICE, deadline - time.monotonic())))[0]:

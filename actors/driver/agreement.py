@@ -13,15 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
+from actors.cluster.handles import Handle, R, Ref, remote
 from actors.cluster.run_actors import RunActors
 from actors.driver.preparation import Prepared
+from actors.learner.learner import Learner
+from actors.sampler.student_sampler import StudentSampler
+from actors.teacher.scorer import TeacherScorer
 from kat_ray.agreement.compare import AgreementError, Difference, difference, require
 from kat_ray.agreement.probes import ANSWER_TOKENS, Probe, probes
 from kat_ray.config import Config
 from kat_ray.models.tolerance import LogprobDifference, logprob_tolerance
-from kat_ray.types.records import FloatArray
+from kat_ray.types.records import FloatArray, SampleCheck
 
 Pairs = Sequence[tuple[Sequence[int], Sequence[int]]]  # prompt and answer, token ids
 
@@ -110,8 +113,7 @@ class AgreementCheck:
             prompts = [list(probe.prompt_ids) for probe in group]
             request = partial(_answer, prompts, self._answer_tokens, self.config.run.seed)
             kinds = [probe.kind + beside for probe in group]
-            of_all = self.actors.samplers.call(request, _WHAT)
-            for replica, checked in zip(self.actors.samplers.replicas, of_all, strict=True):
+            for replica, checked in self.actors.samplers.by_replica(request, _WHAT).items():
                 answers = [c.token_ids.tolist() for c in checked]
                 plain = self._plain(list(zip(prompts, answers, strict=True)))
                 own, ours = [c.logprobs for c in checked], f"{replica.name} {when}"
@@ -149,7 +151,7 @@ class AgreementCheck:
 
     def _compare_learner(self, asked: Sequence[Probe], answers: Sequence[Sequence[int]]) -> None:
         pairs = [(list(p.prompt_ids), list(a)) for p, a in zip(asked, answers, strict=True)]
-        own = self._on_ranks(lambda rank: rank.logprobs.remote(pairs, False))
+        own = self._on_ranks(lambda rank: remote(rank, Learner.logprobs)(pairs, False))
         learner = self.config.learner.dtype
         self._compare(
             "the learner's training path", "its plain forward pass", [p.kind for p in asked], own,
@@ -164,11 +166,11 @@ class AgreementCheck:
         pairs = [(list(p.prompt_ids), list(a)) for p, a in zip(asked, answers, strict=True)]
         dtype = self.config.teacher.dtype
         for group in self.actors.teachers.values():
-            own, plain = (group.call(partial(_score, pairs, plain), _WHAT) for plain in (False, True))
-            for replica, ours, theirs in zip(group.replicas, own, plain, strict=True):
+            own, plain = (group.by_replica(partial(_score, pairs, plain), _WHAT) for plain in (False, True))
+            for replica, theirs in plain.items():  # one that was dropped before is not among them
                 self._compare(
-                    f"{replica.name} in pieces", "its plain forward pass", [p.kind for p in asked], ours, theirs,
-                    _SCORER, logprob_tolerance(dtype, dtype),
+                    f"{replica.name} in pieces", "its plain forward pass", [p.kind for p in asked], own[replica],
+                    theirs, _SCORER, logprob_tolerance(dtype, dtype),
                 )  # fmt: skip
 
     # --- both -------------------------------------------------------------------------------------------------
@@ -189,22 +191,24 @@ class AgreementCheck:
         """The learner's plain forward passes; each once for the weights it holds."""
         keys = [(tuple(prompt), tuple(answer)) for prompt, answer in pairs]
         if new := [key for key in dict.fromkeys(keys) if key not in self._known]:
-            found = self._on_ranks(lambda rank: rank.logprobs.remote(new, True))
+            found = self._on_ranks(lambda rank: remote(rank, Learner.logprobs)(new, True))
             self._known |= dict(zip(new, found, strict=True))
         return [self._known[key] for key in keys]
 
     def _change_weights(self, scale: float) -> None:
         self._known.clear()
-        self._on_ranks(lambda rank: rank.change_weights.remote(scale))
+        self._on_ranks(lambda rank: remote(rank, Learner.change_weights)(scale))
 
-    def _on_ranks(self, request: Callable[[Any], Any]) -> Any:
+    def _on_ranks(self, request: Callable[[Handle[Learner]], Ref[R]]) -> R:
         """The first rank's answer; all ranks are asked."""
         return self.actors.learners.on_all(request, _WHAT)[0]
 
 
-def _answer(prompts: Sequence[Sequence[int]], tokens: int, seed: int, _: int, sampler: Any) -> Any:
-    return sampler.check.remote(prompts, tokens, seed)
+def _answer(
+    prompts: Sequence[Sequence[int]], tokens: int, seed: int, sampler: Handle[StudentSampler]
+) -> Ref[list[SampleCheck]]:
+    return remote(sampler, StudentSampler.check)(prompts, tokens, seed)
 
 
-def _score(pairs: Pairs, plain: bool, _: int, scorer: Any) -> Any:
-    return scorer.logprobs.remote(pairs, plain)
+def _score(pairs: Pairs, plain: bool, scorer: Handle[TeacherScorer]) -> Ref[list[FloatArray]]:
+    return remote(scorer, TeacherScorer.logprobs)(pairs, plain)

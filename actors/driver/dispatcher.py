@@ -10,11 +10,13 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError
 
+from actors.cluster.handles import Ref, remote
 from actors.cluster.replica import Replica
 from actors.cluster.revival import ReplicaRevival
 from actors.cluster.run_actors import RunActors, shard_of
 from actors.cluster.waiting import ACTOR_LOST, SLICE, Limit, get, ready
 from actors.driver.dispatch import Abandon, Assign, CountRecordLoss, Dispatch, Drop, Instruction, Revive
+from actors.sampler.student_sampler import StudentSampler
 from kat_ray.types.records import GenerateRequest, RolloutSpec, SamplerReport, StepStart
 
 
@@ -43,10 +45,10 @@ class RolloutDispatcher:
         self.step, self.specs, self.step_start = step, specs, step_start
         self.version, self.rule_state = actors.samplers.version, rule_state
         self._actors = actors
-        self._replicas: dict[int, Replica] = {r.number: r for r in actors.samplers.replicas}
+        self._replicas: dict[int, Replica[StudentSampler]] = {r.number: r for r in actors.samplers.replicas}
         # A sampler's place among all, which says whose its monitor is. It changes between two steps only.
         self._position = {r.number: i for i, r in enumerate(actors.samplers.replicas)}
-        self._running: dict[Any, tuple[int, GenerateRequest]] = {}  # by reference: sampler, request
+        self._running: dict[Ref[SamplerReport], tuple[int, GenerateRequest]] = {}  # sampler, request
         self._requests: dict[int, GenerateRequest] = {}  # by attempt
         self._revivals: dict[int, ReplicaRevival] = {}
         self._completed: list[CompletedRequest] = []
@@ -88,7 +90,7 @@ class RolloutDispatcher:
             expendable = [r.number for r in self._actors.samplers.expendable_lost()]
             self._carry_out(self._dispatch.tick(expendable))
 
-    def _take(self, ref: Any) -> None:
+    def _take(self, ref: Ref[SamplerReport]) -> None:
         sampler, request = self._running.pop(ref)
         try:
             (report,) = get([ref], "rollouts")
@@ -108,7 +110,7 @@ class RolloutDispatcher:
                 case Assign(sampler, attempt, specs):
                     request = GenerateRequest(attempt, self.step, self.version, specs, self.rule_state)
                     self._requests[attempt] = request
-                    reference = self._replicas[sampler].handle.generate.remote(request)
+                    reference = remote(self._replicas[sampler].handle, StudentSampler.generate)(request)
                     self._running[reference] = (sampler, request)
                 case Abandon(attempt):
                     self._actors.abandon(self._requests.pop(attempt))

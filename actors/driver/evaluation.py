@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from kat_ray.config.sections import EvaluationConfig
 from kat_ray.rewards.verifiers import EvalResult
 
 
@@ -12,40 +13,47 @@ class EvaluationSchedule:
 
     def __init__(
         self,
-        evaluate: Callable[[], EvalResult] | None,
+        evaluate: Callable[[int], EvalResult] | None,
+        evaluation: EvaluationConfig,
         *,
-        every: int,
         steps: int,
         phase: Callable[[str], object],
         on_result: Callable[[int, EvalResult], object],
     ) -> None:
-        """`evaluate` scores what the samplers hold; None: there is nothing to evaluate on.
+        """`evaluate(k)` scores k answers of what the samplers hold; None: there is nothing to evaluate on.
 
         `phase` shows what is done; `on_result(step, result)` takes what came out.
         """
-        self._evaluate, self._every, self._steps = evaluate, every, steps
+        self._evaluate, self._every, self._steps = evaluate, evaluation.every, steps
+        self._k, self._every_k = evaluation.k, evaluation.every_k or evaluation.k
         self._phase, self._on_result = phase, on_result
         self.results: dict[str, EvalResult] = {}  # "before", "after" and "teacher"
         self.evaluated: int | None = None  # steps done at the last one
 
-    def teacher(self, evaluate: Callable[[], EvalResult]) -> None:
+    def teacher(self, evaluate: Callable[[int], EvalResult]) -> None:
         """The teacher's own score: a wrong template or grader shows there."""
         self._phase("evaluating the teacher")
-        self.results["teacher"] = evaluate()
+        self.results["teacher"] = evaluate(self._k)
 
     def run_if_due(self, done: int) -> None:
         """Evaluate the student after `done` steps, where that is due and was not done."""
         last = done == self._steps
-        due = done == 0 or last or bool(self._every and done % self._every == 0)
-        if self._evaluate is None or not due or self.evaluated == done:
+        whole = done == 0 or last
+        due = whole or bool(self._every and done % self._every == 0)
+        if self._evaluate is None or not due or self._is_done(done, whole):
             return
         when = "after training" if last else f"after step {done}" if done else "before training"
         self._phase(f"evaluating {when}")
-        result = self.results["after"] = self._evaluate()
+        result = self.results["after"] = self._evaluate(self._k if whole else self._every_k)
         if done == 0:
             self.results["before"] = result
         self.evaluated = done
         self._on_result(done, result)
+
+    def _is_done(self, done: int, whole: bool) -> bool:
+        """Resumed with fewer steps, a run may end where it was evaluated along the way, with fewer answers."""
+        newest = self.results.get("after")
+        return self.evaluated == done and (not whole or newest is None or newest.k >= self._k)
 
     def metric(self, done: int) -> float | None:
         """What the best checkpoint is chosen by; None where these weights were not evaluated."""

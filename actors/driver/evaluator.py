@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from actors.cluster.handles import Handle, Ref, remote
 from actors.cluster.samplers import SamplerGroup
+from actors.sampler.student_sampler import StudentSampler
 from kat_ray.config import Config
 from kat_ray.rewards.verifiers import EvalResult, evaluate_answers
 from kat_ray.types.records import Prompt, SamplingSettings
@@ -21,22 +23,27 @@ class Decoder(Protocol):
 
 
 class Evaluator:
-    """Holds the problems; the same seeds each time, so that two evaluations differ in the weights only."""
+    """Holds the problems; the same seeds each time, so that two evaluations differ in the weights only.
+
+    The seeds are drawn here, once, from the run's seed: an evaluation moves no random number of training.
+    """
 
     def __init__(self, config: Config, problems: Sequence[Prompt], tokenizer: Decoder) -> None:
         self._config = config
         self._problems = tuple(problems)
         self._tokenizer = tokenizer
-        count = len(self._problems) * config.evaluation.k
+        shape = (len(self._problems), config.evaluation.k)
         generator = np.random.default_rng([config.run.seed, 0x6576616C])  # "eval"
-        self._seeds = generator.integers(0, 2**31, size=count).tolist()
+        self._seeds = generator.integers(0, 2**31, size=shape)
 
-    def run(self, samplers: SamplerGroup) -> EvalResult:
-        """Deal k copies of every problem to the samplers and grade what comes back.
+    def run(self, samplers: SamplerGroup, k: int | None = None) -> EvalResult:
+        """Deal k copies of every problem to the samplers and grade what comes back; None: `evaluation.k`.
 
-        An answer ends at the stop ids of the model that the samplers hold.
+        An answer ends at the stop ids of the model that the samplers hold. Fewer answers have the seeds of each
+        problem's first ones.
         """
         evaluation = self._config.evaluation
+        k = k or evaluation.k
         settings = SamplingSettings(
             max_tokens=self._config.eval_max_tokens,
             temperature=evaluation.temperature,
@@ -44,12 +51,12 @@ class Evaluator:
             logprobs=0,
             stop_ids=samplers.stop_ids,
         )
-        k = evaluation.k
+        seeds = self._seeds[:, :k].ravel().tolist()
         prompts = [p.token_ids for p in self._problems for _ in range(k)]
         n = len(samplers.replicas)
 
-        def complete(i: int, sampler: Any) -> Any:
-            return sampler.complete.remote(prompts[i::n], self._seeds[i::n], settings, samplers.version)
+        def complete(i: int, sampler: Handle[StudentSampler]) -> Ref[list[list[int]]]:
+            return remote(sampler, StudentSampler.complete)(prompts[i::n], seeds[i::n], settings, samplers.version)
 
         answers: list[list[int]] = [[] for _ in prompts]
         for i, part in enumerate(samplers.call(complete, "evaluation", interruptible=True)):

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from actors.cluster.handles import remote
 from actors.cluster.run_actors import RunActors
 from actors.cluster.waiting import LearnersLost
 from actors.driver.checkpointing import CheckpointWriter
 from actors.driver.evaluation import EvaluationSchedule
 from actors.driver.preparation import Prepared, checkpoints_of
 from actors.driver.steps import Steps
+from actors.learner.learner import Learner
 from kat_ray.config import Config
 from kat_ray.errors import UserError
 from kat_ray.observability.progress import Progress
@@ -107,7 +109,7 @@ class RunHistory:
         self.writer.go_back(self.done, loaded.path)
         path = str(loaded.path)
         what = f"the checkpoint {path} to be loaded"
-        self._actors.learners.on_all(lambda rank: rank.restore.remote(path), what)
+        self._actors.learners.on_all(lambda rank: remote(rank, Learner.restore)(path), what)
         self._actors.publish(self.done)
 
     def save_if_due(self) -> None:
@@ -176,9 +178,9 @@ class RunHistory:
     def _snapshot(self, folder: Path) -> None:
         tokenizer = self._prepared.paths.student_dir
         what = "a copy of the learner's state"
-        self._actors.learners.on_all(lambda rank: rank.snapshot.remote(str(folder), tokenizer), what)
+        self._actors.learners.on_all(lambda rank: remote(rank, Learner.snapshot)(str(folder), tokenizer), what)
 
     def _written(self, step: int) -> dict[str, FileDigest]:
         what = f"the checkpoint of step {step} to be written"
-        parts = self._actors.learners.on_all(lambda rank: rank.written.remote(), what)
+        parts = self._actors.learners.on_all(lambda rank: remote(rank, Learner.written)(), what)
         return {name: digest for part in parts for name, digest in part.items()}

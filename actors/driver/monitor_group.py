@@ -16,7 +16,9 @@ from typing import Any
 import ray
 
 from actors.cluster.actor_groups import ActorGroup
+from actors.cluster.handles import Ref, remote
 from actors.driver.dispatcher import CompletedRequest
+from actors.monitor.trap_monitor import TrapMonitor
 from kat_ray.data.accounting import finished
 from kat_ray.types.records import StepEnd, StepStart, StopReason
 
@@ -24,13 +26,15 @@ from kat_ray.types.records import StepEnd, StepStart, StopReason
 class MonitorGroup:
     """The monitors of a run, and the calibration that they share."""
 
-    def __init__(self, actors: ActorGroup, initial: Mapping[str, Any]) -> None:
+    def __init__(self, actors: ActorGroup[TrapMonitor], initial: Mapping[str, Any]) -> None:
         self._actors = actors
         self.state = initial  # of the rule, after the last step that was closed
 
     def start_step(self, step: int, state: Mapping[str, Any]) -> StepStart:
         """Open a step in all monitors, with this calibration."""
-        starts = self._actors.call(lambda _, m: m.start_step.remote(step, (), (), state), "the trap monitor")
+        starts = self._actors.call(
+            lambda _, monitor: remote(monitor, TrapMonitor.start_step)(step, (), (), state), "the trap monitor"
+        )
         assert all(start == starts[0] for start in starts), f"monitors disagree: {starts}"
         return starts[0]
 
@@ -40,15 +44,15 @@ class MonitorGroup:
         `state` is the calibration that the step began with.
         """
         own = [[c for c in completed if c.monitor == i] for i in range(len(self._actors.replicas))]
-        closed: list[StepEnd] = self._actors.call(
-            lambda i, m: m.close_step.remote([c.request.attempt for c in own[i]]),
+        closed = self._actors.call(
+            lambda i, monitor: remote(monitor, TrapMonitor.close_step)([c.request.attempt for c in own[i]]),
             "the trap monitor",
             prepare=lambda i: self._replay(i, own[i]),
         )
         outcomes = sorted((o for end in closed for o in end.outcomes), key=lambda o: o.rollout_id)
         ended = ray.put([finished(o) for o in outcomes if o.stop_reason is not StopReason.FAILED])
         learnt = self._actors.call(
-            lambda _, m: m.learn.remote(step, ended),
+            lambda _, monitor: remote(monitor, TrapMonitor.learn)(step, ended),
             "the trap monitor",
             prepare=partial(self._start_one, step, state),
         )
@@ -57,15 +61,17 @@ class MonitorGroup:
 
     def _start_one(self, step: int, state: Mapping[str, Any], index: int) -> None:
         monitor = self._actors.handles[index]
-        self._actors.supervisor.wait([monitor.start_step.remote(step, (), (), state)], "the trap monitor")
+        started = remote(monitor, TrapMonitor.start_step)(step, (), (), state)
+        self._actors.supervisor.wait([started], "the trap monitor")
 
     def _replay(self, index: int, completed: Sequence[CompletedRequest]) -> None:
         """Have a new monitor see all chunks of these requests, each request's in their order."""
         monitor = self._actors.handles[index]
-        refs = []
+        refs: list[Ref[Any]] = []
         for done in completed:
             request = done.request
             ids, probes = [s.rollout_id for s in request.specs], [s.probe for s in request.specs]
-            refs.append(monitor.admit.remote(request.step, request.attempt, ids, probes, request.rule_state))
-            refs += [monitor.observe.remote(c.scored) for c in done.report.chunks]
+            admit, observe = remote(monitor, TrapMonitor.admit), remote(monitor, TrapMonitor.observe)
+            refs.append(admit(request.step, request.attempt, ids, probes, request.rule_state))
+            refs += [observe(c.scored) for c in done.report.chunks]
         self._actors.supervisor.wait(refs, "the trap monitor to see all chunks again")

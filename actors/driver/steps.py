@@ -13,10 +13,12 @@ from typing import Any
 
 from ray.exceptions import ObjectLostError
 
+from actors.cluster.handles import Actor, Ref, remote
 from actors.cluster.run_actors import RunActors
 from actors.cluster.waiting import ACTOR_LOST
 from actors.driver.dispatcher import RolloutDispatcher
 from actors.driver.monitor_group import MonitorGroup
+from actors.learner.learner import Learner
 from kat_ray.algorithms.base import Algorithm
 from kat_ray.algorithms.distillation import OnPolicyDistillation
 from kat_ray.config import Config
@@ -25,6 +27,7 @@ from kat_ray.data.batch import assign_ranks
 from kat_ray.data.prompts import PromptOrder, rollout_specs
 from kat_ray.observability.timeline import Span
 from kat_ray.run.batch_dump import StepBatch
+from kat_ray.run.step_result import LearnerReport
 from kat_ray.termination import RunFacts, make_rule
 from kat_ray.types.records import ChunkRefs, RolloutSpec, SamplerReport, ScoredChunk, StepStart
 
@@ -113,14 +116,15 @@ class Steps:
         for rank, share in zip(learners.handles, shares, strict=True):
             ids = {k.rollout_id for k in share}
             needed = [c for c in sampled.chunks if not ids.isdisjoint(c.rollout_ids)]
-            pending.append(rank.collect.remote([c.chunk for c in needed], [c.teacher for c in needed], share))
+            collect = remote(rank, Learner.collect)
+            pending.append(collect([c.chunk for c in needed], [c.teacher for c in needed], share))
         learners.wait(pending, "the batch to reach the learner")
         return sum(k.weight for k in kept)
 
-    def learn(self, weight: float) -> list[Any]:
+    def learn(self, weight: float) -> list[Ref[LearnerReport]]:
         """Start one optimiser step on what was handed over; returns the ranks' pending reports."""
         version = self._actors.samplers.version
-        return [rank.learn.remote(weight, version) for rank in self._actors.learners.handles]
+        return [remote(rank, Learner.learn)(weight, version) for rank in self._actors.learners.handles]
 
     def batch_of(self, sampled: SampledStep) -> StepBatch | None:
         """Fetch all that the learner was given of a step; None if records were lost since."""
@@ -141,7 +145,7 @@ class Steps:
 
         No actor may be at work.
         """
-        refs = {name: actor.spans.remote() for name, actor in self._actors.by_name().items()}
+        refs = {name: remote(actor, Actor.spans)() for name, actor in self._actors.by_name().items()}
         drained: dict[str, tuple[Span, ...]] = {}
         for name, ref in refs.items():
             try:

@@ -83,8 +83,8 @@ class TrainingRun:
         checks = config.run.check_agreement and engines.are_real
         self._agreement = AgreementCheck(config, prepared, self._actors) if checks else None
         self._evaluation = EvaluationSchedule(
-            self._evaluate if self._evaluator else None, every=config.evaluation.every, steps=config.run.steps,
-            phase=progress.phase, on_result=lambda done, result: self._trackers.evaluation(done, asdict(result)),
+            self._evaluate if self._evaluator else None, config.evaluation, steps=config.run.steps,
+            phase=progress.phase, on_result=self._evaluated,
         )  # fmt: skip
         self._history = RunHistory(
             config, prepared, run, progress, self._trackers, self._actors, self._steps, self._evaluation
@@ -251,9 +251,13 @@ class TrainingRun:
 
     # --- evaluation -------------------------------------------------------------------------------------------
 
-    def _evaluate(self) -> EvalResult:
+    def _evaluate(self, k: int) -> EvalResult:
         assert self._evaluator is not None
-        return self._evaluator.run(self._actors.samplers)
+        return self._evaluator.run(self._actors.samplers, k)
+
+    def _evaluated(self, done: int, result: EvalResult) -> None:
+        """What came out, and what training had cost until then; with staleness 1 not what is sampled ahead."""
+        self._trackers.evaluation(done, asdict(result) | self._history.totals.token_fields())
 
     def _summarise(self) -> None:
         facts = self._prepared.facts

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.learner.engine import gathered
 from actors.learner.model import StudentModel
 from actors.learner.tensors import dummy_sample, model_arguments, token_rows
 from kat_ray.data.batch import TrainingSample
@@ -65,8 +64,8 @@ def reference_logprobs(engine: Any, student: StudentModel, sequences: Sequences)
 
 
 @contextmanager
-def _parameters(engine: Any, student: StudentModel) -> Iterator[list[Tensor]]:
-    """The parameters, whole, to be written to; under ZeRO 3 what rank 0 writes is what all ranks then hold."""
+def _written_here(engine: Any, student: StudentModel) -> Iterator[list[Tensor]]:
+    """Whole parameters that this rank may write to: under ZeRO 3 the first rank's, which all ranks hold then."""
     own = [p for _, p in student.trained_parameters()]
     if engine.zero_optimization_stage() < 3:
         yield [p.data for p in own]
@@ -74,25 +73,25 @@ def _parameters(engine: Any, student: StudentModel) -> Iterator[list[Tensor]]:
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(own, modifier_rank=0):
-        yield [p.data for p in own]
+        yield [p.data for p in own] if engine.global_rank == 0 else []
 
 
 def save_parameters(engine: Any, student: StudentModel) -> list[Tensor]:
-    """Copies on the host, for `restore_parameters`."""
-    with gathered(engine):
-        return [p.detach().to("cpu", copy=True) for _, p in student.trained_parameters()]
+    """Copies on the host, for `restore_parameters`; under ZeRO 3 on the first rank alone."""
+    with _written_here(engine, student) as own:
+        return [parameter.to("cpu", copy=True) for parameter in own]
 
 
 def restore_parameters(engine: Any, student: StudentModel, saved: Sequence[Tensor]) -> None:
     """The same bits again."""
-    with _parameters(engine, student) as own, torch.no_grad():
+    with _written_here(engine, student) as own, torch.no_grad():
         for parameter, copy in zip(own, saved, strict=True):
             parameter.copy_(copy)
 
 
 def change_parameters(engine: Any, student: StudentModel, scale: float) -> None:
     """Noise of `scale` times each parameter's own size; the same on every rank. The optimiser's copies stay."""
-    with _parameters(engine, student) as own, torch.no_grad():
+    with _written_here(engine, student) as own, torch.no_grad():
         for i, parameter in enumerate(own):
             random = torch.Generator(parameter.device).manual_seed(i)
             noise = torch.randn(parameter.shape, generator=random, device=parameter.device)

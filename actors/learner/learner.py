@@ -74,7 +74,7 @@ class Learner:
         self._heartbeat = Heartbeat()
 
     def health(self) -> HeartbeatReport:
-        """Answered by another thread, also while a step is taken (`actors.cluster.waiting.remote_class`)."""
+        """Answered by another thread, also while a step is taken (`actors.cluster.replica.remote_class`)."""
         return self._heartbeat.read()
 
     def spans(self) -> tuple[Span, ...]:

@@ -1,6 +1,6 @@
 """The trap monitor: an actor around the termination rule.
 
-It receives floats per token, never tensors. It decides online which rollouts are trapped, and holds the only record
+It receives floats per token, never tensors. It decides online which rollouts are cut, and holds the only record
 of how rollouts end. Several monitors can share a run's rollouts; see `actors.driver.monitor_group`.
 
 Rollouts are grouped by attempt: those that one sampler was given at once. If the sampler is lost, its rollouts come
@@ -40,13 +40,12 @@ from kat_ray.types.records import (
     TerminationDecision,
 )
 
-_TRAPPED = 4
-# How rollouts end, by the number in `_Attempt.end`; 0 is running.
+_CUT = 4  # in `_Attempt.end`, beside the numbers of EngineEnd: the rule ended the rollout
 _REASONS = {
     int(EngineEnd.EOS): StopReason.EOS,
     int(EngineEnd.MAX_TOKENS): StopReason.MAX_TOKENS,
     int(EngineEnd.FAILED): StopReason.FAILED,
-    _TRAPPED: StopReason.TRAPPED,
+    _CUT: StopReason.TRAPPED,
 }
 
 
@@ -64,7 +63,7 @@ class _Attempt:
     def outcome(self, rollout_id: int) -> RolloutOutcome:
         row = self.row[rollout_id]
         state, probe = self.table.tracker_state(row), bool(self.probe[row])
-        cut = state.cut if self.end[row] == _TRAPPED else None
+        cut = state.cut if self.end[row] == _CUT else None
         return RolloutOutcome(
             rollout_id=rollout_id,
             stop_reason=_REASONS[int(self.end[row])],
@@ -147,7 +146,7 @@ class TrapMonitor:
             self._attempts[attempt] = _Attempt(self._rule, rollout_ids, probes)
 
     def observe(self, chunk: ScoredChunk) -> TerminationDecision:
-        """Take the d's of a chunk; returns the rollouts that are newly confirmed as trapped.
+        """Take the d's of a chunk; returns the rollouts that the rule has just cut.
 
         Rows that were seen before are skipped. `StateLost` if the attempt is not known or rows before these are
         missing: `admit` it, and send all its chunks again.
@@ -176,10 +175,10 @@ class TrapMonitor:
         attempt.scored[rows] += count
         tokens = NewTokens(*(getattr(chunk, name) for name in NewTokens._fields))
         cuts, _ = attempt.table.observe(rows, tokens, chunk.offsets[:-1][new], count)
-        trapped = (cuts >= 0) & ~attempt.probe[rows]
-        attempt.end[rows] = np.where(trapped, _TRAPPED, chunk.ended[new])
-        self._decisions += int(trapped.sum())
-        decision = TerminationDecision(chunk.rollout_ids[new][trapped])
+        cut = (cuts >= 0) & ~attempt.probe[rows]
+        attempt.end[rows] = np.where(cut, _CUT, chunk.ended[new])
+        self._decisions += int(cut.sum())
+        decision = TerminationDecision(chunk.rollout_ids[new][cut])
         self._busy_seconds += time.thread_time() - started
         return decision
 

@@ -34,7 +34,7 @@ class Answered:
     """The decision on the oldest chunk that a scorer owes has arrived."""
 
     scorer: int
-    trapped: tuple[int, ...]
+    cut: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class Stream:
     def _answered(self, event: Answered) -> list[Instruction]:
         self._owed[event.scorer].popleft()
         # A restarted monitor, which sees everything again, names rollouts that were cut before.
-        cut = tuple(i for i in event.trapped if not self._rollouts[i].cut)
+        cut = tuple(i for i in event.cut if not self._rollouts[i].cut)
         for rollout in (self._rollouts[i] for i in cut):
             rollout.cut = True
             if rollout.known and not rollout.end_sent:  # a scorer that was told of the end has dropped it

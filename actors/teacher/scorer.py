@@ -155,11 +155,11 @@ class TeacherScorer:
         only_stops &= ~no_stops
         own = tail.masked_fill(only_stops, -torch.inf), tail.masked_fill(~only_stops, -torch.inf)
         student = event_logprobs(topk, *own, stops, self._eos)
-        d = reverse_kl(student, event_logprobs(teacher.topk, teacher.tail, teacher.stop, stops, self._eos))
+        kl = reverse_kl(student, event_logprobs(teacher.topk, teacher.tail, teacher.stop, stops, self._eos))
         scored = ScoredChunk(
             **chunk.of_rows(),
             scorer=self._name,
-            d=torch.where(torch.isfinite(d), d, torch.full_like(d, torch.nan)).numpy(),
+            d=torch.where(torch.isfinite(kl), kl, torch.full_like(kl, torch.nan)).numpy(),
             overlap=teacher.overlap.half().numpy(),
             teacher_max=teacher.teacher_max.half().numpy(),
             teacher_entropy=teacher.teacher_entropy.half().numpy(),

@@ -6,6 +6,7 @@ which a process with a stub engine need not load.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 
@@ -14,28 +15,30 @@ import numpy as np
 from actors.monitor.trap_monitor import TrapMonitor
 from actors.sampler.settings import SamplerSettings
 from actors.sampler.student_sampler import StudentSampler
-from kat_ray.types.records import EngineEnd, EngineRows, SamplingSettings, WeightUpdate
+from kat_ray.types.records import EngineEnd, EngineRows, FloatArray, IntArray, SamplingSettings, WeightUpdate
 
 _ROWS = 256  # different rows of log-probabilities
 STUB_RATE = 300.0  # tokens a second of one small stub
+
+
+@functools.cache
+def _rows(top_k: int, vocabulary: int) -> tuple[list[list[int]], list[tuple[IntArray, FloatArray]]]:
+    """The token of each row, and its top k with their log-probabilities; the same for all engines of a process."""
+    rng = np.random.default_rng(0)
+    logits = -np.sort(-rng.normal(0.0, 3.0, (_ROWS, 4 * top_k)), axis=1)
+    logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    best = logprobs[:, :top_k].astype(np.float32)
+    ids = np.argsort(rng.random((_ROWS, max(4 * top_k, 8))), axis=1)[:, :top_k].astype(np.int32) + vocabulary // 2
+    # The sampled token, here the most likely one, stands first.
+    ids_with, best_with = np.concatenate([ids[:, :1], ids], axis=1), np.concatenate([best[:, :1], best], axis=1)
+    return [[int(t)] for t in ids[:, 0]], [(ids_with[i : i + 1], best_with[i : i + 1]) for i in range(_ROWS)]
 
 
 class StubEngine:
     """Gives every running request one token a step, `rate` tokens a second in all, or as fast as it can."""
 
     def __init__(self, top_k: int, vocabulary: int, rate: float | None = None) -> None:
-        rng = np.random.default_rng(0)
-        logits = -np.sort(-rng.normal(0.0, 3.0, (_ROWS, 4 * top_k)), axis=1)
-        logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        best = logprobs[:, :top_k].astype(np.float32)
-        ids = (
-            np.argsort(rng.random((_ROWS, max(4 * top_k, 8))), axis=1)[:, :top_k].astype(np.int32) + vocabulary // 2
-        )
-        # The sampled token, here the most likely one, stands first.
-        self._ids = np.concatenate([ids[:, :1], ids], axis=1)
-        self._logprobs = np.concatenate([best[:, :1], best], axis=1)
-        self._tokens = [[int(t)] for t in ids[:, 0]]
-        self._views = [(self._ids[i : i + 1], self._logprobs[i : i + 1]) for i in range(_ROWS)]
+        self._tokens, self._views = _rows(top_k, vocabulary)
         self._left: dict[str, int] = {}
         self._row: dict[str, int] = {}  # of a request: what it is given depends on its rollout alone
         self._rate = rate

@@ -22,6 +22,9 @@ from kat_ray.errors import UserError
 from kat_ray.termination import RULES, Effect, RunFacts, TerminationConfig, make_rule
 from kat_ray.termination.settings import KatParameters
 
+# Fields of the evaluation that say how often a run is looked at, and not what it computes.
+ALONG_THE_WAY = ("every", "every_k")
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -40,7 +43,7 @@ def parse_arm(text: str) -> Arm:
     """`rule` or `rule:field=value,field=value`; `length_matched:of=LABEL` copies another arm of the comparison."""
     name, _, rest = text.partition(":")
     if name not in RULES:
-        raise UserError(f"--rules {text!r}: {name!r} is no rule; there are {', '.join(RULES)}")
+        raise UserError(f"--rules {text!r}: {name!r} is not a rule; the rules are {', '.join(RULES)}")
     known = [f for f in RULES[name].settings.model_fields if f != "rule"]
     if RULES[name].copies:
         known.append("of")
@@ -79,7 +82,7 @@ def _with_copied(arm: Arm, arms: Sequence[Arm]) -> Arm:
                 f"--rules {arm.rule}: add kat, whose lengths it copies, or name a run: {arm.rule}:{kind.copies}=DIR"
             )
         if len(kats) > 1:
-            raise UserError(f"--rules {arm.rule}: of which? Write {arm.rule}:of={' or :of='.join(kats)}")
+            raise UserError(f"--rules {arm.rule}: which one? Write {arm.rule}:of={' or :of='.join(kats)}")
         return dataclasses.replace(arm, of=kats[0])
     if arm.of not in by_label:
         raise UserError(f"--rules {arm.label}: no rule has the label {arm.of!r}; there are {', '.join(by_label)}")
@@ -132,6 +135,20 @@ class Planned:
         return f"{self.arm.label}, seed {self.config.run.seed}"
 
 
+def evaluated_along_the_way(base: Config, every: int | None) -> Config:
+    """`base` with an evaluation every so many steps; None: its own, or about ten in a run where it has none.
+
+    Where `base` has none these have one answer to each problem, unless it says how many.
+    """
+    own = base.evaluation
+    if every is None:
+        every = own.every or max(1, round(base.run.steps / 10))
+    if every == own.every:
+        return base
+    every_k = own.every_k if own.every or own.every_k else 1
+    return base.model_copy(update={"evaluation": own.model_copy(update={"every": every, "every_k": every_k})})
+
+
 def plan_runs(base: Config, arms: Sequence[Arm], seeds: Sequence[int], out: Path) -> list[Planned]:
     """Every run in its order; whatever can be wrong with one is said now, not after hours of the others."""
     planned = []
@@ -158,7 +175,7 @@ def _check_rule(config: Config, arm: Arm) -> None:
 def run_all(planned: Sequence[Planned], train: Callable[[Config], Any], say: Callable[[str], None]) -> None:
     """Run what has no summary yet; `train` runs one configuration."""
     for number, run in enumerate(planned, 1):
-        say(f"[{number}/{len(planned)}] {run.title}{': done before' if run.done else ''}")
+        say(f"[{number}/{len(planned)}] {run.title}{': already done' if run.done else ''}")
         if not run.done:
             train(run.config)
 
@@ -166,8 +183,8 @@ def run_all(planned: Sequence[Planned], train: Callable[[Config], Any], say: Cal
 def check_same(config: Config, folder: Path) -> None:
     """Refuse a finished run that differs from what would be run now; names the fields.
 
-    `run.dir` does not count: it is where the run was found, however it was written then. A run that copied another
-    one is the same wherever both were moved together.
+    `run.dir` does not count: it is where the run was found, however it was written then; nor do evaluations along
+    the way. A run that copied another one is the same wherever both were moved together.
     """
     then = load_config(folder / "config.yaml")
     now_copies, then_copied = (getattr(c.termination, "run", None) for c in (config, then))
@@ -175,10 +192,16 @@ def check_same(config: Config, folder: Path) -> None:
         is_same = Path(now_copies).resolve() == Path(then_copied).resolve()
         if is_same or relpath(now_copies, config.run.dir) == relpath(then_copied, then.run.dir):
             then = then.model_copy(update={"termination": then.termination.model_copy(update={"run": now_copies})})
-    then = then.model_copy(update={"run": then.run.model_copy(update={"dir": config.run.dir})})
+    looked_at = {name: getattr(config.evaluation, name) for name in ALONG_THE_WAY}
+    then = then.model_copy(
+        update={
+            "run": then.run.model_copy(update={"dir": config.run.dir}),
+            "evaluation": then.evaluation.model_copy(update=looked_at),
+        }
+    )
     if differing := differences(config, then):
         raise UserError(
-            f"{folder} was run with other settings ({'; '.join(differing)}): remove it, or choose another --out"
+            f"{folder} was run with different settings ({'; '.join(differing)}): remove it, or choose another --out"
         )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kat_ray.analysis.compare import Arm, differences
+from kat_ray.analysis.compare import ALONG_THE_WAY, Arm, differences
+from kat_ray.analysis.compare_curves import Curve, curve_of
 from kat_ray.config import Config
 from kat_ray.config.load import load_config, resolve_path
 from kat_ray.errors import UserError
@@ -38,7 +39,7 @@ _BOOKS = (
 )  # fmt: skip
 
 MEANING = (
-    "Tokens are sums over a run; kept tokens / rollout is over all rollouts, the probes among them, which are "
+    "Tokens are sums over a run; kept tokens / rollout is over all rollouts, including probes, which are "
     "never cut. TFLOP: 2 per parameter and token forward, 6 with the backward pass. Student sampling: prompts and "
     "generated tokens; teacher scoring: prompts and scored tokens; learning: prompts and kept tokens. Attention "
     "over the past, padding and evaluation are left out. Training seconds are the sum of the steps' durations, "
@@ -48,7 +49,10 @@ MEANING = (
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
-    """One run: configuration, summary, measures by name, and right answers [problems] as shares of k."""
+    """One run: configuration, summary, measures by name, and right answers [problems] as shares of k.
+
+    `curve` is None where the run was not evaluated along the way, or its records do not say how.
+    """
 
     path: Path
     config: Config
@@ -56,6 +60,7 @@ class FinishedRun:
     measures: Mapping[str, float]
     right: FloatArray
     notes: tuple[str, ...] = ()
+    curve: Curve | None = None
 
     @property
     def seed(self) -> int:
@@ -64,7 +69,7 @@ class FinishedRun:
     @cached_property
     def problems(self) -> Mapping[str, Any]:
         """What decides which problems were asked, and how they were answered and graded."""
-        evaluation = self.config.evaluation.model_dump(exclude={"every", "teacher"})
+        evaluation = self.config.evaluation.model_dump(exclude={*ALONG_THE_WAY, "teacher"})
         data = evaluation.pop("data") or {}
         data.pop("shuffle", None)  # of training data only
         if (path := resolve_path(data["path"])).exists():
@@ -139,8 +144,8 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
 
 
 def _differs(one: Config, other: Config) -> list[str]:
-    """What differs beside rule, seed and where the records go."""
-    aside = ("termination.", "run.")
+    """What differs beside rule, seed, where the records go, and how often a run is looked at."""
+    aside = ("termination.", "run.", *(f"evaluation.{name}:" for name in ALONG_THE_WAY))
     return [d for d in differences(one, other) if not d.startswith(aside) or d.startswith("run.steps:")]
 
 
@@ -164,13 +169,22 @@ def read_finished(folder: Path) -> FinishedRun:
         raise UserError(f"{folder}: no summary.json in it: not a run directory, or its run has not ended")
     summary = read_json(file, SUMMARY)
     if missing := [name for name in _BOOKS if name not in summary]:
-        raise UserError(f"{file}: {', '.join(missing)} are not in it: it is of another version of kat-ray")
+        raise UserError(f"{file}: {', '.join(missing)} are missing: it was written by another version of kat-ray")
     config = load_config(folder / "config.yaml")
     if summary["eval_after"] is None or config.evaluation.data is None:
         raise UserError(f"{folder}: it was not evaluated; a comparison needs held-out problems")
     seconds, notes = _training_seconds(folder, config.run.steps)
     measures = _measures(summary, file) | {"training_seconds": seconds}
-    return FinishedRun(folder, config, summary, measures, _right(folder, summary), notes)
+    evaluations = folder / "evaluations.jsonl"
+    lines, damage = read_json_lines(evaluations, EVALUATION)
+    if damage:
+        raise UserError(damage[0])
+    right = _right(evaluations, lines, summary)
+    parameters = {"parameters": summary["parameters"]}
+    curve, trouble = curve_of(lines, lambda line: sum(tflop_parts({**line, **parameters}, file).values()))
+    if trouble is not None:
+        notes = (*notes, f"{evaluations}: {trouble}; the run is left out at equal cost")
+    return FinishedRun(folder, config, summary, measures, right, notes, curve)
 
 
 def _measures(summary: Mapping[str, Any], file: Path) -> dict[str, float]:
@@ -193,8 +207,8 @@ def tflop_parts(summary: Mapping[str, Any], file: Path) -> dict[str, float]:
     student, teacher = (summary["parameters"].get(name) for name in ("student", "teacher"))
     if student is None or teacher is None:
         raise UserError(
-            f"{file}: parameters of student and teacher are {student} and {teacher}: the size of a model whose "
-            "weights are no safetensors is not known, and a comparison counts arithmetic by it; write it in there"
+            f"{file}: parameters of student and teacher are {student} and {teacher}: the size of a model is "
+            "known only if its weights are safetensors, and a comparison counts arithmetic by it: fill them in"
         )
     prompts = summary["prompt_tokens"]
     return {
@@ -213,14 +227,13 @@ def _training_seconds(folder: Path, steps: int) -> tuple[float, tuple[str, ...]]
     return math.nan, (*notes, unknown)
 
 
-def _right(folder: Path, summary: Mapping[str, Any]) -> FloatArray:
-    file = folder / "evaluations.jsonl"
-    lines, damage = read_json_lines(file, EVALUATION)
-    if damage or not lines:
-        raise UserError(damage[0] if damage else f"{file}: is missing or empty: no verdicts to compare")
+def _right(file: Path, lines: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> FloatArray:
+    """Of the evaluation after training."""
+    if not lines:
+        raise UserError(f"{file}: is missing or empty: no verdicts to compare")
     right = np.array(lines[-1].get("right", ()), dtype=float) / lines[-1]["k"]
     if not len(right) or not math.isclose(right.mean(), summary["eval_after"]["avg_at_k"], abs_tol=1e-9):
-        raise UserError(f"{file}: its last line is not the evaluation after training (summary.json): it is cut off")
+        raise UserError(f"{file}: cut off: its last line is not the evaluation after training (summary.json)")
     return right
 
 
@@ -254,12 +267,12 @@ def _different_starts(results: Sequence[Result]) -> Iterator[str]:
             if differing and run.problems == first[1].problems:
                 figures = "; ".join(f"{n} {a.get(n)} and {b.get(n)}" for n in differing)
                 yield (
-                    f"seed {seed}: {first[0]} and {label} do not start alike (before training: {figures}): another "
-                    "student, or engines that do not repeat their own answers"
+                    f"seed {seed}: {first[0]} and {label} do not start alike (before training: {figures}): "
+                    "different students, or engines that do not repeat their own answers"
                 )
 
 
 def _different_seeds(results: Sequence[Result]) -> Iterator[str]:
     if len({result.seeds for result in results}) > 1:
         seeds = "; ".join(f"{r.label} {', '.join(map(str, r.seeds))}" for r in results)
-        yield f"not all rules have the same seeds ({seeds}): differences are taken on the seeds that both have"
+        yield f"not all rules have the same seeds ({seeds}): differences are taken over the seeds that both have"

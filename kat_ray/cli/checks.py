@@ -43,7 +43,7 @@ def resources(config: Config, cores: int, gpus: int) -> Iterator[Check]:
     """What the roles reserve against what this machine has; a cluster that is joined is asked at the start."""
     roles = {name: role for name, role in roles_of(config).items() if name != "monitor"}
     if config.cluster.address or os.environ.get("RAY_ADDRESS"):
-        yield ok("resources", f"asked of the cluster at the start: {_asked(roles, 'CPU')} CPU")
+        yield ok("resources", f"requested from the cluster when the run starts: {_asked(roles, 'CPU')} CPU")
         return
     cpus_wanted, gpus_wanted = _sum(roles, "CPU"), _sum(roles, "GPU")
     if gpus_wanted > gpus:
@@ -51,8 +51,8 @@ def resources(config: Config, cores: int, gpus: int) -> Iterator[Check]:
     elif gpus and not gpus_wanted:
         yield warn(
             "GPUs",
-            f"the machine has {gpus}, no role asks for one (num_gpus = 0), so all run on the CPU: "
-            "learner.num_gpus=1 sampler.num_gpus=1 scorer.num_gpus=1, or shares of one",
+            f"the machine has {gpus}, no role asks for one (num_gpus = 0), so all run on the CPU; to "
+            "use it: learner.num_gpus=1 sampler.num_gpus=1 scorer.num_gpus=1, or fractions of one",
         )
     elif gpus:
         yield ok("GPUs", f"the roles ask for {gpus_wanted:g} of {gpus} ({_asked(roles, 'GPU')})")
@@ -115,10 +115,10 @@ def placements(config: Config, cluster: ClusterSeen) -> Iterator[Check]:
             yield warn(
                 found.role.name,
                 f"{role_words}: {found.lacking}; the run waits {config.cluster.placement_timeout:g} s "
-                "(cluster.placement_timeout) for the autoscaler to bring nodes",
+                "(cluster.placement_timeout) for the autoscaler to add nodes",
             )
         else:
             yield fail(
                 found.role.name,
-                f"{role_words}: {found.lacking}; add nodes, or say --autoscaled where an autoscaler brings them",
+                f"{role_words}: {found.lacking}; add nodes, or give --autoscaled if an autoscaler adds them",
             )

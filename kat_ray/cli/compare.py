@@ -6,9 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kat_ray.analysis.compare import Arm, Planned, order_of, parse_arm, plan_runs, run_all
+from kat_ray.analysis.compare import (
+    Arm,
+    Planned,
+    evaluated_along_the_way,
+    order_of,
+    parse_arm,
+    plan_runs,
+    run_all,
+)
+from kat_ray.analysis.compare_curves import COSTS
 from kat_ray.analysis.compare_results import Result, notes_of, read_results, read_runs
-from kat_ray.analysis.compare_table import difference_table, paired, table, write_results
+from kat_ray.analysis.compare_table import Compared, difference_table, equal_tables, table, write_results
 from kat_ray.config import Config
 from kat_ray.config.load import load_config
 from kat_ray.errors import UserError, writing
@@ -27,6 +36,19 @@ class Comparison:
     out: Path
     runs: Sequence[Planned]
 
+    @property
+    def evaluated(self) -> str:
+        """How often each run that is to be made is evaluated."""
+        every, k = self.config.evaluation.every, self.config.evaluation.every_k or self.config.evaluation.k
+        if not every:
+            return (
+                "evaluated before and after training only: nothing will be known at equal cost (--evaluate-every)"
+            )
+        return (
+            f"evaluated along the way: evaluation.every = {every}, evaluation.every_k = {k}, for accuracy at equal "
+            "cost (--evaluate-every)"
+        )
+
 
 def plan(
     config: str | None,
@@ -34,6 +56,7 @@ def plan(
     rules: Sequence[str] | None,
     seeds: Sequence[str] | None,
     out: Path | None,
+    evaluate_every: str | None = None,
 ) -> Comparison:
     """What the arguments ask for; `UserError` before anything is started.
 
@@ -46,23 +69,26 @@ def plan(
     misplaced = [a for a in rules if "=" in a.partition(":")[0]] + [s for s in seeds if "=" in s]
     base = load_config(config, [*overrides, *misplaced])
     arms = order_of([parse_arm(a) for a in rules if a not in misplaced])
-    numbers = [_seed(s) for s in seeds if s not in misplaced]
+    numbers = [_whole("--seeds", s, "whole numbers") for s in seeds if s not in misplaced]
     if base.evaluation.data is None:
         raise UserError("evaluation.data = null: a comparison needs held-out problems")
     if len(set(numbers)) < len(numbers):
         raise UserError("--seeds: the same seed is named twice")
+    every = None if evaluate_every is None else _whole("--evaluate-every", evaluate_every)
+    base = evaluated_along_the_way(base, every)
     out = out or Path(base.run.dir) / f"compare-{base.run.name}"
     return Comparison(base, arms, numbers, out, plan_runs(base, arms, numbers, out))
 
 
-def _seed(text: str) -> int:
+def _whole(option: str, text: str, what: str = "a whole number") -> int:
     if not text.isdecimal() or int(text) >= 2**31:
-        raise UserError(f"--seeds {text}: must be whole numbers from 0 to {2**31 - 1}")
+        raise UserError(f"{option} {text}: must be {what} from 0 to {2**31 - 1}")
     return int(text)
 
 
 def run(comparison: Comparison, train: Callable[[Config], object], say: Callable[[str], None]) -> None:
     """Train what is not there yet, and show how the rules compare."""
+    say(comparison.evaluated)
     run_all(comparison.runs, train, say)
     results = read_results(comparison.arms, comparison.seeds, comparison.out)
     show(results, notes_of(results), comparison.out, say)
@@ -82,14 +108,20 @@ def show(results: Sequence[Result], notes: Sequence[str], out: Path, say: Callab
     """Print notes, figures and files."""
     from kat_ray.report.comparison import write_comparison
 
+    compared = Compared.of(results, notes)
     for note in notes:
         say(f"note: {note}")
     _print(*table(results), say)
-    if pairs := paired(results):
+    if compared.pairs:
         say("")
-        _print(*difference_table(pairs), say)
+        _print(*difference_table(compared.pairs), say)
+    for name, content in equal_tables(compared.pairs).items():
+        say(f"\nat equal {COSTS[name]}")
+        _print(*content, say)
+    if compared.unknown is not None:
+        say(f"\n{compared.unknown}")
     with writing(out):
-        files = [*write_results(results, notes, out), *write_comparison(results, notes, out)]
+        files = [*write_results(compared, out), *write_comparison(compared, out)]
     for file in files:
         say(str(file))
 

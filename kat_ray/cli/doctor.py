@@ -91,7 +91,7 @@ def _machine() -> Iterator[Check]:
     shm = Path("/dev/shm")  # noqa: S108 - read, not written to
     if shm.is_dir():
         free = shutil.disk_usage(shm).free
-        text = f"{free / GIB:.1f} GiB free in /dev/shm, where Ray's object store lies"
+        text = f"{free / GIB:.1f} GiB free in /dev/shm, where Ray keeps its object store"
         if free < _LITTLE_SHM:
             yield warn("shared memory", f"{text}; make it larger, or lower cluster.object_store_gib")
         else:
@@ -117,7 +117,7 @@ def _packages() -> Iterator[Check]:
         if version is None:
             yield fail("package", f"{name} is missing; install {name}{tested} (README, Install)")
         elif not SpecifierSet(tested).contains(version.split("+")[0], prereleases=True):
-            yield warn("package", f"{name} {version} is not the tested {tested}")
+            yield warn("package", f"{name} {version} is not the version that was tested ({tested})")
         else:
             yield ok("package", f"{name} {version}")
 
@@ -187,8 +187,8 @@ def vllm_verdict(code: int, errors: str) -> Check:
     if "torchvision::" in errors or "torchaudio" in errors or "torchcodec" in errors:
         return fail(
             "vllm",
-            f"cannot be imported beside torchvision, torchaudio or torchcodec of another torch ({last}); vLLM does "
-            "not need them here: pip uninstall torchvision torchaudio torchcodec",
+            f"cannot be imported beside a torchvision, torchaudio or torchcodec built for another torch ({last}); "
+            "vLLM does not need them here: pip uninstall torchvision torchaudio torchcodec",
         )
     return fail("vllm", f"cannot be imported: {last}")
 
@@ -197,7 +197,7 @@ def _local_token(mode: str | None) -> Check:
     """A local Ray listens on loopback, which every user of the machine reaches; a token keeps them out too."""
     if mode == "disabled":
         return warn("ray token", "off (RAY_AUTH_MODE = disabled): whoever is on this machine can run code as you")
-    return ok("ray token", "a local Ray takes calls with this run's own token only")
+    return ok("ray token", "a local Ray accepts calls only with this run's own token")
 
 
 def _ray(env: Mapping[str, str], config: Config | None) -> Iterator[Check]:
@@ -235,11 +235,11 @@ def disk_verdict(folder: Path, free: int) -> Check:
     """Whether `free` bytes are enough for a run's records and checkpoints."""
     text = f"{free / GIB:.1f} GiB free for {folder}"
     if free < _FULL_DISK:
-        return fail("disk", f"{text}: the disk is full; free some, or choose another run.dir")
+        return fail("disk", f"{text}: the disk is full; free some space, or choose another run.dir")
     if free < _LITTLE_DISK:
         return warn(
             "disk",
-            f"{text}: little; a checkpoint takes 14 to 16 bytes for each parameter of the student, "
+            f"{text}: not much; a checkpoint takes 14 to 16 bytes for each parameter of the student, and "
             "run.keep_checkpoints sets how many are kept",
         )
     return ok("disk", text)
@@ -264,7 +264,7 @@ def _settings(config: Config) -> Iterator[Check]:
 def _threads(config: Config) -> Check:
     joined = config.cluster.address or os.environ.get("RAY_ADDRESS")
     found = threads_of(config, None if joined else own_cores())
-    return ok("threads", "of a replica: " + ", ".join(f"{name} {count}" for name, count in found.items()))
+    return ok("threads", "per replica: " + ", ".join(f"{name} {count}" for name, count in found.items()))
 
 
 def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
@@ -371,5 +371,5 @@ def report(checks: Iterable[Check], write: Callable[[str], object]) -> int:
         write(str(check))
         failed += check.level == "FAIL"
         warned += check.level == "warn"
-    write(f"{failed} failed, {warned} warned" if failed or warned else "nothing wrong was found")
+    write(f"{failed} failed, {warned} warned" if failed or warned else "no problems were found")
     return 1 if failed else 0

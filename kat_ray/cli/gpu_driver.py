@@ -33,14 +33,15 @@ def driver_check(cuda: str | None, driver: str | None, usable: int) -> Check | N
         return None
     if cuda is None:
         return warn(
-            "driver", f"NVIDIA's {driver} is here, but torch is built for the CPU: no role can use a GPU (num_gpus)"
+            "driver",
+            f"NVIDIA's {driver} is installed, but torch is built for the CPU: no role can use a GPU (num_gpus)",
         )
     oldest = OLDEST_DRIVER.get(int(cuda.split(".")[0]))
     if oldest is not None and int(driver.split(".")[0]) < oldest:
         return fail(
             "driver",
             f"NVIDIA's {driver} is too old: torch is built for CUDA {cuda}, which needs {oldest} or newer. No role "
-            f"can use a GPU (num_gpus > 0) before it is updated",
+            f"can use a GPU (num_gpus > 0) until it is updated",
         )
     if not usable:
         return warn(

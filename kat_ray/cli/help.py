@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 DESCRIPTION = """\
-On-policy distillation of language models on Ray. Rollouts that have fallen into a KL agreement trap are
-ended while they are generated (KAT, arXiv 2606.09471)."""
+On-policy distillation of language models on Ray. A rollout that has fallen into a KL agreement trap is
+ended while it is still being generated (KAT, arXiv 2606.09471)."""
 
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    doctor found what would stop a run; or an error that is not yours, with its traceback
-  2    a mistake in the arguments, the configuration, a model, the data or the cluster: one message says which
-  130  interrupted (Ctrl-C); 143: told to end (SIGTERM). A run has saved a checkpoint: go on with --resume"""
+  1    doctor found something that would stop a run; or a fault of kat-ray's own, with its traceback
+  2    a mistake in the arguments, the configuration, a model, the data or the cluster: the message says which
+  130  interrupted (Ctrl-C); 143: told to end (SIGTERM). A run has saved a checkpoint: resume it with --resume"""
 
 OVERRIDES = """\
 CONFIG is a YAML file, or `demo` for the embedded task with its tiny models. Every field can be overridden:
 section.field=value, with the value in YAML. docs/configuration.md lists the fields."""
 
 OVER_A_RUN = """\
-RUN is a run directory with traces. Each FIELD is one of termination's for the rule, such as window, consecutive,
-eta, stride and exempt for kat; a list of values is swept. docs/termination.md defines them."""
+RUN is a run directory with traces. Each FIELD is a setting of the rule (section termination), such as window,
+consecutive, eta, stride and exempt for kat; a list of values is swept. docs/termination.md defines them."""
 
 ABOUT_REPORT = """\
 RUN is a run directory. The page needs no network: learning curves, how rollouts ended, threshold, KL of single
-tokens, the stages before, during and after agreement, and a browser of rollouts. The pictures lie beside it as PNG.
-Each FIELD is one of the KAT rule's: it divides rollouts into stages. The default is the run's own rule."""
+tokens, the stages before, during and after agreement, and a browser of rollouts. The pictures are saved as PNG too.
+Each FIELD is a setting of the KAT rule that divides rollouts into stages. The default is the run's own rule."""
 
 ABOUT_JOB = """\
-NAME is a job's id, or a run's name for its newest job. The cluster is reached through its dashboard."""
+NAME is a job's id, or a run's name, which means its newest job. The cluster is reached through its dashboard."""
 
 ABOUT_BENCH = """\
 Each row is a ratio, both sides measured in one run. Groups: end_to_end (it installs the peer into .venv-peer once),
@@ -45,8 +45,8 @@ examples:
   kat-ray train demo run.steps=20
   kat-ray train my.yaml learner.lr=1e-5 'learner.betas=[0.9, 0.95]' evaluation.data=null
   kat-ray train my.yaml termination.rule=none run.name=without
-  kat-ray train --resume runs/latest                 go on with a run that was ended, killed or that failed
-  kat-ray train --resume runs/latest run.steps=300   take it further
+  kat-ray train --resume runs/latest                 resume a run that was stopped, was killed or failed
+  kat-ray train --resume runs/latest run.steps=300   the same, for more steps than before
 
 Models and data are checked before anything is started. Records go to <run.dir>/<run.name>.""",
     "eval": """\
@@ -57,9 +57,9 @@ examples:
     "doctor": """\
 examples:
   kat-ray doctor                  machine and packages only
-  kat-ray doctor my.yaml          and models, tokenizers, data, resources
+  kat-ray doctor my.yaml          also models, tokenizers, data, resources
   kat-ray doctor my.yaml sampler.replicas=4
-  kat-ray doctor my.yaml --cluster --address http://HEAD:8265     which node there each role would get
+  kat-ray doctor my.yaml --cluster --address http://HEAD:8265     which of its nodes each role would get
 
 Nothing is started and no weights are loaded. Each line is ok, warn or FAIL.""",
     "compare": """\
@@ -68,9 +68,13 @@ examples:
   kat-ray compare my.yaml --rules none kat kat:eta=0.5 fixed_prefix:n=512 --out runs/which-eta run.steps=200
   kat-ray compare --runs runs/a runs/b --out /tmp/a-b          finished runs; says what else they differ in
 
-Each rule runs from the same start on the same prompts, once for each seed, in DIR/RULE/seed-N. A run that is
-finished is not run again: called again, a comparison goes on where it was. length_matched cuts at the lengths of
-kat's run of the same seed, regardless of KL; of several, length_matched:of=kat-eta=0.5 names one by its folder.""",
+Each rule runs from the same start on the same prompts, once for each seed, in DIR/RULE/seed-N. Finished
+runs are not repeated: the same command goes on with a comparison that was interrupted. length_matched cuts at the
+lengths of kat's run of the same seed, regardless of KL; if there are several such rules,
+length_matched:of=kat-eta=0.5 names one by its folder.
+
+Rules are compared after equal steps, and at equal generated tokens and TFLOP by evaluations along the runs
+(--evaluate-every). These cannot be added to a run that has ended without them.""",
     "replay": """\
 examples:
   kat-ray replay runs/latest                                  a sweep around the run's own settings
@@ -78,13 +82,13 @@ examples:
   kat-ray replay runs/none --keep-kl 0.95 --out /tmp/replay
   kat-ray replay runs/latest --rule fixed_prefix n=[32,64,128]
 
-No model is loaded. What a cut removes is only known of rollouts that were seen to their end: a run's probes, or
+No model is loaded. What a cut removes is known only of rollouts that were seen to their end: a run's probes, or
 all rollouts of a run with termination.rule=none.""",
     "report": """\
 examples:
   kat-ray report runs/latest                                 RUN/report/report.html
   kat-ray report runs/none window=16 exempt=8 min_samples=64 min_steps=2
-  kat-ray report runs/latest --gradients                     and which stage pulls where training went""",
+  kat-ray report runs/latest --gradients                     and which stage pulls the way that training went""",
     "bench": """\
 examples:
   kat-ray bench                               everything; writes docs/benchmarks.md and docs/benchmarks.json
@@ -95,9 +99,9 @@ examples:
   kat-ray submit my.yaml --address http://HEAD:8265      a YAML file inside the working tree
   kat-ray submit my.yaml --no-wait                       return as soon as it is submitted
 
-The configuration is checked first, then the working tree is uploaded (without .git, runs and what .gitignore
-names), and `kat-ray train` runs in it on the head. A run that was stopped or that failed goes on when it is
-submitted again under the same name and configuration. A cluster in token mode: RAY_AUTH_TOKEN, or
+The configuration is checked first, then the working tree is uploaded (without .git, runs and whatever .gitignore
+names), and `kat-ray train` runs in it on the head. A run that was stopped or that failed resumes when it is
+submitted again under the same name and configuration. For a cluster in token mode, set RAY_AUTH_TOKEN or
 RAY_AUTH_TOKEN_PATH.
 
 The exit code is the job's own; Ctrl-C stops following, not the job.""",

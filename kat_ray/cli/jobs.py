@@ -27,7 +27,9 @@ def add_jobs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argum
     submit.add_argument("--no-wait", action="store_true", help="do not follow the job")
     status = add("status", _status, "show a job's state and last step", ABOUT_JOB)
     logs = add("logs", _logs, "print a job's log", ABOUT_JOB)
-    logs.add_argument("-f", "--follow", action="store_true", help="until the job ends; returns its exit code")
+    logs.add_argument(
+        "-f", "--follow", action="store_true", help="keep printing until the job ends, and return its exit code"
+    )
     stop = add("stop", _stop, "end a job; its run writes a checkpoint first", ABOUT_JOB)
     for sub in (status, logs, stop):
         sub.add_argument("name", metavar="NAME", help="a job's id, or a run's name")

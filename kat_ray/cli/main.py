@@ -10,7 +10,6 @@ import argparse
 import errno
 import json
 import logging
-import math
 import os
 import secrets
 import sys
@@ -20,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kat_ray.cli import jobs as cli_jobs
-from kat_ray.cli.help import ABOUT_BENCH, ABOUT_REPORT, DESCRIPTION, EXAMPLES, EXIT_CODES, OVER_A_RUN, OVERRIDES
+from kat_ray.cli.arguments import path_of
+from kat_ray.cli.help import DESCRIPTION, EXAMPLES, EXIT_CODES, OVERRIDES
+from kat_ray.cli.records import add_records
 from kat_ray.errors import Stopped, UserError
 from kat_ray.observability.logs import log_to_terminal
 from kat_ray.observability.redact import redact
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return _complain(
-            f"the disk is full ({error.filename or 'see run.dir'}): free some, or choose another run.dir"
+            f"the disk is full ({error.filename or 'see run.dir'}): free some space, or choose another run.dir"
         )
 
 
@@ -97,27 +98,18 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("-v", "--verbose", action="store_true", help="also log what is being done")
         return sub
 
-    configured = [*_add_runs(add), *cli_jobs.add_jobs(add), *_add_records(add)]
+    configured = [*_add_runs(add), *cli_jobs.add_jobs(add), *add_records(add)]
     for sub in configured:
         sub.add_argument("overrides", metavar="section.field=value", nargs="*", default=[], help="override a field")
     return parser
 
 
-def _path(text: str) -> Path:
-    from kat_ray.config.load import usable_path
-
-    try:
-        return usable_path(text)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
 def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
-    """The commands that start something; returns those that take a configuration's overrides."""
+    """Add what starts something; returns the commands that take a configuration's overrides."""
     train = add("train", _train, "distil the teacher into the student")
     train.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     train.add_argument(
-        "--resume", metavar="RUN", type=_path, help="go on with this run from its newest good checkpoint"
+        "--resume", metavar="RUN", type=path_of, help="resume this run from its newest good checkpoint"
     )
     train.add_argument(
         "--profile",
@@ -136,7 +128,7 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
         help="ask a cluster, not this machine, where each role would go (--address)",
     )
     doctor.add_argument(
-        "--autoscaled", action="store_true", help="with --cluster: an autoscaler brings the nodes that are lacking"
+        "--autoscaled", action="store_true", help="with --cluster: an autoscaler adds the nodes that are missing"
     )
     doctor.add_argument(
         "--agreement",
@@ -147,7 +139,7 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
     compare = add("compare", _compare, "train with several rules and compare them")
     compare.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     compare.add_argument(
-        "--runs", metavar="RUN", type=_path, nargs="+", help="compare these finished runs; nothing is trained"
+        "--runs", metavar="RUN", type=path_of, nargs="+", help="compare these finished runs; nothing is trained"
     )
     compare.add_argument(
         "--rules", metavar="RULE[:FIELD=VALUE,...]", nargs="+",
@@ -155,58 +147,14 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
     )  # fmt: skip
     compare.add_argument("--seeds", metavar="N", nargs="+", help="default: 0 1 2")
     compare.add_argument(
-        "--out", metavar="DIR", type=_path, help="folder of the comparison (default <run.dir>/compare-<run.name>)"
+        "--evaluate-every", metavar="N",
+        help="steps between evaluations along each run, which accuracy at equal tokens and TFLOP is taken from; 0: "
+        "none (default: evaluation.every, or a tenth of the run with one answer to each problem where that is 0)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--out", metavar="DIR", type=path_of, help="folder of the comparison (default <run.dir>/compare-<run.name>)"
     )
     return [train, evaluate, doctor, compare]
-
-
-def _add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
-    """The commands over what runs left, the benchmark and the configuration's own."""
-    replay = add("replay", _replay, "apply other settings of the rule to a run's recorded rollouts", OVER_A_RUN)
-    replay.add_argument("run", metavar="RUN", type=_path, help="run directory, such as runs/latest")
-    replay.add_argument(
-        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a field of the rule; a list sweeps it"
-    )
-    replay.add_argument(
-        "--rule", metavar="RULE", help="the rule to apply (default: the run's own if it is a KAT rule, else kat)"
-    )
-    replay.add_argument(
-        "--keep-kl", metavar="SHARE", type=_share, default=0.9,
-        help="recommend the cheapest setting that keeps this share of the summed KL (default 0.9)",
-    )  # fmt: skip
-    replay.add_argument(
-        "--out", metavar="DIR", type=_path, help="where replay.csv and replay.png go (default RUN/replay)"
-    )
-    report = add("report", _report, "write a run's report: one page with pictures and its rollouts", ABOUT_REPORT)
-    report.add_argument("run", metavar="RUN", type=_path, help="run directory, such as runs/latest")
-    report.add_argument(
-        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a field of the rule that divides rollouts"
-    )
-    report.add_argument(
-        "--rollouts", metavar="N", type=_count, default=300, help="rollouts to show in the page (default 300)"
-    )
-    report.add_argument(
-        "--gradients", metavar="CHECKPOINT", type=_path, nargs="*",
-        help="also compare the stages' gradients with the update from the student as it was to the newest "
-        "checkpoint, or between the two named",
-    )  # fmt: skip
-    report.add_argument("--out", metavar="DIR", type=_path, help="where report.html goes (default RUN/report)")
-    bench = add("bench", _bench, "measure the pipeline against its peer and the machine", ABOUT_BENCH)
-    bench.add_argument("--only", metavar="GROUP", nargs="+", default=[], help="only these groups")
-    bench.add_argument(
-        "--out",
-        metavar="DIR",
-        type=_path,
-        default=Path("docs"),
-        help="where benchmarks.md and .json go (default docs)",
-    )
-    bench.add_argument(
-        "--work", metavar="DIR", type=_path, default=Path("runs/bench"), help="models and logs (default runs/bench)"
-    )
-    config = add("config", _config, "print the resolved configuration")
-    config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
-    config.add_argument("--docs", action="store_true", help="print the text of docs/configuration.md instead")
-    return [config]
 
 
 def _version() -> str:
@@ -223,14 +171,14 @@ def _train(args: argparse.Namespace) -> int:
     overrides = [*args.overrides, *(["run.profile=true"] if args.profile else [])]
     if args.resume is None:
         if args.config is None:
-            raise UserError("name a configuration file, or `demo`; or a run to go on with: --resume RUN")
+            raise UserError("name a configuration file, or `demo`; or a run to resume: --resume RUN")
         config = load_config(args.config, overrides)
     else:
         if args.config is not None and "=" not in args.config:
             raise UserError(f"{args.config}: --resume takes the run's own configuration; leave this one out")
         config = resumed_config(args.resume, [*([args.config] if args.config else []), *overrides])
         if is_finished(args.resume, config.run.steps):
-            print(f"{args.resume}: all {config.run.steps} steps are done; run.steps=N takes it further")
+            print(f"{args.resume}: all {config.run.steps} steps are done; a larger run.steps=N adds more")
             return 0
     from kat_ray.cluster.versions import skew
 
@@ -316,13 +264,13 @@ def _doctor(args: argparse.Namespace) -> int:
     cluster = None
     if args.cluster:
         if config is None:
-            raise UserError("--cluster: name a configuration file, or `demo`: its roles are what is placed")
+            raise UserError("--cluster: name a configuration file, or `demo`, whose roles are to be placed")
         cluster = cli_jobs.cluster_seen(args.address, args.autoscaled)
     elif args.autoscaled:
-        raise UserError("--autoscaled: says something about a cluster; give --cluster as well")
+        raise UserError("--autoscaled: describes a cluster; give --cluster as well")
     if args.agreement:
         if config is None or args.cluster:
-            raise UserError("--agreement: name a configuration file, or `demo`; its engines are started from here")
+            raise UserError("--agreement: name a configuration file, or `demo`, without --cluster")
         _reach(config)
         return doctor.report(doctor.agreement(config), _say)
     return doctor.run(config, _say, cluster)
@@ -336,75 +284,14 @@ def _compare(args: argparse.Namespace) -> int:
     from kat_ray.cli.compare import plan, run, show_finished
 
     if args.runs:
-        given = {"--rules": args.rules, "--seeds": args.seeds, **dict.fromkeys(args.overrides, True)}
-        others = [*filter(None, [args.config]), *(name for name, value in given.items() if value)]
+        given = {"--rules": args.rules, "--seeds": args.seeds, "--evaluate-every": args.evaluate_every}
+        others = [*filter(None, [args.config]), *(name for name, value in given.items() if value is not None)]
+        others += args.overrides
         show_finished(args.runs, others, args.out, _say)
         return 0
-    comparison = plan(args.config, args.overrides, args.rules, args.seeds, args.out)
+    comparison = plan(args.config, args.overrides, args.rules, args.seeds, args.out, args.evaluate_every)
     _reach(comparison.config)
     from actors.driver.train import train
 
     run(comparison, train, _say)
-    return 0
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text}: must be a number above 0 and at most 1")
-    return value
-
-
-def _replay(args: argparse.Namespace) -> int:
-    from kat_ray.cli.replay import replay
-
-    replay(args.run, args.rule, [*args.settings, *getattr(args, "overrides", [])], args.keep_kl, args.out)
-    return 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1")
-    return int(text)
-
-
-def _report(args: argparse.Namespace) -> int:
-    from kat_ray.cli.replay import rule_with
-    from kat_ray.report.command import report
-
-    settings = [*args.settings, *getattr(args, "overrides", [])]
-    rule = rule_with(args.run, settings) if settings else None
-    report(
-        args.run,
-        rule,
-        out=args.out,
-        rollouts=args.rollouts,
-        gradients=args.gradients,
-        say=lambda text: print(text, flush=True),
-    )
-    return 0
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from actors.bench.command import bench
-
-    for file in bench(args.only, args.out, args.work.resolve(), lambda text: print(text, flush=True)):
-        print(file)
-    return 0
-
-
-def _config(args: argparse.Namespace) -> int:
-    if args.docs:
-        from kat_ray.config.schema import configuration_markdown
-
-        print(configuration_markdown(), end="")
-        return 0
-    if args.config is None:
-        raise UserError("name a configuration file, or `demo`; --docs prints the list of fields")
-    from kat_ray.config.load import config_yaml, load_config
-
-    print(config_yaml(load_config(args.config, args.overrides)), end="")
     return 0

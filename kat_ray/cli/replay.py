@@ -45,7 +45,7 @@ def replay(
     seen = uncensored(traces, config)
     console.print(
         f"{len(traces.step):,} rollouts, {len(traces.d):,} scored tokens; {len(seen.step):,} of them were seen to "
-        "their end and tell what a cut removes",
+        "their end and show what a cut removes",
         markup=False,
     )
     results = sweep(seen, base, grid, facts)
@@ -100,8 +100,10 @@ def _reproduction(traces: Traces, replayed: Replayed) -> str:
     recorded[probes] = traces.would_cut[probes]
     wrong = int((replayed.cut != recorded).sum())
     if wrong:
-        return f"warning: replaying the run's own rule gives other cuts for {wrong:,} of {len(recorded):,} rollouts"
-    return f"the run's own rule, applied again, gives its {int((traces.cut >= 0).sum()):,} cuts again"
+        return (
+            f"warning: the run's own rule, applied again, cuts {wrong:,} of {len(recorded):,} rollouts differently"
+        )
+    return f"the run's own rule, applied again, reproduces its {int((traces.cut >= 0).sum()):,} cuts"
 
 
 def rule_with(run_dir: Path, settings: Sequence[str]) -> KatSettings:
@@ -111,7 +113,7 @@ def rule_with(run_dir: Path, settings: Sequence[str]) -> KatSettings:
     changes = {}
     for name, values in _grid(base, settings, 1).items():
         if len(values) != 1:
-            raise UserError(f"{name} = {values!r}: one value, please")
+            raise UserError(f"{name} = {values!r}: must be a single value")
         changes[name] = values[0]
     return with_changes(base, changes)
 

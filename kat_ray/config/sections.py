@@ -248,6 +248,9 @@ class EvaluationConfig(Section):
     """Samples per problem."""
     every: Resumable[int] = Field(0, ge=0)
     """Steps between evaluations; 0 evaluates only before and after."""
+    every_k: Resumable[int | None] = Field(None, ge=1)
+    """Samples per problem in the evaluations between the first and the last, at most `k`; null takes `k`. Their
+    pass@k is that of fewer answers."""
     max_tokens: int | None = Field(None, ge=1)
     """Tokens of an answer; null takes `rollout.max_tokens`."""
     temperature: float = Field(1.0, ge=0, le=2)
@@ -261,6 +264,12 @@ class EvaluationConfig(Section):
     def _answers_are_graded(self) -> EvaluationConfig:
         if self.data is not None and self.data.answer_column is None:
             raise ValueError("data.answer_column = null: held-out problems need a column with the gold answer")
+        return self
+
+    @model_validator(mode="after")
+    def _no_more_answers_along_the_way(self) -> EvaluationConfig:
+        if self.every_k is not None and self.every_k > self.k:
+            raise ValueError(f"every_k = {self.every_k}: must be <= {self.k}, the samples of evaluation.k")
         return self
 
     @property

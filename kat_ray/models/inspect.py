@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from kat_ray.errors import ModelError
 from kat_ray.models.edges import edges_of
 from kat_ray.models.shape import ModelShape, shape_of
 from kat_ray.models.support import check_roles, roles_of
+from kat_ray.models.tokenizers import compare_tokenizers
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
@@ -28,18 +29,6 @@ _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
 _VOCABULARIES = ("tokenizer.json", ".model", "vocab.json", "vocab.txt", "tekken.json", ".tiktoken")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_HEADER = 100 * 2**20  # the safetensors format's own limit
-
-# Text on which tokenizers with equal vocabularies still differ: normalisation, digits, spaces, added prefixes.
-_SAMPLES = (
-    "answer 42",
-    " leading space",
-    "two  spaces\tand a tab\nnewline\n\n",
-    "1234567890 3.14 -7 1,000",
-    "Let $x^2 + \\frac{1}{2} = \\boxed{7}$.",
-    "def f(x):\n    return x ** 2  # code",
-    "naïve café, Ünïcode, 数学, е́, 🙂",
-    "I'm it's DON'T",
-)
 
 
 @dataclass(frozen=True)
@@ -227,35 +216,6 @@ def stop_id_warnings(config: Config, student: ModelInfo, teacher: ModelInfo, tok
     )
 
 
-def compare_tokenizers(student: Any, teacher: Any) -> None:
-    """Refuse two tokenizers that differ; the message shows the first difference.
-
-    Which token is called end of text, padding or unknown may differ: see `stop_id_warnings`.
-    """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours != theirs:
-        raise ModelError(_first_vocabulary_difference(ours, theirs))
-    added = sorted(str(t) for t in {*student.added_tokens_decoder.values(), *teacher.added_tokens_decoder.values()})
-    for text in (*_SAMPLES, *(f"a{token} b" for token in added)):
-        a, b = list(student(text)["input_ids"]), list(teacher(text)["input_ids"])
-        if a != b:
-            raise ModelError(
-                f"the tokenizers encode {text!r} differently: student {_some(a)}, teacher {_some(b)}. "
-                "On-policy distillation scores the student's token ids with the teacher: use models of one family"
-            )
-
-
-def _first_vocabulary_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:
-    by_id = [{i: t for t, i in vocabulary.items()} for vocabulary in (ours, theirs)]
-    first = min(i for i in {*by_id[0], *by_id[1]} if by_id[0].get(i) != by_id[1].get(i))
-    words = [repr(side[first]) if first in side else "nothing" for side in by_id]
-    return (
-        f"the tokenizers differ: id {first} is {words[0]} for the student and {words[1]} for the teacher "
-        f"({len(ours)} and {len(theirs)} entries). The teacher scores the student's token ids: use models of "
-        "one family"
-    )
-
-
 def _check_lengths(config: Config, facts: ModelFacts) -> None:
     asked = {"rollout.max_tokens": config.rollout.max_tokens}
     if config.evaluation.data is not None:
@@ -396,10 +356,6 @@ def _header_counts(file: Path) -> list[tuple[str, int]]:
             f"{file}: has {size} bytes, its header asks for {8 + length + end}: the download is broken"
         )
     return counts
-
-
-def _some(ids: Sequence[int]) -> str:
-    return f"{list(ids[:12])}{' ...' if len(ids) > 12 else ''}"
 
 
 def _first_line(error: BaseException) -> str:

@@ -42,7 +42,10 @@ class Tracker:
         """`done` steps are finished; the last one has these metrics, some perhaps not finite."""
 
     def evaluation(self, done: int, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """After an evaluation: the fields of `EvalResult`, and those of them that are metrics."""
+        """After an evaluation: the fields of `EvalResult`, and those of them that are metrics.
+
+        `record` also has the tokens that training took until then, without those of evaluations.
+        """
 
     def checkpoint(self, done: int, path: Path) -> None:
         """The checkpoint after `done` steps is complete."""
@@ -79,7 +82,7 @@ class Trackers:
         self._tell_all(lambda t: t.step(done, metrics))
 
     def evaluation(self, done: int, record: Mapping[str, Any]) -> None:
-        """See `Tracker.evaluation`; `record` holds the fields of `EvalResult`."""
+        """See `Tracker.evaluation`."""
         metrics = {f"eval/{name}": float(record[name]) for name in _EVALUATED if name in record}
         self._tell_all(lambda t: t.evaluation(done, record, metrics))
 

@@ -30,13 +30,21 @@ class Figures(Record):
 
 
 class Evaluation(Record):
-    """A line of evaluations.jsonl; `right` are right answers to each problem, of `k`."""
+    """A line of evaluations.jsonl; `right` are right answers to each problem, of `k`.
+
+    Tokens are those of training until then; earlier versions did not write them.
+    """
 
     avg_at_k: Share = 0.0
     pass_at_k: Share = 0.0
     k: int = Field(ge=1, lt=2**31)
     step: Count = 0
     right: list[Count] = []
+    prompt_tokens: Count | None = None
+    generated_tokens: Count | None = None
+    kept_tokens: Count | None = None
+    scored_tokens: Count | None = None
+    trained_tokens: Count | None = None
 
 
 class Summary(Record):

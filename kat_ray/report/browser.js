@@ -55,7 +55,7 @@
   function clear() {
     current = at = null;
     for (const id of ["head", "prompt", "info", "tokens", "chart"]) get(id).replaceChildren();
-    get("head").textContent = "No rollout fits these filters.";
+    get("head").textContent = "No rollout matches these filters.";
   }
 
   // Where a rollout is marked: by the run's rule, by what it says of a probe, by settings applied afterwards.
@@ -70,7 +70,7 @@
   function facts(r) {
     const parts = [`step ${r.step}`, `${r.tokens.length} tokens`, verdict(r)];
     if (r.answer !== null) parts.push(r.cut === null ? `answer ${r.answer}` : `answer in what was kept: ${r.answer}`);
-    if (r.gold !== null) parts.push(`should be ${r.gold}`);
+    if (r.gold !== null) parts.push(`gold answer ${r.gold}`);
     if (data.own || r.threshold !== null) parts.push(r.threshold === null ? "no threshold yet" : `threshold ${number(r.threshold)} nats`);
     if (r.cut !== null) parts.push(`cut at ${r.cut}, confirmed after ${r.confirmed}`);
     if (r.probe) parts.push(r.would === null ? "probe" : `probe, would be cut at ${r.would}`);
@@ -78,7 +78,7 @@
       const cut = r.seen_cut === null ? "no cut" : `cut at ${r.seen_cut}`;
       parts.push("applied afterwards: " + (r.seen_threshold === null ? "no threshold yet" : `threshold ${number(r.seen_threshold)} nats, ${cut}`));
     } else if (r.seen_cut !== null && r.cut === null && r.would === null) {
-      parts.push(`KAT would cut at ${r.seen_cut}: the tokens after it are weighed`);
+      parts.push(`KAT would cut at ${r.seen_cut}: the tokens after it are weighted`);
     }
     return parts;
   }
@@ -90,8 +90,8 @@
     const head = get("head");
     head.replaceChildren(element("b", `Rollout ${r.id} `), element("span", r.stop, `tag ${r.stop}`));
     head.append(element("span", " " + facts(r).join(" · "), "soft"));
-    get("prompt").textContent = r.prompt === null ? "(the prompt is not at hand)" : r.prompt;
-    get("info").textContent = "Point at a token, click it, or go through them with the arrow keys.";
+    get("prompt").textContent = r.prompt === null ? "(the prompt is not available)" : r.prompt;
+    get("info").textContent = "Point at a token, click it, or move with the arrow keys.";
     const box = get("tokens");
     box.replaceChildren();
     const found = marks(r);

@@ -89,7 +89,7 @@ def _phases(records: RunRecords, rule: KatParameters, own: bool) -> tuple[Phases
     if not phases.active.any():
         return phases, (
             "No stages: the rule was never active on these rollouts (termination.min_samples, min_steps, window); "
-            "name other settings, such as `kat-ray report RUN window=16 min_samples=64 min_steps=2`"
+            "try other settings, such as `kat-ray report RUN window=16 min_samples=64 min_steps=2`"
         )
     return phases, None
 
@@ -98,7 +98,7 @@ def _browser_text(records: RunRecords, lens: Lens, shown: int) -> str:
     window, own = lens.rule.window, records.config.termination.rule
     effect = RULES[own].effect
     count = len(records.traces.step)
-    how = "All rollouts." if shown == count else f"{shown:,} of {count:,} rollouts, every kind in turn."
+    how = "All rollouts." if shown == count else f"{shown:,} of {count:,} rollouts: a sample of every kind."
     text = (
         f"{how} "
         "A token is coloured by its reverse KL; point at one, click it or use the arrow keys to see its figures. "
@@ -106,7 +106,8 @@ def _browser_text(records: RunRecords, lens: Lens, shown: int) -> str:
     )
     if not lens.own:
         return text + (
-            "Threshold and marks called applied are of the KAT settings named at the top, applied afterwards; "
+            "The threshold, and marks called applied, are those of the KAT settings named at the top, applied "
+            "afterwards; "
             f"the run's own rule was {own}, "
             + (
                 "which cut nothing."
@@ -114,8 +115,9 @@ def _browser_text(records: RunRecords, lens: Lens, shown: int) -> str:
                 else "and what it did is marked as cut and would cut."
             )
         )
-    does = "cuts where it stays" if effect is Effect.CUTS else "divides the rollout where it stays"
-    return text + f"The run's rule {does} below the threshold for {lens.rule.consecutive} windows in a row."
+    does = "cuts a rollout" if effect is Effect.CUTS else "divides a rollout"
+    windows = f"{lens.rule.consecutive} windows in a row"
+    return text + f"The run's rule {does} where this mean stays below the threshold for {windows}."
 
 
 def _marks(records: RunRecords, lens: Lens) -> list[tuple[str, str, str]]:
@@ -126,7 +128,7 @@ def _marks(records: RunRecords, lens: Lens) -> list[tuple[str, str, str]]:
     if not lens.own:
         marks.append(("applied", "applied", "where the settings applied afterwards would cut"))
     elif RULES[lens.rule.rule].effect is not Effect.CUTS:
-        marks.append(("applied", "KAT", "would cut; tokens after it are weighed"))
+        marks.append(("applied", "KAT", "would cut; tokens after it are weighted"))
     return marks
 
 
@@ -159,10 +161,10 @@ def _cards(records: RunRecords) -> list[Card]:
     if probes.any():
         graded = probes & (traces.correct >= 0)
         saved = (traces.lengths - traces.would_cut)[probes].mean()
-        cards.append(Card(f"{saved:.0f}", "tokens that a cut saves, mean over probes"))
+        cards.append(Card(f"{saved:.0f}", "tokens saved by a cut, mean over probes"))
         if graded.any():
             right = (traces.correct[graded] == 1).mean()
-            cards.append(Card(f"{right:.0%}", "of probes it would cut answered right"))
+            cards.append(Card(f"{right:.0%}", "of the probes it would cut answered right"))
     if records.summary is not None and "wall_seconds" in records.summary:
         cards.append(Card(f"{records.summary['wall_seconds']:,.0f} s", "wall time"))
     return cards
@@ -181,30 +183,30 @@ def _step_sections(records: RunRecords, phases: Phases | None, lens: Lens) -> li
         ),
         _section(
             "stops", "How rollouts ended",
-            "Trapped ones were ended by the rule, max_tokens ran into their limit (or the rule's length budget), "
-            "failed ones were given up by the engine. A share of max_tokens that grows is a first sign of loops "
-            "or of a lost end of sequence.",
+            "Trapped rollouts were ended by the rule, max_tokens ones reached their limit (or the rule's length "
+            "budget), failed ones were given up by the engine. A growing share of max_tokens is an early sign of "
+            "loops, or of answers that no longer end.",
             curves.stops(records),
         ),
         _section(
             "threshold", "Threshold",
             "The threshold has to follow the KL scale. If KL falls and the threshold stays, too much is cut: "
-            "let the calibration forget sooner (a smaller buffer). m(y) is the smallest window mean of a rollout, "
+            "make the calibration forget sooner (a smaller buffer). m(y) is the smallest window mean of a rollout, "
             "drawn for rollouts that were seen to their end: a cut one never shows its later, smaller windows."
             + ("" if lens.own else " The threshold is that of the settings applied afterwards."),
             curves.threshold(records, phases, lens),
         ),
         _section(
             "health", "Health",
-            "Of the kept tokens. In a healthy run the overlap rises and the entropy gap closes; a tail mass that "
-            "grows says that top k is too small.",
+            "Of the kept tokens. In a healthy run the overlap rises and the entropy gap closes; a growing "
+            "tail mass means that top k is too small.",
             curves.health(records),
         ),
     ]  # fmt: skip
     if records.series("probe/would_cut_share")[1]:
         text = (
-            "Probes are never cut, so they show what cuts do. A rollout that would have been cut and went on to a "
-            "right answer was no waste."
+            "Probes are never cut, so they show what cuts do. A rollout that would have been cut, but went on to a "
+            "right answer, was not wasted."
         )
         sections.append(_section("probes", "What cuts cost and save", text, curves.probes(records)))
     return sections
@@ -214,16 +216,16 @@ def _rollout_sections(records: RunRecords, lens: Lens) -> list[Section]:
     return [
         _section(
             "heatmap", "KL of single tokens",
-            "A row is a rollout, dark is agreement, grey is no token. Rollouts with a mark come first, in the "
+            "Each row is a rollout; dark is agreement, grey is no token. Rollouts with a mark come first, in the "
             "order of their marks; above them the others, by length. A trap is a dark stretch to the right of a "
-            "mark that does not end. The drawn rollouts are a sample, and the longest twentieth of them runs out "
-            "of the picture.",
+            "mark that does not end. The drawn rollouts are a sample, and the longest twentieth of them runs off "
+            "the edge.",
             rollout_figures.heat_map(records, lens),
         ),
         _section(
             "position", "KL by position",
             "Mean over all scored tokens at a position. Cut rollouts are missing after their cut, so the right end "
-            "holds those in which the rule saw no trap, and probes.",
+            "shows only those in which the rule saw no trap, and probes.",
             rollout_figures.position(records),
         ),
     ]  # fmt: skip
@@ -245,9 +247,9 @@ def _phase_sections(
         ),
         Section(
             "stages", "Before, during and after agreement",
-            "Only rollouts that were seen to their end have all three. After begins with the token that lifts the "
-            "window mean to the threshold again. Where KL does not return to the level of before, a cut loses "
-            "little.",
+            "Only rollouts that were seen to their end have all three. The stage after begins with the token that "
+            "lifts the window mean back to the threshold. Where KL does not return to its level from before, a cut "
+            "loses little.",
             png=png_of(rollout_figures.stages(phases)),
             table=_phase_cells(phase_table(records, phases)),
         ),
@@ -298,7 +300,7 @@ def _gradient_section(
             table.append([phase, f"{count:,}", f"{evidence.norms[phase]:.3g}", *shares])
     text = (
         "Share of each stage's gradient that lies in the top singular subspace of the net update from "
-        f"{first.name} to {last.name}: the higher, the more the stage's tokens pull where training went. "
+        f"{first.name} to {last.name}: the higher it is, the more the stage's tokens pull the way training went. "
         "Gradient of the mean KL over the stage's tokens at the first checkpoint, over the run's first "
         f"{evidence.rollouts} rollouts with a trap that were seen to their end; its norm says how strongly the "
         "mean token pulls."

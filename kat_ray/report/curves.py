@@ -38,21 +38,29 @@ def learning(records: RunRecords) -> Any:
     _line(kl, records, "learner/loss", "trained tokens", KEPT)
     kl.set(title="Reverse KL", ylabel="nats")
     _legend(kl)
-    for metric, label, colour in (("eval/pass_at_k", "pass@k", SCALE), ("eval/avg_at_k", "avg@k", KEPT)):
-        steps, values = records.series(metric)
-        accuracy.plot(steps, values, "o-", color=colour, label=label)
+    accuracy.plot(*_pass_at_k(records), "o-", color=SCALE, label="pass@k")
+    accuracy.plot(*records.series("eval/avg_at_k"), "o-", color=KEPT, label="avg@k")
     accuracy.set(title="Held-out accuracy", ylim=(0, 1))
     percent(accuracy.yaxis)
     _legend(accuracy)
     _line(tokens, records, "rollout/generated_tokens", "generated", GREY)
     _line(tokens, records, "rollout/kept_tokens", "kept", KEPT)
-    tokens.set(title="Tokens of a step", xlabel="step")
+    tokens.set(title="Tokens per step", xlabel="step")
     tokens.set_ylim(bottom=0)
     _legend(tokens)
     _line(gradient, records, "learner/grad_norm", "gradient norm", KEPT)
     gradient.set(title="Gradient norm before clipping", xlabel="step")
     gradient.set_ylim(bottom=0)
     return fig
+
+
+def _pass_at_k(records: RunRecords) -> tuple[list[int], list[float]]:
+    """Steps and pass@k; those with fewer answers (`evaluation.every_k`) are lower for that alone, and left out."""
+    k = max((line["k"] for line in records.evaluations), default=0)
+    fewer = {line.get("step") for line in records.evaluations if line["k"] < k}
+    steps, values = records.series("eval/pass_at_k")
+    kept = [i for i, step in enumerate(steps) if step not in fewer]
+    return [steps[i] for i in kept], [values[i] for i in kept]
 
 
 def stops(records: RunRecords) -> Any:
@@ -127,7 +135,7 @@ def probes(records: RunRecords) -> Any:
     percent(shares.yaxis)
     _legend(shares, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)  # not over the lines
     _line(tokens, records, "probe/tokens_after_cut", "tokens", KEPT, parts=10)
-    tokens.set(title="Tokens that a cut would have saved, mean", xlabel="step")
+    tokens.set(title="Mean tokens that a cut would have saved", xlabel="step")
     tokens.set_ylim(bottom=0)
     return fig
 

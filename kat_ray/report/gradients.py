@@ -51,7 +51,7 @@ def checkpoints_of(records: RunRecords, given: Sequence[Path]) -> tuple[Path, Pa
     if len(given) == 2:
         return given[0], given[1]
     if given:
-        raise UserError("--gradients takes no directory, or two: the first checkpoint and the last")
+        raise UserError("--gradients takes either no directory or two: the first checkpoint and the last")
     steps = [p for p in (records.path / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
     if not steps:
         raise UserError(f"{records.path}: holds no checkpoint (checkpoints/step-*), which --gradients needs")
@@ -59,7 +59,7 @@ def checkpoints_of(records: RunRecords, given: Sequence[Path]) -> tuple[Path, Pa
 
 
 def gradient_evidence(records: RunRecords, phases: Phases, first: Path, last: Path, rollouts: int) -> Evidence:
-    """Measure the shares on the first `rollouts` trapped rollouts that were seen to their end.
+    """Measure the shares on the first `rollouts` rollouts with a trap that were seen to their end.
 
     The first ones, because they were sampled nearest to the first checkpoint.
     """
@@ -89,7 +89,7 @@ def gradient_evidence(records: RunRecords, phases: Phases, first: Path, last: Pa
         if prompt is None:
             raise UserError(
                 f"--gradients: rollout {int(phases.traces.rollout_id[i])} answered prompt {names[row]}, which "
-                f"data.path = {config.data.path} does not hold any more: the data must be those of the run"
+                f"data.path = {config.data.path} no longer holds: the data must be those of the run"
             )
         for code, phase in enumerate(PHASES):
             mask = phases.stage[span] == code

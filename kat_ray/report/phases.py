@@ -1,4 +1,4 @@
-"""The stages of a trapped rollout: before, agreement, after (arXiv 2606.09471, section 3).
+"""The stages of a rollout with a trap: before, agreement, after (arXiv 2606.09471, section 3).
 
     before     [0, cut)           agreement  [cut, recovered)           after  [recovered, length)
 

@@ -46,6 +46,18 @@ def percent(axis: Any) -> None:
     axis.set_major_formatter(lambda value, _: f"{100 * value:.6g}%")
 
 
+def thousands(axis: Any) -> None:
+    """Label an axis with 100k and 2M where its numbers are large."""
+
+    def label(value: float, _: object) -> str:
+        for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+            if abs(value) >= size:
+                return f"{value / size:g}{letter}"
+        return f"{value:g}"
+
+    axis.set_major_formatter(label)
+
+
 def plain(axis: Any) -> None:
     """Label a logarithmic axis with numbers as people write them, at 1, 2 and 5 of each decade."""
     axis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -41,8 +41,8 @@ def dump_batch(folder: Path, step: int, batch: StepBatch, report: Mapping[str, f
     # The student's columns lie in the chunks as the teacher's do in its rows, and are gathered the same way.
     own = [TeacherRows(c.topk_logprobs, c.tail_logprobs, c.sampled_logprobs) for c in batch.chunks]
     students = collect_samples(batch.chunks, own, batch.kept)
-    d = traces_of(batch.scored)
-    tensors = _tensors(rows, students, [d[r.rollout_id][: len(r.token_ids)] for r in rows])
+    kl = traces_of(batch.scored)
+    tensors = _tensors(rows, students, [kl[r.rollout_id][: len(r.token_ids)] for r in rows])
     odd = sorted(n for n, v in report.items() if not math.isfinite(v))
     description = {
         "step": step,
@@ -69,7 +69,7 @@ def dump_batch(folder: Path, step: int, batch: StepBatch, report: Mapping[str, f
 
 
 def _tensors(
-    rows: Sequence[TrainingSample], students: Sequence[TrainingSample], d: Sequence[np.ndarray]
+    rows: Sequence[TrainingSample], students: Sequence[TrainingSample], kl: Sequence[np.ndarray]
 ) -> dict[str, np.ndarray]:
     def join(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
         return np.ascontiguousarray(np.concatenate(parts or [np.zeros(0, dtype)]).astype(dtype))
@@ -89,7 +89,7 @@ def _tensors(
         "token_ids": join([r.token_ids for r in rows], np.int32),
         "kept": np.array([len(r.token_ids) for r in rows], dtype=np.int32),
         "weights": join([r.weights for r in rows], np.float32),
-        "d": join(d, np.float32),
+        "d": join(kl, np.float32),
         "sampled_logprobs": join([r.sampled_logprobs for r in rows], np.float32),
         "topk_ids": half([r.topk_ids.astype(np.int32) for r in rows]),
         "student_topk_logprobs": half([r.teacher_topk for r in students]),

@@ -13,11 +13,12 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, Literal
 
 from kat_ray.config import GuardsConfig
 from kat_ray.models.tolerance import LogprobDifference, logprob_tolerance
-from kat_ray.run.step_result import LearnerReport, StepResult
+from kat_ray.run.step_result import StepResult
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,26 @@ def _tail_mass(step: StepResult) -> float | None:
     return step.learner.tail_mass if step.learner.tokens else None
 
 
-def _on_policy(value: Callable[[LearnerReport], float]) -> Callable[[StepResult], float | None]:
-    """A difference that older weights explain says nothing of the engines."""
-    return lambda step: value(step.learner) if step.learner.tokens and not step.staleness else None
-
-
 _OTHER_MODEL = (
     "sampler and learner compute different models, and what is learnt is not what was sampled: compare the engines "
     "(docs/numbers.md), take student.dtype = learner.dtype = float32 for a few steps; raise or null "
     "guards.logprob_diff only where you know why"
 )
+
+
+def _logprob_diff(kind: Literal["mean", "max"], *, at_once: bool = False) -> _Guard:
+    """How far sampler and learner are apart, against what rounding explains."""
+    name = f"logprob_diff_{kind}"
+
+    def value(step: StepResult) -> float | None:
+        # A difference that older weights explain says nothing of the engines.
+        return getattr(step.learner, name) if step.learner.tokens and not step.staleness else None
+
+    return _Guard(
+        "logprob_diff", f"learner/{name}", value, True, _share, _OTHER_MODEL, tolerance=attrgetter(kind),
+        at_once=at_once, name=name,
+    )  # fmt: skip
+
 
 _GUARDS = (
     _Guard(
@@ -139,27 +150,8 @@ _GUARDS = (
         "the student has learnt what it can, and fewer run.steps do",
         least=1e-3,
     ),
-    _Guard(
-        "logprob_diff",
-        "learner/logprob_diff_mean",
-        _on_policy(lambda report: report.logprob_diff_mean),
-        True,
-        _share,
-        _OTHER_MODEL,
-        tolerance=lambda t: t.mean,
-        at_once=True,
-        name="logprob_diff_mean",
-    ),
-    _Guard(
-        "logprob_diff",
-        "learner/logprob_diff_max",
-        _on_policy(lambda report: report.logprob_diff_max),
-        True,
-        _share,
-        _OTHER_MODEL,
-        tolerance=lambda t: t.max,
-        name="logprob_diff_max",
-    ),
+    _logprob_diff("mean", at_once=True),
+    _logprob_diff("max"),
     _Guard(
         "tail_mass",
         "learner/tail_mass",

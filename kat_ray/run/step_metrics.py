@@ -56,8 +56,8 @@ def score_metrics(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> dic
     if not scored:
         return {}
     mask = np.concatenate(kept_rows(scored, kept))
-    d = np.concatenate([c.d for c in scored])
-    figures = {"kl/mean": _mean(d), "kl/kept_mean": _mean(d[mask])}
+    kl = np.concatenate([c.d for c in scored])
+    figures = {"kl/mean": _mean(kl), "kl/kept_mean": _mean(kl[mask])}
     for name, field in _FEATURES.items():
         figures[name] = _mean(np.concatenate([getattr(c, field) for c in scored])[mask])
     if asked := sum(c.asked_tokens for c in scored):

@@ -86,8 +86,12 @@ class Totals:
             "steps": self.steps,
             "rollouts_started": self.started,
             "rollouts_ended": {reason.value: self.ended[reason] for reason in StopReason},
-            **{f"{name}_tokens": count for name, count in self.tokens.items()},
+            **self.token_fields(),
         }
+
+    def token_fields(self) -> dict[str, int]:
+        """The tokens by the names that they have in summary.json and evaluations.jsonl."""
+        return {f"{name}_tokens": count for name, count in self.tokens.items()}
 
 
 def run_summary(

@@ -81,13 +81,13 @@ def make_table(rule: TerminationRule, starts: Sequence[RolloutStart]) -> Rollout
     return TrackerTable([rule.begin(start) for start in starts])
 
 
-def padded(d: FloatArray, first: IntArray, count: IntArray) -> FloatArray:
-    """Rows `d[first[i] : first[i] + count[i]]` side by side, [R, max(count)] float64, NaN after a row's end."""
+def padded(kl: FloatArray, first: IntArray, count: IntArray) -> FloatArray:
+    """Rows `kl[first[i] : first[i] + count[i]]` side by side, [R, max(count)] float64, NaN after a row's end."""
     width = int(count.max(initial=0))
     column = np.arange(width)
-    if not len(d):
+    if not len(kl):
         return np.zeros((len(count), 0))
-    values = d[np.minimum(first[:, None] + column, len(d) - 1)].astype(np.float64)
+    values = kl[np.minimum(first[:, None] + column, len(kl) - 1)].astype(np.float64)
     if len(count) and int(count.min()) < width:
         values[column >= count[:, None]] = np.nan
     return values

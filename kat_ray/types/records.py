@@ -35,7 +35,8 @@ FloatArray: TypeAlias = NDArray[np.floating[Any]]
 class StopReason(enum.StrEnum):
     """How a rollout ended. Every rollout that was started ends in exactly one of these ways.
 
-    `TRAPPED` takes precedence over what the engine says if the rule confirms a cut at or before the last token.
+    `TRAPPED` is said of every rollout that its rule cut, whichever rule that is. It takes precedence over what the
+    engine says if the rule confirms a cut at or before the last token.
     """
 
     EOS = "eos"
@@ -188,7 +189,7 @@ class TeacherRows:
 
 @dataclass(frozen=True)
 class TerminationDecision:
-    """Rollouts newly confirmed as trapped: the sampler aborts them at once."""
+    """Rollouts that the rule has just cut: the sampler aborts them at once."""
 
     rollout_ids: IntArray  # [M] int64
 

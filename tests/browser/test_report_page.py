@@ -53,7 +53,7 @@ def test_rollouts_are_filtered_and_shown(browser, page):
     Select(get(browser, "right")).select_by_visible_text("not graded")
     assert [e.text.split()[0] for e in entries(browser)] == ["#2"]
     get(browser, "probe").click()
-    assert not entries(browser) and "No rollout fits" in get(browser, "head").text
+    assert not entries(browser) and "No rollout matches" in get(browser, "head").text
     Select(get(browser, "right")).select_by_visible_text("all")
     assert [e.text.split()[0] for e in entries(browser)] == ["#0", "#1", "#3"]
 
@@ -61,7 +61,7 @@ def test_rollouts_are_filtered_and_shown(browser, page):
 def test_a_token_tells_its_figures(browser, page):
     open_page(browser, page)
     entries(browser)[0].click()
-    assert "would be cut at 3" in get(browser, "head").text and "should be" in get(browser, "head").text
+    assert "would be cut at 3" in get(browser, "head").text and "gold answer" in get(browser, "head").text
     assert get(browser, "prompt").text.startswith("start")
     token = get(browser, "tokens").find_element(By.CSS_SELECTOR, "[data-i='7']")
     ActionChains(browser).scroll_to_element(token).move_to_element(token).perform()

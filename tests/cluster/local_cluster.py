@@ -33,6 +33,7 @@ class LocalCluster:
         self.port = outside_port()
         self.dashboard = outside_port()
         self.address = ""  # known once the head stands
+        self.token = token
         self.folder = folder  # sockets lie in it: its path has to be short
         self._id = uuid.uuid4().hex
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}

@@ -72,6 +72,11 @@ class Opened(Learner):
     def release(self):
         self.released.set()
 
+    def copies(self):
+        """How often this rank's host holds the weights as they were before `change_weights`."""
+        whole = sum(getattr(p, "ds_numel", p.numel()) for _, p in self._loaded.student.trained_parameters())
+        return sum(tensor.numel() for tensor in self._saved) / whole
+
     def random(self):
         return torch.rand(3).tolist()
 
@@ -89,7 +94,7 @@ def _serve(pipe, args):
         method, given = pipe.recv()
         try:
             answer = getattr(learner, method)(*given), None
-        except Exception as error:
+        except Exception as error:  # whatever it is, the test that called raises it (`Rank.answer`)
             answer = None, error
         pipe.send(answer)
 

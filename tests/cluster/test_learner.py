@@ -266,6 +266,8 @@ def test_training_computes_the_model_and_a_change_is_taken_back_to_the_bit(model
         before, plain = group.everything(), logprobs(True)
         np.testing.assert_allclose(logprobs(False), plain, atol=0.1 if rough else 1e-5)
         group.all("change_weights", 0.1)
+        copies = [1, *[0 if learner["zero_stage"] == 3 else 1] * (world_size - 1)]
+        assert group.all("copies") == copies, "of the weights as they were"
         changed = logprobs(True)
         assert np.abs(changed - plain).mean() > 0.05
         np.testing.assert_allclose(logprobs(False), changed, atol=0.1 if rough else 1e-5)

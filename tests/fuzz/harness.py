@@ -2,21 +2,27 @@
 
 import io
 import os
+import re
 import signal
 import sys
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
+import hypothesis
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, reproduce_failure, seed, settings
 from hypothesis import strategies as st
 
 from kat_ray.cli import main as cli
 
 # A case takes a tenth of a second; past this it hangs.
 SECONDS = 60
+THIRDS = 3
+SEED = "KAT_RAY_FUZZ_SEED"  # of the first tier's cases; the nightly tier draws from 0, 1 and 2
+CASE = "KAT_RAY_FUZZ_CASE"  # one case, as a failure names it
 
 
 @dataclass(frozen=True)
@@ -29,21 +35,52 @@ class Outcome:
 
 
 def sizes(whole):
-    """Run a test with all its cases in the nightly tier, and with a third of them in the first."""
-    return pytest.mark.parametrize("cases", [-(-whole // 3), pytest.param(whole, marks=pytest.mark.nightly)])
+    """All cases of a test in the nightly tier, and in the first the third whose turn it is: each has a seed."""
+    third = -(-whole // THIRDS)
+    return pytest.mark.parametrize(
+        "cases",
+        [
+            pytest.param((third, None), id="third"),
+            pytest.param((third, range(THIRDS)), id="all", marks=pytest.mark.nightly),
+        ],
+    )
 
 
 def fuzz(check, cases, *strategies):
-    """Call `check` with `cases` drawn examples: the same ones each time unless KAT_RAY_FUZZ_RANDOM is set."""
+    """Call `check` with drawn examples. Of one that fails, the error says the command that draws it again."""
+    number, seeds = cases
     profile = settings(
-        max_examples=cases,
-        derandomize="KAT_RAY_FUZZ_RANDOM" not in os.environ,
+        max_examples=number,
         database=None,
         phases=[Phase.generate],  # a case is small as it is, and to shrink one takes minutes
+        report_multiple_bugs=False,
+        print_blob=True,
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    profile(given(*strategies)(check))()
+    if CASE in os.environ:
+        again = reproduce_failure(hypothesis.__version__, os.environ[CASE].encode())
+        again(profile(given(*strategies)(check)))()
+    for number in [_turn()] if seeds is None else seeds:
+        try:
+            seed(number)(profile(given(*strategies)(check)))()
+        except Exception as error:
+            error.add_note(_how_to_replay(number, error))
+            raise
+
+
+def _turn():
+    """The seed of this run's third: another one each day, so that three days see every case."""
+    today = datetime.now(UTC).date().toordinal()
+    return int(os.environ.get(SEED, today % THIRDS))
+
+
+def _how_to_replay(number, error):
+    # Not by the seed: Hypothesis also draws from the constants of whatever modules are loaded.
+    case = re.search(r"@reproduce_failure\('[^']*', b'([^']*)'\)", "\n".join(error.__notes__))
+    test = os.environ["PYTEST_CURRENT_TEST"].removesuffix(" (call)")
+    variable = f"{CASE}={case[1]}" if case else f"{SEED}={number}"
+    return f"Seed {number} drew this. Once more:\n\n    {variable} .venv/bin/python -m pytest -m '' '{test}'\n"
 
 
 @contextmanager

@@ -45,7 +45,13 @@ def original(tmp_path_factory):
     (path.parent / "p.jsonl").write_bytes(b"\n".join(DEMO_FILES["demo:train"].read_bytes().split(b"\n")[:20]))
     metrics = [json.loads(line) | {"time/step": 1.5} for line in (path / "metrics.jsonl").read_text().splitlines()]
     (path / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in metrics))
-    lines = [{**EVALUATION, "step": 0, "avg_at_k": 0.25, "right": [1, 0]}, EVALUATION]
+    books = [name for name in SUMMARY if name.endswith("_tokens")]
+    lines = [
+        {**EVALUATION, "step": step, **dict(zip(("k", "right"), asked, strict=True)),
+         **{name: SUMMARY[name] * step // 2 for name in books}}
+        for step, asked in enumerate(((2, [1, 0]), (1, [1, 0]), (2, [2, 0])))
+    ]  # fmt: skip
+    lines[0]["avg_at_k"] = 0.25
     (path / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (path / "summary.json").write_text(json.dumps(SUMMARY, indent=2))
     return path
@@ -101,6 +107,7 @@ def test_the_unharmed_run_is_read(case, command):
     case()
     outcome = run(*COMMANDS[command])
     assert outcome.code == 0, outcome
+    assert command != "compare" or Path("out/compare-curves.csv").exists(), "its evaluations make no curve"
 
 
 FILES = ("metrics.jsonl", "evaluations.jsonl", "summary.json", "config.yaml")

@@ -21,20 +21,32 @@ def changed(config, section, **fields):
     return config.model_copy(update={section: getattr(config, section).model_copy(update=fields)})
 
 
-def finish(config, right, **summary):
-    """What a run leaves, as far as a comparison reads it."""
+def finish(config, right, along=None, **summary):
+    """What a run leaves, as far as a comparison reads it.
+
+    With `along`, which has right answers by step, it was evaluated along the way, and its tokens grew evenly.
+    """
     folder = Path(config.run.dir) / config.run.name
     folder.mkdir(parents=True, exist_ok=True)
     k = config.evaluation.k
     evaluation = {"avg_at_k": float(np.mean(right)) / k, "pass_at_k": float(np.mean(np.array(right) > 0)), "k": k}
     (folder / "summary.json").write_text(json.dumps(SUMMARY | {"eval_after": evaluation} | summary))
     lines = [{"k": k, "right": [0] * len(right)}, {"k": k, "right": right}]
+    if along is not None:
+        verdicts = {0: [0] * len(right), **along, config.run.steps: right}
+        lines = [line_of(step, k, row, config.run.steps, SUMMARY | summary) for step, row in verdicts.items()]
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     steps = [{"step": 0, "eval/avg_at_k": 0.1}]
     steps += [{"step": i + 1, "time/step": 1.5, "learner/loss": 0.5} for i in range(config.run.steps)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
     save_config(config, folder / "config.yaml")
     return folder
+
+
+def line_of(step, k, right, steps, summary):
+    """A line of evaluations.jsonl."""
+    names = [f"{name}_tokens" for name in ("prompt", "generated", "kept", "scored", "trained")]
+    return {"step": step, "k": k, "right": right} | {name: summary[name] * step // steps for name in names}
 
 
 def finish_rule(tmp_path, rule, seed, right, base=BASE, **summary):

@@ -14,12 +14,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
-
-import numpy as np
 
 from actors.cluster.draining import LEARNER, Draining, DrainWatch
 from actors.cluster.object_store import StoreUsage, StoreWatch
@@ -27,27 +24,15 @@ from actors.cluster.samplers import Engines, ModelPaths
 from actors.cluster.signals import Preempted, StopRequest
 from actors.driver.preparation import Prepared
 from actors.driver.training_run import TrainingRun
-from actors.sampler.settings import SamplerSettings
-from actors.teacher.settings import ScorerSettings
-from actors.testing.stub_engine import StubEngine
-from actors.testing.stub_teacher import stub_kl
 from kat_ray.config import Config
 from kat_ray.data.golds import TrainingGolds
 from kat_ray.data.prompts import PromptSet
-from kat_ray.errors import StateLost, UserError
-from kat_ray.observability.trackers import Tracker, Trackers
-from kat_ray.run.checkpoint import FileDigest, FindDamage, Loaded, check_state, unread
-from kat_ray.types.records import (
-    EngineEnd,
-    EngineRows,
-    Prompt,
-    RolloutChunk,
-    SamplingSettings,
-    ScoredChunk,
-    TeacherRows,
-    WeightUpdate,
-)
+from kat_ray.errors import UserError
+from kat_ray.observability.trackers import Trackers
+from kat_ray.types.records import Prompt
 from tests.support.fake_cluster import FakeCluster, FakePlacement
+from tests.support.memory_records import MemoryCheckpoints, MemoryRun, MemoryTracker
+from tests.support.quick_engines import QuickTeacher, make_engine, quick_compare
 from tests.support.stub_learner import StubLearner, World
 
 PLAIN: dict[str, dict[str, Any]] = {
@@ -81,125 +66,6 @@ def config_of(changes: Mapping[str, Mapping[str, Any]] | None = None) -> Config:
     return Config.model_validate(sections)
 
 
-class ShiftingEngine(StubEngine):
-    """The stub engine, with tokens that depend on the weights, and with answers of different lengths."""
-
-    def __init__(self, top_k: int, fixed: bool) -> None:
-        super().__init__(top_k, vocabulary=16, rate=300.0)
-        self._fixed = fixed  # tokens depend on the rollout alone
-        self._shift = 0
-        self._short: set[str] = set()  # requests that end before they must
-
-    def add(self, request_id: str, prompt_ids: Sequence[int], seed: int, settings: SamplingSettings) -> None:
-        """Queue one request; the seed says how long its answer is."""
-        assert request_id not in self._left, f"{request_id} is under way already"
-        super().add(request_id, prompt_ids, seed, settings)
-        self._left[request_id] = length = min(settings.max_tokens, 6 + seed % 16)
-        self._row[request_id] += self._shift
-        if length < settings.max_tokens:
-            self._short.add(request_id)
-
-    def step(self) -> list[EngineRows]:
-        """One token of every running request."""
-        short = self._short
-        return [r._replace(end=EngineEnd.EOS) if r.end and r.request_id in short else r for r in super().step()]
-
-    def load_weights(self, update: WeightUpdate) -> None:
-        """The next tokens are of these weights."""
-        assert not self._left, "weights are changed under rollouts"
-        self._shift = 0 if self._fixed else int(update.arrays[0][0]) % 251
-
-
-def make_engine(fixed: bool, settings: SamplerSettings) -> ShiftingEngine:
-    """A `make_engine` of StudentSampler."""
-    return ShiftingEngine(settings.rollout.top_k_logprobs, fixed)
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """What `quick_compare` needs of a chunk: its reverse KL."""
-
-    d: np.ndarray
-
-
-class QuickTeacher:
-    """The teacher of `actors.testing.stub_teacher` without torch, which would take half of the time."""
-
-    run_tokens = 0
-    vocabulary = 2**24
-    cache_bytes = 0
-
-    def __init__(self, settings: ScorerSettings) -> None:
-        self._horizon = settings.rollout.max_tokens
-        self._held: dict[int, int] = {}  # tokens of a rollout that it knows
-
-    @property
-    def held(self) -> int:
-        return len(self._held)
-
-    def score(self, chunk: RolloutChunk, topk_ids: Any) -> _Columns:
-        """Reverse KL by rollout and position; what a chunk leaves out must be known."""
-        for i, rollout in enumerate(chunk.rollout_ids.tolist()):
-            start, context = int(chunk.start[i]), chunk.context(i)
-            if not len(context) and rollout not in self._held:
-                raise StateLost(f"the past of rollout {rollout} is not held")
-            known = len(context) - PROMPT_LENGTH if len(context) else self._held[rollout]
-            assert known == start, f"rollout {rollout}: {known} tokens are known, the chunk starts at {start}"
-            self._held[rollout] = start + len(chunk.new_tokens(i))
-        counts = np.diff(chunk.offsets)
-        position = np.arange(chunk.tokens) - np.repeat(chunk.offsets[:-1] - chunk.start, counts)
-        return _Columns(stub_kl(np.repeat(chunk.rollout_ids, counts), position, self._horizon))
-
-    def release(self, rollout_ids: Sequence[int]) -> None:
-        for rollout in rollout_ids:
-            self._held.pop(rollout, None)
-
-
-def quick_compare(
-    scorer: Any, chunk: RolloutChunk, _ids: Any, columns: _Columns, _started: float, _run: int
-) -> tuple[ScoredChunk, TeacherRows]:
-    """Stands in for the scorer's arithmetic in torch."""
-    n = chunk.tokens
-    half = np.full(n, 0.5, dtype=np.float16)
-    scored = ScoredChunk(
-        **chunk.of_rows(), scorer=scorer._name, d=columns.d, overlap=half, teacher_max=half, teacher_entropy=half,
-        student_entropy=half,        student_tail=half, teacher_top=np.zeros(n, dtype=np.int32), seconds=0.001,
-    )  # fmt: skip
-    rows = (chunk.topk_logprobs - columns.d[:, None]).astype(np.float16)
-    return scored, TeacherRows(rows, chunk.tail_logprobs - columns.d, np.full(n, -16.0, dtype=np.float32))
-
-
-class MemoryRun:
-    """The records of a run, in memory."""
-
-    def __init__(self) -> None:
-        self.path = Path("/nowhere/run")
-        self.metrics: list[tuple[int, dict[str, float]]] = []
-        self.traces: dict[int, list[Any]] = {}
-        self.summary: dict[str, Any] | None = None
-        self.has_begun = False
-
-    def begin(self) -> None:
-        self.has_begun = True
-
-    def write_traces(self, step: int, rows: Sequence[Any]) -> None:
-        self.traces[step] = list(rows)
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        self.summary = dict(summary)
-
-    def positions(self) -> dict[str, int]:
-        return {"metrics.jsonl": len(self.metrics)}
-
-    def rewind(self, step: int, positions: Mapping[str, int]) -> None:
-        del self.metrics[positions.get("metrics.jsonl", 0) :]
-        self.traces = {s: rows for s, rows in self.traces.items() if s < step}
-        self.summary = None
-
-    def paths(self, checkpoint: Path) -> dict[str, Path]:
-        return {"checkpoint": checkpoint}
-
-
 class PromptDrainWatch(DrainWatch):
     """Looks when it is asked, and not in a thread of its own: time is virtual."""
 
@@ -215,47 +81,6 @@ class PromptDrainWatch(DrainWatch):
     def is_pressing(self) -> bool:
         self.look()
         return super().is_pressing
-
-
-class MemoryTracker(Tracker):
-    """Keeps the metrics of a run's steps."""
-
-    def __init__(self, run: MemoryRun) -> None:
-        self._run = run
-
-    def step(self, done: int, metrics: Mapping[str, float]) -> None:
-        self._run.metrics.append((done, dict(metrics)))
-
-
-class MemoryCheckpoints:
-    """The checkpoints of a run, in memory; what the learner wrote is on the world's disk."""
-
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self.written: dict[int, tuple[str, int]] = {}  # by step: state as JSON, and weights
-
-    def begin(self, step: int) -> Path:
-        path = Path(f"/nowhere/run/checkpoints/step-{step}.partial")
-        self._world.disk.pop(str(path), None)
-        return path
-
-    def commit(self, step: int, state: Mapping[str, Any], files: Mapping[str, Any], metric: float | None) -> Path:
-        check_state(state)
-        weights = self._world.disk.pop(f"/nowhere/run/checkpoints/step-{step}.partial")
-        final = Path(f"/nowhere/run/checkpoints/step-{step}")
-        self._world.disk[str(final)] = weights
-        self.written[step] = (json.dumps(state), weights)
-        return final
-
-    def newest(self, find_damage: FindDamage = unread) -> tuple[Loaded | None, list[str]]:
-        notes = []
-        for step in sorted(self.written, reverse=True):
-            path = Path(f"/nowhere/run/checkpoints/step-{step}")
-            damage = find_damage(path, {f"{path}/{part}": FileDigest(1, "") for part in "abc"})
-            if damage is None:
-                return Loaded(path, step, None, json.loads(self.written[step][0])), notes
-            notes.append(damage)
-        return None, notes
 
 
 @dataclass
@@ -353,7 +178,8 @@ class Run:
             "learner": config.learner.world_size,
         }  # fmt: skip
         model = SimpleNamespace(parameters=1)
-        facts = SimpleNamespace(tokenizer=None, student=model, teacher=model)
+        tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids[-1] % 2))
+        facts = SimpleNamespace(tokenizer=tokenizer, student=model, teacher=model)
         progress = SimpleNamespace(
             phase=lambda _: None, training=lambda: None, note=self.notes.append, step=lambda _: None,
             finish=lambda *_: None,
@@ -362,7 +188,8 @@ class Run:
         learner = type("StubLearner", (StubLearner,), {"world": self.world})
         engine = functools.partial(make_engine, bool(config.rollout.staleness))
         engines = Engines(engine, QuickTeacher, learner)
-        prepared: Any = Prepared(facts, PROMPTS, TrainingGolds({}, None), None, paths)
+        heldout = HELDOUT if config.evaluation.data is not None else None
+        prepared: Any = Prepared(facts, PROMPTS, TrainingGolds({}, None), heldout, paths)
         self.placement: Any = FakePlacement(self.cluster, numbers)
         return TrainingRun(config, prepared, self.placement, self.records, progress, self.stop, engines)
 
@@ -394,8 +221,9 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "pools": {"grow_after": 1, "shrink_after": 1},
     },
 }
+ROLES = ("sampler:1", "scorer:0", "monitor:0", "learner:0")  # one actor of each role
 SMALL = {"prompts_per_step": 3, "max_tokens": 12}  # where thousands are run
-PROMPT_LENGTH = 3
+HELDOUT = PromptSet(tuple(Prompt(f"h{i}", (50 + i, 40), "1") for i in range(6)), 0, "unused.jsonl")
 PROMPTS = PromptSet(tuple(Prompt(f"p{i}", (20 + i, 30 + i, 40)) for i in range(5)), 0, "unused.jsonl")
 
 
@@ -468,6 +296,18 @@ def check(result: Result) -> None:
         ), summary
         assert summary["trained_tokens"] == summary["kept_tokens"], summary
         assert sorted(result.run.traces) == list(range(summary["steps"]))
+
+
+def finish(run: Run, *done: str) -> Result:
+    """The result of a run to which `done` happened, which must be that of one to which nothing did."""
+    result = run.go()
+    check(result)
+    assert result.error is None, result.error
+    assert result.finished
+    happened = [line.split(":", 1)[1] for line in result.cluster.log]
+    assert set(done) <= set(happened), f"{done} were to happen, {happened} did"
+    compare(result, undisturbed(run.changes))
+    return result
 
 
 def main() -> None:

@@ -1,52 +1,19 @@
 """What interleavings do to a run: each is built on a fake cluster, on purpose, and its result is that of any other.
 
-`tests.support.scenarios` says what must be the same: rows kept, cuts, calibration, weights.
+`tests.support.scenarios` says what must be the same: rows kept, cuts, calibration, weights. Runs that are told to
+end: `test_control_plane_ends`; pools that change: `test_control_plane_pools`.
 """
 
-import signal
-import time
 from types import SimpleNamespace
 
 import pytest
 
-from actors.cluster.signals import Preempted
 from actors.sampler.settings import SamplerSettings
 from actors.sampler.student_sampler import StudentSampler
 from kat_ray.errors import UserError
 from kat_ray.types.records import GenerateRequest, RolloutSpec
-from tests.support.scenarios import (
-    LAYOUTS,
-    Run,
-    check,
-    check_schedule,
-    compare,
-    config_of,
-    make_engine,
-    small,
-    undisturbed,
-)
-
-ROLES = ("sampler:1", "scorer:0", "monitor:0", "learner:0")
-ELASTIC = LAYOUTS["elastic"]
-
-
-def finish(run, *done):
-    """Its result, which is that of a run that nothing was done to; `done` was."""
-    result = run.go()
-    check(result)
-    assert result.error is None, result.error
-    assert result.finished
-    happened = [line.split(":", 1)[1] for line in result.cluster.log]
-    assert set(done) <= set(happened), f"{done} were to happen, {happened} did"
-    compare(result, undisturbed(run.changes))
-    return result
-
-
-def resumed(run, result):
-    """What it comes to when it is gone on with."""
-    again = Run(0, run.changes, start_from=result)
-    return finish(again)
-
+from tests.support.quick_engines import make_engine
+from tests.support.scenarios import LAYOUTS, ROLES, Run, check, check_schedule, config_of, finish, small
 
 # --- what all others are compared with ---------------------------------------------------------------------------
 
@@ -218,39 +185,6 @@ def test_a_learner_that_dies_while_it_restores():
     assert len([line for line in result.cluster.log if line.endswith(":kill:learner:0")]) == 2
 
 
-def told_to_end(changes=None):
-    """A run that was told to end in its second step of three, with a checkpoint of each; and its result."""
-    run = Run(0, {"run": {"checkpoint_every": 1}, **(changes or {})})
-    run.cluster.when("learner:0", "learn", run.cluster.terminate, nth=2)
-    result = run.go()
-    assert isinstance(result.error, Preempted) and sorted(result.checkpoints.written) == [1, 2]
-    return run, result
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_checkpoint_that_the_ranks_find_damaged_is_passed_over(ranks):
-    run, result = told_to_end({"learner": {"world_size": ranks}})
-    again = Run(0, run.changes, start_from=result)
-    again.world.damaged.add("/nowhere/run/checkpoints/step-2")
-    finish(again)
-    assert {"weights are damaged", "going on from step 1 instead of 2"} <= set(again.notes)
-
-
-def test_no_checkpoint_is_whole():
-    run, result = told_to_end()
-    again = Run(0, run.changes, start_from=result)
-    again.world.damaged |= {f"/nowhere/run/checkpoints/step-{n}" for n in (1, 2)}
-    finish(again)
-    assert "going on from step 0 instead of 2" in again.notes
-
-
-def test_a_learner_that_dies_while_it_verifies():
-    run, result = told_to_end()
-    again = Run(0, run.changes, start_from=result)
-    again.cluster.when("learner:0", "find_damage", lambda: again.cluster.kill("learner:0"))
-    finish(again, "kill:learner:0")
-
-
 def test_a_sampler_that_dies_again_while_it_takes_its_weights():
     run = Run()
     run.cluster.when("sampler:0", "generate", lambda: run.cluster.kill("sampler:0"), nth=2)
@@ -291,154 +225,7 @@ def test_a_role_that_dies_too_often_in_one_step_ends_the_run(role, method):
     assert isinstance(result.error, UserError) and "cluster.max_restarts = 2" in str(result.error)
 
 
-# --- told to end -------------------------------------------------------------------------------------------------
-
-WAITS = [
-    ("sampler", "ready"), ("scorer", "ready"), ("learner", "start"), ("sampler", "connect"),
-    ("sampler", "generate"), ("scorer", "score"), ("monitor", "start_step"), ("monitor", "close_step"),
-    ("monitor", "learn"), ("learner", "collect"), ("learner", "learn"), ("learner", "weights"),
-    ("sampler", "load_weights"), ("learner", "snapshot"), ("learner", "written"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("actor", "method"), WAITS)
-@pytest.mark.parametrize("nth", [1, 2])
-def test_sigterm_in_each_wait(actor, method, nth):
-    run = Run()
-    told = []
-    run.cluster.when(actor, method, lambda: told.append(time.monotonic()) or run.cluster.terminate(), nth=nth)
-    result = run.go()
-    check(result)
-    if result.error is None:  # as it ended all the same
-        assert (actor, method) in (("learner", "written"), ("learner", "snapshot")) or not told
-        return
-    assert isinstance(result.error, Preempted) and run.stop.signal == signal.SIGTERM
-    assert result.cluster.scheduler.now - told[0] < 5.0  # seconds of the learner's work, no timeout
-    resumed(run, result)
-
-
-@pytest.mark.parametrize("role", ROLES)
-def test_sigterm_while_an_actor_is_started_again(role):
-    run = Run()
-    run.cluster.when("scorer", "score", lambda: run.cluster.kill(role), nth=14)
-    run.cluster.when("scorer", "score", lambda: run.cluster.after(0.3, run.cluster.terminate), nth=14)
-    result = run.go()
-    check(result)
-    assert isinstance(result.error, Preempted)
-    assert result.cluster.scheduler.now < 1030
-    resumed(run, result)
-
-
-def test_sigterm_and_then_the_learner_dies_over_the_last_checkpoint():
-    run = Run(0, {"run": {"checkpoint_every": 0}})
-    run.cluster.when("sampler:0", "generate", run.cluster.terminate, nth=2)
-    run.cluster.when("learner:0", "snapshot", lambda: run.cluster.kill("learner:0"))
-    result = run.go()
-    check(result)
-    assert isinstance(result.error, UserError) and "the learner died meanwhile" in str(result.error)
-    resumed(run, result)
-
-
-def test_sigterm_with_a_frozen_learner_ends_when_the_grace_is_over():
-    run = Run(0, {"cluster": {"hang_timeout": 100.0}})
-    run.cluster.when("learner:0", "learn", lambda: run.cluster.freeze("learner:0"), nth=2)
-    run.cluster.when("learner:0", "learn", run.cluster.terminate, nth=2)
-    result = run.go()
-    check(result)
-    assert isinstance(result.error, UserError) and "run.grace_seconds" in str(result.error)
-    resumed(run, result)
-
-
-# --- a node that is about to go ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", ["plain", "two of each", "sampled ahead"])
-@pytest.mark.parametrize(("role", "method", "nth"), [("sampler", "generate", 3), ("learner:0", "learn", 2)])
-def test_what_was_learnt_is_saved_before_its_node_goes(layout, role, method, nth):
-    """While the next step is sampled, or at the end of the one that is learnt. Then the node goes."""
-    changes = {**LAYOUTS[layout], "run": {"checkpoint_every": 0}}
-    run = Run(0, changes)
-    run.cluster.when(role, method, lambda: run.cluster.drain("learner:0"), nth=nth)
-    run.cluster.when("learner:0", "collect", lambda: run.cluster.lose("learner:0"), nth=3)
-    finish(run, "drain:learner:0", "lose:learner:0")
-    assert "node learner: with the learner is going away: each step is saved from now on" in run.notes
-    assert "going on from step 2" in run.notes
-
-
-def test_without_notice_it_is_lost():
-    run = Run(0, {"run": {"checkpoint_every": 0}})
-    run.cluster.when("learner:0", "collect", lambda: run.cluster.lose("learner:0"), nth=3)
-    finish(run, "lose:learner:0")
-    assert "going on from step 0" in run.notes
-
-
-def test_a_learner_that_dies_while_it_is_saved():
-    run = Run(0, {"run": {"checkpoint_every": 0}})
-    run.cluster.when("sampler", "generate", lambda: run.cluster.drain("learner:0"), nth=3)
-    run.cluster.when("learner:0", "snapshot", lambda: run.cluster.lose("learner:0"))
-    finish(run, "drain:learner:0", "lose:learner:0")
-
-
-def test_a_node_without_a_learner_may_go():
-    run = Run(0, {"run": {"checkpoint_every": 0}})
-    run.cluster.when("sampler", "generate", lambda: run.cluster.drain("sampler:1"), nth=3)
-    finish(run, "drain:sampler:1")
-    assert not any("is going away" in note for note in run.notes)
-
-
-# --- pools that change -------------------------------------------------------------------------------------------
-
-
-def test_a_sampler_that_finds_no_place_is_done_without():
-    run = Run(0, ELASTIC)
-    run.cluster.when("scorer", "score", lambda: run.cluster.evict("sampler:2"), nth=4)
-    result = finish(run, "lose:sampler:2", "ray.kill:sampler:2")
-    assert result.run.metrics[-1][1]["pools/sampler_replicas"] <= 2
-
-
-def test_a_scorer_that_finds_no_place_is_done_without():
-    run = Run(0, ELASTIC)
-    run.cluster.when("scorer", "score", lambda: run.cluster.evict("scorer:1"), nth=4)
-    finish(run, "lose:scorer:1")
-
-
-def test_a_sampler_that_finds_a_place_late_comes_back():
-    run = Run(0, {**ELASTIC, "sampler": {"replicas": 2}})
-    run.cluster.when("scorer", "score", lambda: run.cluster.evict("sampler:1"), nth=4)
-    run.cluster.when("scorer", "score", lambda: run.cluster.after(20, lambda: run.cluster.make_room("sampler:1")))
-    finish(run, "lose:sampler:1", "make_room:sampler:1")
-
-
 # --- faults ------------------------------------------------------------------------------------------------------
-
-
-def test_a_pool_that_shrinks_while_a_sampler_has_no_place():
-    """The run could do without it, and between two steps `connect` waits for it, and ends the run."""
-    run = Run(0, ELASTIC)
-    run.cluster.when("sampler", "load_weights", lambda: run.cluster.evict("sampler:2"), nth=3, at="reply")
-    finish(run, "lose:sampler:2")
-
-
-def test_two_samplers_without_a_place_of_which_one_is_needless():
-    """The condition of a loop drops the one, and waits there for the other, until the run ends."""
-    run = Run(0, {**ELASTIC, "sampler": {"replicas": 3, "min_replicas": 1}})
-    run.cluster.when("scorer", "score", lambda: run.cluster.evict("sampler:2"), nth=4)
-    run.cluster.when(
-        "sampler:1", "generate", lambda: run.cluster.after(6.0, lambda: run.cluster.evict("sampler:1"))
-    )
-    finish(run, "lose:sampler:2", "lose:sampler:1")
-
-
-def test_sigterm_while_a_frozen_scorer_is_told_of_a_lost_sampler():
-    run = Run()
-    told = []
-    run.cluster.when("scorer:1", "score", lambda: run.cluster.freeze("scorer:1"), nth=5)
-    run.cluster.when("scorer:1", "score", lambda: run.cluster.kill("sampler:0"), nth=5)
-    run.cluster.when("scorer:0", "abandon", lambda: told.append(time.monotonic()) or run.cluster.terminate())
-    result = run.go()
-    check(result)
-    assert isinstance(result.error, Preempted)
-    assert result.cluster.scheduler.now - told[0] < 5.0
 
 
 def test_a_ping_that_is_lost_with_its_node():

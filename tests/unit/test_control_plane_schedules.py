@@ -5,7 +5,10 @@ that fails is shrunk, and printed as the command that replays it with every call
 as many, other ones each time.
 """
 
+import gc
+import logging
 import os
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import HealthCheck, given, note, settings
@@ -16,6 +19,21 @@ from tests.support.scenarios import LAYOUTS, check_schedule
 MORE = int(os.environ.get("KAT_RAY_SCHEDULES", "0"))
 ACTORS = ("sampler:0", "sampler:1", "scorer:0", "scorer:1", "monitor:0", "monitor:1", "learner:0", "learner:1")
 SWITCHES = st.integers(30, 1000)  # of a run that has some 800 of them
+
+
+@contextmanager
+def many_runs():
+    """What a run logs, and what it leaves to be collected, cost as much as a third of it; the replay logs."""
+    threshold = gc.get_threshold()
+    logging.disable()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*threshold)
+        gc.unfreeze()
+        logging.disable(logging.NOTSET)
 
 
 def schedules(*kinds):
@@ -36,7 +54,8 @@ def checked(count, layout, *kinds):
         note(f"python -m tests.support.scenarios --layout '{layout}' --seed {seed} --schedule '{events}'")
         check_schedule(seed, schedule, layout)
 
-    check()
+    with many_runs():
+        check()
 
 
 def test_deaths():

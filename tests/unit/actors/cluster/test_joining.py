@@ -1,4 +1,4 @@
-"""A cluster looked at before it is joined; with a real one: tests/cluster/test_bad_cluster.py."""
+"""A cluster looked at before it is joined; with a real one: tests/cluster/behind_token/test_bad_cluster.py."""
 
 import sys
 

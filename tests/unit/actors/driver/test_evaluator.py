@@ -1,4 +1,4 @@
-"""Whose stop ids end an answer: those of the model that the samplers hold."""
+"""An evaluation: whose stop ids end an answer, and with which seeds it is drawn."""
 
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ class Samplers:
     def call(self, complete, *_, **__):
         def remote(prompts, seeds, settings, version):
             self.given = settings.stop_ids
+            self.asked = list(zip(prompts, seeds, strict=True))
             return [[4, 5, self.stop_ids[-1]] for _ in prompts]
 
         return [complete(0, SimpleNamespace(complete=SimpleNamespace(remote=remote)))]
@@ -35,3 +36,16 @@ def test_an_answer_that_ended_is_not_called_truncated(stop_ids):
     assert samplers.given == stop_ids and result.truncated_share == 0.0
     samplers.stop_ids = (8, 6)
     assert evaluator.run(samplers).truncated_share == 0.0 and samplers.given == (8, 6), "another model's"
+
+
+def test_fewer_answers_are_the_first_of_each_problem():
+    config = make_config("s", "t", evaluation={"k": 3})
+    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "7")
+    problems = [Prompt("p", (2, 3), "7"), Prompt("q", (5,), "7")]
+    samplers = Samplers((1,))
+    evaluator = Evaluator(config, problems, tokenizer)
+    evaluator.run(samplers)
+    whole = samplers.asked
+    result = evaluator.run(samplers, 2)
+    assert samplers.asked == [*whole[:2], *whole[3:5]] and len(set(whole)) == 6
+    assert (result.k, result.right) == (2, (2, 2))

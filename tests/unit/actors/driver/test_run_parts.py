@@ -12,6 +12,7 @@ from actors.driver.checkpointing import CheckpointWriter
 from actors.driver.evaluation import EvaluationSchedule
 from actors.driver.prefetch import Prefetch
 from kat_ray.config import RunConfig
+from kat_ray.config.sections import EvaluationConfig
 from kat_ray.models.inspect import ModelFacts, ModelInfo
 from kat_ray.models.shape import ModelShape
 from kat_ray.rewards.verifiers import EvalResult
@@ -71,18 +72,18 @@ def test_a_checkpoint_that_was_lost_with_the_learner_is_not_waited_for(tmp_path)
     assert w.events == ["copied"]
 
 
-def result(score):
+def result(score, k=1):
     return EvalResult(
-        k=1, problems=2, avg_at_k=score, pass_at_k=score, mean_length=3.0, truncated_share=0.0, right=(1, 0)
+        k=k, problems=2, avg_at_k=score, pass_at_k=score, mean_length=3.0, truncated_share=0.0, right=(1, 0)
     )
 
 
-def schedule(scores, steps=10, every=4):
+def schedule(scores, steps=10, **fields):
     said, recorded = [], []
     answers = iter(scores)
     made = EvaluationSchedule(
-        lambda: result(next(answers)), every=every, steps=steps, phase=said.append,
-        on_result=lambda done, r: recorded.append((done, r.avg_at_k)),
+        lambda k: result(next(answers), k), EvaluationConfig(**{"every": 4, "k": 1, **fields}), steps=steps,
+        phase=said.append, on_result=lambda done, r: recorded.append((done, r.avg_at_k)),
     )  # fmt: skip
     return made, said, recorded
 
@@ -109,8 +110,25 @@ def test_an_evaluation_that_a_checkpoint_has_is_not_repeated():
     assert recorded == [(8, 0.9)]
 
 
+def test_evaluations_along_the_way_may_have_fewer_answers():
+    asked = []
+    made, _, _ = schedule([], k=3, every_k=2)
+    made._evaluate = lambda k: asked.append(k) or result(0.5, k)
+    made.teacher(made._evaluate)
+    for done in range(11):
+        made.run_if_due(done)
+    assert asked == [3, 3, 2, 2, 3], "teacher, before, along the way, after"
+    made, _, recorded = schedule([0.9], steps=8, k=3, every_k=2)
+    made.go_back({"after": result(0.2, 2)}, 8)
+    made.run_if_due(8)
+    made.run_if_due(8)
+    assert recorded == [(8, 0.9)], "resumed with fewer steps: it ends where it had two of three answers"
+    with pytest.raises(ValueError, match=r"every_k = 4: must be <= 3"):
+        EvaluationConfig(k=3, every_k=4)
+
+
 def test_nothing_to_evaluate_on():
-    made = EvaluationSchedule(None, every=1, steps=2, phase=print, on_result=print)
+    made = EvaluationSchedule(None, EvaluationConfig(every=1), steps=2, phase=print, on_result=print)
     made.run_if_due(0)
     assert made.results == {} and made.metric(0) is None
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kat_ray.analysis.bootstrap import bootstrap
 from kat_ray.analysis.compare import check_same, config_of, differences, order_of, parse_arm, plan_runs, run_all
 from kat_ray.analysis.compare_results import read_results, tflop_parts
-from kat_ray.analysis.compare_table import bootstrap, difference_table, paired, table, write_results
+from kat_ray.analysis.compare_table import Compared, difference_table, paired, table, write_results
 from kat_ray.cli import main as cli
 from kat_ray.config.load import load_config, save_config
 from kat_ray.errors import UserError
@@ -22,7 +23,7 @@ def test_arms_are_rules_with_fields():
     arm = parse_arm("kat:eta=0.5,window=32")
     assert (arm.label, arm.rule, arm.fields) == ("kat-eta=0.5-window=32", "kat", {"eta": 0.5, "window": 32})
     for text, message in (
-        ("kta", "is no rule"),
+        ("kta", "is not a rule"),
         ("kat:et=1", "must be FIELD=VALUE"),
         ("kat:eta", "must be FIELD=VALUE"),
     ):
@@ -56,7 +57,7 @@ def test_length_matched_comes_after_the_run_it_copies(tmp_path):
 
 def test_length_matched_copies_the_arm_that_is_named(tmp_path):
     kats = [parse_arm("kat"), parse_arm("kat:eta=0.5")]
-    with pytest.raises(UserError, match="of which"):
+    with pytest.raises(UserError, match="which one"):
         order_of([*kats, parse_arm("length_matched")])
     copy = parse_arm("length_matched:of=kat-eta=0.5,probe_share=0.2")
     assert (copy.label, copy.of) == ("length_matched-probe_share=0.2-of=kat-eta=0.5", "kat-eta=0.5")
@@ -85,8 +86,8 @@ def test_a_comparison_goes_on_where_it_was(tmp_path, monkeypatch):
         run_all(plan_runs(BASE, arms, [0, 1], tmp_path), train, said.append)
     run_all(plan_runs(BASE, arms, [0, 1], tmp_path), train, said.append)
     assert done == [("none", 0), ("kat", 0), ("none", 1), ("none", 1), ("kat", 1)]
-    assert said[-4].endswith("none, seed 0: done before")
-    with pytest.raises(UserError, match=r"other settings \(learner.lr: 0.0009, was 0.001\)"):
+    assert said[-4].endswith("none, seed 0: already done")
+    with pytest.raises(UserError, match=r"different settings \(learner.lr: 0.0009, was 0.001\)"):
         plan_runs(changed(BASE, "learner", lr=9e-4), arms, [0, 1], tmp_path)
     monkeypatch.chdir(tmp_path.parent)
     again = plan_runs(BASE, arms, [0, 1], Path(tmp_path.name))
@@ -175,7 +176,7 @@ def test_the_table_is_saved_in_three_forms(tmp_path):
     assert heading[:2] == ["rule", "avg@k"] and heading[-1] == "training seconds"
     assert rows[0][:3] == ["none", "50.0% ± 0.0%", "50.0% ± 0.0%"] and rows[0][-1] == "4 ± 0"
     assert rows[1][1] == "75.0% ± 0.0%"
-    markdown, table_csv, document = write_results(results, ["something differs"], tmp_path)
+    markdown, table_csv, document = write_results(Compared.of(results, ["something differs"]), tmp_path)
     text = markdown.read_text()
     assert text.splitlines()[3].startswith("| kat | 75.0% ± 0.0% |")
     assert "| kat | none | 0, 1 | +25.0% [+0.0%" in text and "k = 3" in text and "- Note: something differs" in text
@@ -191,18 +192,24 @@ def test_the_table_is_saved_in_three_forms(tmp_path):
     assert saved["rules"]["kat"]["k"] == 3 and saved["notes"] == ["something differs"]
     assert "kept tokens" in saved["meaning"]
     assert saved["differences"][0]["against"] == "none" and saved["differences"][0]["avg_at_k"]["mean"] == 0.25
+    assert saved["differences"][0]["at_equal"] == {} == saved["curves"]
+    line = (
+        "Not evaluated along the way, so not known at equal cost: none (seed 0, 1); kat (seed 0, 1). Set evaluation"
+    )
+    assert line in text and line in saved["not_at_equal_cost"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rules", "none", "kta"], "is no rule"),
+        (["--rules", "none", "kta"], "is not a rule"),
         (["--rules", "none", "--seeds", "1", "1"], "same seed"),
         (["--rules", "none", "evaluation.data=null"], "evaluation.data = null"),
         (["--rules", "length_matched"], "add kat"),
         (["--rules", "kat:eta=["], "not valid YAML"),
         (["--seeds", "0", "x"], "--seeds x: must be whole numbers"),
         (["--seeds", "0", "-1"], "--seeds -1"),
+        (["--evaluate-every", "1.5"], "--evaluate-every 1.5: must be a whole number from 0"),
         (["--seeds", "0", "1", "run.stpes=5"], "unknown field"),
         (["--rules", "none", "length_matched:run=/nowhere"], "no traces in it"),
     ],
@@ -232,8 +239,10 @@ def test_overrides_may_follow_seeds_and_rules(tmp_path, monkeypatch, capsys):
     assert cli.main(["compare", "demo", *arguments]) == 0
     assert [(c.termination.rule, c.run.seed) for c in seen] == [("none", 4), ("kat", 4), ("none", 5), ("kat", 5)]
     assert {(c.run.steps, c.learner.lr) for c in seen} == {(2, 2e-3)}
+    assert {(c.evaluation.every, c.evaluation.every_k) for c in seen} == {(1, 1)}
     out = capsys.readouterr().out
     assert "against" in out and "compare.html" in out and "note:" not in out
+    assert out.startswith("evaluated along the way: evaluation.every = 1, evaluation.every_k = 1")
     assert "Each rule from the same start" in (tmp_path / "compare.html").read_text()
 
 

@@ -34,7 +34,7 @@ def test_finished_runs_are_compared_and_their_other_differences_named(tmp_path, 
     assert "note: " in (out := capsys.readouterr().out) and "compare.html" in out
     html = (tmp_path / "page" / "compare.html").read_text()
     assert "more than the rule: learner.lr" in html and 'id="differences"' in html
-    assert "from the same start" not in html and "Not only the rules differ" in html
+    assert "from the same start" not in html and "The runs differ in more than their rules" in html
     assert (tmp_path / "page" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     document = json.loads((tmp_path / "page" / "compare.json").read_text())
     by_rule = {d["rule"]: d for d in document["differences"]}
@@ -62,7 +62,7 @@ def test_other_problems_are_not_paired(tmp_path):
         run = finish_rule(tmp_path / str(number), "kat", 0, [1, 1], evaluation)
         results, notes = read_runs([base, run])
         assert not paired(results) and "more than the rule" in notes[0]
-    same = other(every=1, teacher=False, data=BASE.evaluation.data.model_copy(update={"shuffle": False}))
+    same = other(every=1, every_k=1, teacher=False, data=BASE.evaluation.data.model_copy(update={"shuffle": False}))
     assert paired(read_runs([base, finish_rule(tmp_path / "same", "kat", 0, [1, 1], same)])[0])
 
 
@@ -93,6 +93,7 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path, capsys):
         (["demo", "--runs", done], "leave demo out"),
         (["--runs", done, "--seeds", "0"], "leave --seeds out"),
         (["--runs", done, "--rules", "kat"], "leave --rules out"),
+        (["--runs", done, "--evaluate-every", "0"], "leave --evaluate-every out"),
         ([], "name a configuration file"),
     ):
         assert cli.main(["compare", *arguments]) == 2
@@ -103,10 +104,10 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path, capsys):
     ("name", "content", "message"),
     [
         ("summary.json", '{"steps": 3, "kept', "is damaged"),
-        ("summary.json", "{}", "rollouts_started, .* are not in it"),
+        ("summary.json", "{}", "rollouts_started, .* are missing"),
         ("evaluations.jsonl", None, "is missing or empty"),
         ("evaluations.jsonl", '{"k": 3, "right": [0, 0]}\n{"k": 3, "ri', "jsonl:2 is damaged"),
-        ("evaluations.jsonl", '{"k": 3, "right": [0, 0]}\n', "it is cut off"),
+        ("evaluations.jsonl", '{"k": 3, "right": [0, 0]}\n', "cut off: its last line"),
     ],
 )
 def test_damaged_records_are_one_message(tmp_path, name, content, message):

@@ -148,7 +148,7 @@ def test_resume_takes_the_configuration_of_the_run(config, tmp_path, monkeypatch
         "the run's own configuration",
         "cannot change run.seed",
         "not a run directory",
-        "or a run to go on with",
+        "or a run to resume",
     )
     assert all(w in e for w, e in zip(words, errors, strict=True))
     (run / "summary.json").write_text('{"steps": 7}')

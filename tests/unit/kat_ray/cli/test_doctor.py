@@ -246,7 +246,7 @@ def test_the_shipped_interactive_cluster_has_no_workers_yet(files, monkeypatch):
             (line,) = [line for line in lines if f" {role}: " in line]
             assert line.startswith(level) and f"no node is labelled kat.ray/role={role}; " in line
             assert ("waits 600 s (cluster.placement_timeout)" in line) == autoscaled
-            assert ("say --autoscaled" in line) != autoscaled
+            assert ("give --autoscaled" in line) != autoscaled
         assert any(line.startswith("ok    monitor: ") and line.endswith("head") for line in lines)
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from kat_ray.config import ModelConfig
 from kat_ray.errors import ConfigError, ModelError
-from kat_ray.models.inspect import check_models, compare_tokenizers, inspect_model, load_tokenizer, resolve_model
+from kat_ray.models.inspect import check_models, inspect_model, load_tokenizer, resolve_model
+from kat_ray.models.tokenizers import compare_tokenizers
 from tests.support.configs import make_config
 from tests.support.models import make_model
 from tests.support.tokenizers import make_tokenizer

@@ -18,7 +18,7 @@ from kat_ray.report.browser import choose
 from kat_ray.report.page import embedded_json
 from kat_ray.report.phases import lens_of, phase_means, phase_table, phases_of, teacher_tokens
 from kat_ray.report.run_records import read_run
-from kat_ray.report.style import figure, percent, plain
+from kat_ray.report.style import figure, percent, plain, thousands
 from kat_ray.rewards import math_grader
 from kat_ray.termination.settings import KatSettings
 from kat_ray.types.records import StopReason
@@ -220,6 +220,22 @@ def test_ticks_say_what_they_are():
     share, nats = axes.yaxis.get_major_formatter(), axes.xaxis.get_minor_formatter()
     assert [share(v, 0) for v in (0, 0.025, 0.07, 0.075, 1)] == ["0%", "2.5%", "7%", "7.5%", "100%"]
     assert [nats(v, 0) for v in (0.02, 0.03, 0.5, 4)] == ["0.02", "", "0.5", ""]
+    thousands(axes.xaxis)
+    tokens = axes.xaxis.get_major_formatter()
+    figures = [tokens(v, 0) for v in (0, 0.5, 100, 2500, 3e5, 2e6, 1.5e9)]
+    assert figures == ["0", "0.5", "100", "2.5k", "300k", "2M", "1.5B"]
+
+
+def test_pass_at_k_of_fewer_answers_is_not_drawn_with_that_of_more(tmp_path):
+    run = small_run(tmp_path)
+    ks = {0: 3, 5: 1, 10: 3}
+    steps = [{"step": step, "eval/avg_at_k": 0.5, "eval/pass_at_k": 0.3 * k} for step, k in ks.items()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    evaluations = [{"step": step, "k": k} for step, k in ks.items()]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
+    accuracy = curves.learning(read_run(run)).axes[1]
+    drawn = {line.get_label(): line.get_xdata().tolist() for line in accuracy.lines}
+    assert drawn == {"pass@k": [0, 10], "avg@k": [0, 5, 10]}
 
 
 def test_failed_rollouts_and_the_entropy_gap_are_drawn(tmp_path):
@@ -301,9 +317,9 @@ def test_every_rule_has_a_page(tmp_path, rule):
     [
         (["window=0"], "window"),
         (["windw=4"], "must be FIELD=VALUE"),
-        (["window=[4,8]"], "one value"),
+        (["window=[4,8]"], "single value"),
         (["--gradients"], "holds no checkpoint"),
-        (["--gradients", "a"], "no directory, or two"),
+        (["--gradients", "a"], "no directory or two"),
     ],
 )
 def test_mistakes_are_one_message(tmp_path, capsys, arguments, message):

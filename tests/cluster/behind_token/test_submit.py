@@ -10,28 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.disturb import lines_of
-from tests.cluster.local_cluster import local_cluster
 from tests.deploy.manifests import ROOT
 from tests.deploy.ray_process import until
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
 
-TOKEN = "5c" * 32
 # The embedded pair on one core a role. By role: each of them on the node made for it, the monitor on the head.
 SETTINGS = (
     "run.name=night", "run.steps=8", "run.checkpoint_every=4", "evaluation.data=null", "data.limit=60",
     "rollout.max_tokens=64", "rollout.prompts_per_step=8", "cluster.by_role=true", "learner.world_size=1",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    with local_cluster(TOKEN, PATH=path) as made:
-        made.start_head(0, resources={"head": 1}, labels={"kat.ray/role": "head"}, dashboard=True)
-        for role in ("learner", "sampler", "scorer"):
-            made.start_node(role, 2, resources={role: 1}, labels={"kat.ray/role": role})
-        yield made
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +29,7 @@ def run(cluster, tmp_path_factory):
     address = f"http://127.0.0.1:{cluster.dashboard}"
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)}
 
-    def call(*arguments, token=TOKEN, seconds=600):
+    def call(*arguments, token=cluster.token, seconds=600):
         env = kept | ({"RAY_AUTH_TOKEN": token} if token else {})
         return subprocess.run(
             [sys.executable, "-m", "kat_ray.cli", *arguments, "--address", address],
@@ -157,7 +145,7 @@ def look_at_the_dashboard(cluster, browser):
     """Job and actors by name, in a browser; KAT_RAY_PICTURES names a folder for the picture of the docs."""
     page = f"http://127.0.0.1:{cluster.dashboard}"
     browser.get(page)
-    browser.add_cookie({"name": "ray-authentication-token", "value": TOKEN})
+    browser.add_cookie({"name": "ray-authentication-token", "value": cluster.token})
 
     def text_of(part, *words):
         browser.get(f"{page}/#/{part}")

@@ -1,36 +1,18 @@
 """A cluster that cannot be used as asked: each time one message that says what to do, exit code 2, nothing left."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 
 from kat_ray.cluster.auth import WHERE_FROM
-from tests.cluster.local_cluster import local_cluster
 from tests.deploy.ray_process import until
 from tests.support.commands import refusal
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
 
-TOKEN, WRONG = "5c" * 32, "6d" * 32
-# What an image may have as its `python`: one without the package, or one that is killed at once.
-BAD_PYTHON = """#!/bin/sh
-[ -e killed ] && kill -9 $$
-exec {python} -I -S "$@"
-"""
-
-
-@pytest.fixture(scope="module")
-def cluster(own_ray, tmp_path_factory):
-    """A head behind a token, in an image that is not the project's."""
-    bin_ = tmp_path_factory.mktemp("bin")
-    (bin_ / "python").write_text(BAD_PYTHON.format(python=sys.executable))
-    (bin_ / "python").chmod(0o755)
-    with local_cluster(TOKEN, PATH=f"{bin_}:{os.environ['PATH']}") as made:
-        made.start_head(2, dashboard=True)
-        yield made
+WRONG = "6d" * 32
 
 
 @pytest.mark.parametrize(
@@ -54,26 +36,28 @@ def test_without_its_token(cluster, call, command, variables, words):
 
 def test_a_run_is_let_in_with_the_token_and_told_what_the_cluster_lacks(cluster, call):
     few = ("sampler.replicas=9", "cluster.placement_timeout=3", "run.dir=/proc/nowhere")
-    done = call("train", "demo", f"cluster.address={cluster.address}", *few, RAY_AUTH_TOKEN=TOKEN)
+    done = call("train", "demo", f"cluster.address={cluster.address}", *few, RAY_AUTH_TOKEN=cluster.token)
     assert "/proc/nowhere: cannot be written" in refusal(done), "past the cluster's door"
 
 
 def test_the_dashboard_where_the_gcs_is_meant(cluster, call):
-    message = refusal(call("train", "demo", f"cluster.address=127.0.0.1:{cluster.dashboard}", RAY_AUTH_TOKEN=TOKEN))
+    message = refusal(
+        call("train", "demo", f"cluster.address=127.0.0.1:{cluster.dashboard}", RAY_AUTH_TOKEN=cluster.token)
+    )
     assert "no Ray cluster" in message and "ray start --head" in message
 
 
 def test_the_gcs_where_the_dashboard_is_meant(cluster, call):
-    given = refusal(call("list", "--address", cluster.address, RAY_AUTH_TOKEN=TOKEN))
+    given = refusal(call("list", "--address", cluster.address, RAY_AUTH_TOKEN=cluster.token))
     assert "speaks no HTTP: the GCS" in given and "--address http://127.0.0.1:8265" in given
-    ours = refusal(call("list", RAY_ADDRESS=cluster.address, RAY_AUTH_TOKEN=TOKEN))
+    ours = refusal(call("list", RAY_ADDRESS=cluster.address, RAY_AUTH_TOKEN=cluster.token))
     assert f"RAY_ADDRESS = '{cluster.address}'" in ours and "its dashboard: --address" in ours
 
 
 def test_the_address_that_is_given_goes_before_rays_own_variable(cluster, call):
     """Ray's client would ask RAY_ADDRESS instead: in a pod of KubeRay, another cluster than the one named."""
     address = f"http://127.0.0.1:{cluster.dashboard}"
-    done = call("list", "--address", address, RAY_AUTH_TOKEN=TOKEN, RAY_ADDRESS="127.0.0.1:9")
+    done = call("list", "--address", address, RAY_AUTH_TOKEN=cluster.token, RAY_ADDRESS="127.0.0.1:9")
     assert done.returncode == 0, done.stderr
 
 
@@ -108,7 +92,7 @@ def test_other_versions_than_the_clusters(cluster, call, other, words):
     )  # fmt: skip
     try:
         assert pretender.stdout.readline() == "pretends\n"
-        message = refusal(call("train", "demo", f"cluster.address={cluster.address}", RAY_AUTH_TOKEN=TOKEN))
+        message = refusal(call("train", "demo", f"cluster.address={cluster.address}", RAY_AUTH_TOKEN=cluster.token))
     finally:
         pretender.communicate("enough\n", timeout=60)
     assert words in message and "install ray==" in message and "in the cluster's image" in message
@@ -126,7 +110,7 @@ def submit(cluster, call, tmp_path_factory):
         def sent():  # the agent that starts jobs comes up after the dashboard
             done = call(
                 "submit", "demo", "run.dir=/runs", f"run.name={name}", "--working-dir", str(folder),
-                "--address", f"http://127.0.0.1:{cluster.dashboard}", RAY_AUTH_TOKEN=TOKEN,
+                "--address", f"http://127.0.0.1:{cluster.dashboard}", RAY_AUTH_TOKEN=cluster.token,
             )  # fmt: skip
             return None if "No available agent" in done.stderr else done
 
@@ -135,7 +119,7 @@ def submit(cluster, call, tmp_path_factory):
     return run
 
 
-def test_an_image_without_the_package(submit):
+def test_an_image_without_the_package(submit, bare_python):
     done = submit("without")
     assert done.returncode == 1 and "job without-1: FAILED" in done.stdout, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]

@@ -1,0 +1,110 @@
+"""`kat-ray replay | report | bench | config`: what starts no run of its own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from kat_ray.cli.arguments import count_of, path_of, share_of
+from kat_ray.cli.help import ABOUT_BENCH, ABOUT_REPORT, OVER_A_RUN
+from kat_ray.errors import UserError
+
+
+def add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
+    """Add the commands; returns those that take a configuration's overrides."""
+    replay = add("replay", _replay, "apply other settings of the rule to a run's recorded rollouts", OVER_A_RUN)
+    replay.add_argument("run", metavar="RUN", type=path_of, help="run directory, such as runs/latest")
+    replay.add_argument(
+        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a setting of the rule; a list sweeps it"
+    )
+    replay.add_argument(
+        "--rule", metavar="RULE", help="the rule to apply (default: the run's own if it is a KAT rule, else kat)"
+    )
+    replay.add_argument(
+        "--keep-kl", metavar="SHARE", type=share_of, default=0.9,
+        help="recommend the cheapest setting that keeps this share of the summed KL (default 0.9)",
+    )  # fmt: skip
+    replay.add_argument(
+        "--out", metavar="DIR", type=path_of, help="where replay.csv and replay.png go (default RUN/replay)"
+    )
+    report = add("report", _report, "write a run's report: one page with pictures and its rollouts", ABOUT_REPORT)
+    report.add_argument("run", metavar="RUN", type=path_of, help="run directory, such as runs/latest")
+    report.add_argument(
+        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a setting of the rule that divides rollouts"
+    )
+    report.add_argument(
+        "--rollouts", metavar="N", type=count_of, default=300, help="rollouts to show in the page (default 300)"
+    )
+    report.add_argument(
+        "--gradients", metavar="CHECKPOINT", type=path_of, nargs="*",
+        help="also compare the stages' gradients with the update from the student before training to the "
+        "newest checkpoint, or between the two checkpoints named",
+    )  # fmt: skip
+    report.add_argument("--out", metavar="DIR", type=path_of, help="where report.html goes (default RUN/report)")
+    bench = add("bench", _bench, "measure the pipeline against its peer and the machine", ABOUT_BENCH)
+    bench.add_argument("--only", metavar="GROUP", nargs="+", default=[], help="only these groups")
+    bench.add_argument(
+        "--out",
+        metavar="DIR",
+        type=path_of,
+        default=Path("docs"),
+        help="where benchmarks.md and .json go (default docs)",
+    )
+    bench.add_argument(
+        "--work",
+        metavar="DIR",
+        type=path_of,
+        default=Path("runs/bench"),
+        help="models and logs (default runs/bench)",
+    )
+    config = add("config", _config, "print the resolved configuration")
+    config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
+    config.add_argument("--docs", action="store_true", help="print the text of docs/configuration.md instead")
+    return [config]
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from kat_ray.cli.replay import replay
+
+    replay(args.run, args.rule, [*args.settings, *getattr(args, "overrides", [])], args.keep_kl, args.out)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from kat_ray.cli.replay import rule_with
+    from kat_ray.report.command import report
+
+    settings = [*args.settings, *getattr(args, "overrides", [])]
+    rule = rule_with(args.run, settings) if settings else None
+    report(
+        args.run,
+        rule,
+        out=args.out,
+        rollouts=args.rollouts,
+        gradients=args.gradients,
+        say=lambda text: print(text, flush=True),
+    )
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from actors.bench.command import bench
+
+    for file in bench(args.only, args.out, args.work.resolve(), lambda text: print(text, flush=True)):
+        print(file)
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    if args.docs:
+        from kat_ray.config.schema import configuration_markdown
+
+        print(configuration_markdown(), end="")
+        return 0
+    if args.config is None:
+        raise UserError("name a configuration file, or `demo`; --docs prints the list of fields")
+    from kat_ray.config.load import config_yaml, load_config
+
+    print(config_yaml(load_config(args.config, args.overrides)), end="")
+    return 0
