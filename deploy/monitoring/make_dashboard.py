@@ -184,7 +184,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             lines("Threshold", "none", "Nats.", "kat/threshold", "kat/window_min_mean"),
             lines(
                 "What probes say", "percentunit", "A false cut would have removed a right answer.",
-                "probe/would_cut_share", "probe/false_cut_share", "probe/right_share",
+                "probe/would_cut_share", "probe/false_cut_share", "probe/right_share", "probe/kl_lost_share",
             ),
             lines("KL after a cut", "none", "Nats a token; low means that nothing was lost.", "probe/kl_after_cut"),
         ),

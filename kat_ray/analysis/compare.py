@@ -20,7 +20,7 @@ from kat_ray.config import Config
 from kat_ray.config.load import load_config, yaml_value
 from kat_ray.errors import UserError
 from kat_ray.termination import RULES, Effect, RunFacts, TerminationConfig, make_rule
-from kat_ray.termination.settings import KatParameters
+from kat_ray.termination.settings import KatParameters, with_threshold_of
 
 # Fields of the evaluation that say how often a run is looked at, and not what it computes.
 ALONG_THE_WAY = ("every", "every_k")
@@ -109,8 +109,9 @@ def config_of(base: Config, arm: Arm, seed: int, out: Path) -> Config:
         fields[copies] = str(out / arm.of / f"seed-{seed}")
     if "probe_share" not in fields and "probe_share" in settings.model_fields:
         fields["probe_share"] = getattr(base.termination, "probe_share", 0.1)  # the same share in all arms
+    own = with_threshold_of(arm.fields) if issubclass(settings, KatParameters) else arm.fields
     try:
-        rule = TypeAdapter(TerminationConfig).validate_python({**fields, **arm.fields})
+        rule = TypeAdapter(TerminationConfig).validate_python({**fields, **own})
     except ValidationError as error:
         raise UserError(
             f"--rules {arm.label}: {error.errors()[0]['loc'][-1]}: {error.errors()[0]['msg']}"

@@ -22,7 +22,7 @@ from kat_ray.errors import UserError
 from kat_ray.records.traces import read_rows
 from kat_ray.termination import RULES, RunFacts, make_rule
 from kat_ray.termination.calibration import MinimaBuffer, calibration
-from kat_ray.termination.settings import KatParameters, RuleSettings
+from kat_ray.termination.settings import KatParameters, RuleSettings, with_threshold_of
 from kat_ray.termination.staircase import staircase
 from kat_ray.types.records import FloatArray, IntArray
 
@@ -345,72 +345,13 @@ def _probes(traces: Traces, rule: KatParameters, seed: int) -> IntArray:
     return np.array([is_probe(drawn, int(i), rule.probe_share) for i in traces.rollout_id], dtype=bool)
 
 
-@dataclass(frozen=True)
-class Tradeoff:
-    """What one setting does to the rollouts that it was active for."""
-
-    rule: RuleSettings
-    rollouts: int
-    cut_share: float  # rollouts cut
-    kept_tokens: float  # share of tokens before the cut
-    generated_tokens: float  # share of tokens until the decision; what the engine still has to do
-    kept_kl: float  # share of the summed KL that lies before the cut: the signal that stays
-    false_cut_share: float | None  # graded rollouts that were cut and went on to a right answer
-    right_share: float | None  # graded rollouts with a right answer, cut or not
-
-
-def weigh(traces: Traces, rule: RuleSettings, active: IntArray, replayed: Replayed) -> Tradeoff:
-    """Shares over the rollouts for which the rule was active, a mask [R]."""
-    lengths = traces.lengths
-    is_cut = active & (replayed.cut >= 0)
-    kept = np.where(is_cut, replayed.cut, lengths)
-    seen = np.where(is_cut, replayed.confirmed, lengths)
-    finite = np.concatenate([[0.0], np.cumsum(np.where(np.isfinite(traces.d), traces.d, 0.0))])
-    kl_all = finite[traces.offsets[1:]] - finite[traces.offsets[:-1]]
-    kl_kept = finite[traces.offsets[:-1] + kept] - finite[traces.offsets[:-1]]
-    graded = active & (traces.correct >= 0)
-    right = graded & (traces.correct == 1)
-    n = int(graded.sum())
-    return Tradeoff(
-        rule=rule,
-        rollouts=int(active.sum()),
-        cut_share=_share(is_cut.sum(), active.sum()),
-        kept_tokens=_share(kept[active].sum(), lengths[active].sum()),
-        generated_tokens=_share(seen[active].sum(), lengths[active].sum()),
-        kept_kl=_share(kl_kept[active].sum(), kl_all[active].sum()),
-        false_cut_share=_share((right & is_cut).sum(), n) if n else None,
-        right_share=_share(right.sum(), n) if n else None,
-    )
-
-
-def _share(part: Any, whole: Any) -> float:
-    return float(part) / float(whole) if whole else 0.0
-
-
 def with_changes(base: Rule, changes: Mapping[str, Any]) -> Rule:
     """`base` with other values; `UserError` names the one that is not allowed."""
+    taken = with_threshold_of(changes) if isinstance(base, KatParameters) else changes
     try:
-        return type(base).model_validate({**base.model_dump(), **changes})
+        return type(base).model_validate({**base.model_dump(), **taken})
     except ValidationError as error:
         changed = ", ".join(f"{name} = {value!r}" for name, value in changes.items())
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"][1:] or first["loc"]))
         raise UserError(": ".join(filter(None, (changed, field, first["msg"])))) from error
-
-
-def recommend(results: Sequence[Tradeoff], keep_kl: float) -> tuple[Tradeoff, str]:
-    """The setting that generates the fewest tokens while `keep_kl` of the summed KL stays, and why."""
-    acting = [r for r in results if r.rollouts]
-    if not acting:
-        raise UserError(
-            "no setting became active on these traces: too few rollouts for its min_samples and min_steps"
-        )
-    enough = [r for r in acting if r.kept_kl >= keep_kl]
-    if not enough:
-        best = max(acting, key=lambda r: r.kept_kl)
-        return best, f"no setting keeps {keep_kl:.0%} of the summed KL; this one keeps the most, {best.kept_kl:.0%}"
-    best = min(enough, key=lambda r: r.generated_tokens)
-    return best, (
-        f"of {len(enough)} settings that keep at least {keep_kl:.0%} of the summed KL it generates the fewest "
-        f"tokens: {best.generated_tokens:.0%}, with {best.kept_kl:.0%} of the KL"
-    )

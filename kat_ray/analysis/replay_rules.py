@@ -15,13 +15,12 @@ import numpy as np
 from kat_ray.analysis.replay import (
     Replayed,
     Traces,
-    Tradeoff,
     apply_rule,
     blocks_of,
     calibrate,
-    weigh,
     with_changes,
 )
+from kat_ray.analysis.tradeoff import Tradeoff, weigh
 from kat_ray.termination import (
     RULES,
     Effect,

@@ -79,7 +79,7 @@ Rules are compared after equal steps, and at equal generated tokens and TFLOP by
 examples:
   kat-ray replay runs/latest                                  a sweep around the run's own settings
   kat-ray replay runs/latest eta=[0.1,0.3,0.5] window=32      these settings, the others as in the run
-  kat-ray replay runs/none --keep-kl 0.95 --out /tmp/replay
+  kat-ray replay runs/none budget=[0.01,0.02,0.05] --budget 0.02 --out /tmp/replay
   kat-ray replay runs/latest --rule fixed_prefix n=[32,64,128]
 
 No model is loaded. What a cut removes is known only of rollouts that were seen to their end: a run's probes, or

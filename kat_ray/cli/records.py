@@ -22,9 +22,11 @@ def add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Ar
         "--rule", metavar="RULE", help="the rule to apply (default: the run's own if it is a KAT rule, else kat)"
     )
     replay.add_argument(
-        "--keep-kl", metavar="SHARE", type=share_of, default=0.9,
-        help="recommend the cheapest setting that keeps this share of the summed KL (default 0.9)",
+        "--budget", metavar="SHARE", type=share_of,
+        help="recommend the cheapest setting whose cuts lose no more than this share of a rollout's KL on average "
+        "(default: the rule's own budget, or 0.02)",
     )  # fmt: skip
+    replay.add_argument("--keep-kl", dest="keep_kl", type=share_of, help=argparse.SUPPRESS)  # the name before 0.2
     replay.add_argument(
         "--out", metavar="DIR", type=path_of, help="where replay.csv and replay.png go (default RUN/replay)"
     )
@@ -67,7 +69,8 @@ def add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Ar
 def _replay(args: argparse.Namespace) -> int:
     from kat_ray.cli.replay import replay
 
-    replay(args.run, args.rule, [*args.settings, *getattr(args, "overrides", [])], args.keep_kl, args.out)
+    budget = args.budget if args.keep_kl is None else 1.0 - args.keep_kl
+    replay(args.run, args.rule, [*args.settings, *getattr(args, "overrides", [])], budget, args.out)
     return 0
 
 

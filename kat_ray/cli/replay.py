@@ -11,22 +11,27 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kat_ray.analysis.replay import Replayed, Traces, Tradeoff, load_traces, recommend, uncensored, with_changes
+from kat_ray.analysis.replay import Replayed, Traces, load_traces, uncensored, with_changes
 from kat_ray.analysis.replay_rules import reproduce, sweep
+from kat_ray.analysis.tradeoff import Tradeoff, frontier, recommend
 from kat_ray.config import Config
 from kat_ray.config.load import load_config, yaml_value
 from kat_ray.errors import UserError, writing
 from kat_ray.termination import RULES, Effect, RunFacts, kat_parameters
-from kat_ray.termination.settings import KatSettings, RuleSettings
+from kat_ray.termination.settings import KatParameters, KatSettings, RuleSettings
 
-_KAT_FIELDS = ("window", "consecutive", "exempt", "stride", "eta")
-_KAT_HEADINGS = ("W", "C", "exempt", "stride", "eta")
+_KAT_HEADINGS = {"window": "W", "consecutive": "C"}
+_BUDGET = 0.02  # where neither the user nor the rule names one
 
 
 def replay(
-    run_dir: Path, rule: str | None, settings: Sequence[str], keep_kl: float, out: Path | None
+    run_dir: Path, rule: str | None, settings: Sequence[str], budget: float | None, out: Path | None
 ) -> list[Path]:
-    """Print the trade-off of every setting and the recommended one; write CSV and plot. Returns the files."""
+    """Print the trade-off of every setting and the recommended one; write CSV and plot. Returns the files.
+
+    `budget` is the share of a rollout's KL that the recommended setting may lose on average; None takes the rule's
+    own, or 2 %.
+    """
     console = Console(highlight=False, soft_wrap=True)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: no config.yaml in it; name a run directory, such as runs/latest")
@@ -49,8 +54,11 @@ def replay(
         markup=False,
     )
     results = sweep(seen, base, grid, facts)
-    best, reason = recommend(results, keep_kl)
-    shown = _KAT_FIELDS if kat_parameters(base) else tuple(grid)
+    kat = kat_parameters(base)
+    if budget is None:
+        budget = (kat.budget if kat else None) or _BUDGET
+    best, reason = recommend(results, budget)
+    shown = _shown(kat, grid) if kat else tuple(grid)
     _print(console, sorted(results, key=lambda r: r.generated_tokens), best, shown)
     console.print(f"recommended: {best.rule.rule} {_values_of(best.rule, shown)}\n  {reason}", markup=False)
     folder = out or run_dir / "replay"
@@ -58,7 +66,7 @@ def replay(
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write_csv(files[0], results, shown)
-        plot(files[1], results, best, keep_kl, shown)
+        plot(files[1], results, best, _own(seen, config.termination, facts), shown)
     for file in files:
         console.print(str(file), markup=False)
     return files
@@ -134,6 +142,21 @@ def _grid(base: RuleSettings, settings: Sequence[str], max_tokens: int) -> dict[
     return {name: list(values) for name, values in RULES[base.rule].sweep(base, max_tokens).items()}
 
 
+def _shown(kat: KatParameters, grid: dict[str, list[Any]]) -> tuple[str, ...]:
+    """A KAT rule's fields that a table has: those of its windows, what sets the threshold, what is swept."""
+    sets = "eta" if kat.budget is None and "budget" not in grid else "budget"
+    swept = (name for name, values in grid.items() if len(values) > 1)
+    return tuple(dict.fromkeys(("window", "consecutive", "exempt", "stride", sets, *swept)))
+
+
+def _own(seen: Traces, rule: RuleSettings, facts: RunFacts) -> Tradeoff | None:
+    """What the run's own rule did, on the same rollouts; None of a run without one that ends rollouts."""
+    if not _ends_rollouts(rule.rule):
+        return None
+    (own,) = sweep(seen, rule, {}, facts)
+    return own if own.rollouts else None
+
+
 def _values_of(rule: RuleSettings, shown: Sequence[str]) -> str:
     return " ".join(f"{name}={_cell(getattr(rule, name))}" for name in shown)
 
@@ -146,15 +169,15 @@ def _print(
     console: Console, results: Sequence[Tradeoff], best: Tradeoff, fields: Sequence[str], most: int = 20
 ) -> None:
     table = Table(box=None, pad_edge=False)
-    names = _KAT_HEADINGS if tuple(fields) == _KAT_FIELDS else fields
-    for heading in (*names, "cut", "generated", "kept", "KL kept", "right, but cut"):
+    names = [_KAT_HEADINGS.get(name, name) for name in fields]
+    for heading in (*names, "cut", "generated", "kept", "KL kept", "lost", "right, but cut"):
         table.add_column(heading, justify="right")
     stride = max(1, math.ceil(len(results) / most))
     shown = [r for i, r in enumerate(results) if i % stride == 0 or r is best]
     for r in shown:
         false_cut = "-" if r.false_cut_share is None else f"{r.false_cut_share:.1%} of {r.right_share:.1%}"
         values = [_cell(getattr(r.rule, name)) for name in fields]
-        shares = [f"{x:.1%}" for x in (r.cut_share, r.generated_tokens, r.kept_tokens, r.kept_kl)]
+        shares = [f"{x:.1%}" for x in (r.cut_share, r.generated_tokens, r.kept_tokens, r.kept_kl, r.lost_share)]
         table.add_row(*values, *shares, false_cut, style="bold" if r is best else None)
     console.print(table)
     if len(shown) < len(results):
@@ -168,6 +191,9 @@ def _write_csv(path: Path, results: Sequence[Tradeoff], fields: Sequence[str]) -
         "generated_tokens",
         "kept_tokens",
         "kept_kl",
+        "lost_share",
+        "lost_bound",
+        "lost_check",
         "false_cut_share",
         "right_share",
     )
@@ -178,46 +204,66 @@ def _write_csv(path: Path, results: Sequence[Tradeoff], fields: Sequence[str]) -
             writer.writerow([getattr(r.rule, f) for f in fields] + [getattr(r, m) for m in measures])
 
 
-def plot(path: Path, results: Sequence[Tradeoff], best: Tradeoff, keep_kl: float, fields: Sequence[str]) -> None:
-    """Tokens that are still generated against the KL that is kept, a point for every setting."""
+def plot(
+    path: Path, results: Sequence[Tradeoff], best: Tradeoff, own: Tradeoff | None, fields: Sequence[str]
+) -> None:
+    """What every setting costs against the tokens that it still generates: in KL, and in right answers cut."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
-    colour_by = next((f for f in fields if len({getattr(r.rule, f) for r in results}) > 1), None)
-    groups: dict[str, list[Tradeoff]] = {}
-    for r in results:
-        label = best.rule.rule if colour_by is None else f"{colour_by} {_cell(getattr(r.rule, colour_by))}"
-        groups.setdefault(label, []).extend([r] if r.rollouts else [])
-    for number, (label, group) in enumerate(groups.items()):
+    acting = [r for r in results if r.rollouts]
+    graded = any(r.false_cut_share is not None for r in acting)
+    figure, all_axes = pyplot.subplots(
+        1, 1 + graded, figsize=(7 + 4.5 * graded, 5), layout="constrained", squeeze=False
+    )
+    colour_by = next((f for f in fields if len({getattr(r.rule, f) for r in acting}) > 1), None)
+    panels = [
+        ("kept_kl", "summed reverse KL before the cuts, share"),
+        ("false_cut_share", "right answers cut, share"),
+    ]
+    for axes, (measure, label) in zip(all_axes[0], panels, strict=False):
+        _scatter(axes, acting, measure, colour_by)
+        if measure == "kept_kl":
+            front = frontier(results)
+            axes.plot(
+                [r.generated_tokens for r in front], [r.kept_kl for r in front], color="0.5", lw=0.8, zorder=0
+            )
         axes.scatter(
-            [r.generated_tokens for r in group], [r.kept_kl for r in group],
-            s=22, alpha=0.75, color=f"C{number % 10}", label=label,
+            best.generated_tokens, getattr(best, measure),
+            s=170, facecolors="none", edgecolors="black", linewidths=1.5, label="recommended",
         )  # fmt: skip
-    ends = [0.0, 1.0]
-    axes.plot(ends, ends, color="grey", linewidth=0.8, linestyle="--", label="KL spread evenly over tokens")
-    axes.axhline(keep_kl, color="grey", linewidth=0.8, linestyle=":")
-    axes.scatter(
-        [best.generated_tokens], [best.kept_kl], s=170, facecolors="none", edgecolors="black", linewidths=1.5
+        if own is not None and getattr(own, measure) is not None:
+            axes.scatter(
+                own.generated_tokens,
+                getattr(own, measure),
+                s=130,
+                marker="*",
+                color="black",
+                label="this run's rule",
+            )
+        axes.set(xlabel="tokens generated, share of those without the rule", ylabel=label)
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.yaxis.set_major_formatter("{x:.1%}")
+        axes.grid(alpha=0.25)
+    all_axes[0][0].legend(loc="lower right", fontsize=8)
+    figure.suptitle(
+        "What other settings of the rule would have done to this run's rollouts\n"
+        f"recommended: {best.rule.rule} {_values_of(best.rule, fields)}",
+        fontsize=10,
     )
-    axes.annotate(
-        f"recommended\n{best.rule.rule} {_values_of(best.rule, fields)}",
-        (best.generated_tokens, best.kept_kl), textcoords="axes fraction",
-        xytext=(0.02, 0.97), ha="left", va="top", fontsize=8,
-        arrowprops={"arrowstyle": "-", "color": "black", "lw": 0.6},
-    )  # fmt: skip
-    axes.set(
-        xlabel="tokens generated, share of those without the rule",
-        ylabel="summed reverse KL before the cuts, share",
-        title="What other settings of the rule would have done to this run's rollouts",
-        xlim=(0, 1.02),
-        ylim=(0, 1.03),
-    )
-    axes.xaxis.set_major_formatter("{x:.0%}")
-    axes.yaxis.set_major_formatter("{x:.0%}")
-    axes.grid(alpha=0.25)
-    axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _scatter(axes: Any, results: Sequence[Tradeoff], measure: str, colour_by: str | None) -> None:
+    groups: dict[str, list[Tradeoff]] = {}
+    for r in results:
+        label = "a setting" if colour_by is None else f"{colour_by} {_cell(getattr(r.rule, colour_by))}"
+        groups.setdefault(label, []).append(r)
+    for number, (label, group) in enumerate(groups.items()):
+        axes.scatter(
+            [r.generated_tokens for r in group], [getattr(r, measure) for r in group],
+            s=22, alpha=0.75, color=f"C{number % 10}", label=label,
+        )  # fmt: skip

@@ -46,6 +46,7 @@ METRICS = {
         Metric("probe/ran_out", "rollouts", "graded as wrong because grading took too much time or memory"),
         Metric("probe/tokens_after_cut", "tokens", "mean length of the continuation that a cut would have removed"),
         Metric("probe/kl_after_cut", "nats", "mean reverse KL of those continuations"),
+        Metric("probe/kl_lost_share", "share", "mean share of a probe's KL that its cut would have removed"),
         Metric("kat/threshold", "nats", "threshold of the step's rollouts; absent while the rule is inactive"),
         Metric("kat/window_min_mean", "nats", "mean over rollouts of the smallest window mean m(y)"),
         Metric("kl/mean", "nats", "mean reverse KL of all scored tokens, at sampling time"),

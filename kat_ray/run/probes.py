@@ -102,6 +102,7 @@ def probe_metrics(
         return {}
     cut = [(o, traces[o.rollout_id][o.would_cut :]) for o in probes if o.would_cut is not None]
     figures = {"probe/would_cut_share": len(cut) / len(probes)}
+    figures["probe/kl_lost_share"] = float(np.mean([_lost(o, traces[o.rollout_id]) for o in probes]))
     graded = [o for o in probes if o.rollout_id in correct]
     if graded:
         figures["probe/right_share"] = sum(correct[o.rollout_id] for o in graded) / len(graded)
@@ -113,3 +114,11 @@ def probe_metrics(
         if np.isfinite(rest).any():
             figures["probe/kl_after_cut"] = float(np.nanmean(rest, dtype=np.float64))
     return figures
+
+
+def _lost(probe: RolloutOutcome, kl: FloatArray) -> float:
+    """Share of a probe's KL that its cut would have removed: what `termination.budget` bounds on average."""
+    sums = np.cumsum(np.where(np.isfinite(kl), kl, 0.0), dtype=np.float64)
+    if probe.would_cut is None or not len(sums) or sums[-1] <= 0:
+        return 0.0
+    return float(1.0 - (sums[probe.would_cut - 1] if probe.would_cut else 0.0) / sums[-1])

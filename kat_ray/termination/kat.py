@@ -16,6 +16,7 @@ rollouts in B (`calibration.ShareBuffer`). The rule is inactive (s is None) unti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from kat_ray.termination.staircase import Staircase, staircase
 from kat_ray.termination.window import WindowMean
 
 _LONG_LAG = 100  # steps; the embedded task's KL scale falls by half within 20
+_LONG_BUDGET_LAG = 40  # with a budget: more than it is lost while the KL falls
+_PRICE = 0.5  # share of the budget from which on its bound's price is worth a word
 # What a replay tries where the user names nothing: factors of the rule's own values, or values.
 _FACTORS = {"window": (0.5, 1, 2), "consecutive": (0.5, 1, 2), "exempt": (0, 1, 2), "stride": (1, 4)}
 _ETAS = (0.1, 0.2, 0.3, 0.5, 0.7)
@@ -151,7 +154,7 @@ class KatRule:
 
 
 def tells_all(rule: KatParameters, threshold: float | None, probe: bool) -> bool:
-    """Whether a rollout is kept whole for the calibration: with a budget, of those that are followed to their end."""
+    """Whether a rollout is kept whole for the calibration: with a budget, if it is followed to its end."""
     return rule.budget is not None and (probe or threshold is None)
 
 
@@ -179,10 +182,34 @@ def settings_in_vain(rule: KatParameters, run: RunScale) -> Iterator[str]:
         yield f"window = {rule.window} > rollout.max_tokens: no window is ever full"
     if rule.min_steps >= run.steps or rule.min_samples > run.steps * run.rollouts_per_step:
         yield "the run ends before the rule becomes active (min_steps, min_samples)"
+    yield from _budget_in_vain(rule)
     probes = rule.probe_share * run.rollouts_per_step
-    if rule.calibrate_on == "probes" and rule.buffer / probes > _LONG_LAG:
+    longest = _LONG_LAG if rule.budget is None else _LONG_BUDGET_LAG
+    if rule.calibrate_on == "probes" and rule.buffer / probes > longest:
         yield (
             f"buffer = {rule.buffer} holds the probes of {rule.buffer / probes:.0f} steps ({probes:.3g} a step): "
             "so long the threshold lags behind the KL. docs/termination.md advises buffer = probe_share x rollouts "
-            f"per step x 10 = {max(1, round(10 * probes))}, with min_samples <= buffer; or raise probe_share"
+            f"per step x 10 = {max(_smallest(rule), round(10 * probes))}, with min_samples <= buffer; or raise "
+            "probe_share"
+        )
+
+
+def _smallest(rule: KatParameters) -> int:
+    """Rollouts below which the buffer allows no cut."""
+    return math.ceil(1 / rule.budget - 1) if rule.budget else 1
+
+
+def _budget_in_vain(rule: KatParameters) -> Iterator[str]:
+    if rule.budget is None:
+        return
+    if rule.budget == 0:
+        yield "budget = 0: nothing will be cut"
+        return
+    if rule.eta != KatParameters.model_fields["eta"].default:
+        yield f"eta = {rule.eta:g} does nothing: budget = {rule.budget:g} sets the threshold; budget=null lets eta"
+    price = 1 / (rule.buffer + 1)
+    if price > _PRICE * rule.budget:
+        yield (
+            f"buffer = {rule.buffer}: the bound for so few rollouts takes {price / rule.budget:.0%} of budget = "
+            f"{rule.budget:g}; buffer = {math.ceil(1 / (_PRICE * rule.budget)) - 1} would leave half of it for cuts"
         )

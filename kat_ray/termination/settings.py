@@ -7,7 +7,8 @@ reasons for them are in docs/termination.md. The other rules' parameters are in 
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -45,9 +46,9 @@ class KatParameters(CuttingSettings):
     eta: float = Field(0.3, gt=0, lt=1)
     """The threshold is the (1 - eta) quantile of recent minima: a smaller eta cuts more."""
     budget: float | None = Field(None, ge=0, lt=1)
-    """Share of a rollout's KL that cuts may remove, on average. With one the threshold is the largest that stays within
-    it, by the rollouts in the buffer and a bound that pays for their number; `eta` says nothing then. Fewer than
-    1 / budget - 1 rollouts allow no cut."""
+    """Share of a rollout's KL that cuts may remove, on average. With one the threshold is the largest that stays
+    within it, by the rollouts in the buffer and a bound that pays for how few they are; `eta` does nothing then.
+    Fewer than 1 / budget - 1 rollouts allow no cut."""
     buffer: int = Field(4096, ge=1)
     """Capacity of the FIFO of recent rollouts (of their minima; with a budget, of what cuts would remove)."""
     min_samples: int = Field(512, ge=1)
@@ -57,9 +58,9 @@ class KatParameters(CuttingSettings):
     exempt: int = Field(128, ge=0)
     """Tokens at the start of a rollout that no checked window may reach into: e - W >= exempt."""
     calibrate_on: Literal["probes", "all", "finished"] = "probes"
-    """Who feeds the buffer once the rule is active: `probes` (unbiased), `all` (a cut rollout counts with its minimum
-    so far), `finished` (only uncut ones; the threshold can run away). With a budget: `probes`, which alone show what a
-    cut removes. While the rule is inactive nothing is cut, and every rollout feeds the buffer."""
+    """Who feeds the buffer once the rule is active: `probes` (unbiased), `all` (a cut rollout counts with its
+    minimum so far), `finished` (only uncut ones; the threshold can run away). With a budget `probes`, which alone
+    show what a cut removes. While the rule is inactive nothing is cut, and every rollout feeds the buffer."""
 
     @model_validator(mode="after")
     def _can_become_active_and_stay_calibrated(self) -> Self:
@@ -76,10 +77,15 @@ class KatParameters(CuttingSettings):
             )
         if self.budget and self.buffer < 1 / self.budget - 1:
             raise ValueError(
-                f"buffer = {self.buffer}: must be >= {math.ceil(1 / self.budget - 1)} (1 / budget - 1) with budget = "
-                f"{self.budget:g}, or nothing is ever cut"
+                f"buffer = {self.buffer}: must be >= {math.ceil(1 / self.budget - 1)} (1 / budget - 1) with budget "
+                f"= {self.budget:g}, or nothing is ever cut"
             )
         return self
+
+
+def with_threshold_of(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of a KAT rule: where they name `eta` and no budget, there is none, since it would outrule eta."""
+    return {"budget": None, **changes} if "eta" in changes else dict(changes)
 
 
 class KatSettings(KatParameters):

@@ -5,8 +5,8 @@ token j is low under every threshold above
 
     v(j) = max(z of the windows that begin at j, j + S, ..., j + (C - 1) S)
 
-so the cut under a threshold s is the first j with v(j) < s. As s rises the cut moves towards the start in jumps, one
-at every v(j) that is smaller than all before it. These few jumps say all that a calibration asks of a rollout.
+so the cut under a threshold s is the first j with v(j) < s. As s rises the cut moves towards the start in jumps,
+one at every v(j) that is smaller than all before it. These few jumps say all that a calibration asks of a rollout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kat_ray.types.records import FloatArray
 
 @dataclass(frozen=True)
 class Staircase:
-    """Under a threshold s a rollout loses the share at the first of K jumps with `value < s`; nothing without one."""
+    """Under a threshold s a rollout loses the share at the first of K jumps with `value < s`, if there is one."""
 
     value: FloatArray  # [K] nats, falling
     share: FloatArray  # [K] of the rollout's summed KL, 0 to 1, falling

@@ -74,6 +74,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(ray_local, fil
     check_books(config, run)
 
 
+@pytest.mark.nightly  # a write that fails in a checkpoint, without a run: test_checkpoint
 def test_a_disk_that_is_full_while_the_learner_writes(ray_local, files, tmp_path, mounted, monkeypatch):
     """Checkpoints have a disk of their own, so that it is the learner's process whose writing fails."""
     config = stub_config(

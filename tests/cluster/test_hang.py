@@ -56,8 +56,11 @@ class HangingTeacher(StubTeacher):
 
 @pytest.mark.parametrize(
     ("role", "task", "hanging"),
-    [("sampler", "generate", {"sampler": HangingEngine}), ("scorer", "score", {"scorer": HangingTeacher})],
-    ids=["sampler", "scorer"],
+    [
+        pytest.param("sampler", "generate", {"sampler": HangingEngine}, id="sampler"),
+        # Every role is frozen in virtual time: test_control_plane_schedules.
+        pytest.param("scorer", "score", {"scorer": HangingTeacher}, id="scorer", marks=pytest.mark.nightly),
+    ],
 )
 def test_an_actor_that_answers_and_makes_no_progress_is_replaced(ray_local, files, tmp_path, role, task, hanging):
     # Who is not found would be waited for until step_timeout, and fail the run.

@@ -102,7 +102,8 @@ def lose_a_node(cluster, scene, gate):
     until(lambda: roles_on(cluster, SPARE) == set(scene.roles), 300, f"{scene.roles} come up on the other node")
 
 
-TIERS = {"all scorers and the monitor": pytest.mark.nightly}  # in virtual time: test_control_plane
+# In virtual time all of them: test_control_plane.
+TIERS = dict.fromkeys(("all scorers and the monitor", "a sampler and a scorer"), pytest.mark.nightly)
 
 
 @pytest.mark.parametrize("scene", [pytest.param(s, marks=TIERS.get(s.name, ()), id=s.name) for s in SCENES])

@@ -41,14 +41,14 @@ class Kind:
         return [sys.executable, "-m", self.command, "train", *map(str, arguments)]
 
 
-STUBS, REAL = Kind("tests.cluster.stub_train", 12, 4), Kind("kat_ray.cli", 12, 4)
+STUBS = Kind("tests.cluster.stub_train", 12, 4)
 LONG = Kind("kat_ray.cli", 20, 5)
 
 
-def kinds(gate):
-    """One in the gate, and a long one with real engines in the nightly tier."""
-    both = [pytest.param(gate, id="gate"), pytest.param(LONG, id="long", marks=pytest.mark.nightly)]
-    return pytest.mark.parametrize("kind", both)
+# Stubs in the gate, and a longer run with real engines in the nightly tier.
+KINDS = pytest.mark.parametrize(
+    "kind", [pytest.param(STUBS, id="gate"), pytest.param(LONG, id="long", marks=pytest.mark.nightly)]
+)
 
 
 def start(kind, *arguments):
@@ -139,7 +139,7 @@ def check_same(run, straight):
     assert any(m.get("kat/threshold") for m in again["metrics"])
 
 
-@kinds(STUBS)
+@KINDS
 def test_a_kill_and_a_resumption_change_nothing(straight, files, tmp_path, kind):
     config, run = run_config(kind, files, tmp_path, "killed")
     process = start(kind, config)
@@ -164,7 +164,7 @@ def test_a_kill_and_a_resumption_change_nothing(straight, files, tmp_path, kind)
     check_same(damaged, straight(kind))
 
 
-@kinds(REAL)
+@KINDS
 def test_told_to_end_it_saves_and_a_second_run_goes_on(straight, files, tmp_path, kind):
     config, run = run_config(kind, files, tmp_path, "told")
     process = start(kind, config)
@@ -172,6 +172,7 @@ def test_told_to_end_it_saves_and_a_second_run_goes_on(straight, files, tmp_path
     process.terminate()
     _, err = finish(process, code=128 + signal.SIGTERM)
     assert "--resume" in err
+    let_go(tmp_path)
     saved = complete(run)[-1]
     assert saved > kind.every and saved % kind.every, "the step that was done is saved, not only each fourth one"
     out, _ = finish(start(kind, "--resume", run))
@@ -185,7 +186,7 @@ def test_told_to_end_it_saves_and_a_second_run_goes_on(straight, files, tmp_path
 
 
 @pytest.mark.nightly  # a submitted run that is given again goes on: test_submit
-@kinds(STUBS)
+@KINDS
 def test_a_retried_job_goes_on_by_itself(straight, files, tmp_path, monkeypatch, kind):
     """As a Ray job, submitted again and again under one name: after a kill of its driver, and after `job stop`."""
     from ray.job_submission import JobStatus

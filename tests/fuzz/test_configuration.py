@@ -142,7 +142,7 @@ COMMANDS = (
     "train", "eval", "doctor", "compare", "replay", "report", "config", "submit", "status", "logs", "stop", "list",
 )  # fmt: skip
 WORDS = (
-    *COMMANDS, "demo", "--config", "--json", "--runs", "--rules", "--seeds", "--out", "--rule", "--keep-kl",
+    *COMMANDS, "demo", "--config", "--json", "--runs", "--rules", "--seeds", "--out", "--rule", "--budget",
     "--rollouts", "--gradients", "--docs", "--profile", "-v", "--help", "--version", "kat", "none", "kat:eta=0.5",
     "length_matched", "length_matched:of=kat", "fixed_prefix:n=5",
     "--address", "--cluster", "--working-dir", "--no-wait",

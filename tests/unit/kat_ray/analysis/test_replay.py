@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_ray.analysis.replay import apply_rule, calibrate, load_traces, recommend, uncensored, weigh
+from kat_ray.analysis.replay import Replayed, apply_rule, calibrate, load_traces, uncensored
 from kat_ray.analysis.replay_rules import COLUMNS, follow, reproduce, sweep
+from kat_ray.analysis.tradeoff import frontier, recommend, weigh
 from kat_ray.cli import main as cli
 from kat_ray.config import Config
 from kat_ray.config.load import load_config, save_config
@@ -191,19 +192,60 @@ def some_run(tmp_path, steps=6, rollouts=30, seed=0):
     return tmp_path
 
 
-def test_the_recommended_setting_keeps_the_signal_for_the_fewest_tokens(tmp_path):
+def test_the_recommended_setting_stays_within_the_budget_for_the_fewest_tokens(tmp_path):
     traces, notes = load_traces(some_run(tmp_path))
     assert notes == () and len(traces.step) == 180
     base = rule_of(window=8, exempt=4, consecutive=4, min_samples=20, min_steps=1, buffer=60)
     results = sweep(traces, base, {"eta": [0.2, 0.5, 0.8], "window": [4, 8]}, FACTS)
-    best, reason = recommend(results, 0.95)
-    assert best.kept_kl >= 0.95 and best.generated_tokens < 0.9 and best.false_cut_share < 0.1
-    assert all(best.generated_tokens <= r.generated_tokens for r in results if r.kept_kl >= 0.95)
-    assert "fewest tokens" in reason
-    _, reason = recommend([r for r in results if r.kept_kl < 1.0], 1.0)
-    assert "no setting keeps 100%" in reason
+    best, reason = recommend(results, 0.05)
+    assert best.lost_bound <= 0.05 and best.generated_tokens < 0.9 and best.false_cut_share < 0.1
+    assert all(best.generated_tokens <= r.generated_tokens for r in results if r.lost_bound <= 0.05)
+    assert "fewest tokens" in reason and f"loses {best.lost_check:.1%}" in reason
+    best, reason = recommend(results, 0.001)
+    assert "no setting stays within 0.1%" in reason and best.lost_bound == min(r.lost_bound for r in results)
     with pytest.raises(UserError, match="no setting became active"):
-        recommend(sweep(traces, base, {"min_steps": [100]}, FACTS), 0.9)
+        recommend(sweep(traces, base, {"min_steps": [100]}, FACTS), 0.1)
+    front = frontier(results)
+    assert [r.generated_tokens for r in front] == sorted(r.generated_tokens for r in front)
+    assert [r.kept_kl for r in front] == sorted(r.kept_kl for r in front) and front
+
+
+def test_what_the_choosing_half_loses_is_told_apart_from_the_other():
+    """Rollouts 0 and 2 lose 3 of 4 and nothing, 1 and 3 nothing and 1 of 2."""
+    rule = rule_of(window=1, consecutive=1)
+    traces = traces_of([[1.0, 3.0], [1.0, 1.0], [2.0], [1.0, 1.0]])
+    cut = np.array([1, -1, -1, 1])
+    nothing = np.full(4, -1)
+    figures = weigh(traces, rule, np.ones(4, dtype=bool), Replayed(cut, np.maximum(cut, -1), nothing, nothing))
+    assert figures.lost_share == pytest.approx((0.75 + 0.5) / 4)
+    assert figures.lost_bound == pytest.approx((0.75 + 0 + 1) / 3) and figures.lost_check == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("window", "consecutive", "stride", "exempt"), [(4, 2, 1, 0), (5, 3, 2, 3)])
+def test_a_replay_s_thresholds_are_those_of_a_rule_with_a_budget(window, consecutive, stride, exempt):
+    rule = rule_of(
+        window=window, consecutive=consecutive, stride=stride, exempt=exempt, budget=0.15, buffer=60,
+        min_samples=20, min_steps=1, probe_share=0.3,
+    )  # fmt: skip
+    rng, made = np.random.default_rng(4), make_rule(rule, FACTS)
+    values, steps, expected = [], [], []
+    for step in range(8):
+        made.start_step(step)
+        finished = []
+        for _ in range(40):
+            row = rng.exponential(1.0, int(rng.integers(3, 40))).astype(np.float32)
+            row[int(rng.integers(40)) :] *= 0.05
+            probe = is_probe(FACTS.seed, len(values), rule.probe_share)
+            tracker = made.begin(RolloutStart(len(values), probe))
+            tracker.observe(NewTokens(row))
+            finished.append(Finished(tracker.minimum, tracker.cut is not None, probe, evidence=tracker.evidence))
+            values.append(row)
+            steps.append(step)
+            expected.append(made.threshold)
+        made.end_step(finished)
+    thresholds, replayed = calibrate(traces_of(values, steps=steps), rule, FACTS.seed)
+    assert [None if math.isnan(t) else t for t in thresholds] == expected
+    assert len(set(expected)) > 5 and (replayed.cut >= 0).sum() > 10
 
 
 def test_the_command_prints_a_table_and_leaves_a_plot(tmp_path, capsys):
@@ -320,11 +362,11 @@ def test_the_run_s_own_rule_gives_its_cuts_again(tmp_path, rule):
 
 def test_the_command_takes_any_rule(tmp_path, capsys):
     run = some_run(tmp_path / "run")
-    assert cli.main(["replay", str(run), "--rule", "fixed_prefix", "n=[10, 30]", "--keep-kl", "0.5"]) == 0
+    assert cli.main(["replay", str(run), "--rule", "fixed_prefix", "n=[10, 30]", "--budget", "0.5"]) == 0
     text = capsys.readouterr().out
     assert "recommended: fixed_prefix n=30" in text
     assert [r["n"] for r in csv.DictReader((run / "replay" / "replay.csv").open())] == ["10", "30"]
-    assert cli.main(["replay", str(run), "--rule", "random", "--keep-kl", "0.1"]) == 0
+    assert cli.main(["replay", str(run), "--rule", "random", "--budget", "0.9"]) == 0
     for arguments, message in (
         (["--rule", "trap"], "--rule 'trap': must be one of kat"),
         (["--rule", "fixed_prefix", "eta=0.3"], "with one of probe_share, n"),

@@ -68,8 +68,8 @@ def test_wrong_arguments(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["replay", "x", "--keep-kl", "abc"], "abc: must be a number above 0 and at most 1"),
-        (["replay", "x", "--keep-kl", "nan"], "nan: must be a number above 0 and at most 1"),
+        (["replay", "x", "--budget", "abc"], "abc: must be a number above 0 and at most 1"),
+        (["replay", "x", "--budget", "nan"], "nan: must be a number above 0 and at most 1"),
         (["report", "x", "--rollouts", "x"], "x: must be a whole number, at least 1"),
         (["report", "x", "--rollouts", "0"], "0: must be a whole number, at least 1"),
     ],

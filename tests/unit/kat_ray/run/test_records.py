@@ -222,6 +222,7 @@ def test_probes_say_what_cuts_would_have_cost():
     expected = {
         "probe/would_cut_share": 2 / 3, "probe/false_cut_share": 1 / 3, "probe/right_share": 2 / 3,
         "probe/tokens_after_cut": 2.5, "probe/kl_after_cut": 1.5 / 4,
+        "probe/kl_lost_share": (1.5 / 3.5 + 0 + 0) / 3,  # the second is not cut, the third loses a token without KL
     }  # fmt: skip
     assert figures == pytest.approx(expected)
     assert set(figures) <= set(METRICS)

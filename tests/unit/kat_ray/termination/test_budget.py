@@ -53,7 +53,9 @@ def test_a_staircase_by_hand():
     exempt = staircase(np.array([4.0, 2.0, 0.0, 2.0, 6.0]), rule_of(window=2, consecutive=2, exempt=1))
     assert (exempt.value.tolist(), exempt.share.tolist()) == ([1.0], [10 / 14])
     assert not len(staircase(np.array([1.0, 1.0]), rule_of(window=2, consecutive=2)).value)
-    assert staircase(np.zeros(3), rule_of(window=1, consecutive=1)).share.tolist() == [0.0], "no KL, nothing to lose"
+    assert staircase(np.zeros(3), rule_of(window=1, consecutive=1)).share.tolist() == [0.0], (
+        "no KL, nothing to lose"
+    )
 
 
 def test_a_threshold_by_hand():
