@@ -109,9 +109,9 @@ def config_of(base: Config, arm: Arm, seed: int, out: Path) -> Config:
         fields[copies] = str(out / arm.of / f"seed-{seed}")
     if "probe_share" not in fields and "probe_share" in settings.model_fields:
         fields["probe_share"] = getattr(base.termination, "probe_share", 0.1)  # the same share in all arms
-    own = with_threshold_of(arm.fields) if issubclass(settings, KatParameters) else arm.fields
+    named = with_threshold_of(arm.fields) if issubclass(settings, KatParameters) else arm.fields
     try:
-        rule = TypeAdapter(TerminationConfig).validate_python({**fields, **own})
+        rule = TypeAdapter(TerminationConfig).validate_python({**fields, **named})
     except ValidationError as error:
         raise UserError(
             f"--rules {arm.label}: {error.errors()[0]['loc'][-1]}: {error.errors()[0]['msg']}"

@@ -235,6 +235,7 @@ def test_a_step_without_a_would_be_cut_counts_unless_the_rule_waits():
     waiting, no_threshold = KatSettings(), FixedPrefixSettings()
     assert probe_metrics([probe], trace_of, {1: True}, is_active(waiting, None)) == {}
     expected = {"probe/would_cut_share": 0, "probe/right_share": 1, "probe/false_cut_share": 0}
+    expected["probe/kl_lost_share"] = 0
     assert probe_metrics([probe], trace_of, {1: True}, is_active(no_threshold, None)) == expected
     assert probe_metrics([probe], trace_of, {1: True}, is_active(waiting, 0.5)) == expected
     assert not is_active(KatStagesSettings(), None)
