@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError
 
 from actors.cluster.handles import Actor, Handle, Ref, remote
 from actors.cluster.replica import Replica
-from actors.cluster.waiting import death_message, ready
+from actors.cluster.waiting import death_message, is_for_good, ready
 from kat_ray.cluster.hang_policy import HangPolicy
 from kat_ray.cluster.heartbeat import HeartbeatReport
 from kat_ray.cluster.revival import Unavailable
@@ -30,7 +30,7 @@ def answer_of(reference: Ref[HeartbeatReport], name: str) -> HeartbeatReport | U
     try:
         report: HeartbeatReport = ray.get(reference)
     except ActorDiedError as error:
-        return Unavailable(for_good=True, reason=death_message(error, f"{name} to come back"))
+        return Unavailable(is_for_good(error), death_message(error, f"{name} to come back"))
     except (RayActorError, ObjectLostError):  # the answer of a scorer lies in its node's object store
         return Unavailable()
     return report

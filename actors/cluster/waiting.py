@@ -116,12 +116,23 @@ def wait_for_start(
                 break
             except (RayActorError, ObjectLostError) as error:
                 # Ray does not start an actor again whose constructor raised.
-                if time.monotonic() > deadline or isinstance(error, ActorDiedError):
+                if time.monotonic() > deadline or is_for_good(error):
                     raise UserError(death_message(error, what)) from error
                 log.warning("an actor died while waiting for %s; it is started again", what)
                 time.sleep(0.5)
                 refs[i] = call()
     return results
+
+
+def is_for_good(error: BaseException) -> bool:
+    """Whether Ray says that it does not start an actor again, and why.
+
+    Where a node is lost after a notice that it goes (`drain_node`), calls on its actors fail for seconds with an
+    `ActorDiedError` whose last line, the reason, is empty; the actors come back on another node.
+    """
+    text = str(error)
+    known = text != ActorDiedError.BASE_ERROR_MSG and bool(text.rsplit("\n", 1)[-1].strip())
+    return isinstance(error, ActorDiedError) and known
 
 
 def death_message(error: BaseException, what: str) -> str:
