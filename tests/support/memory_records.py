@@ -9,7 +9,7 @@ from typing import Any
 
 from kat_ray.observability.trackers import Tracker
 from kat_ray.run.checkpoint import FileDigest, FindDamage, Loaded, check_state, unread
-from tests.support.stub_learner import World
+from tests.support.memory_learner import World
 
 
 class MemoryRun:

@@ -31,9 +31,9 @@ from kat_ray.errors import UserError
 from kat_ray.observability.trackers import Trackers
 from kat_ray.types.records import Prompt
 from tests.support.fake_cluster import FakeCluster, FakePlacement
+from tests.support.memory_learner import MemoryLearner, World
 from tests.support.memory_records import MemoryCheckpoints, MemoryRun, MemoryTracker
 from tests.support.quick_engines import QuickTeacher, make_engine, quick_compare
-from tests.support.stub_learner import StubLearner, World
 
 PLAIN: dict[str, dict[str, Any]] = {
     "run": {"steps": 3, "checkpoint_every": 2, "grace_seconds": 30.0},
@@ -185,7 +185,7 @@ class Run:
             finish=lambda *_: None,
         )  # fmt: skip
         self.stop = StopRequest(config.run.grace_seconds)
-        learner = type("StubLearner", (StubLearner,), {"world": self.world})
+        learner = type("OwnLearner", (MemoryLearner,), {"world": self.world})
         engine = functools.partial(make_engine, bool(config.rollout.staleness))
         engines = Engines(engine, QuickTeacher, learner)
         heldout = HELDOUT if config.evaluation.data is not None else None

@@ -55,7 +55,7 @@ class World:
     seconds: float = 0.2  # of every piece of work
 
 
-class StubLearner:
+class MemoryLearner:
     """One rank; the calls of `actors.learner.learner.Learner`."""
 
     world: ClassVar[World]
