@@ -78,8 +78,8 @@ class Steps:
 
     def start_sampling(self, step: int, rule_state: Mapping[str, Any]) -> RolloutDispatcher:
         """Set the samplers going on the rollouts of one step, which begins with this calibration."""
-        specs = rollout_specs(self._order, self._config, step)
         start = self._monitors.start_step(step, rule_state)
+        specs = rollout_specs(self._order, self._config, step, start.probe_share)
         specs = [s if s.probe else replace(s, max_tokens=_within(start.budget, s.max_tokens)) for s in specs]
         return RolloutDispatcher(self._actors, step, specs, start, rule_state, self._attempts)
 

@@ -129,7 +129,8 @@ class TrapMonitor:
         self._rule.start_step(step)
         if rollout_ids:
             self._attempts[0] = _Attempt(self._rule, rollout_ids, probes)
-        return StepStart(self._rule.threshold, self._rule.budget)
+        # An addition to the interface of rules: those of other packages may lack it.
+        return StepStart(self._rule.threshold, self._rule.budget, getattr(self._rule, "probe_share", None))
 
     def admit(
         self,

@@ -21,9 +21,11 @@ from kat_ray.data.prompts import is_probe
 from kat_ray.errors import UserError
 from kat_ray.records.traces import read_rows
 from kat_ray.termination import RULES, RunFacts, make_rule
-from kat_ray.termination.calibration import MinimaBuffer, calibration
+from kat_ray.termination.base import Finished
+from kat_ray.termination.calibration import MinimaBuffer
+from kat_ray.termination.kat import KatRule, tells_all
 from kat_ray.termination.settings import KatParameters, RuleSettings, with_threshold_of
-from kat_ray.termination.staircase import staircase
+from kat_ray.termination.staircase import Staircase, staircase
 from kat_ray.types.records import FloatArray, IntArray
 
 Rule = TypeVar("Rule", bound=RuleSettings)
@@ -283,25 +285,50 @@ def calibrate(
     up to the decision. With a budget: probes, with what every cut would remove.
     """
     blocks = blocks if blocks is not None else blocks_of(traces, rule.window)
+    if rule.budget is not None:
+        thresholds = _budgeted(traces, rule, seed)
+        return thresholds, apply_rule(traces, rule, thresholds, blocks)
     whole = apply_rule(traces, rule, np.full(len(traces.step), math.nan), blocks).minimum
     probe = _probes(traces, rule, seed)
-    buffer, thresholds = calibration(rule), np.full(len(traces.step), math.nan)
+    buffer, thresholds = MinimaBuffer(rule.buffer, rule.eta), np.full(len(traces.step), math.nan)
     for step in np.unique(traces.step):
         rows = np.flatnonzero(traces.step == step)
-        active = step >= rule.min_steps and len(buffer) >= rule.min_samples
-        threshold = buffer.threshold() if active else None
-        if threshold is not None:
-            thresholds[rows] = threshold
-        if isinstance(buffer, MinimaBuffer):
-            minima = whole[rows]
-            if threshold is not None:
-                minima = _admitted(minima, probe[rows], rule, _until_cut(rows, rule, thresholds, blocks))
-            for minimum in minima[~np.isnan(minima)].tolist():
-                buffer.add(minimum)
-        else:
-            for row in rows if threshold is None else rows[probe[rows]]:
-                buffer.add(staircase(traces.d[traces.offsets[row] : traces.offsets[row + 1]], rule))
+        minima = whole[rows]
+        if step >= rule.min_steps and len(buffer) >= rule.min_samples:
+            thresholds[rows] = buffer.threshold()
+            minima = _admitted(minima, probe[rows], rule, _until_cut(rows, rule, thresholds, blocks))
+        for minimum in minima[~np.isnan(minima)].tolist():
+            buffer.add(minimum)
     return thresholds, apply_rule(traces, rule, thresholds, blocks)
+
+
+def _budgeted(traces: Traces, rule: KatParameters, seed: int) -> FloatArray:
+    """The thresholds [R] of a rule with a budget, by the rule itself; NaN while inactive."""
+    own, kat, thresholds = _probes(traces, rule, seed), KatRule(rule), np.full(len(traces.step), math.nan)
+    drawn = not (traces.probe == 1).any()
+    for step in np.unique(traces.step):
+        rows = np.flatnonzero(traces.step == step)
+        kat.start_step(int(step))
+        probes = own[rows]
+        if kat.threshold is not None:
+            thresholds[rows] = kat.threshold
+        if drawn and kat.probe_share is not None:
+            probes = np.array([is_probe(seed, int(i), kat.probe_share) for i in traces.rollout_id[rows]])
+        kat.end_step(
+            [
+                Finished(None, cut=False, probe=bool(p), evidence=_evidence(traces, row, rule, kat.threshold, p))
+                for row, p in zip(rows, probes, strict=True)
+            ]
+        )
+    return thresholds
+
+
+def _evidence(
+    traces: Traces, row: int, rule: KatParameters, threshold: float | None, probe: bool
+) -> Staircase | None:
+    if not tells_all(rule, threshold, probe):
+        return None
+    return staircase(traces.d[traces.offsets[row] : traces.offsets[row + 1]], rule)
 
 
 def _admitted(whole: FloatArray, probe: IntArray, rule: KatParameters, until_cut: FloatArray) -> FloatArray:

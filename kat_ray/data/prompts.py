@@ -182,14 +182,17 @@ def _permutation(size: int, seed: int, shuffle: bool, epoch: int) -> list[int]:
     return order
 
 
-def rollout_specs(order: PromptOrder, config: Config, step: int) -> list[RolloutSpec]:
+def rollout_specs(
+    order: PromptOrder, config: Config, step: int, probe_share: float | None = None
+) -> list[RolloutSpec]:
     """The rollouts of a step (from 0): those of one prompt are adjacent, ids are consecutive over the run.
 
-    Each rollout is a probe with probability `termination.probe_share`, independently; a larger share only adds
-    probes.
+    Each rollout is a probe with probability `probe_share`, None for `termination.probe_share`, independently; a
+    larger share only adds probes.
     """
     rollout, seed = config.rollout, config.run.seed
-    share = getattr(config.termination, "probe_share", 0.0)  # rule none has no probes
+    own = getattr(config.termination, "probe_share", 0.0)  # rule none has no probes
+    share = own if probe_share is None else probe_share
     prompts = order.batch(step, rollout.prompts_per_step)
     first = step * rollout.rollouts_per_step
     return [

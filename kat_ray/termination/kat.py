@@ -34,6 +34,8 @@ _PRICE = 0.5  # share of the budget from which on its bound's price is worth a w
 # What a replay tries where the user names nothing: factors of the rule's own values, or values.
 _FACTORS = {"window": (0.5, 1, 2), "consecutive": (0.5, 1, 2), "exempt": (0, 1, 2), "stride": (1, 4)}
 _ETAS = (0.1, 0.2, 0.3, 0.5, 0.7)
+_RENEWAL = 10  # steps in which a full buffer is renewed by probes, where so many are to be had
+_FEWEST_PROBES = 0.01  # share of the rollouts
 _BUDGETS = (0.01, 0.02, 0.03, 0.05, 0.1)
 
 
@@ -110,7 +112,21 @@ class KatRule:
     def __init__(self, settings: KatParameters) -> None:
         self._settings = settings
         self._buffer = calibration(settings)
+        self._rollouts = 0  # that ended in the last step
         self.threshold: float | None = None
+
+    @property
+    def probe_share(self) -> float | None:
+        """Share of the next rollouts that are probes; None leaves it at the setting's.
+
+        A probe costs what its cut would have saved. With a budget and a full buffer it is worth that only as far as
+        the buffer is to follow the student: renewed within `_RENEWAL` steps, it follows as fast as one can ask.
+        """
+        full = len(self._buffer) >= self._settings.buffer
+        if self._settings.budget is None or self.threshold is None or not full or not self._rollouts:
+            return None
+        worth = self._settings.buffer / (_RENEWAL * self._rollouts)
+        return min(self._settings.probe_share, max(_FEWEST_PROBES, worth))
 
     @property
     def samples(self) -> int:
@@ -129,17 +145,20 @@ class KatRule:
 
     def end_step(self, finished: Sequence[Finished]) -> None:
         """Feed the buffer with the rollouts that `calibrate_on` admits."""
+        self._rollouts = len(finished)
         for rollout in finished:
             if self._admits(rollout):
                 self._buffer.push(rollout)
 
     def state(self) -> dict[str, Any]:
         """The buffer in order, and the threshold."""
-        return self._buffer.state(self.threshold)
+        state = self._buffer.state(self.threshold)
+        return state if self._settings.budget is None else state | {"rollouts": self._rollouts}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from it; a smaller buffer than the one saved keeps the newest rollouts."""
         self.threshold = self._buffer.load(state)
+        self._rollouts = state.get("rollouts", 0)
 
     def _admits(self, rollout: Finished) -> bool:
         if self.threshold is None:

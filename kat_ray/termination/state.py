@@ -34,6 +34,7 @@ class BudgetCalibrationState(RuleState):
     """Of rules whose threshold follows from what cuts would remove."""
 
     stairs: list[StairsState]  # oldest first
+    rollouts: int = Field(0, ge=0)  # that ended in the last step
     threshold: float | None  # of the step that was last started, nats
 
 

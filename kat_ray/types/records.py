@@ -219,10 +219,14 @@ class RolloutOutcome:
 
 @dataclass(frozen=True)
 class StepStart:
-    """The rule's limits for a step's rollouts: threshold in nats, longest rollout in tokens; None if not set."""
+    """The rule's limits for a step's rollouts: threshold in nats, longest rollout in tokens; None if not set.
+
+    `probe_share` is the share of the step's rollouts that are probes, None for `termination.probe_share`.
+    """
 
     threshold: float | None
     budget: int | None
+    probe_share: float | None = None
 
 
 @dataclass(frozen=True)

@@ -75,3 +75,5 @@ def test_probes_are_drawn_with_their_share_and_nested():
     assert abs(len(tenth) - 200) < 68 and abs(len(third) - 600) < 103
     assert tenth < third
     assert len(probes(1.0)) == 2000 and not probes(0.0)
+    big = make_config("a", "b", rollout={"prompts_per_step": 2000}, termination={"rule": "kat", "probe_share": 0.3})
+    assert {s.rollout_id for s in rollout_specs(order, big, 1, probe_share=0.1) if s.probe} == tenth

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from actors.monitor.trap_monitor import TrapMonitor
 from kat_ray.termination import Finished, NewTokens, RolloutStart, RunFacts, make_rule, make_table
 from kat_ray.termination.calibration import ShareBuffer
 from kat_ray.termination.kat import KatRule, KatTracker
@@ -205,6 +206,33 @@ def test_it_holds_while_the_student_changes(drift):
     steps, shares = np.concatenate(runs, axis=1)
     for part, most in ((steps < 25, 1.15), ((steps >= 25) & (steps < 40), 1.5), (steps >= 40, 1.15)):
         assert budget / 3 < shares[part].mean() < most * budget
+
+
+def test_probes_are_as_many_as_renew_a_full_buffer_in_ten_steps():
+    rule = rule_of(window=1, consecutive=1, budget=0.05, buffer=40, probe_share=0.1)
+    kat, seen = KatRule(rule), staircase(np.array([2.0, 1.0, 0.0]), rule)
+
+    def step(number, rollouts):
+        kat.start_step(number)
+        share = kat.probe_share
+        kat.end_step([Finished(0.0, cut=False, probe=True, evidence=seen)] * rollouts)
+        return share
+
+    assert [step(0, 30), step(1, 80)] == [None, None], "the buffer was not full"
+    assert step(2, 1000) == 40 / (10 * 80)
+    assert step(3, 20) == 0.01, "40 / 10,000 would be fewer than one in a hundred"
+    assert step(4, 20) == 0.1, "no more than the setting"
+    again = KatRule(rule)
+    again.load_state(kat.state())
+    kat.start_step(5)
+    again.start_step(5)
+    assert again.probe_share == kat.probe_share == 0.1
+    paper = KatRule(rule_of(buffer=1, min_samples=1))
+    paper.end_step([Finished(1.0, cut=False, probe=True)])
+    paper.start_step(1)
+    assert paper.threshold is not None and paper.probe_share is None
+    monitor = TrapMonitor(rule, FACTS)
+    assert monitor.start_step(5, state=kat.state()).probe_share == 0.1
 
 
 def test_settings_that_could_never_cut_are_refused():

@@ -75,7 +75,7 @@ def play(rule, steps):
             finished.append(Finished(end.minimum, is_cut, start.probe, n, full, end.evidence))
             seen.append((end.threshold, end.cut, end.minimum, end.weights and list(end.weights)))
         rule.end_step(finished)
-        seen.append((rule.threshold, rule.budget, rule.samples))
+        seen.append((rule.threshold, rule.budget, rule.samples, getattr(rule, "probe_share", None)))
     return seen
 
 
