@@ -13,23 +13,7 @@ from kat_ray.errors import UserError
 
 def add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
     """Add the commands; returns those that take a configuration's overrides."""
-    replay = add("replay", _replay, "apply other settings of the rule to a run's recorded rollouts", OVER_A_RUN)
-    replay.add_argument("run", metavar="RUN", type=path_of, help="run directory, such as runs/latest")
-    replay.add_argument(
-        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a setting of the rule; a list sweeps it"
-    )
-    replay.add_argument(
-        "--rule", metavar="RULE", help="the rule to apply (default: the run's own if it is a KAT rule, else kat)"
-    )
-    replay.add_argument(
-        "--budget", metavar="SHARE", type=share_of,
-        help="recommend the cheapest setting whose cuts lose no more than this share of a rollout's KL on average "
-        "(default: the rule's own budget, or 0.02)",
-    )  # fmt: skip
-    replay.add_argument("--keep-kl", dest="keep_kl", type=share_of, help=argparse.SUPPRESS)  # the name before 0.2
-    replay.add_argument(
-        "--out", metavar="DIR", type=path_of, help="where replay.csv and replay.png go (default RUN/replay)"
-    )
+    _add_replay(add)
     report = add("report", _report, "write a run's report: one page with pictures and its rollouts", ABOUT_REPORT)
     report.add_argument("run", metavar="RUN", type=path_of, help="run directory, such as runs/latest")
     report.add_argument(
@@ -64,6 +48,26 @@ def add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Ar
     config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     config.add_argument("--docs", action="store_true", help="print the text of docs/configuration.md instead")
     return [config]
+
+
+def _add_replay(add: Callable[..., argparse.ArgumentParser]) -> None:
+    replay = add("replay", _replay, "apply other settings of the rule to a run's recorded rollouts", OVER_A_RUN)
+    replay.add_argument("run", metavar="RUN", type=path_of, help="run directory, such as runs/latest")
+    replay.add_argument(
+        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a setting of the rule; a list sweeps it"
+    )
+    replay.add_argument(
+        "--rule", metavar="RULE", help="the rule to apply (default: the run's own if it is a KAT rule, else kat)"
+    )
+    replay.add_argument(
+        "--budget", metavar="SHARE", type=share_of,
+        help="recommend the cheapest setting whose cuts lose no more than this share of a rollout's KL on average "
+        "(default: the rule's own budget, or 0.02)",
+    )  # fmt: skip
+    replay.add_argument("--keep-kl", dest="keep_kl", type=share_of, help=argparse.SUPPRESS)  # the name before 0.2
+    replay.add_argument(
+        "--out", metavar="DIR", type=path_of, help="where replay.csv and replay.png go (default RUN/replay)"
+    )
 
 
 def _replay(args: argparse.Namespace) -> int:
