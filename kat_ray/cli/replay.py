@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def replay(
     `budget` is the share of a rollout's KL that the recommended setting may lose on average; None takes the rule's
     own, or 2 %.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir}: no config.yaml in it; name a run directory, such as runs/latest")
     config = load_config(run_dir / "config.yaml")

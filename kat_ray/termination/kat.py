@@ -184,7 +184,8 @@ def values_to_try(rule: KatParameters, max_tokens: int) -> dict[str, list[Any]]:
         own = getattr(rule, name)
         grid[name] = sorted({max(0 if name == "exempt" else 1, round(own * f)) for f in factors})
     if rule.budget is not None:
-        return grid | {"budget": sorted({*_BUDGETS, rule.budget})}
+        enough = {b for b in _BUDGETS if rule.buffer >= 1 / b - 1}
+        return grid | {"budget": sorted({*enough, rule.budget})}
     return grid | {"eta": sorted({*_ETAS, rule.eta})}
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from actors.monitor.trap_monitor import TrapMonitor
-from kat_ray.termination import Finished, NewTokens, RolloutStart, RunFacts, make_rule, make_table
+from kat_ray.analysis.replay import with_changes
+from kat_ray.termination import RULES, Finished, NewTokens, RolloutStart, RunFacts, make_rule, make_table
 from kat_ray.termination.calibration import ShareBuffer
 from kat_ray.termination.kat import KatRule, KatTracker
 from kat_ray.termination.staircase import Staircase, staircase
@@ -233,6 +234,15 @@ def test_probes_are_as_many_as_renew_a_full_buffer_in_ten_steps():
     assert paper.threshold is not None and paper.probe_share is None
     monitor = TrapMonitor(rule, FACTS)
     assert monitor.start_step(5, state=kat.state()).probe_share == 0.1
+
+
+def test_a_replay_tries_budgets_that_the_buffer_allows():
+    rule = rule_of(budget=0.02, buffer=96)
+    tried = RULES["kat"].sweep(rule, 100)
+    assert tried["budget"] == [0.02, 0.03, 0.05, 0.1] and "eta" not in tried
+    for budget in tried["budget"]:
+        with_changes(rule, {"budget": budget})
+    assert with_changes(rule, {"eta": 0.5}).budget is None, "the one that is named sets the threshold"
 
 
 def test_settings_that_could_never_cut_are_refused():
