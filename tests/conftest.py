@@ -10,6 +10,7 @@ import pytest
 import ray
 import torch
 
+from tests.deploy.ray_process import agent_port_of_its_own
 from tests.support.models import make_model, write_job_files
 
 
@@ -32,6 +33,17 @@ def one_thread():
 def own_ray():
     """No Ray of this process: the agent of a machine's first Ray holds the port on which jobs are taken."""
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_local():
+    """A Ray of 8 logical CPUs, shared by all tests that need one; `own_ray` ends it."""
+    if not ray.is_initialized():
+        with agent_port_of_its_own():
+            ray.init(
+                address="local", num_cpus=8, include_dashboard=False, object_store_memory=300 * 2**20,
+                log_to_driver=False, logging_level="warning", namespace="kat-ray",
+            )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kat_ray.config import Config, LearnerConfig, ModelConfig
-from kat_ray.losses.divergence import EosMode
+from kat_ray.losses.eos import EosMode
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from kat_ray.cluster.devices import device_of
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.chunks import check_chunk_vocabulary
 from kat_ray.errors import StateLost, UserError
-from kat_ray.losses.divergence import LOG_FLOOR, EosMode, dequantise, entropy, event_logprobs, is_stop, reverse_kl
+from kat_ray.losses.divergence import LOG_FLOOR, dequantise, entropy, event_logprobs, is_stop, reverse_kl
+from kat_ray.losses.eos import EosMode
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
 from kat_ray.types.records import EngineEnd, FloatArray, IntArray, RolloutChunk, ScoredChunk, TeacherRows

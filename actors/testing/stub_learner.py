@@ -27,7 +27,7 @@ from kat_ray.run.step_result import LearnerReport
 from kat_ray.types.records import KeptRollout, WeightUpdate
 
 if TYPE_CHECKING:
-    from actors.learner.settings import LearnerSettings  # imports torch
+    from actors.learner.settings import LearnerSettings
 
 MODEL, STATE = "model.safetensors", f"{TRAINING}/learner-0-of-1.safetensors"
 _SIZE = 64  # numbers in the "model"

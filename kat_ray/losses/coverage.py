@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kat_ray.losses.divergence import EosMode, event_logprobs, log_add, log_sum, reverse_kl
+from kat_ray.losses.divergence import event_logprobs, log_add, log_sum, reverse_kl
+from kat_ray.losses.eos import EosMode
 
 Parts = tuple[Tensor, Tensor, Tensor]  # top k, tail and stop
 

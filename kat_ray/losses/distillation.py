@@ -12,7 +12,8 @@ from typing import ClassVar
 import torch
 
 from kat_ray.losses.coverage import coarser_kl
-from kat_ray.losses.divergence import EosMode, entropy, event_logprobs, is_stop, log_add, reverse_kl, stop_logprob
+from kat_ray.losses.divergence import entropy, event_logprobs, is_stop, log_add, reverse_kl, stop_logprob
+from kat_ray.losses.eos import EosMode
 from kat_ray.losses.term import StudentLogprobs, TermSums, TokenRows
 
 

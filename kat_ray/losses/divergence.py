@@ -21,12 +21,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-EosMode = Literal["raw", "merged", "mask"]
+from kat_ray.losses.eos import EosMode
 
 # A tail made as 1 - sum(p) is, below fp32's resolution of 1, rounding noise, and its logarithm anything.
 LOG_FLOOR = math.log(2.0**-24)

@@ -13,31 +13,15 @@ from typing import Any
 
 from actors.cluster.samplers import Engines
 from actors.driver import train as job
-from actors.sampler.settings import SamplerSettings
-from actors.testing.stub_engine import StubEngine
 from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import stub_teacher
 from kat_ray.config import Config
-from kat_ray.types.records import EngineRows
+from tests.cluster.paced_engine import PacedEngine
 
 
 def seen_file(config: Config) -> Path:
     """Its being there ends the slow part of a run."""
     return Path(config.run.dir) / "seen"
-
-
-class PacedEngine(StubEngine):
-    """`rate` tokens a second, and from the moment that the file is there as many as it can."""
-
-    def __init__(self, settings: SamplerSettings, rate: float, seen: Path) -> None:
-        super().__init__(settings.rollout.top_k_logprobs, vocabulary=16, rate=rate)
-        self._seen = seen
-
-    def step(self) -> list[EngineRows]:
-        """One token of every running request."""
-        if self._rate is not None and self._seen.exists():
-            self.set_rate(None)
-        return super().step()
 
 
 def paced(config: Config, rate: float) -> Engines:

@@ -26,6 +26,7 @@ class DeafEngine:
         pass
 
 
+@pytest.mark.nightly  # what a run finds of it is in the gate: test_run
 def test_engines_that_agree(files, tmp_path):
     found = check_agreement(config_of(files, tmp_path))
     sides = {(a.ours, a.theirs) for a in found}

@@ -32,6 +32,7 @@ def test_the_stage_that_is_waited_for_grows_and_the_idle_one_shrinks(ray_local, 
     assert "pools: one sampler more than 1: the learner waited" in said and "pools: one scorer less: " in said
 
 
+@pytest.mark.nightly  # in virtual time: test_control_plane_pools
 def test_a_replica_that_finds_no_place_holds_nobody_up(ray_local, files, tmp_path):
     """Two samplers fit on the eight CPUs, the third never comes."""
     config = elastic_config(files, tmp_path, sampler={"num_cpus": 3, "max_replicas": 3})

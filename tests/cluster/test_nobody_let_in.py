@@ -1,4 +1,4 @@
-"""A cluster of ours as a stranger finds it: on loopback, behind a token; and no secret in what a run leaves."""
+"""The command a user types, and what a stranger finds of it: loopback, a token, no secret in what it leaves."""
 
 import contextlib
 import json
@@ -25,9 +25,9 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "MARKEDaws/0123456789+abcdef",
 }
 TRAIN = (
-    "train", "demo", "-v", "--profile", "run.steps=2", "run.dir=runs", "data.limit=60", "rollout.max_tokens=64",
+    "train", "demo", "-v", "--profile", "run.steps=3", "run.dir=runs", "data.limit=60", "rollout.max_tokens=64",
     "rollout.prompts_per_step=8", "learner.world_size=2", "learner.num_cpus=0.5", "cluster.dashboard=true",
-    "evaluation.data.limit=4", "evaluation.k=1",
+    "evaluation.data.limit=10", "evaluation.k=1", "termination.min_steps=1",
 )  # fmt: skip
 
 
@@ -71,10 +71,33 @@ def trained(own_ray, short_folder):
         seen = set()
         while run.poll() is None:
             seen |= listeners(psutil.Process(run.pid))
-            time.sleep(0.3)
+            time.sleep(1.0)  # a look takes a third of a second of a core
     text = (root / "out.txt").read_text()
     assert run.returncode == 0, text
     return root, text, seen
+
+
+def test_the_embedded_task_is_trained_and_what_it_leaves_is_scored(trained):
+    root, text, _ = trained
+    for said in (
+        "starting Ray",
+        "evaluation of the teacher",
+        "step 3/3",
+        "student before",
+        "student after",
+        "checkpoint",
+    ):
+        assert said in text
+    assert "Traceback" not in text
+    summary = json.loads((root / "runs" / "latest" / "summary.json").read_text())
+    assert summary["steps"] == 3 and summary["eval_before"]["problems"] == 10
+    scored = subprocess.run(
+        [sys.executable, "-m", "kat_ray.cli", "eval", "runs/latest", "--json"],
+        cwd=root, env=environment(root), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert scored.returncode == 0, scored.stderr
+    result = json.loads(scored.stdout.splitlines()[-1])
+    assert result["avg_at_k"] == summary["eval_after"]["avg_at_k"], "vLLM loads the checkpoint, and draws the same"
 
 
 def test_everything_listens_on_loopback(trained):

@@ -90,6 +90,7 @@ def test_a_step_that_always_kills_the_learner_stops_the_run(ray_local, files, tm
     assert taken == [0, 1, 2, 3, 2, 3]
 
 
+@pytest.mark.nightly  # in virtual time: test_control_plane
 def test_a_learners_death_is_counted(ray_local, files, tmp_path, monkeypatch):
     config = stub_config(files, tmp_path, steps=2, run={"steps": 2}, **SINGLE)
     record, taken = job_module.StepRecorder.record, []

@@ -45,6 +45,7 @@ def before(monkeypatch, owner, name, act):
     return calls
 
 
+@pytest.mark.nightly  # in virtual time: test_control_plane
 def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path, monkeypatch):
     """Once in a step, then before it takes the checkpoint, then before it publishes; sampling goes on ahead."""
     config = stub_config(
@@ -68,6 +69,7 @@ def test_a_learner_that_dies_again_while_it_goes_back(ray_local, files, tmp_path
     assert (path / "run.log").read_text().count("going on from step 2") == 1
 
 
+@pytest.mark.nightly  # in virtual time: test_control_plane
 def test_a_rank_that_dies_before_the_ranks_have_met(ray_local, files, tmp_path, monkeypatch):
     config = stub_config(files, tmp_path, steps=2, **SINGLE | {"learner": {"world_size": 2}})
     before(monkeypatch, RunActors, "wait_until_ready", lambda n: newest_of("learner").kill())
@@ -147,6 +149,7 @@ def one_good_engine(folder, settings):
     return StubEngine(settings.rollout.top_k_logprobs, vocabulary=16, rate=600.0)  # all wait for it
 
 
+@pytest.mark.nightly  # in virtual time: test_control_plane_pools
 def test_a_replica_that_cannot_load_ends_no_run(ray_local, files, tmp_path):
     config = stub_config(
         files, tmp_path, steps=16, run={"steps": 16, "checkpoint_every": 0, "tensorboard": False},

@@ -18,6 +18,7 @@ import psutil
 import pytest
 import yaml
 
+from kat_ray.cli import main as cli
 from kat_ray.config.load import config_yaml
 from kat_ray.records.traces import read_traces
 from tests.cluster.disturb import steps_done, wait_for_step
@@ -72,7 +73,7 @@ def run_config(kind, files, tmp_path, name):
         run={"name": name, "steps": kind.steps, "checkpoint_every": kind.every, "deterministic": True,
              "keep_checkpoints": 10},
         rollout={"top_k_logprobs": 16}, evaluation={"every": 2 * kind.every}, sampler={"replicas": 1},
-        scorer={"replicas": 1}, learner={"world_size": 1},
+        scorer={"replicas": 1}, learner={"world_size": 1}, cluster={"dashboard": False},
     )  # fmt: skip
     path = tmp_path / f"{name}.yaml"
     path.write_text(config_yaml(config))
@@ -139,6 +140,7 @@ def check_same(run, straight):
     assert any(m.get("kat/threshold") for m in again["metrics"])
 
 
+@pytest.mark.nightly
 @KINDS
 def test_a_kill_and_a_resumption_change_nothing(straight, files, tmp_path, kind):
     config, run = run_config(kind, files, tmp_path, "killed")
@@ -165,23 +167,30 @@ def test_a_kill_and_a_resumption_change_nothing(straight, files, tmp_path, kind)
 
 
 @KINDS
-def test_told_to_end_it_saves_and_a_second_run_goes_on(straight, files, tmp_path, kind):
+def test_told_to_end_and_killed_it_goes_on_to_the_same_bits(straight, files, tmp_path, capsys, kind):
+    """First SIGTERM, then a resumption that is killed, then one that is left alone."""
     config, run = run_config(kind, files, tmp_path, "told")
     process = start(kind, config)
     wait_for_step(run / "metrics.jsonl", kind.every + 1, process)
     process.terminate()
     _, err = finish(process, code=128 + signal.SIGTERM)
     assert "--resume" in err
-    let_go(tmp_path)
     saved = complete(run)[-1]
     assert saved > kind.every and saved % kind.every, "the step that was done is saved, not only each fourth one"
+    process = start(kind, "--resume", run)
+    wait_for_step(run / "metrics.jsonl", 2 * kind.every + 1, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    let_go(tmp_path)
+    saved = complete(run)[-1]
     out, _ = finish(start(kind, "--resume", run))
     assert f"after step {saved}" in out
     check_same(run, straight(kind))
-    out, _ = finish(start(kind, "--resume", run))
-    assert f"all {kind.steps} steps are done" in out
+    assert cli.main(["train", "--resume", str(run)]) == 0
+    assert f"all {kind.steps} steps are done" in capsys.readouterr().out
     changed = yaml.safe_load(config.read_text())["run"]["seed"] + 1
-    _, err = finish(start(kind, "--resume", run, f"run.seed={changed}"), code=2)
+    assert cli.main(["train", "--resume", str(run), f"run.seed={changed}"]) == 2
+    err = capsys.readouterr().err
     assert err.startswith("error: ") and "run.seed" in err and "Traceback" not in err
 
 

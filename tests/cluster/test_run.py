@@ -1,6 +1,7 @@
 """The whole job on a local Ray, with the real vLLM and DeepSpeed, two of everything; asserted on its records."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from kat_ray.analysis.replay_rules import COLUMNS, reproduce
 from kat_ray.records.traces import read_traces
 from kat_ray.termination import RunFacts
 from kat_ray.termination.calibration import quantile
+from tests.support.rules import ACTING, check_acting
 from tests.support.runs import AHEAD, CHUNK, QUICK, SINGLE, config_of
 
 pytestmark = pytest.mark.integration
@@ -99,6 +101,13 @@ def test_sampler_and_learner_are_the_same_student_after_every_update(finished):
         assert m["learner/tokens"] == m["rollout/kept_tokens"]
 
 
+def test_the_run_compared_its_engines(finished):
+    """Before its first step: two samplers as loaded and after two publications, the learner, and two scorers."""
+    _, path, *_ = finished
+    (said,) = re.findall(r"agreement: (\d+) comparisons .* hold; the widest", (path / "run.log").read_text())
+    assert int(said) >= 2 * 3 + 1 + 2
+
+
 def test_the_checkpoint_loads_and_has_moved(finished, files):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -107,13 +116,6 @@ def test_the_checkpoint_loads_and_has_moved(finished, files):
     after = AutoModelForCausalLM.from_pretrained(path / "checkpoints" / "step-5").state_dict()
     assert max((after[n].float() - before[n].float()).abs().max() for n in before) > 1e-3
     assert len(AutoTokenizer.from_pretrained(path / "checkpoints" / "step-5")) == 166
-
-
-def test_vllm_loads_the_checkpoint_and_evaluation_repeats(finished, ray_local):
-    config, path, summary, _, _ = finished
-    result = job.evaluate_model(config, str(path / "checkpoints" / "step-5"))
-    assert result.avg_at_k == summary["eval_after"]["avg_at_k"]
-    assert result.mean_length == pytest.approx(summary["eval_after"]["mean_length"])
 
 
 def test_summary_says_what_ran(finished):
@@ -129,6 +131,7 @@ def test_summary_says_what_ran(finished):
     assert "run" in (path / "run.log").read_text()
 
 
+@pytest.mark.nightly  # each run compares both engines with plain forwards: test_the_run_compared_its_engines
 def test_a_teacher_equal_to_the_student_gives_no_kl_through_the_whole_pipeline(ray_local, files, tmp_path):
     config = config_of(
         files, tmp_path, teacher={"path": str(files / "student")}, termination={"rule": "none"}, run={"steps": 2},
@@ -178,18 +181,11 @@ def test_a_replay_of_the_run_gives_its_cuts_again(finished):
 @pytest.mark.parametrize(
     "rule",
     [
-        {"rule": "fixed_prefix", "n": 10},
-        {"rule": "random", "longest": 20},
-        {"rule": "repetition", "repeats": 2},
-        {"rule": "length_matched"},
-        {"rule": "progressive", "start": 6, "end": 20, "steps": 2},
-        {"rule": "kat", "window": 4, "exempt": 0, "consecutive": 4, "min_samples": 12, "min_steps": 1,
-         "buffer": 32, "probe_share": 0.25, "budget": 0.2},
-        {"rule": "kat_stages", "window": 8, "exempt": 4, "consecutive": 2, "min_samples": 4, "min_steps": 1,
-         "buffer": 32, "probe_share": 0.25},
+        rule if rule["rule"] in ("repetition", "kat") else pytest.param(rule, marks=pytest.mark.nightly)
+        for rule in ACTING
     ],
-    ids=lambda rule: rule["rule"],
-)  # fmt: skip
+    ids=[rule["rule"] for rule in ACTING],
+)
 def test_every_rule_acts_while_rollouts_are_generated(finished, files, tmp_path, rule):
     """One pair of engines each: what a rule ended was not generated to its end, and a replay says the same.
 
@@ -197,24 +193,15 @@ def test_every_rule_acts_while_rollouts_are_generated(finished, files, tmp_path,
     """
     if rule["rule"] == "length_matched":
         rule = {**rule, "run": str(finished[1])}
-    termination, few = {"probe_share": 0.25, **rule}, {"top_k_logprobs": 16}
-    config = config_of(files, tmp_path, termination=termination, run={"steps": 3}, rollout=few, **SINGLE)
+    few = {"top_k_logprobs": 16}
+    config = config_of(files, tmp_path, termination=rule, run={"steps": 3}, rollout=few, **SINGLE)
     path = job.train(config, engines=Engines() if rule["rule"] == "repetition" else QUICK)
     traces, _ = load_traces(path, COLUMNS)
-    cut, probe = traces.cut >= 0, traces.probe == 1
     generated = np.array([len(t["token_ids"]) for t in read_traces(path).to_pylist()])
-    match rule["rule"]:
-        case "progressive":
-            budget = np.array([6, 13, 20])[traces.step]
-            assert (generated[~probe] <= budget[~probe]).all() and generated[probe].max() > 20
-        case "kat_stages":
-            assert not cut.any() and (traces.would_cut[probe] >= 0).any()
-        case _:
-            assert cut.sum() > 3 and not cut[probe].any()
-            assert (generated[cut] < 48).any(), "the engine was stopped"
+    check_acting(rule["rule"], traces, generated, config.rollout.max_tokens)
     facts = RunFacts(config.run.seed, config.rollout.max_tokens)
     again = reproduce(traces, config.termination, facts).cut
-    assert again.tolist() == np.where(probe, traces.would_cut, traces.cut).tolist()
+    assert again.tolist() == np.where(traces.probe == 1, traces.would_cut, traces.cut).tolist()
 
 
 def test_staleness_samples_a_step_while_the_one_before_is_learnt(ray_local, files, tmp_path):

@@ -12,7 +12,7 @@ from tests.golden.runs import FOLDER, STEPS, compare, differences, record, run
     "name",
     [pytest.param("stub", marks=pytest.mark.integration), pytest.param("demo", marks=pytest.mark.nightly)],
 )
-@pytest.mark.usefixtures("own_ray")
+@pytest.mark.usefixtures("ray_local")
 def test_a_recorded_run_comes_out_again(name, tmp_path):
     assert compare(name, record(run(name, tmp_path), STEPS[name])) == []
 

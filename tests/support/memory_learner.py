@@ -97,8 +97,9 @@ class MemoryLearner:
         with self._heartbeat.busy("learn"):
             own = sum(_number(row) for row in rows)
             tokens = self._work(sum(len(row.token_ids) for row in rows))
+            weight = self._work(sum(float(row.weights.sum(dtype=np.float64)) for row in rows))
             self._weights = (self._weights * 31 + self._work(own)) % _PRIME
-        assert tokens == global_weight, (tokens, global_weight)
+        assert weight == global_weight, (weight, global_weight)
         fixed = dict.fromkeys(_FIGURES, 0.5) | dict.fromkeys(_NONE, 0.0)
         return LearnerReport(
             policy_version, tokens=tokens, dropped_tokens=0, micro_batches=1, seconds=0.1, skipped=False, **fixed

@@ -11,6 +11,35 @@ from kat_ray.termination import NewTokens, TerminationConfig
 from kat_ray.termination.settings import KatSettings
 from kat_ray.types.records import StopReason
 
+# Of every rule a setting that acts within three steps of short rollouts.
+_EARLY = {"min_steps": 1, "buffer": 32}
+ACTING = tuple(
+    {"probe_share": 0.25, **rule}
+    for rule in (
+        {"rule": "fixed_prefix", "n": 10},
+        {"rule": "random", "longest": 20},
+        {"rule": "repetition", "repeats": 2},
+        {"rule": "length_matched"},
+        {"rule": "progressive", "start": 6, "end": 20, "steps": 2},
+        {"rule": "kat", "window": 4, "exempt": 0, "consecutive": 4, "min_samples": 12, **_EARLY, "budget": 0.2},
+        {"rule": "kat_stages", "window": 8, "exempt": 4, "consecutive": 2, "min_samples": 4, **_EARLY},
+    )
+)
+
+
+def check_acting(rule, traces, generated, longest):
+    """That a rule of ACTING did what it is for: a run's traces, and the tokens generated of each rollout."""
+    cut, probe = traces.cut >= 0, traces.probe == 1
+    match rule:
+        case "progressive":
+            budget = np.array([6, 13, 20])[traces.step]
+            assert (generated[~probe] <= budget[~probe]).all() and (generated[probe] > budget[probe]).any()
+        case "kat_stages":
+            assert not cut.any() and (traces.would_cut[probe] >= 0).any()
+        case _:
+            assert cut.sum() > 3 and not cut[probe].any()
+            assert (generated[cut] < longest).any(), "the engine was stopped"
+
 
 def kl(values):
     """New tokens of which only the KL is known."""

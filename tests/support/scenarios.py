@@ -62,7 +62,7 @@ def config_of(changes: Mapping[str, Mapping[str, Any]] | None = None) -> Config:
     """The small run, with these fields changed."""
     sections = dict(PLAIN)
     for name, values in (changes or {}).items():
-        sections[name] = {**sections.get(name, {}), **values}
+        sections[name] = dict(values) if "rule" in values else {**sections.get(name, {}), **values}
     return Config.model_validate(sections)
 
 
@@ -139,6 +139,7 @@ class Run:
                 self.world.disk[f"/nowhere/run/checkpoints/step-{step}"] = weights
         self.job: Any = None
         self.held: dict[str, int] = {}  # rollouts that an actor still has at the end
+        self.engine: Any = functools.partial(make_engine, bool(self.config.rollout.staleness))
 
     def disturb(self, schedule: Sequence[tuple[int, str, str]]) -> Run:
         """Have things happen at switches of the schedule, such as (400, "kill", "scorer:0")."""
@@ -186,8 +187,7 @@ class Run:
         )  # fmt: skip
         self.stop = StopRequest(config.run.grace_seconds)
         learner = type("OwnLearner", (MemoryLearner,), {"world": self.world})
-        engine = functools.partial(make_engine, bool(config.rollout.staleness))
-        engines = Engines(engine, QuickTeacher, learner)
+        engines = Engines(self.engine, QuickTeacher, learner)
         heldout = HELDOUT if config.evaluation.data is not None else None
         prepared: Any = Prepared(facts, PROMPTS, TrainingGolds({}, None), heldout, paths)
         self.placement: Any = FakePlacement(self.cluster, numbers)

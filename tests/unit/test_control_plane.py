@@ -109,6 +109,13 @@ def test_a_learner_that_freezes_while_it_learns():
     finish(run, "freeze:learner:0", "ray.kill:learner:0")
 
 
+def test_a_learners_death_is_counted():
+    run = Run()
+    run.cluster.when("learner:0", "learn", lambda: run.cluster.kill("learner:0"), nth=1)
+    result = finish(run, "kill:learner:0")
+    assert [m["pool/restarts"] for _, m in result.run.metrics] == [1, 0, 0]
+
+
 def test_a_learner_rank_that_dies_while_the_other_waits_for_it():
     run = Run(0, {"learner": {"world_size": 2}})
     run.cluster.when("learner:1", "learn", lambda: run.cluster.kill("learner:1"), nth=2)

@@ -40,3 +40,22 @@ def test_two_samplers_without_a_place_of_which_one_is_needless():
         "sampler:1", "generate", lambda: run.cluster.after(6.0, lambda: run.cluster.evict("sampler:1"))
     )
     finish(run, "lose:sampler:2", "lose:sampler:1")
+
+
+def test_a_replica_that_cannot_load_ends_no_run():
+    """On a real Ray: tests/cluster/test_recovery_again.py, in the nightly tier."""
+    changes = {**ELASTIC, "run": {"steps": 8}, "sampler": {"replicas": 1, "max_replicas": 2}}
+    run, made = Run(0, changes), []
+    whole = run.engine
+
+    def one_good_engine(settings):
+        made.append(settings)
+        if len(made) > 1:
+            raise MemoryError("no room for a second engine")
+        return whole(settings)
+
+    run.engine = one_good_engine
+    result = finish(run)
+    assert {m["pools/sampler_replicas"] for _, m in result.run.metrics} == {1}
+    said = [note for note in result.notes if note.startswith("pools: a new sampler could not start (")]
+    assert len(said) == len(made) - 1 > 0 and all("no room for a second engine" in note for note in said)

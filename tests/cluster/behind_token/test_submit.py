@@ -134,6 +134,7 @@ def check_log_lines(run, cluster):
         assert f"[night {role}:0]" in said, role
 
 
+@pytest.mark.nightly  # in a run of the same process: test_run; of a job, what its cluster lacks: test_bad_cluster
 def test_a_role_without_a_node_is_named_by_the_job(run):
     done = submit(run, "run.name=nowhere", "scorer.labels={zone: mars}", "cluster.placement_timeout=5")
     assert done.returncode == 2, done.stdout + done.stderr
