@@ -90,7 +90,7 @@ step() { # step TEXT COMMAND...: run quietly, and show the output if it fails
 
 echo "setting up $venv (once; about 3 minutes and 4 GB)"
 [ -x "$venv/bin/python" ] || step "virtual environment" "$python" -m venv "$venv"
-pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input)
+pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile)
 index=()
 [ -z "${KAT_RAY_TORCH_INDEX:-}" ] || index=(--index-url "$KAT_RAY_TORCH_INDEX")
 step "torch" "${pip[@]}" ${index[@]+"${index[@]}"} "${torch[@]}"
@@ -98,6 +98,9 @@ step "locked packages" "${pip[@]}" --no-deps -r "$lock"
 for more in ${tools[@]+"${tools[@]}"}; do
     step "tests and tools" "${pip[@]}" --no-deps -r "$more"
 done
+# pip would compile 29,000 files one after another. Some are templates, which no Python compiles.
+compile() { "$venv/bin/python" -m compileall -q -j 0 "$venv"/lib/python3*/site-packages || true; }
+step "bytecode" compile
 # An environment of before may have it: docker/requirements-dev.lock says why it is not to be there.
 "$venv/bin/python" -m pip uninstall --disable-pip-version-check -q -y rfc3987-syntax 2>/dev/null || true
 if [ ${#package[@]} -gt 0 ]; then

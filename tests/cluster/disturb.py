@@ -123,6 +123,6 @@ def wait_for_step(metrics, step, process, timeout=300):
     """Until a run in another process has done so many steps."""
     deadline = time.monotonic() + timeout
     while steps_done(metrics) < step:
-        assert process.poll() is None, "the run ended early"
+        assert process.poll() is None, f"the run ended early: {process.communicate()}"
         assert time.monotonic() < deadline, f"step {step} was not reached in {timeout} s"
         time.sleep(0.05)

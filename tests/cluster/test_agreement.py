@@ -38,6 +38,7 @@ def test_engines_that_agree(files, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.nightly  # with a stand-in: tests/unit/actors/driver/test_agreement.py
 def test_weights_that_do_not_arrive(files, tmp_path):
     with pytest.raises(AgreementError, match="sampler:0 after changed weights were published"):
         check_agreement(config_of(files, tmp_path, **ONE), Engines(sampler=DeafEngine))

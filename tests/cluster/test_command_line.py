@@ -34,7 +34,7 @@ def test_mistakes_are_one_message_and_leave_nothing(tmp_path, change, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.integration
+@pytest.mark.nightly  # in the process of the test: test_run
 def test_what_the_machine_lacks_is_said_before_models_are_loaded(own_ray, tmp_path):
     done = kat_ray("train", "demo", "cluster.num_cpus=2", cwd=tmp_path)
     assert done.returncode == 2

@@ -178,35 +178,43 @@ def test_a_replay_of_the_run_gives_its_cuts_again(finished):
     assert again.cut.tolist() == recorded.tolist()
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [
-        rule if rule["rule"] in ("repetition", "kat") else pytest.param(rule, marks=pytest.mark.nightly)
-        for rule in ACTING
-    ],
-    ids=[rule["rule"] for rule in ACTING],
-)
-def test_every_rule_acts_while_rollouts_are_generated(finished, files, tmp_path, rule):
-    """One pair of engines each: what a rule ended was not generated to its end, and a replay says the same.
-
-    Stubs, where a rule does not need the text of a model: vLLM is told no more of one than of another.
-    """
-    if rule["rule"] == "length_matched":
-        rule = {**rule, "run": str(finished[1])}
-    few = {"top_k_logprobs": 16}
-    config = config_of(files, tmp_path, termination=rule, run={"steps": 3}, rollout=few, **SINGLE)
-    path = job.train(config, engines=Engines() if rule["rule"] == "repetition" else QUICK)
+def check_rule(config, path):
+    """What a rule ended was not generated to its end, and a replay says the same."""
     traces, _ = load_traces(path, COLUMNS)
     generated = np.array([len(t["token_ids"]) for t in read_traces(path).to_pylist()])
-    check_acting(rule["rule"], traces, generated, config.rollout.max_tokens)
+    check_acting(config.termination.rule, traces, generated, config.rollout.max_tokens)
     facts = RunFacts(config.run.seed, config.rollout.max_tokens)
     again = reproduce(traces, config.termination, facts).cut
     assert again.tolist() == np.where(traces.probe == 1, traces.would_cut, traces.cut).tolist()
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [rule if rule["rule"] == "kat" else pytest.param(rule, marks=pytest.mark.nightly) for rule in ACTING],
+    ids=[rule["rule"] for rule in ACTING],
+)
+def test_every_rule_acts_while_rollouts_are_generated(finished, files, tmp_path, rule):
+    """Stubs, where a rule does not need the text of a model: vLLM is told no more of one than of another."""
+    if rule["rule"] == "length_matched":
+        rule = {**rule, "run": str(finished[1])}
+    few = {"top_k_logprobs": 16}
+    config = config_of(files, tmp_path, termination=rule, run={"steps": 3}, rollout=few, **SINGLE)
+    check_rule(config, job.train(config, engines=Engines() if rule["rule"] == "repetition" else QUICK))
+
+
 def test_staleness_samples_a_step_while_the_one_before_is_learnt(ray_local, files, tmp_path):
-    config = config_of(files, tmp_path, rollout={"staleness": 1}, run={"steps": 4, "profile": True}, **SINGLE)
+    """With a rule that reads what vLLM generates, and ends it."""
+    (repetition,) = (rule for rule in ACTING if rule["rule"] == "repetition")
+    config = config_of(
+        files,
+        tmp_path,
+        termination=repetition,
+        rollout={"staleness": 1},
+        run={"steps": 4, "profile": True},
+        **SINGLE,
+    )
     path = job.train(config)
+    check_rule(config, path)
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     steps = [m for m in metrics if "learner/loss" in m]
     assert [m["policy_version"] for m in steps] == [0, 0, 1, 2]

@@ -1,6 +1,6 @@
 """Every rule in a run on a fake cluster: what it ended was not generated to its end, and a replay says the same.
 
-On a real Ray two of them act in the gate and all of them in the nightly tier: tests/cluster/test_run.
+On a real Ray two of them act in the gate, `kat` and `repetition`, and all of them in the nightly tier: test_run.
 """
 
 import numpy as np
