@@ -54,14 +54,16 @@ def chunks_of_a_step(rollouts: int, length: int, tokens: int) -> list[ScoredChun
     ]
 
 
-def monitor_seconds_per_token(rollouts: int = 256, length: int = 512, tokens: int = 16, repeats: int = 3) -> float:
+def monitor_seconds_per_token(
+    rollouts: int = 256, length: int = 512, tokens: int = 16, repeats: int = 3, budget: float | None = None
+) -> float:
     """CPU seconds of `TrapMonitor`, no Ray, per token: `start_step`, `observe` of real records and `end_step`.
 
-    The best of some repeats under the active KAT rule; what is slower was disturbed.
+    The best of some repeats under the active KAT rule, with a quantile or a budget; what is slower was disturbed.
     """
     from actors.monitor.trap_monitor import TrapMonitor
 
-    rule = KatSettings(min_samples=1, min_steps=0, window=64)
+    rule = KatSettings(min_samples=1, min_steps=0, window=64, budget=budget)
     chunks = chunks_of_a_step(rollouts, length, tokens)
     probes = [i % 10 == 0 for i in range(rollouts)]
     spent = []
@@ -101,6 +103,7 @@ def decision_path_figure(run: Path, skip: int = 2) -> Figure:
             "monitor_us_per_token": total["time/monitor"] / tokens * 1e6,
             "sampler_us_per_token": total["time/control"] / tokens * 1e6,
             "monitor_alone_us_per_token": monitor_seconds_per_token() * 1e6,
+            "monitor_alone_with_a_budget_us_per_token": monitor_seconds_per_token(budget=0.02) * 1e6,
         },
         note="CPU time of the monitor, and of the sampler's loop in sending chunks and applying decisions",
     )

@@ -113,7 +113,11 @@ class ShareBuffer:
         if not self._stairs or allowed < 0.0:
             return None
         value = np.concatenate([s.value[::-1] for s in self._stairs])
-        gained = np.concatenate([np.diff(s.share[::-1], prepend=0.0) for s in self._stairs])
+        share = np.concatenate([s.share[::-1] for s in self._stairs])
+        gained = np.diff(share, prepend=0.0)
+        ends = np.cumsum([len(s.value) for s in self._stairs])
+        first = np.array([0, *ends[:-1]])[np.diff(ends, prepend=0) > 0]  # of every rollout that has jumps
+        gained[first] = share[first]
         order = np.argsort(value, kind="stable")
         value, lost = value[order], np.cumsum(gained[order])
         over = np.flatnonzero(lost > allowed)
