@@ -1,0 +1,114 @@
+"""Losses of tokens from an advantage, on an example derived by hand.
+
+One prompt, four answers of 2, 1, 3 and 2 tokens. The old policy has 0.4 everywhere; the ratios of the new one to it
+are RHO, those of the old one to the sampler's W.
+"""
+
+import pytest
+import torch
+
+from kat_ray.losses.policy import (
+    cispo_loss,
+    clip_loss,
+    gspo_loss,
+    interval_weight,
+    reinforce_loss,
+    sequence_mask_weight,
+    truncated_weight,
+)
+
+LENGTHS = torch.tensor([2, 1, 3, 2])
+RHO = torch.tensor([1.5, 0.9, 0.5, 1.1, 1.0, 0.7, 1.25, 2.0], dtype=torch.float64)
+W = torch.tensor([1.0, 3.0, 0.4, 1.0, 1.2, 0.9, 2.5, 1.0], dtype=torch.float64)
+OLD = torch.full((8,), 0.4, dtype=torch.float64).log()
+NEW = OLD + RHO.log()
+GRPO = torch.tensor([1.5, -0.5, -0.5, -0.5], dtype=torch.float64).repeat_interleave(LENGTHS)
+RLOO = torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3], dtype=torch.float64).repeat_interleave(LENGTHS)
+EXACT = {"abs": 1e-9, "rel": 1e-7}
+
+
+def by_rollout(values):
+    """Means over each answer's tokens, repeated for each of them."""
+    means = torch.stack([part.mean() for part in values.split(LENGTHS.tolist())])
+    return means.repeat_interleave(LENGTHS)
+
+
+def sequence_mean(values):
+    return float(torch.stack([part.mean() for part in values.split(LENGTHS.tolist())]).mean())
+
+
+def ppo(high=0.2, dual=None):
+    return clip_loss(NEW, OLD, GRPO, 0.2, high, dual).loss
+
+
+def test_clipped_losses_token_by_token():
+    assert ppo().tolist() == pytest.approx([-1.8, -1.35, 0.4, 0.55, 0.5, 0.4, 0.625, 1.0])
+    assert ppo(0.28)[0] == pytest.approx(-1.92) and ppo(0.28, dual=1.5)[-1] == pytest.approx(0.75)
+    for loss, mean in ((ppo(), 0.040625), (ppo(0.28), 0.025625), (ppo(0.28, 1.5), -0.005625)):
+        assert float(loss.mean()) == pytest.approx(mean, **EXACT)
+    assert float(clip_loss(NEW, OLD, RLOO, 0.2, 0.2).loss.mean()) == pytest.approx(0.027083333, abs=1e-9)
+    assert float(reinforce_loss(NEW, RLOO).loss.mean()) == pytest.approx(-0.039105625, abs=1e-9)
+
+
+def test_where_the_ratio_was_held():
+    found = clip_loss(NEW, OLD, GRPO, 0.2, 0.28, 1.5)
+    assert found.clipped_high.nonzero().flatten().tolist() == [0, 7]  # too good already; bounded by `dual`
+    assert found.clipped_low.nonzero().flatten().tolist() == [2, 5]
+
+
+def test_gradients_in_the_log_probabilities():
+    logp = NEW.clone().requires_grad_()
+    clip_loss(logp, OLD, GRPO, 0.2, 0.2).loss.mean().backward()
+    assert logp.grad.tolist() == pytest.approx([0, -0.16875, 0, 0.06875, 0.0625, 0, 0.078125, 0.125])
+    logp = NEW.clone().requires_grad_()
+    cispo_loss(logp, OLD, GRPO, 0.2, 0.28).loss.mean().backward()
+    assert logp.grad.tolist() == pytest.approx([-0.24, -0.16875, 0.05, 0.06875, 0.0625, 0.05, 0.078125, 0.08])
+
+
+def test_one_ratio_for_a_whole_answer():
+    sequence = by_rollout(NEW - OLD)
+    assert sequence.exp()[[0, 2, 3, 6]].tolist() == pytest.approx([1.161895, 0.5, 0.916566, 1.581139], abs=1e-6)
+    assert sequence_mean(gspo_loss(NEW, sequence, GRPO, 0.2, 0.2).loss) == pytest.approx(-0.023497567, abs=1e-9)
+    assert sequence_mean(gspo_loss(NEW, sequence, GRPO, 3e-4, 4e-4).loss) == pytest.approx(0.072417354, abs=1e-9)
+    logp = NEW.clone().requires_grad_()
+    loss = gspo_loss(logp, sequence, GRPO, 0.2, 0.2).loss
+    torch.stack([part.mean() for part in loss.split(LENGTHS.tolist())]).mean().backward()
+    expected = [-0.217855, -0.217855, 0, 0.038190, 0.038190, 0.038190, 0.098821, 0.098821]
+    assert logp.grad.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_ratio_that_is_held_and_lets_the_gradient_pass():
+    assert float(cispo_loss(NEW, OLD, GRPO, 0.2, 0.28).loss.mean()) == pytest.approx(-0.034832573, abs=1e-9)
+    assert float(cispo_loss(NEW, OLD, GRPO, 1.0, 4.0).loss.mean()) == pytest.approx(0.014330521, abs=1e-9)
+
+
+def test_corrections_of_the_sampler():
+    truncated = truncated_weight(W.log(), 2.0)
+    assert truncated.tolist() == pytest.approx([1, 2, 0.4, 1, 1.2, 0.9, 2, 1])
+    assert float((ppo() * truncated).mean()) == pytest.approx(-0.0725)
+    inside = interval_weight(W.log(), 0.5, 2.0)
+    assert inside.tolist() == pytest.approx([1, 0, 0, 1, 1.2, 0.9, 0, 1])
+    assert float((ppo() * inside).mean()) == pytest.approx(0.08875)
+    product = torch.stack([part.log().sum() for part in W.split(LENGTHS.tolist())]).repeat_interleave(LENGTHS)
+    assert product.exp()[[0, 2, 3, 6]].tolist() == pytest.approx([3, 0.4, 1.08, 2.5])
+    cap = 3.0 + 1e-9  # the first one's product is 3
+    assert float((ppo() * interval_weight(product, 0.0, cap)).mean()) == pytest.approx(-0.4576875)
+    geometric = sequence_mask_weight(by_rollout(W.log()), 0.5, 2.0)
+    assert geometric.tolist() == [1, 1, 0, 1, 1, 1, 1, 1]
+    assert float((ppo() * geometric * truncated).mean()) == pytest.approx(-0.0925)
+
+
+def test_no_gradient_goes_through_a_correction():
+    ratio = W.log().requires_grad_()
+    for weight in (
+        truncated_weight(ratio, 2.0),
+        interval_weight(ratio, 0.5, 2.0),
+        sequence_mask_weight(ratio, 0, 9),
+    ):
+        assert not weight.requires_grad
+
+
+def test_micro_batches_add_up_only_with_a_count_of_the_whole_batch():
+    loss = ppo()
+    assert float(loss[:3].sum() / 8 + loss[3:].sum() / 8) == pytest.approx(0.040625)
+    assert float((loss[:3].mean() + loss[3:].mean()) / 2) == pytest.approx(-0.150833, abs=1e-6)
