@@ -31,6 +31,11 @@ class StepRecorder:
             config.evaluation.grading_limits,
         )
 
+    @property
+    def grader(self) -> RolloutGrader:
+        """Grades the rollouts of a step."""
+        return self._grader
+
     def close(self) -> None:
         """Nothing more is recorded."""
         self._grader.close()
@@ -45,7 +50,7 @@ class StepRecorder:
         active = is_active(self._config.termination, sampled.step_start.threshold)
         effect = RULES[self._config.termination.rule].effect
         untouched = seen_to_the_end(sampled.rollouts, cuts=effect is not Effect.NOTHING)
-        graded = self._grader.grade(
+        graded = sampled.graded or self._grader.grade(
             {r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in untouched}
         )
         rows = [
@@ -83,6 +88,7 @@ class StepRecorder:
             | score_metrics(sampled.scored, kept)
             | probe_metrics([r.outcome for r in sampled.rollouts], traces, graded.correct, active)
             | grading_metrics(graded)
+            | dict(sampled.credit.metrics)
         )
 
     def _features(self, tokens: ScoredTokens) -> Callable[[int], TokenFeatures | None]:

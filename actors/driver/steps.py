@@ -19,17 +19,19 @@ from actors.cluster.waiting import ACTOR_LOST
 from actors.driver.dispatcher import RolloutDispatcher
 from actors.driver.monitor_group import MonitorGroup
 from actors.learner.learner import Learner
-from kat_ray.algorithms.base import Algorithm
+from kat_ray.algorithms.base import Algorithm, Credit
 from kat_ray.algorithms.distillation import OnPolicyDistillation
+from kat_ray.algorithms.policy import PolicyOptimization
 from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, join_outcomes
 from kat_ray.data.batch import assign_ranks
 from kat_ray.data.prompts import PromptOrder, rollout_specs
 from kat_ray.observability.timeline import Span
 from kat_ray.run.batch_dump import StepBatch
+from kat_ray.run.probes import Graded, RolloutGrader
 from kat_ray.run.step_result import LearnerReport
 from kat_ray.termination import RunFacts, make_rule
-from kat_ray.types.records import ChunkRefs, RolloutSpec, SamplerReport, ScoredChunk, StepStart
+from kat_ray.types.records import ChunkRefs, RolloutSpec, SamplerReport, ScoredChunk, StepStart, StopReason
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,23 @@ class SampledStep:
     reports: list[SamplerReport]
     monitor_seconds: float  # that the monitor was busy
     ended_with: Mapping[str, Any]  # the rule's calibration
+    credit: Credit
+    graded: Graded | None  # verdicts, where rollouts are graded before they are learnt from
 
 
 class Steps:
     """The verbs of a step. They move references; no token or logit passes through but for the accounting."""
 
     def __init__(
-        self, config: Config, actors: RunActors, order: PromptOrder, algorithm: Algorithm | None = None
+        self, config: Config, actors: RunActors, order: PromptOrder, grader: RolloutGrader | None = None
     ) -> None:
+        """`grader` is asked for rewards, where the objective has a use for them."""
         self._config = config
-        self._algorithm = algorithm or OnPolicyDistillation()
+        rl = config.objective.rl
+        self._algorithm: Algorithm = OnPolicyDistillation()
+        if rl.weight:
+            self._algorithm = PolicyOptimization(rl, config.rollout.max_tokens)
+        self._grader = grader if rl.weight else None
         self._actors = actors
         self._order = order
         self._attempts = itertools.count(1)
@@ -90,18 +99,35 @@ class Steps:
         closed = self._monitors.end_step(sampling.step, completed, sampling.rule_state)
         chunks = [c for report in reports for c in report.chunks]
         scored: list[ScoredChunk] = self._actors.supervisor.wait([c.scored for c in chunks], "scores")
+        rollouts = join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes)
+        graded = self._grade(rollouts, sampling.specs)
+        rewards = {} if graded is None else {i: float(right) for i, right in graded.correct.items()}
+        share = sampling.step_start.probe_share
+        if share is None:
+            share = getattr(self._config.termination, "probe_share", 0.0)
         return SampledStep(
             step=sampling.step,
             version=sampling.version,
             specs=sampling.specs,
             step_start=sampling.step_start,
-            rollouts=join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes),
+            rollouts=rollouts,
             chunks=chunks,
             scored=scored,
             reports=reports,
             monitor_seconds=closed.busy_seconds,
             ended_with=self.rule_state,
+            credit=self._algorithm.credit(rollouts, sampling.specs, rewards, share),
+            graded=graded,
         )
+
+    def _grade(self, rollouts: Sequence[FinishedRollout], specs: Sequence[RolloutSpec]) -> Graded | None:
+        """Verdicts on all that have an answer, where the algorithm learns from them."""
+        if self._grader is None:
+            return None
+        prompt_ids = {s.rollout_id: s.prompt_id for s in specs}
+        failed = StopReason.FAILED
+        ended = [r for r in rollouts if r.outcome.cut is None and r.outcome.stop_reason is not failed]
+        return self._grader.grade({r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in ended})
 
     def hand_over(self, sampled: SampledStep) -> float:
         """Bring the step's kept tokens to the learner's ranks; returns their weight in all.
@@ -109,7 +135,7 @@ class Steps:
         Nothing is learnt yet: `ObjectLostError` says that records were lost with a node, and the step's rollouts
         must be sampled again.
         """
-        kept = self._algorithm.credit(sampled.rollouts, sampled.specs)
+        kept = sampled.credit.kept
         learners = self._actors.learners
         pending = []
         shares = assign_ranks(kept, len(learners.replicas))
@@ -119,7 +145,8 @@ class Steps:
             collect = remote(rank, Learner.collect)
             pending.append(collect([c.chunk for c in needed], [c.teacher for c in needed], share))
         learners.wait(pending, "the batch to reach the learner")
-        return sum(k.weight for k in kept)
+        # Without a token that has a KL the policy may have some: its weights have their denominator already.
+        return sum(k.weight for k in kept) or float(any(k.policy for k in kept))
 
     def learn(self, weight: float) -> list[Ref[LearnerReport]]:
         """Start one optimiser step on what was handed over; returns the ranks' pending reports."""
@@ -134,7 +161,7 @@ class Steps:
                 chunks=wait([c.chunk for c in sampled.chunks], "the batch"),
                 teacher=wait([c.teacher for c in sampled.chunks], "the batch"),
                 scored=sampled.scored,
-                kept=self._algorithm.credit(sampled.rollouts, sampled.specs),
+                kept=sampled.credit.kept,
                 prompt_ids={s.rollout_id: s.prompt_id for s in sampled.specs},
             )
         except ObjectLostError:

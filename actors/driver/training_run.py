@@ -72,11 +72,11 @@ class TrainingRun:
         self._actors = RunActors.make(config, prepared.paths, placement, stop, engines)
         self._trackers = _trackers(config, run, progress)
         order = PromptOrder(prepared.train.prompts, config.run.seed, config.data.shuffle)
-        self._steps = Steps(config, self._actors, order)
+        self._recorder = StepRecorder(config, run, prepared.golds.answers, prepared.facts)
+        self._steps = Steps(config, self._actors, order, self._recorder.grader)
         self._prefetch: Prefetch[RolloutDispatcher, SampledStep] = Prefetch(
             self._steps.start_sampling, self._steps.finish_sampling, self._records_lost
         )
-        self._recorder = StepRecorder(config, run, prepared.golds.answers, prepared.facts)
         self._resizing = Resizing(config, self._actors, placement, progress.note)
         self._store = StoreWatch(config.cluster.store_share, progress.note, config.rollout.staleness)
         self._evaluator = make_evaluator(config, prepared)

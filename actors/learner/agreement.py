@@ -110,4 +110,5 @@ def _sample(number: int, prompt: Sequence[int], answer: Sequence[int], top_k: in
                 "topk_ids", "teacher_topk", "teacher_tail", "teacher_stop", "sampled_logprobs", "weights",
             )
         },
+        policy=None,
     )  # fmt: skip

@@ -26,6 +26,7 @@ from actors.learner.agreement import (
 from actors.learner.collectives import rendezvous
 from actors.learner.engine import gathered, make_engine
 from actors.learner.model import StudentModel, load_student
+from actors.learner.objective import make_term
 from actors.learner.report import report_of
 from actors.learner.settings import LearnerSettings
 from actors.learner.snapshots import Snapshots
@@ -37,7 +38,6 @@ from kat_ray.data.batch import check_vocabulary, collect_samples
 from kat_ray.data.collate import Collator, MicroBatch, PaddedCollator
 from kat_ray.errors import StateLost
 from kat_ray.losses.coverage import MassCurve
-from kat_ray.losses.distillation import Distillation
 from kat_ray.models.load import DTYPES
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
@@ -110,7 +110,7 @@ class Learner:
     def _load(self) -> _Loaded:
         settings, learner = self._settings, self._settings.learner
         student = load_student(settings.student, settings.student_dir, learner, settings.max_model_len)
-        term = Distillation(settings.stop_ids, settings.eos)
+        term = make_term(settings)
         curve = MassCurve(student.vocabulary)
         engine = make_engine(student, term, learner, curve)
         (dummy,) = self._collator.micro_batches([dummy_sample(settings.top_k)])

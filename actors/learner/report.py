@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kat_ray.losses.coverage import hidden_kl
-from kat_ray.run.step_result import LearnerReport
+from kat_ray.run.step_result import LearnerReport, PolicyReport
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,36 @@ class OptimizerStep:
     lr: float
     micro_batches: int  # forward and backward passes of each rank
     top_k_for_99: int | None = None  # how long a top k holds 99 % of the student's mass
+    weight: float = 1.0  # what the loss was divided by
+
+
+def policy_report(step: OptimizerStep) -> PolicyReport | None:
+    """What the policy's loss came to; None where there is none."""
+    sums = step.sums
+    if "policy_tokens" not in sums:
+        return None
+    count = max(sums["policy_tokens"], 1.0)
+    ratio, squared = sums["ratio"] / count, sums["ratio_squared"] / count
+    return PolicyReport(
+        loss=sums["policy_loss"] / (step.weight or 1.0),
+        tokens=int(sums["policy_tokens"]),
+        ratio_mean=ratio,
+        ratio_max=step.maxima["ratio"],
+        effective_share=ratio**2 / squared if squared else 1.0,
+        clip_low_share=sums["clipped_low"] / count,
+        clip_high_share=sums["clipped_high"] / count,
+    )
 
 
 def report_of(step: OptimizerStep, policy_version: int, seconds: float) -> LearnerReport:
-    """The means of a step of `Distillation`."""
+    """The means of a step of `Distillation`, and of the policy beside it."""
     sums, skipped = step.sums, not math.isfinite(step.grad_norm)
     count = max(sums["tokens"], 1.0)
+    kl = sums.get("kl_loss", step.loss)
     coverage = (sums[name] / count for name in ("kl", "tail_mass", "coarser_kl", "coarser_tail_mass"))
     return LearnerReport(
         policy_version=policy_version,
-        loss=math.nan if skipped and not sums["tokens"] else step.loss / max(sums["weight"], 1e-9),
+        loss=math.nan if skipped and not sums["tokens"] else kl / max(sums["weight"], 1e-9),
         grad_norm=step.grad_norm,
         lr=step.lr,
         tokens=int(sums["tokens"]),
@@ -45,4 +65,5 @@ def report_of(step: OptimizerStep, policy_version: int, seconds: float) -> Learn
         micro_batches=step.micro_batches,
         seconds=seconds,
         skipped=skipped,
+        policy=policy_report(step),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kat_ray.config import Config, LearnerConfig, ModelConfig
+from kat_ray.config import Config, LearnerConfig, ModelConfig, ObjectiveConfig
 from kat_ray.losses.eos import EosMode
 
 
@@ -21,6 +21,7 @@ class LearnerSettings:
     top_k: int  # of `rollout.top_k_logprobs`
     seed: int
     steps: int  # of the whole run: the learning rate goes by them
+    objective: ObjectiveConfig
     max_model_len: int | None = None  # longest prompt and answer together
 
     @classmethod
@@ -38,4 +39,5 @@ class LearnerSettings:
             seed=config.run.seed,
             steps=config.run.steps,
             max_model_len=max_model_len,
+            objective=config.objective,
         )

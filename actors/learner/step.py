@@ -48,6 +48,7 @@ class StudentTrainer:
         self._timeline = timeline
         self._beat = beat
         self._curve = curve or MassCurve(1)  # what the engine was made with
+        self._policy_scale = 1.0
         self._clip = GradientClip(engine, learner.clip) if clips_itself(learner) else None
 
     def step(self, batches: Sequence[MicroBatch], global_weight: float) -> OptimizerStep:
@@ -60,7 +61,9 @@ class StudentTrainer:
         grad_norm = 0.0 if global_weight == 0 else self._update(loss, sums, global_weight)
         self.steps_taken += 1
         top_k = self._curve.size_for(curve, 0.99)
-        return OptimizerStep(loss, sums, maxima, grad_norm, lr, micro_batches=passes, top_k_for_99=top_k)
+        return OptimizerStep(
+            loss, sums, maxima, grad_norm, lr, micro_batches=passes, top_k_for_99=top_k, weight=global_weight
+        )
 
     def _run_passes(
         self, batches: Sequence[MicroBatch], passes: int, global_weight: float
@@ -74,6 +77,7 @@ class StudentTrainer:
         if math.isfinite(global_weight) and global_weight > 0:
             # DeepSpeed averages over ranks; the mean is over the tokens of all ranks together.
             scale = self._learner.world_size / global_weight
+            self._policy_scale = global_weight  # the policy's weights have their denominator already
             for i in range(passes):
                 with self._timeline.span("forward and backward"):
                     if i < len(batches):
@@ -96,7 +100,10 @@ class StudentTrainer:
         device = self._engine.device
         self._curve.counts = batch is not self._dummy
         positions = torch.from_numpy(batch.inputs.positions).to(device)
-        result: TermSums = self._engine(model_arguments(batch, device), positions, token_rows(batch, device))
+        rows = token_rows(batch, device)
+        if rows.policy_weights is not None:
+            rows = rows._replace(policy_weights=rows.policy_weights * self._policy_scale)
+        result: TermSums = self._engine(model_arguments(batch, device), positions, rows)
         self._engine.backward(result.loss * scale)
         return result._replace(loss=result.loss.detach())
 
@@ -105,7 +112,7 @@ class StudentTrainer:
         if not math.isfinite(global_weight):
             return math.inf
         with self._timeline.span("optimiser"):
-            if not math.isfinite(loss) or not sums["tokens"]:
+            if not math.isfinite(loss) or not (sums["tokens"] or sums.get("policy_tokens")):
                 # Gradients may be finite all the same, and zeros would still move AdamW. DeepSpeed skips a step,
                 # and forgets its gradients, where their norm is not finite: so make it that. The sums are those of
                 # all ranks, which makes this pass, a collective operation, one that all make or none.

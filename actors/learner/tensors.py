@@ -21,6 +21,18 @@ def token_rows(batch: MicroBatch, device: torch.device) -> TokenRows:
         parts = [getattr(sample, field).astype(dtype) for sample in batch.samples]
         return torch.from_numpy(np.concatenate(parts)).to(device)
 
+    def join_policy(field: str) -> Tensor | None:
+        """A column of `PolicyCredit`, 0 where a token has none; None where no sample has any."""
+        if not any(sample.policy for sample in batch.samples):
+            return None
+        parts = []
+        for sample in batch.samples:
+            column = np.zeros(len(sample.token_ids), dtype=np.float32)
+            if (policy := sample.policy) is not None:
+                column[: policy.tokens] = getattr(policy, field)
+            parts.append(column)
+        return torch.from_numpy(np.concatenate(parts)).to(device)
+
     topk, tail, stop = dequantise(
         join("teacher_topk", np.float32), join("teacher_tail", np.float32), join("teacher_stop", np.float32)
     )
@@ -32,6 +44,8 @@ def token_rows(batch: MicroBatch, device: torch.device) -> TokenRows:
         token_ids=join("token_ids", np.int64),
         sampled_logprobs=join("sampled_logprobs", np.float32),
         weights=join("weights", np.float32),
+        advantages=join_policy("advantage"),
+        policy_weights=join_policy("weight"),
     )
 
 
@@ -55,4 +69,5 @@ def dummy_sample(top_k: int) -> TrainingSample:
         teacher_stop=np.full(1, -np.inf, dtype=np.float32),
         sampled_logprobs=half,
         weights=np.ones(1, dtype=np.float32),
+        policy=None,
     )

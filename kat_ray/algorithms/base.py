@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from kat_ray.data.accounting import FinishedRollout
 from kat_ray.types.records import KeptRollout, RolloutSpec
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What the learner is to learn of a step's rollouts."""
+
+    kept: list[KeptRollout]  # the learner's work list, in the order of rollout ids
+    advantages: Mapping[int, float] = field(default_factory=dict)  # by rollout id, of those that have one
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Algorithm(Protocol):
@@ -15,9 +25,15 @@ class Algorithm(Protocol):
     Its counterpart at the learner is `kat_ray.losses.term.LossTerm`, which makes a loss of credit and targets.
     """
 
-    def credit(self, rollouts: Sequence[FinishedRollout], specs: Sequence[RolloutSpec]) -> list[KeptRollout]:
-        """The learner's work list of a step, in the order of rollout ids.
+    def credit(
+        self,
+        rollouts: Sequence[FinishedRollout],
+        specs: Sequence[RolloutSpec],
+        rewards: Mapping[int, float],
+        probe_share: float,
+    ) -> Credit:
+        """Of whose first tokens the loss is made, and how much each weighs.
 
-        It says of whose first tokens the loss is made, and how much each weighs. `specs` are those that the step's
-        rollouts were made from.
+        `specs` are those that the step's rollouts were made from, `rewards` are by rollout id, of those that were
+        graded. A rollout was a probe with chance `probe_share`.
         """

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from kat_ray.algorithms.base import Credit
 from kat_ray.data.accounting import FinishedRollout, kept_rollouts
-from kat_ray.types.records import KeptRollout, RolloutSpec
+from kat_ray.types.records import RolloutSpec
 
 
 class OnPolicyDistillation:
     """The credit of a token depends on nothing but its rollout; the teacher's signal comes with the rows."""
 
-    def credit(self, rollouts: Sequence[FinishedRollout], specs: Sequence[RolloutSpec]) -> list[KeptRollout]:
+    def credit(
+        self,
+        rollouts: Sequence[FinishedRollout],
+        specs: Sequence[RolloutSpec],
+        rewards: Mapping[int, float],
+        probe_share: float,
+    ) -> Credit:
         """Every rollout of which a token is kept."""
-        return kept_rollouts(rollouts, specs)
+        return Credit(kept_rollouts(rollouts, specs))

@@ -14,6 +14,7 @@ from kat_ray.config.cluster import (
     ScorerConfig,
     Section,
 )
+from kat_ray.config.objective import DistillationObjective, ObjectiveConfig, PolicyObjective
 from kat_ray.config.sections import (
     Config,
     DataConfig,
@@ -29,13 +30,16 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "DataConfig",
+    "DistillationObjective",
     "Dtype",
     "EvaluationConfig",
     "GuardsConfig",
     "LearnerConfig",
     "ModelConfig",
     "MonitorConfig",
+    "ObjectiveConfig",
     "PlacementConfig",
+    "PolicyObjective",
     "PoolConfig",
     "PoolsConfig",
     "RolloutConfig",

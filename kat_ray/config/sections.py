@@ -22,6 +22,7 @@ from kat_ray.config.cluster import (
     Section,
 )
 from kat_ray.config.local_paths import LocalPath
+from kat_ray.config.objective import ObjectiveConfig
 from kat_ray.rewards.limits import GradingLimits
 from kat_ray.termination import RULES, TerminationConfig
 from kat_ray.termination.settings import KatSettings
@@ -291,6 +292,7 @@ class Config(Section):
     teacher: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     termination: TerminationConfig = KatSettings()
     sampler: Resumable[SamplerConfig] = SamplerConfig()
     scorer: Resumable[ScorerConfig] = ScorerConfig()
@@ -322,6 +324,29 @@ class Config(Section):
                 f"run.deterministic = true: needs a fixed number of {' and '.join(elastic)}s; leave min_replicas "
                 "and max_replicas out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rewards_can_teach(self) -> Config:
+        if not self.objective.rl.weight:
+            return self
+        rollout, needs = self.rollout, f"objective.rl.weight = {self.objective.rl.weight:g}: needs "
+        if rollout.rollouts_per_prompt < 2:
+            raise ValueError(
+                f"{needs}rollout.rollouts_per_prompt >= 2 (it is 1): a reward is held against those of the other "
+                "rollouts of its prompt; 8 are usual"
+            )
+        for name, value in (("temperature", rollout.temperature), ("top_p", rollout.top_p)):
+            if value != 1:
+                raise ValueError(
+                    f"{needs}rollout.{name} = 1 (it is {value:g}): the policy that samples would be another one "
+                    "than the policy whose probabilities the loss takes, and no metric would show it"
+                )
+        if self.data.answer_column is None:
+            raise ValueError(f"{needs}gold answers to grade rollouts by: name a column with data.answer_column")
+        share = getattr(self.termination, "probe_share", 0.0)
+        if self.objective.rl.cut_reward == "probe_weighted" and self.termination.rule != "none" and not share:
+            raise ValueError("objective.rl.cut_reward = 'probe_weighted': needs termination.probe_share > 0")
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kat_ray.errors import UserError
-from kat_ray.types.records import FloatArray, IntArray, KeptRollout, RolloutChunk, TeacherRows
+from kat_ray.types.records import FloatArray, IntArray, KeptRollout, PolicyCredit, RolloutChunk, TeacherRows
 from kat_ray.types.token_ids import out_of_vocabulary, out_of_vocabulary_message
 
 
@@ -24,7 +24,8 @@ class TrainingSample:
     teacher_tail: FloatArray  # [T]
     teacher_stop: FloatArray  # [T]
     sampled_logprobs: FloatArray  # [T]
-    weights: FloatArray  # [T] in the loss
+    weights: FloatArray  # [T] of the KL
+    policy: PolicyCredit | None = None
 
     @property
     def input_length(self) -> int:
@@ -109,6 +110,7 @@ def _join(
         teacher_stop=np.concatenate([teacher[c].stop_logprobs[s] for c, s in spans]),
         sampled_logprobs=np.concatenate([chunks[c].sampled_logprobs[s] for c, s in spans]),
         weights=np.ones(kept.kept, dtype=np.float32) if kept.weights is None else kept.weights,
+        policy=kept.policy,
     )
 
 

@@ -84,7 +84,7 @@ class _FusedHead(torch.autograd.Function):
         d_bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=total.loss.dtype)
         for start in range(0, len(hidden_TH), chunk_tokens):
             hidden_CH = hidden_TH[start : start + chunk_tokens]
-            part, d_CV = _products_gradient(hidden_CH, layer, rows.part(start, start + chunk_tokens), term)
+            part, d_CV = _products_gradient(hidden_CH, layer, rows.part(slice(start, start + chunk_tokens)), term)
             total = _add(total, part)
             if d_bias is not None:
                 d_bias += d_CV.sum(dim=0)

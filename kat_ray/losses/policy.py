@@ -7,10 +7,15 @@ more of the token. Sums and means over tokens are the caller's.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+
+from kat_ray.losses.distillation import Distillation
+from kat_ray.losses.term import StudentLogprobs, TermSums, TokenRows
 
 
 class TokenLoss(NamedTuple):
@@ -79,3 +84,56 @@ def sequence_mask_weight(sequence: Tensor, low: float, high: float) -> Tensor:
     """1 for the tokens of rollouts whose ratio lies in [low, high], else 0; `sequence` [C] is its logarithm."""
     ratio = torch.exp(sequence.detach())
     return ((ratio >= low) & (ratio <= high)).to(ratio.dtype)
+
+
+# The loss of a token from the learner's log-probability, the sampler's, and the advantage.
+PolicyLoss = Callable[[Tensor, Tensor, Tensor], TokenLoss]
+# Its weight, without gradient, from log (learner / sampler).
+Correction = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class PolicyAndDistillation:
+    """The policy's loss and the KL in one: opd_weight * sum w KL + rl_weight * sum u PG; their sums stay apart."""
+
+    distillation: Distillation
+    loss: PolicyLoss
+    correction: Correction | None
+    opd_weight: float
+    rl_weight: float
+
+    _own: ClassVar[tuple[str, ...]] = (
+        "policy_loss", "policy_tokens", "ratio", "ratio_squared", "clipped_low", "clipped_high", "kl_loss",
+    )  # fmt: skip
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self.distillation.stop_ids
+
+    @property
+    def sum_names(self) -> tuple[str, ...]:
+        return (*self.distillation.sum_names, *self._own)
+
+    @property
+    def max_names(self) -> tuple[str, ...]:
+        return (*self.distillation.max_names, "ratio")
+
+    def __call__(self, student: StudentLogprobs, rows: TokenRows) -> TermSums:
+        """See `LossTerm`."""
+        kl = self.distillation(student, rows)
+        if rows.advantages is None or rows.policy_weights is None:  # a pass that counts nothing
+            sums = torch.cat([kl.sums, kl.sums.new_zeros(len(self._own))])
+            return TermSums(kl.loss * self.opd_weight, sums, torch.cat([kl.maxima, kl.maxima.new_zeros(1)]))
+        counts = rows.policy_weights > 0
+        log_ratio = (student.sampled - rows.sampled_logprobs).detach()
+        found = self.loss(student.sampled, rows.sampled_logprobs, rows.advantages)
+        per_token = found.loss if self.correction is None else found.loss * self.correction(log_ratio)
+        policy = torch.where(counts, rows.policy_weights * per_token, torch.zeros_like(per_token)).sum()
+        with torch.no_grad():
+            ratio = log_ratio.exp()
+            columns = (torch.ones_like(ratio), ratio, ratio**2, found.clipped_low, found.clipped_high)
+            means = [torch.where(counts, c, 0).double().sum() for c in columns]
+            own = torch.stack([policy.detach().double(), *means, kl.loss.detach().double()])
+            largest = torch.cat([torch.where(counts, ratio, 0), ratio.new_zeros(1)]).amax(dim=0, keepdim=True)
+        loss = self.opd_weight * kl.loss + self.rl_weight * policy
+        return TermSums(loss, torch.cat([kl.sums, own]), torch.cat([kl.maxima, largest.to(kl.maxima)]))

@@ -18,11 +18,14 @@ class TokenRows(NamedTuple):
     )
     token_ids: Tensor  # [T] int64, the sampled tokens
     sampled_logprobs: Tensor  # [T] float32, the sampler's, at generation time
-    weights: Tensor  # [T] float32, what each token counts in the loss; 0 leaves it out
+    weights: Tensor  # [T] float32, what each token's KL counts in the loss; 0 leaves it out
+    advantages: Tensor | None = None  # [T] float32, of the sampled tokens
+    policy_weights: Tensor | None = None  # [T] float32, what each counts in the policy's loss; 0 leaves it out
 
-    def part(self, start: int, end: int) -> TokenRows:
-        """Rows `start` to `end` of every column; fewer where there are no more."""
-        return TokenRows(*(column[start:end] for column in self))
+    def part(self, rows: slice | Tensor) -> TokenRows:
+        """Some rows of every column."""
+        columns = {name: column for name, column in self._asdict().items() if column is not None}
+        return TokenRows(**{name: column[rows] for name, column in columns.items()})
 
 
 class StudentLogprobs(NamedTuple):

@@ -11,6 +11,19 @@ from kat_ray.types.records import SamplerReport, ScoredChunk
 
 
 @dataclass(frozen=True)
+class PolicyReport:
+    """The policy's loss of one optimiser step, over all ranks. Ratios are those of learner to sampler."""
+
+    loss: float  # by `objective.rl.aggregate`
+    tokens: int  # in the policy's loss
+    ratio_mean: float
+    ratio_max: float
+    effective_share: float  # (mean ratio)^2 / mean ratio^2: 1 where learner and sampler are the same policy
+    clip_low_share: float  # of the tokens
+    clip_high_share: float
+
+
+@dataclass(frozen=True)
 class LearnerReport:
     """One optimiser step, summed over all ranks. `loss` is the (weighted) mean KL over the kept tokens, nats.
 
@@ -34,12 +47,13 @@ class LearnerReport:
     skipped: bool
     kl_hidden: float | None = None  # estimate of the KL within the tail, nats
     top_k_for_99: int | None = None  # how long a top k holds 99 % of the student's mass
+    policy: PolicyReport | None = None
 
     def to_metrics(self) -> dict[str, float]:
         """All fields but the version, which other metrics give, and those that are not known."""
-        figures = asdict(self)
-        del figures["policy_version"]
-        return {f"learner/{name}": float(value) for name, value in figures.items() if value is not None}
+        figures = {name: value for name, value in asdict(self).items() if name not in ("policy_version", "policy")}
+        policy = {} if self.policy is None else {f"rl/{name}": float(v) for name, v in asdict(self.policy).items()}
+        return {f"learner/{name}": float(value) for name, value in figures.items() if value is not None} | policy
 
 
 @dataclass(frozen=True)

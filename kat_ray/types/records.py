@@ -238,16 +238,30 @@ class StepEnd:
 
 
 @dataclass(frozen=True)
+class PolicyCredit:
+    """What the first `tokens` tokens of a rollout have in the policy's loss: an advantage, and a weight each.
+
+    Over the rollouts of a step the weights make the mean that `objective.rl.aggregate` names, with its denominator.
+    """
+
+    advantage: float
+    tokens: int
+    weight: float
+
+
+@dataclass(frozen=True)
 class KeptRollout:
     """A rollout to train on: its first `kept` generated tokens.
 
     `weights` [kept] float32 scales each token's KL; None weighs all alike. Tokens of weight 0 are left out.
+    `policy` is what they have in the policy's loss, None where there is none.
     """
 
     rollout_id: int
     prompt_length: int
     kept: int
     weights: FloatArray | None = None
+    policy: PolicyCredit | None = None
 
     @property
     def weight(self) -> float:

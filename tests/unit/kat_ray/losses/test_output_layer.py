@@ -110,7 +110,7 @@ def gradient_errors(spread):
     rows = rows_of(logits, logits.detach() + spread * noise)
     loss = exact_loss(logits, rows)
     (expected,) = torch.autograd.grad(loss, wide_h)
-    float32 = TokenRows(*(c.float() if c.is_floating_point() else c for c in rows))
+    float32 = TokenRows(*(c.float() if c.is_floating_point() else c for c in rows if c is not None))
     (ours,) = torch.autograd.grad(head_loss(hidden, layer, float32, TERM, 4).loss, hidden)
     (rounded,) = torch.autograd.grad(exact_loss(head(hidden).float(), float32), hidden)
     errors = [float((g.double() - expected).norm() / expected.norm()) for g in (ours, rounded)]
