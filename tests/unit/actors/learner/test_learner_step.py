@@ -88,6 +88,8 @@ def test_the_dummy_has_a_finite_loss():
     (batch,) = PaddedCollator(16).micro_batches([dummy_sample(8)])
     rows = step_module.token_rows(batch, torch.device("cpu"))
     assert rows.topk_ids.shape == (1, 8) and rows.teacher_stop.tolist() == [-math.inf], "no stop ids outside"
-    assert all(torch.isfinite(column).all() for column in rows._replace(teacher_stop=rows.weights) if column is not None)
+    assert all(
+        torch.isfinite(column).all() for column in rows._replace(teacher_stop=rows.weights) if column is not None
+    )
     mass = rows.teacher_topk.exp().sum() + rows.teacher_tail.exp()
     assert mass.item() == pytest.approx(1.0)
