@@ -121,7 +121,13 @@ def _sections() -> Iterator[str]:
         else:
             (schema,) = (v for v in variants(field) if v.get("type") == "object")
             yield f"## {name}\n\n{_one_line(schema)}\n"
-            yield _table(name, schema, resumable=bool(field.get("resumable")))
+            parts = {part: resolve(of) for part, of in schema["properties"].items()}
+            if all("properties" in part for part in parts.values()):  # a section of sections
+                for part, of in parts.items():
+                    yield f"### {name}.{part}\n\n{_one_line(of)}\n"
+                    yield _table(f"{name}.{part}", of)
+            else:
+                yield _table(name, schema, resumable=bool(field.get("resumable")))
 
 
 def _table(section: str, schema: Schema, resumable: bool = False) -> str:
@@ -131,7 +137,7 @@ def _table(section: str, schema: Schema, resumable: bool = False) -> str:
         if field.get("const") is not None:
             continue
         default = f"`{json.dumps(field['default'])}`" if "default" in field else "required"
-        allowed = allowed_at([section, name]) if section != "termination" else _allowed_of(field)
+        allowed = allowed_at([*section.split("."), name]) if section != "termination" else _allowed_of(field)
         allowed = allowed.replace("|", chr(92) + "|")
         resume = "yes" if resumable or field.get("resumable") else ""
         rows.append(f"| `{section}.{name}` | {default} | {allowed} | {resume} | {_one_line(field)} |")

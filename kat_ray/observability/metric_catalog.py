@@ -55,9 +55,7 @@ METRICS = {
         Metric("reward/left_out_cut", "rollouts", "without a weight: the rule cut them (objective.rl.cut_reward)"),
         Metric("reward/left_out_truncated", "rollouts", "without a weight: too long (objective.rl.truncated)"),
         Metric("reward/left_out_not_graded", "rollouts", "without a reward: no gold answer, or no verdict"),
-        Metric(
-            "group/constant_share", "share", "prompts whose rollouts all have the same reward: they teach nothing"
-        ),
+        Metric("group/constant_share", "share", "prompts whose rollouts all have one reward: they teach nothing"),
         Metric("group/all_wrong_share", "share", "prompts none of whose rollouts has a reward above 0"),
         Metric("group/size_min", "rollouts", "that count, of the smallest group"),
         Metric("advantage/abs_mean", "1", "mean size of the advantages"),

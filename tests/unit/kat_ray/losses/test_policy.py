@@ -4,10 +4,16 @@ One prompt, four answers of 2, 1, 3 and 2 tokens. The old policy has 0.4 everywh
 are RHO, those of the old one to the sampler's W.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
+from kat_ray.losses.distillation import Distillation
+from kat_ray.losses.fused_head import head_loss
+from kat_ray.losses.output_layer import OutputLayer
 from kat_ray.losses.policy import (
+    PolicyAndDistillation,
     cispo_loss,
     clip_loss,
     gspo_loss,
@@ -16,6 +22,7 @@ from kat_ray.losses.policy import (
     sequence_mask_weight,
     truncated_weight,
 )
+from kat_ray.losses.term import TokenRows
 
 LENGTHS = torch.tensor([2, 1, 3, 2])
 RHO = torch.tensor([1.5, 0.9, 0.5, 1.1, 1.0, 0.7, 1.25, 2.0], dtype=torch.float64)
@@ -112,3 +119,75 @@ def test_micro_batches_add_up_only_with_a_count_of_the_whole_batch():
     loss = ppo()
     assert float(loss[:3].sum() / 8 + loss[3:].sum() / 8) == pytest.approx(0.040625)
     assert float((loss[:3].mean() + loss[3:].mean()) / 2) == pytest.approx(-0.150833, abs=1e-6)
+
+
+# --- beside the teacher, through the output layer ----------------------------------------------------------------
+
+TOKENS, K, VOCABULARY, WIDTH = 8, 4, 13, 6
+
+
+def rows_and_head(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(TOKENS, WIDTH, generator=generator)
+    weight = torch.randn(VOCABULARY, WIDTH, generator=generator)
+    student = torch.log_softmax(hidden @ weight.T, -1)
+    teacher = torch.log_softmax(torch.randn(TOKENS, VOCABULARY, generator=generator), -1)
+    ids = student.topk(K).indices
+    token = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    rest = teacher.exp().scatter(1, ids, 0.0).sum(1).log()
+    return hidden, weight, TokenRows(
+        ids, teacher.gather(1, ids), rest, torch.full((TOKENS,), -torch.inf), token,
+        student.gather(1, token[:, None])[:, 0] - W.float().log(), torch.tensor([1.0, 1, 0, 1, 1, 1, 0, 1]),
+        GRPO.float(), torch.tensor([0.125, 0.125, 0.125, 0, 0.125, 0.125, 0.125, 0.125]),
+    )  # fmt: skip
+
+
+def layer_of(weight):
+    head = torch.nn.Linear(WIDTH, VOCABULARY, bias=False)
+    head.weight = torch.nn.Parameter(weight.clone())
+    return OutputLayer(head)
+
+
+def by_autograd(hidden, weight, rows, opd, rl):
+    """The two losses written out over the whole vocabulary."""
+    logp = torch.log_softmax(hidden @ weight.T, -1)
+    own, tail = logp.gather(1, rows.topk_ids), logp.exp().scatter(1, rows.topk_ids, 0.0).sum(1).log()
+    kl = (own.exp() * (own - rows.teacher_topk)).sum(1) + tail.exp() * (tail - rows.teacher_tail)
+    sampled = logp.gather(1, rows.token_ids[:, None])[:, 0]
+    policy = clip_loss(sampled, rows.sampled_logprobs, rows.advantages, 0.2, 0.28, 3.0).loss
+    return opd * (rows.weights * kl).sum() + rl * (rows.policy_weights * policy).sum()
+
+
+@pytest.mark.parametrize(("opd", "rl"), [(1.0, 1.0), (0.3, 1.0), (0.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("chunk", [3, 8])
+def test_both_losses_have_the_gradients_of_autograd(opd, rl, chunk):
+    hidden, weight, rows = rows_and_head()
+    term = PolicyAndDistillation(
+        Distillation((), "merged"), partial(clip_loss, low=0.2, high=0.28, dual=3.0), None, opd, rl
+    )
+    layer = layer_of(weight)
+    found = [hidden.clone().requires_grad_(), layer.weight]
+    result = head_loss(found[0], layer, rows, term, chunk)
+    result.loss.backward()
+    expected = [t.clone().requires_grad_() for t in (hidden, weight)]
+    loss = by_autograd(*expected, rows, opd, rl)
+    loss.backward()
+    assert float(result.loss) == pytest.approx(float(loss), rel=1e-5)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
+    sums = dict(zip(term.sum_names, result.sums.tolist(), strict=True))
+    assert sums["policy_tokens"] == 7 and sums["tokens"] == 6, "each loss has its own mask"
+    assert sums["ratio"] == pytest.approx(float(W.sum() - W[3]), rel=1e-4)
+
+
+def test_a_pass_without_credit_has_no_policy():
+    hidden, weight, rows = rows_and_head()
+    term = PolicyAndDistillation(Distillation((), "merged"), clip_of, None, 1.0, 1.0)
+    layer = layer_of(weight)
+    plain = head_loss(hidden, layer, rows._replace(advantages=None, policy_weights=None), term, 8)
+    own = head_loss(hidden, layer, rows, term.distillation, 8)
+    assert float(plain.loss) == float(own.loss)
+
+
+def clip_of(logp, anchor, advantage):
+    return clip_loss(logp, anchor, advantage, 0.2, 0.28, None)
