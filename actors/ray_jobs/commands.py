@@ -19,6 +19,7 @@ from actors.ray_jobs.client import Jobs, exit_code, is_over, run_of, status_of
 from actors.ray_jobs.upload import dashboard_limit, plan_upload
 from kat_ray.cluster.versions import other_ray
 from kat_ray.config import Config
+from kat_ray.config.load import EMBEDDED
 from kat_ray.errors import UserError
 
 # A step's line of `kat_ray.observability.progress`: in a terminal one replaces the other.
@@ -51,7 +52,7 @@ def submit(
     upload = plan_upload(folder, config)
     for line in upload.lines():
         _say(console, line)
-    if source != "demo":
+    if source not in EMBEDDED:
         upload.check_holds(command[4])
     upload.check_size(dashboard_limit())
     job_id = jobs.submit(config, command, upload, {})
@@ -78,7 +79,7 @@ def train_command(config: Config, source: str, overrides: Sequence[str], folder:
             f"run.dir = {config.run.dir!r}: on a cluster a relative path lies in the job's temporary folder and "
             "goes with it; name one on storage that all nodes share, such as run.dir=/runs"
         )
-    if source != "demo":
+    if source not in EMBEDDED:
         try:
             source = Path(source).resolve().relative_to(folder.resolve()).as_posix()
         except ValueError as error:

@@ -14,7 +14,8 @@ exit codes:
   130  interrupted (Ctrl-C); 143: told to end (SIGTERM). A run has saved a checkpoint: resume it with --resume"""
 
 OVERRIDES = """\
-CONFIG is a YAML file, or `demo` for the embedded task with its tiny models. Every field can be overridden:
+CONFIG is a YAML file, or `demo` for the embedded task with its tiny models (`demo-rl`: with rewards beside the
+teacher). Every field can be overridden:
 section.field=value, with the value in YAML. docs/configuration.md lists the fields."""
 
 OVER_A_RUN = """\

@@ -25,8 +25,9 @@ from kat_ray.observability.redact import redact
 from kat_ray.termination import RULES
 
 DEMO_DIR = Path(__file__).parents[1] / "demo"
+EMBEDDED = {"demo": DEMO_DIR / "default.yaml", "demo-rl": DEMO_DIR / "rl.yaml"}  # configurations
 DEMO_FILES = {
-    "demo": DEMO_DIR / "default.yaml",
+    **EMBEDDED,
     "demo:student": DEMO_DIR / "models" / "student",
     "demo:teacher": DEMO_DIR / "models" / "teacher",
     "demo:train": DEMO_DIR / "data" / "train.jsonl",
@@ -82,9 +83,9 @@ def usable_path(text: str) -> Path:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.field=value` overrides, and check everything.
 
-    `demo` names the embedded configuration. `ConfigError` lists every mistake.
+    `demo` and `demo-rl` name the embedded configurations. `ConfigError` lists every mistake.
     """
-    file = DEMO_FILES["demo"] if str(path) == "demo" else usable_path(str(path))
+    file = EMBEDDED.get(str(path)) or usable_path(str(path))
     source = _Source(str(path))
     tree = _drop_empty(_read_file(file, source))
     for override in overrides:
@@ -112,7 +113,9 @@ def _read_file(file: Path, source: _Source) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise ConfigError(f"{source.name}: no such file; `demo` names the embedded configuration") from error
+        raise ConfigError(
+            f"{source.name}: no such file; {' and '.join(f'`{n}`' for n in EMBEDDED)} name embedded ones"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         raise ConfigError(f"{source.name}: cannot be read: {reason}") from error

@@ -342,10 +342,16 @@ class Config(Section):
                     f"{needs}rollout.{name} = 1 (it is {value:g}): the policy that samples would be another one "
                     "than the policy whose probabilities the loss takes, and no metric would show it"
                 )
+        rl = self.objective.rl
+        if rollout.staleness and rl.loss == "reinforce" and rl.correction == "none":
+            raise ValueError(
+                f"{needs}a ratio of learner to sampler with rollout.staleness = 1: objective.rl.loss = 'clip' or "
+                "'cispo', or objective.rl.correction = 'truncate'"
+            )
         if self.data.answer_column is None:
             raise ValueError(f"{needs}gold answers to grade rollouts by: name a column with data.answer_column")
         share = getattr(self.termination, "probe_share", 0.0)
-        if self.objective.rl.cut_reward == "probe_weighted" and self.termination.rule != "none" and not share:
+        if rl.cut_reward == "probe_weighted" and self.termination.rule != "none" and not share:
             raise ValueError("objective.rl.cut_reward = 'probe_weighted': needs termination.probe_share > 0")
         return self
 

@@ -231,6 +231,32 @@ def test_staleness_samples_a_step_while_the_one_before_is_learnt(ray_local, file
     assert any(e["name"] == "generate" and begin < e["ts"] < end for e in spans), "both work at the same time"
 
 
+def test_rewards_and_the_teacher_in_one_loss(ray_local, files, tmp_path):
+    """Both losses of the learner are those that traces and prompts give, in float64."""
+    rl = {"weight": 1.0, "advantage": "dr_grpo", "loss": "reinforce", "correction": "truncate"}
+    config = config_of(
+        files, tmp_path, run={"steps": 3}, objective={"opd": {"weight": 0.3}, "rl": rl},
+        rollout={"prompts_per_step": 4, "rollouts_per_prompt": 6, "top_p": 1.0},
+        **SINGLE | {"evaluation": {"data": None, "verifier": "integer"}},
+    )  # fmt: skip
+    path = job.train(config)
+    traces = read_traces(path).to_pylist()
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    steps = [m for m in metrics if "learner/loss" in m]
+    assert len(steps) == 3 and any("rl/loss" in m for m in steps)
+    for number, m in enumerate(steps):
+        rows = [t for t in traces if t["step"] == number]
+        assert m["learner/loss"] == pytest.approx(m["kl/kept_mean"], rel=1e-3), "the KL up to the cut, as ever"
+        cut = [t for t in rows if t["cut"] is not None]
+        graded = [t for t in rows if t["correct"] is not None]
+        assert len(cut) + len(graded) == len(rows) == 24, "a rollout was cut, or it has an answer that is graded"
+        assert m["reward/mean"] == pytest.approx(sum(bool(t["correct"]) for t in rows) / 24)
+        tokens = sum(len(t["token_ids"]) if t["cut"] is None else t["confirmed"] for t in rows)
+        assert m["rl/tokens"] == tokens >= m["learner/tokens"]
+        assert m["rl/ratio_mean"] == pytest.approx(1.0, abs=1e-3) and m["rl/effective_share"] > 0.999
+    assert any(t["cut"] is not None for t in traces)
+
+
 @pytest.mark.nightly
 def test_the_same_command_gives_the_same_run(finished, files, tmp_path):
     """To the bit, with two of everything."""

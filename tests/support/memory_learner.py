@@ -96,7 +96,7 @@ class MemoryLearner:
         rows, self._rows = self._rows, None
         with self._heartbeat.busy("learn"):
             own = sum(_number(row) for row in rows)
-            tokens = self._work(sum(len(row.token_ids) for row in rows))
+            tokens = self._work(sum(int((row.weights > 0).sum()) for row in rows))  # those that have a KL
             weight = self._work(sum(float(row.weights.sum(dtype=np.float64)) for row in rows))
             self._weights = (self._weights * 31 + self._work(own)) % _PRIME
         assert weight == global_weight, (weight, global_weight)
@@ -151,7 +151,9 @@ class MemoryLearner:
 
 def _number(row: Any) -> int:
     """Of a rollout's kept part: other tokens, or other targets, give another."""
-    parts = (row.prompt_ids, row.token_ids, row.topk_ids, row.sampled_logprobs, row.teacher_topk, row.teacher_tail)
+    parts = [row.prompt_ids, row.token_ids, row.topk_ids, row.sampled_logprobs, row.teacher_topk, row.teacher_tail]
+    if row.policy is not None:
+        parts.append(np.array([row.policy.advantage, row.policy.tokens, row.policy.weight]))
     number = row.rollout_id
     for part in parts:
         number = (number * 1_000_003 + int.from_bytes(_digest(part), "little")) % _PRIME

@@ -139,6 +139,7 @@ class Run:
                 self.world.disk[f"/nowhere/run/checkpoints/step-{step}"] = weights
         self.job: Any = None
         self.held: dict[str, int] = {}  # rollouts that an actor still has at the end
+        self.golds = GOLDS if self.config.objective.rl.weight else {}
         self.engine: Any = functools.partial(make_engine, bool(self.config.rollout.staleness))
 
     def disturb(self, schedule: Sequence[tuple[int, str, str]]) -> Run:
@@ -189,7 +190,7 @@ class Run:
         learner = type("OwnLearner", (MemoryLearner,), {"world": self.world})
         engines = Engines(self.engine, QuickTeacher, learner)
         heldout = HELDOUT if config.evaluation.data is not None else None
-        prepared: Any = Prepared(facts, PROMPTS, TrainingGolds({}, None), heldout, paths)
+        prepared: Any = Prepared(facts, PROMPTS, TrainingGolds(self.golds, None), heldout, paths)
         self.placement: Any = FakePlacement(self.cluster, numbers)
         return TrainingRun(config, prepared, self.placement, self.records, progress, self.stop, engines)
 
@@ -213,6 +214,10 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "two of each": {"monitor": {"shards": 2}, "learner": {"world_size": 2}},
     "one scorer": {"sampler": {"replicas": 3}, "scorer": {"replicas": 1}},
     "deterministic": {"run": {"deterministic": True}},
+    "rewards": {
+        "objective": {"rl": {"weight": 1.0}},
+        "rollout": {"temperature": 1.0, "top_p": 1.0},
+    },
     "sampled ahead": {"rollout": {"staleness": 1}, "run": {"checkpoint_every": 1}},
     "elastic": {
         "sampler": {"replicas": 3, "min_replicas": 1, "max_replicas": 4},
@@ -224,6 +229,7 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
 ROLES = ("sampler:1", "scorer:0", "monitor:0", "learner:0")  # one actor of each role
 SMALL = {"prompts_per_step": 3, "max_tokens": 12}  # where thousands are run
 HELDOUT = PromptSet(tuple(Prompt(f"h{i}", (50 + i, 40), "1") for i in range(6)), 0, "unused.jsonl")
+GOLDS = {f"p{i}": "1" for i in range(5)}  # a rollout whose last token is odd is right
 PROMPTS = PromptSet(tuple(Prompt(f"p{i}", (20 + i, 30 + i, 40)) for i in range(5)), 0, "unused.jsonl")
 
 

@@ -186,6 +186,35 @@ def test_mistakes_name_line_field_value_and_what_is_allowed(write, text, message
         ),
         ("evaluation: {data: {path: x, answer_column: null}}\n", "evaluation.data.answer_column = null"),
         (
+            "objective: {opd: {weight: 0}}\n",
+            "objective.opd.weight = 0 and rl.weight = 0: there is nothing to optimise",
+        ),
+        (
+            "objective: {rl: {weight: 1}}\nrollout: {top_p: 1}\n",
+            "objective.rl.weight = 1: needs rollout.rollouts_per_prompt >= 2 (it is 1)",
+        ),
+        (
+            "objective: {rl: {weight: 1}}\nrollout: {rollouts_per_prompt: 4}\n",
+            "objective.rl.weight = 1: needs rollout.top_p = 1 (it is 0.95)",
+        ),
+        (
+            "objective: {rl: {weight: 1}}\nrollout: {rollouts_per_prompt: 4, top_p: 1, temperature: 0.7}\n",
+            "objective.rl.weight = 1: needs rollout.temperature = 1 (it is 0.7)",
+        ),
+        (
+            "objective: {rl: {weight: 1, loss: reinforce}}\n"
+            "rollout: {rollouts_per_prompt: 4, top_p: 1, staleness: 1}\n",
+            "objective.rl.weight = 1: needs a ratio of learner to sampler with rollout.staleness = 1",
+        ),
+        (
+            "objective: {rl: {weight: 1, correction: truncate}}\n",
+            "objective.rl.correction = 'truncate': counts the ratio of learner to sampler twice",
+        ),
+        (
+            "objective: {rl: {weight: 1, correction_range: [2, 1]}}\n",
+            "objective.rl.correction_range = [2, 1]: must be two rising numbers",
+        ),
+        (
             "evaluation: {data: {path: x, system_prompt: hi}}\n",
             "evaluation.data.system_prompt: needs chat_template",
         ),
@@ -247,7 +276,7 @@ def test_files_that_cannot_be_read(write, content, message):
 
 
 def test_missing_and_unreadable_files(tmp_path):
-    assert refusal(tmp_path / "no.yaml") == "F: no such file; `demo` names the embedded configuration"
+    assert refusal(tmp_path / "no.yaml") == ("F: no such file; `demo` and `demo-rl` name embedded configurations")
     assert refusal(tmp_path) == "F: cannot be read: Is a directory"
 
 

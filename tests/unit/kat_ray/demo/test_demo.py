@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kat_ray.config.load import DEMO_FILES, load_config
+from kat_ray.config.load import DEMO_FILES, EMBEDDED, load_config
 from kat_ray.demo.corpus import (
     HONEST_CHECKS,
     STUDENT,
@@ -103,11 +103,12 @@ def test_wrong_documents_go_on_from_the_wrong_value():
             assert after[0] == before[4] or after == before, "each line starts where the one before ended"
 
 
-def test_the_embedded_configuration_fits_its_models_and_data():
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_an_embedded_configuration_fits_its_models_and_data(name):
     from kat_ray.data.prompts import load_prompts
     from kat_ray.models.inspect import check_models
 
-    config = load_config("demo")
+    config = load_config(name)
     facts = check_models(config)
     assert facts.warnings == () and facts.student.vocabulary == 166
     prompts = load_prompts(config.data, facts.tokenizer, facts.max_prompt_tokens(config.rollout.max_tokens))
