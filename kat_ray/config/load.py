@@ -113,9 +113,8 @@ def _read_file(file: Path, source: _Source) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"{source.name}: no such file; {' and '.join(f'`{n}`' for n in EMBEDDED)} name embedded ones"
-        ) from error
+        embedded = " and ".join(f"`{name}`" for name in EMBEDDED)
+        raise ConfigError(f"{source.name}: no such file; {embedded} name embedded configurations") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         raise ConfigError(f"{source.name}: cannot be read: {reason}") from error
