@@ -9,6 +9,7 @@ from tests.support.runs import check_books, records_of
 pytestmark = pytest.mark.integration
 
 
+@pytest.mark.nightly  # in virtual time: the layout `elastic` of test_control_plane_schedules
 def test_the_stage_that_is_waited_for_grows_and_the_idle_one_shrinks(ray_local, files, tmp_path):
     """Sampling ahead: a replica that goes has made records that are learnt a step later."""
     config = elastic_config(

@@ -22,7 +22,8 @@ from tests.deploy.held_steps import Gate, HeldEngine
 from tests.deploy.ray_process import until
 from tests.support.runs import QUICK, check_alike, stub_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
+# In virtual time all of it: test_control_plane.
+pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("own_ray")]
 
 STEPS = 8
 LOST_IN = 5  # the step, the first of which is 1; there is a checkpoint of the one before
@@ -102,11 +103,7 @@ def lose_a_node(cluster, scene, gate):
     until(lambda: roles_on(cluster, SPARE) == set(scene.roles), 300, f"{scene.roles} come up on the other node")
 
 
-# In virtual time all of them: test_control_plane.
-TIERS = dict.fromkeys(("all scorers and the monitor", "a sampler and a scorer"), pytest.mark.nightly)
-
-
-@pytest.mark.parametrize("scene", [pytest.param(s, marks=TIERS.get(s.name, ()), id=s.name) for s in SCENES])
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
 def test_a_run_survives_the_loss_of_a_node(cluster, quiet, files, tmp_path, caplog, scene):
     config, gate = config_for(files, cluster, tmp_path, scene.sections), Gate(tmp_path)
     gate.open(LOST_IN - 1)

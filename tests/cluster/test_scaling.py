@@ -8,7 +8,7 @@ from actors.bench.scaling import costs_of, flood, report
 from actors.driver.steps import Steps
 from kat_ray.data.prompts import PromptOrder
 
-pytestmark = pytest.mark.integration
+pytestmark = pytest.mark.nightly  # in virtual time: the layouts of test_control_plane
 
 
 @pytest.fixture(scope="module")

@@ -137,7 +137,7 @@ def test_torch_alone_comes_from_the_index_that_is_named(index, tmp_path):
     )  # its check fails: no ray
     told = (tmp_path / "told").read_text().splitlines()
     torch, locked_, *_ = [line for line in told if " install " in line]
-    assert torch.endswith(f"--index-url {index} torch==2.13.0" if index else "--no-input torch==2.13.0")
+    assert torch.endswith(f"--index-url {index} torch==2.13.0" if index else "--no-compile torch==2.13.0")
     assert "-r " in locked_ and "--index-url" not in locked_
 
 
