@@ -73,7 +73,7 @@ def run_config(kind, files, tmp_path, name):
         run={"name": name, "steps": kind.steps, "checkpoint_every": kind.every, "deterministic": True,
              "keep_checkpoints": 10},
         rollout={"top_k_logprobs": 16}, evaluation={"every": 2 * kind.every}, sampler={"replicas": 1},
-        scorer={"replicas": 1}, learner={"world_size": 1}, cluster={"dashboard": False},
+        scorer={"replicas": 1}, learner={"world_size": 1},
     )  # fmt: skip
     path = tmp_path / f"{name}.yaml"
     path.write_text(config_yaml(config))
