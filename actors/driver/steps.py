@@ -101,7 +101,7 @@ class Steps:
         scored: list[ScoredChunk] = self._actors.supervisor.wait([c.scored for c in chunks], "scores")
         rollouts = join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes)
         graded = self._grade(rollouts, sampling.specs)
-        rewards = {} if graded is None else {i: float(right) for i, right in graded.correct.items()}
+        rewards = {} if graded is None else graded.rewards
         share = sampling.step_start.probe_share
         if share is None:
             share = getattr(self._config.termination, "probe_share", 0.0)

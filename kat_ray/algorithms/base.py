@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kat_ray.data.accounting import FinishedRollout
-from kat_ray.types.records import KeptRollout, RolloutSpec
+from kat_ray.types.records import KeptRollout, Reward, RolloutSpec
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Algorithm(Protocol):
         self,
         rollouts: Sequence[FinishedRollout],
         specs: Sequence[RolloutSpec],
-        rewards: Mapping[int, float],
+        rewards: Mapping[int, Reward],
         probe_share: float,
     ) -> Credit:
         """Of whose first tokens the loss is made, and how much each weighs.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from kat_ray.algorithms.base import Credit
 from kat_ray.data.accounting import FinishedRollout, kept_rollouts
-from kat_ray.types.records import RolloutSpec
+from kat_ray.types.records import Reward, RolloutSpec
 
 
 class OnPolicyDistillation:
@@ -16,7 +16,7 @@ class OnPolicyDistillation:
         self,
         rollouts: Sequence[FinishedRollout],
         specs: Sequence[RolloutSpec],
-        rewards: Mapping[int, float],
+        rewards: Mapping[int, Reward],
         probe_share: float,
     ) -> Credit:
         """Every rollout of which a token is kept."""

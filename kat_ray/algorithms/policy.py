@@ -13,7 +13,7 @@ from kat_ray.algorithms.base import Credit
 from kat_ray.algorithms.groups import Ending, Floats, Graded, Members, Treatment, members
 from kat_ray.config import PolicyObjective
 from kat_ray.data.accounting import FinishedRollout
-from kat_ray.types.records import FloatArray, KeptRollout, PolicyCredit, RolloutSpec, StopReason
+from kat_ray.types.records import FloatArray, KeptRollout, PolicyCredit, Reward, RolloutSpec, StopReason
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PolicyOptimization:
         self,
         rollouts: Sequence[FinishedRollout],
         specs: Sequence[RolloutSpec],
-        rewards: Mapping[int, float],
+        rewards: Mapping[int, Reward],
         probe_share: float,
     ) -> Credit:
         """See `Algorithm`; rollouts without a token are in no group's loss, and in its baseline all the same."""
@@ -52,7 +52,7 @@ class PolicyOptimization:
         )
 
 
-def _graded(rollout: FinishedRollout, prompt_id: str, reward: float | None) -> Graded:
+def _graded(rollout: FinishedRollout, prompt_id: str, reward: Reward | None) -> Graded:
     outcome = rollout.outcome
     if outcome.stop_reason is StopReason.FAILED:
         ending = Ending.FAILED
@@ -62,7 +62,8 @@ def _graded(rollout: FinishedRollout, prompt_id: str, reward: float | None) -> G
         ending = Ending.TRUNCATED
     else:
         ending = Ending.ANSWERED
-    return Graded(rollout.rollout_id, prompt_id, ending, reward, outcome.would_cut is not None)
+    value = None if reward is None else reward.value
+    return Graded(rollout.rollout_id, prompt_id, ending, value, outcome.would_cut is not None)
 
 
 def _policy_tokens(rollout: FinishedRollout) -> int:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from kat_ray.data.accounting import FinishedRollout
 from kat_ray.rewards.grader_pool import GraderPool
-from kat_ray.rewards.limits import GradingLimits
+from kat_ray.rewards.limits import GradingLimits, Outcome
 from kat_ray.rewards.verifiers import Verifier, grade
 from kat_ray.termination import RULES
 from kat_ray.termination.settings import RuleSettings
-from kat_ray.types.records import FloatArray, RolloutOutcome, StopReason
+from kat_ray.types.records import FloatArray, Reward, RolloutOutcome, StopReason
 
 log = logging.getLogger("kat_ray.probes")
 
@@ -27,6 +27,7 @@ class Graded:
     correct: Mapping[int, bool]
     ran_out: int  # of those that are wrong, by too much time or memory taken in grading
     seconds: float
+    rewards: Mapping[int, Reward] = field(default_factory=dict)  # where training learns from them
 
 
 class RolloutGrader:
@@ -58,11 +59,19 @@ class RolloutGrader:
                 "(evaluation.grading_seconds, grading_step_seconds, grading_memory_gib)",
                 verdicts.ran_out, len(correct),
             )  # fmt: skip
-        return Graded(correct, verdicts.ran_out, time.monotonic() - started)
+        outcomes = dict(zip(known, verdicts.outcomes, strict=True))
+        rewards = {i: _reward(self._verifier, outcome) for i, outcome in outcomes.items()}
+        return Graded(correct, verdicts.ran_out, time.monotonic() - started, rewards)
 
     def close(self) -> None:
         """End what grades."""
         self._pool.close()
+
+
+def _reward(verifier: Verifier, outcome: Outcome) -> Reward:
+    """1 or 0; nothing where grading took too much time or memory, since that says nothing of the answer."""
+    value = {Outcome.RIGHT: 1.0, Outcome.WRONG: 0.0}.get(outcome)
+    return Reward(value, {verifier: value}, "" if value is not None else f"grading {outcome.value}")
 
 
 def seen_to_the_end(rollouts: Sequence[FinishedRollout], cuts: bool) -> list[FinishedRollout]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -235,6 +235,19 @@ class StepEnd:
 
     outcomes: tuple[RolloutOutcome, ...]
     busy_seconds: float
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What a rollout was worth. `value` is None where it was not graded, which is no reward of 0.
+
+    `parts` are what each reward function gave, by its name, before weights; `error` is why the first of them gave
+    nothing.
+    """
+
+    value: float | None
+    parts: Mapping[str, float | None] = field(default_factory=dict)
+    error: str = ""
 
 
 @dataclass(frozen=True)

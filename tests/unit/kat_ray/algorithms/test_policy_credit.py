@@ -6,7 +6,7 @@ import pytest
 from kat_ray.algorithms.policy import PolicyOptimization
 from kat_ray.config import PolicyObjective
 from kat_ray.data.accounting import FinishedRollout, count_tokens
-from kat_ray.types.records import RolloutOutcome, RolloutSpec, StopReason
+from kat_ray.types.records import Reward, RolloutOutcome, RolloutSpec, StopReason
 
 LONGEST = 8
 
@@ -32,7 +32,9 @@ SPECS = [RolloutSpec(i, "p", (7, 8), 0, i == 2, LONGEST) for i in range(4)]
 
 def credit(rollouts=GROUP, rewards=REWARDS, specs=SPECS, share=0.1, **changes):
     rl = PolicyObjective(weight=1.0, advantage="dr_grpo", **changes)
-    return PolicyOptimization(rl, LONGEST).credit(rollouts, specs, rewards, share)
+    return PolicyOptimization(rl, LONGEST).credit(
+        rollouts, specs, {i: Reward(r) for i, r in rewards.items()}, share
+    )
 
 
 def test_the_policy_is_told_of_the_tokens_up_to_the_confirmation_and_the_teacher_of_those_before_the_cut():
