@@ -49,6 +49,7 @@ class PolicyOptimization:
             kept=[k for k in kept if k.kept],
             advantages={i: float(a) for i, (_, w, a) in values.items() if w > 0},
             metrics=_metrics(found, advantage, tokens),
+            reward_weights={i: float(w) for i, (_, w, _) in values.items()},
         )
 
 

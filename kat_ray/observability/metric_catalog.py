@@ -101,6 +101,12 @@ METRICS = {
         Metric("rl/effective_share", "share", "(mean ratio)^2 / mean ratio^2: what the ratio leaves of the tokens"),
         Metric("rl/clip_low_share", "share", "tokens whose ratio was held from below"),
         Metric("rl/clip_high_share", "share", "tokens whose ratio was held from above"),
+        Metric("rl/length_right", "tokens", "mean length of the rollouts that were graded right"),
+        Metric("rl/length_wrong", "tokens", "mean length of those that were graded wrong"),
+        Metric("rl/cut_share", "share", "of the policy's tokens, that are of rollouts which the rule cut"),
+        Metric(
+            "rl/truncated_share", "share", "of the policy's tokens, that are of rollouts that ran to their limit"
+        ),
         Metric(
             "learner/top_k_for_99",
             "tokens",
@@ -122,7 +128,9 @@ METRICS = {
         Metric("time/decision_mean", "s", "from building a chunk to applying the decision on it, mean"),
         Metric("time/decision_max", "s", "the slowest decision of the step"),
         Metric("time/learn", "s", "optimiser step; the books are kept meanwhile"),
-        Metric("time/grade", "s", "grading the step's rollouts, while the learner works"),
+        Metric(
+            "time/grade", "s", "grading the step's rollouts: before it is learnt from rewards, else while it learns"
+        ),
         Metric("time/publish", "s", "weights to all samplers"),
         Metric("time/checkpoint", "s", "that the run stood still for checkpoints since the step before"),
         Metric("pool/restarts", "deaths", "actors that died since the last step, as those noticed who needed them"),
