@@ -27,7 +27,7 @@ from kat_ray.run.summary import Totals
 from kat_ray.termination import RULES, Effect
 from kat_ray.types.records import Reward
 
-_NO_SCORES = np.zeros(0, dtype=np.float32)  # of a run without a teacher
+_UNSCORED = np.zeros(0, dtype=np.float32)  # the KL of a rollout that no teacher saw
 
 
 class StepRecorder:
@@ -57,7 +57,8 @@ class StepRecorder:
         kept = {r.rollout_id: r.counts.kept for r in sampled.rollouts}
         tokens = ScoredTokens(sampled.scored)
         traces = tokens.column("d")
-        features, policy = self._features(tokens), _policy(sampled)
+        features = self._features(tokens) if sampled.scored else lambda rollout_id: None
+        policy = _policy(sampled)
         prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
         active = is_active(self._config.termination, sampled.step_start.threshold)
         effect = RULES[self._config.termination.rule].effect
@@ -72,7 +73,7 @@ class StepRecorder:
                 step=step,
                 policy_version=sampled.version,
                 token_ids=rollout.token_ids,
-                d=traces.get(rollout.rollout_id, _NO_SCORES),
+                d=traces.get(rollout.rollout_id, _UNSCORED),
                 stop_reason=rollout.outcome.stop_reason,
                 cut=rollout.outcome.cut,
                 confirmed=rollout.outcome.confirmed,
@@ -110,7 +111,10 @@ class StepRecorder:
         if not credit:
             return {}
         tokens = {i: own.policy_tokens for i, own in credit.items()}
-        return answer_metrics(sampled.rollouts, graded.correct, tokens) | dict(sampled.credit.metrics)
+        rewarded = {i: r.value > 0 for i, r in graded.rewards.items() if r.value is not None}
+        return answer_metrics(sampled.rollouts, rewarded | dict(graded.correct), tokens) | dict(
+            sampled.credit.metrics
+        )
 
     def _features(self, tokens: ScoredTokens) -> Callable[[int], TokenFeatures | None]:
         """What is recorded of a rollout's tokens beside their KL."""

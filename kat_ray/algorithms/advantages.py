@@ -37,9 +37,7 @@ def advantages(kind: Advantage, members: Members, tokens: NDArray[np.int64], min
     reward, weight = members.reward, members.weight
     if kind == "reinforce_pp":
         return _whitened(reward, weight * tokens) * (weight > 0)
-    total = _by_group(weight, members)
-    mean = _by_group(weight * reward, members) / np.where(total > 0, total, 1.0)
-    centred = np.where(_tells(members), reward - mean, 0.0)
+    centred, mean, total = _centred(members)
     match kind:
         case "grpo":
             scale = _deviation(centred, total, members) + min_std
@@ -54,11 +52,27 @@ def advantages(kind: Advantage, members: Members, tokens: NDArray[np.int64], min
             return _whitened(centred, weight * tokens) * (weight > 0)
 
 
+def deviations(members: Members) -> Floats:
+    """The sample standard deviation of each group's rewards [G], by weight; 0 where they are all the same."""
+    centred, _, total = _centred(members)
+    by_group: Floats = np.zeros(members.groups)
+    by_group[members.group] = _deviation(centred, total, members)
+    return by_group
+
+
 def constant_groups(members: Members) -> NDArray[np.bool_]:
     """Whether the rewards of a group [G] that count are all the same: no advantage comes of it."""
     constant = np.ones(members.groups, dtype=bool)
     constant[members.group[_tells(members)]] = False
     return constant
+
+
+def _centred(members: Members) -> tuple[Floats, Floats, Floats]:
+    """Of each row: its reward less its group's mean, 0 where that tells nothing; the mean; the group's weight."""
+    reward, weight = members.reward, members.weight
+    total = _by_group(weight, members)
+    mean = _by_group(weight * reward, members) / np.where(total > 0, total, 1.0)
+    return np.where(_tells(members), reward - mean, 0.0), mean, total
 
 
 def _tells(members: Members) -> NDArray[np.bool_]:

@@ -57,6 +57,9 @@ METRICS = {
         Metric("reward/left_out_not_graded", "rollouts", "without a reward: no gold answer, or no verdict"),
         Metric("group/constant_share", "share", "prompts whose rollouts all have one reward: they teach nothing"),
         Metric("group/all_wrong_share", "share", "prompts none of whose rollouts has a reward above 0"),
+        Metric(
+            "group/std", "reward", "standard deviation of the rewards of a prompt's rollouts, mean over prompts"
+        ),
         Metric("group/size_min", "rollouts", "that count, of the smallest group"),
         Metric("advantage/abs_mean", "1", "mean size of the advantages"),
         Metric("advantage/max", "1", "largest size of an advantage"),
@@ -101,8 +104,12 @@ METRICS = {
         Metric("rl/effective_share", "share", "(mean ratio)^2 / mean ratio^2: what the ratio leaves of the tokens"),
         Metric("rl/clip_low_share", "share", "tokens whose ratio was held from below"),
         Metric("rl/clip_high_share", "share", "tokens whose ratio was held from above"),
-        Metric("rl/length_right", "tokens", "mean length of the rollouts that were graded right"),
-        Metric("rl/length_wrong", "tokens", "mean length of those that were graded wrong"),
+        Metric(
+            "rl/length_right",
+            "tokens",
+            "mean length of rollouts with a right answer; without a gold one, rewarded above 0",
+        ),
+        Metric("rl/length_wrong", "tokens", "mean length of the other graded rollouts"),
         Metric("rl/cut_share", "share", "of the policy's tokens, that are of rollouts which the rule cut"),
         Metric(
             "rl/truncated_share", "share", "of the policy's tokens, that are of rollouts that ran to their limit"
