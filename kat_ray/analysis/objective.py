@@ -24,7 +24,9 @@ from kat_ray.errors import UserError
 from kat_ray.types.records import FloatArray, Reward, RolloutOutcome, RolloutSpec, StopReason
 
 # What the learner does with an advantage: a replay has no loss, and would show no difference.
-AT_THE_LEARNER = ("weight", "loss", "clip", "dual_clip", "correction", "correction_range")
+AT_THE_LEARNER = (
+    "weight", "final_weight", "anneal_steps", "loss", "clip", "dual_clip", "correction", "correction_range",
+)  # fmt: skip
 _LEFT_OUT = "reward/left_out_"
 
 
@@ -54,7 +56,7 @@ class Difference(NamedTuple):
 class Worth:
     """What one setting of the objective makes of a run's rewards. Means are over its steps."""
 
-    changes: Mapping[str, Any]  # of the run's own settings
+    changes: Mapping[str, Any]  # values that were asked for
     abs_mean: float | None  # size of the advantages
     zero_share: float | None  # tokens of the policy's loss whose advantage is 0
     constant_share: float | None  # groups whose rewards are all the same

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from kat_ray.errors import UserError, writing
 
 _FIGURES = {
     "abs_mean": "mean |A|",
-    "zero_share": "tokens with A = 0",
-    "constant_share": "constant groups",
-    "correlation": "with the run's own",
+    "zero_share": "A = 0",
+    "constant_share": "constant",
+    "correlation": "correlation",
 }
 
 
@@ -46,7 +46,8 @@ def replay_objective(run_dir: Path, settings: Sequence[str], out: Path | None) -
         console.print(f"warning: {note}", markup=False)
     own = replayed(steps, config)
     console.print(_reproduction(steps, differences(steps, own)), markup=False)
-    results = [worth({}, own, own)]
+    mine = config.objective.rl.model_dump()
+    results = [worth({name: mine[name] for name in grid}, own, own)]
     for values in itertools.product(*grid.values()) if grid else ():
         changes = dict(zip(grid, values, strict=True))
         results.append(worth(changes, replayed(steps, with_objective(config, changes)), own))
@@ -54,7 +55,7 @@ def replay_objective(run_dir: Path, settings: Sequence[str], out: Path | None) -
     path = (out or run_dir / "replay") / "objective.csv"
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_csv(path, results, tuple(grid))
+        _write_csv(path, results)
     console.print(str(path), markup=False)
     return [path]
 
@@ -88,16 +89,20 @@ def _exact(value: float | None) -> str:
 
 
 def _print(console: Console, results: Sequence[Worth]) -> None:
+    """The first of the results is the run's own; what the others correlate with is that one."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("objective.rl")
-    for heading in _FIGURES.values():
+    table.add_column("")
+    for heading in results[0].changes:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in (*_FIGURES.values(), "left out"):
         table.add_column(heading, justify="right")
-    table.add_column("left out")
     for r in results:
-        name = " ".join(f"{k}={_text(v)}" for k, v in r.changes.items()) or "as in the run"
         shares = ["-" if x is None else f"{x:.1%}" for x in (r.zero_share, r.constant_share)]
         left_out = ", ".join(f"{count:,} {reason}" for reason, count in sorted(r.left_out.items()))
-        table.add_row(name, _number(r.abs_mean), *shares, _number(r.correlation), left_out or "none")
+        whose = "the run" if r is results[0] else ""
+        values = map(_text, r.changes.values())
+        figures = (_number(r.abs_mean), *shares, _number(r.correlation), left_out or "none")
+        table.add_row(whose, *values, *figures, style="bold" if whose else None)
     console.print(table)
 
 
@@ -109,13 +114,14 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
 
 
-def _write_csv(path: Path, results: Sequence[Worth], names: Sequence[str]) -> None:
+def _write_csv(path: Path, results: Sequence[Worth]) -> None:
+    names = tuple(results[0].changes)
     reasons = sorted({reason for r in results for reason in r.left_out})
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*names, *_FIGURES, *(f"left out: {reason}" for reason in reasons)])
+        writer.writerow(["the_run", *names, *_FIGURES, *(f"left out: {reason}" for reason in reasons)])
         for r in results:
-            values: Mapping[str, Any] = r.changes
+            own = int(r is results[0])
             figures = [getattr(r, name) for name in _FIGURES]
-            row = [_text(values[name]) if name in values else "" for name in names]
-            writer.writerow([*row, *figures, *(r.left_out.get(reason, 0) for reason in reasons)])
+            left_out = [r.left_out.get(reason, 0) for reason in reasons]
+            writer.writerow([own, *(_text(r.changes[name]) for name in names), *figures, *left_out])

@@ -1,14 +1,19 @@
 """Advantages of a run from its traces: to the bit, and what other settings would have made of its rewards."""
 
 import csv
+import json
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from kat_ray.analysis.objective import differences, recorded_steps, replayed, with_objective, worth
+from kat_ray.analysis.replay import load_table, traces_from, uncensored
+from kat_ray.analysis.replay_rules import sweep
 from kat_ray.cli import main as cli
 from kat_ray.config.load import load_config, save_config
 from kat_ray.records.traces import SCHEMA, write_traces
+from kat_ray.termination import RunFacts
 from tests.support.scenarios import LAYOUTS, Run
 
 REWARDS = LAYOUTS["rewards"]
@@ -29,6 +34,8 @@ def written(run, path):
     (path / "traces").mkdir(parents=True)
     for step, rows in run.records.traces.items():
         write_traces(path / "traces", step, rows)
+    lines = [json.dumps(metrics | {"step": done}) for done, metrics in run.records.metrics]
+    (path / "metrics.jsonl").write_text("\n".join(lines))
     save_config(run.config, path / "config.yaml")
     return path
 
@@ -126,9 +133,10 @@ def test_the_command_shows_what_other_settings_would_do(recorded, tmp_path, caps
     assert cli.main(["replay", str(recorded), "--objective", *settings, "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "computed again, gives the credit of all 72 rollouts to the bit" in text
-    assert "as in the run" in text and "advantage=rloo cut_reward=exclude" in text
+    assert [line.split()[0] for line in text.splitlines() if "rloo" in line] == ["rloo"] * 2
+    assert any(line.startswith("the run") and "grpo" in line for line in text.splitlines())
     own, same, _, rloo, excluded = csv.DictReader((out / "objective.csv").open())
-    assert own["advantage"] == "" and {**own, "advantage": "grpo", "cut_reward": "failure"} == same
+    assert own == {**same, "the_run": "1"} and (own["advantage"], own["cut_reward"]) == ("grpo", "failure")
     assert float(same["correlation"]) == pytest.approx(1) and 0 < float(rloo["correlation"]) < 1
     cut = sum(row["cut"] is not None for step in range(3) for row in rows_of(recorded, step))
     assert cut and excluded["left out: cut"] == str(cut) and rloo["left out: cut"] == "0"
@@ -189,3 +197,27 @@ def test_a_run_without_rewards_and_traces_of_before_are_refused(recorded, tmp_pa
         old = altered(source, tmp_path / f"old-{step}", step, lambda table: table.select(columns))
     assert cli.main(["replay", str(old), "--objective"]) == 2
     assert "its traces have no columns reward_weight and advantage" in capsys.readouterr().err
+
+
+def test_verdicts_on_rollouts_that_the_rule_let_pass_say_nothing_of_its_cuts(recorded):
+    """With rewards they are graded as well; whoever asks what a cut costs goes by those seen to their end alone."""
+    config = load_config(recorded / "config.yaml")
+    facts = RunFacts(config.run.seed, config.rollout.max_tokens)
+    table, _ = load_table(recorded)
+    rows = table.to_pylist()
+    passed = [not r["probe"] and r["threshold"] is not None and r["correct"] is not None for r in rows]
+    assert sum(passed) > 5
+    flipped = [r["correct"] != was for r, was in zip(rows, passed, strict=True)]
+    flipped = [None if r["correct"] is None else f for r, f in zip(rows, flipped, strict=True)]
+    at = table.column_names.index("correct")
+    other = table.set_column(at, SCHEMA.field("correct"), pa.array(flipped))
+    found = []
+    for one in (table, other):
+        seen = uncensored(traces_from(one), config)
+        found.append(sweep(seen, config.termination, {"eta": [0.2, 0.5]}, facts))
+    assert found[0] == found[1] and 0 < found[0][0].right_share < 1
+    own = [r for r in rows if r["probe"] and r["threshold"] is not None and r["correct"] is not None]
+    step = max(r["step"] for r in rows)
+    metrics = json.loads((recorded / "metrics.jsonl").read_text().splitlines()[step])
+    last = [r["correct"] for r in own if r["step"] == step]
+    assert metrics["probe/right_share"] == pytest.approx(sum(last) / len(last)), "of probes"
