@@ -81,9 +81,9 @@ def recorded_steps(run_dir: Path, config: Config) -> tuple[list[RecordedStep], l
             "which recorded no rewards; the run has to be made again"
         )
     steps, incomplete = [], []
-    numbers = table.column("step").to_numpy()
-    for step in np.unique(numbers).tolist():
-        part = table.slice(int(np.searchsorted(numbers, step)), int((numbers == step).sum()))
+    numbers, first, counts = np.unique(table.column("step").to_numpy(), return_index=True, return_counts=True)
+    for step, start, count in zip(numbers.tolist(), first.tolist(), counts.tolist(), strict=True):
+        part = table.slice(start, count)
         whole = len(part) == config.rollout.rollouts_per_step
         if whole and not part.column("reward_weight").null_count:
             steps.append(_recorded_step(step, part, config.rollout.max_tokens))
@@ -98,18 +98,11 @@ def recorded_steps(run_dir: Path, config: Config) -> tuple[list[RecordedStep], l
 
 
 def _recorded_step(step: int, table: pa.Table, longest: int) -> RecordedStep:
-    lengths = np.asarray(table.column("token_ids").combine_chunks().value_lengths()).tolist()
-    lists = ("token_ids", "d", "weights", "sampled_logprobs")
-    scalar = [name for name in table.column_names if not pa.types.is_list(table.schema.field(name).type)]
-    rows = table.select(scalar).to_pylist()
-    columns = {name: table.column(name) for name in lists}
-    rollouts = [
-        _finished(row, length, {name: column[i] for name, column in columns.items()})
-        for i, (row, length) in enumerate(zip(rows, lengths, strict=True))
-    ]
+    rows = table.select([f.name for f in table.schema if not pa.types.is_list(f.type)]).to_pylist()
+    tokens, weights, logprobs = (_values(table, name) for name in ("token_ids", "weights", "sampled_logprobs"))
     return RecordedStep(
         step=step,
-        rollouts=rollouts,
+        rollouts=[_finished(*parts) for parts in zip(rows, tokens, weights, logprobs, strict=True)],
         specs=[RolloutSpec(r["rollout_id"], r["prompt_id"], (), 0, r["probe"], longest) for r in rows],
         rewards={
             r["rollout_id"]: Reward(r["reward"], dict(r["rewards"] or ()), r["reward_error"] or "")
@@ -121,21 +114,27 @@ def _recorded_step(step: int, table: pa.Table, longest: int) -> RecordedStep:
     )
 
 
-def _finished(row: Mapping[str, Any], length: int, lists: Mapping[str, pa.Scalar]) -> FinishedRollout:
-    def values(name: str, dtype: type[np.generic]) -> np.ndarray | None:
-        found = lists[name].values
-        return None if found is None else np.asarray(found, dtype=dtype)
+def _values(table: pa.Table, name: str) -> list[np.ndarray | None]:
+    """A column of lists, row by row; None where it is null."""
+    lists = table.column(name).combine_chunks()
+    lengths = np.asarray(lists.value_lengths().fill_null(0))
+    parts = np.split(np.asarray(lists.flatten()), np.cumsum(lengths)[:-1])
+    known = lists.is_valid().to_pylist()
+    return [part if there else None for part, there in zip(parts, known, strict=True)]
 
+
+def _finished(
+    row: Mapping[str, Any], tokens: np.ndarray | None, weights: np.ndarray | None, logprobs: np.ndarray | None
+) -> FinishedRollout:
+    assert tokens is not None  # `read_rows` has checked
     outcome = RolloutOutcome(
         rollout_id=row["rollout_id"],
         stop_reason=StopReason(row["stop_reason"]),
-        scored=length,  # of a rollout that is not cut; of others it is not asked for
-        weights=values("weights", np.float32),
+        scored=len(tokens),  # of a rollout that is not cut; of others it is not asked for
+        weights=None if weights is None else weights.astype(np.float32),
         **{name: row[name] for name in ("cut", "confirmed", "threshold", "minimum", "probe", "would_cut")},
     )
-    tokens = values("token_ids", np.int32)
-    assert tokens is not None  # `read_rows` has checked
-    return FinishedRollout(outcome, tokens, count_tokens(outcome, length), values("sampled_logprobs", np.float32))
+    return FinishedRollout(outcome, tokens, count_tokens(outcome, len(tokens)), logprobs)
 
 
 def replayed(steps: Sequence[RecordedStep], config: Config) -> list[Credit]:
