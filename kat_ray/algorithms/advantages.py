@@ -37,7 +37,9 @@ def advantages(kind: Advantage, members: Members, tokens: NDArray[np.int64], min
     reward, weight = members.reward, members.weight
     if kind == "reinforce_pp":
         return _whitened(reward, weight * tokens) * (weight > 0)
-    centred, mean, total = _centred(members)
+    total = _by_group(weight, members)
+    mean = _by_group(weight * reward, members) / np.where(total > 0, total, 1.0)
+    centred = np.where(_tells(members), reward - mean, 0.0)
     match kind:
         case "grpo":
             scale = _deviation(centred, total, members) + min_std
@@ -53,10 +55,11 @@ def advantages(kind: Advantage, members: Members, tokens: NDArray[np.int64], min
 
 
 def deviations(members: Members) -> Floats:
-    """The sample standard deviation of each group's rewards [G], by weight; 0 where they are all the same."""
-    centred, _, total = _centred(members)
+    """The sample standard deviation of each group's rewards [G], by weight; 0 where fewer than two count."""
+    total = _by_group(members.weight, members)
+    mean = _by_group(members.weight * members.reward, members) / np.where(total > 0, total, 1.0)
     by_group: Floats = np.zeros(members.groups)
-    by_group[members.group] = _deviation(centred, total, members)
+    by_group[members.group] = _deviation(members.reward - mean, total, members)
     return by_group
 
 
@@ -65,14 +68,6 @@ def constant_groups(members: Members) -> NDArray[np.bool_]:
     constant = np.ones(members.groups, dtype=bool)
     constant[members.group[_tells(members)]] = False
     return constant
-
-
-def _centred(members: Members) -> tuple[Floats, Floats, Floats]:
-    """Of each row: its reward less its group's mean, 0 where that tells nothing; the mean; the group's weight."""
-    reward, weight = members.reward, members.weight
-    total = _by_group(weight, members)
-    mean = _by_group(weight * reward, members) / np.where(total > 0, total, 1.0)
-    return np.where(_tells(members), reward - mean, 0.0), mean, total
 
 
 def _tells(members: Members) -> NDArray[np.bool_]:

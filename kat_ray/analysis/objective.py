@@ -85,7 +85,7 @@ def recorded_steps(run_dir: Path, config: Config) -> tuple[list[RecordedStep], l
     for step, start, count in zip(numbers.tolist(), first.tolist(), counts.tolist(), strict=True):
         part = table.slice(start, count)
         whole = len(part) == config.rollout.rollouts_per_step
-        if whole and not part.column("reward_weight").null_count:
+        if whole and not any(part.column(name).null_count for name in ("reward_weight", "probe_share")):
             steps.append(_recorded_step(step, part, config.rollout.max_tokens))
         else:
             incomplete.append(step)
@@ -99,10 +99,10 @@ def recorded_steps(run_dir: Path, config: Config) -> tuple[list[RecordedStep], l
 
 def _recorded_step(step: int, table: pa.Table, longest: int) -> RecordedStep:
     rows = table.select([f.name for f in table.schema if not pa.types.is_list(f.type)]).to_pylist()
-    tokens, weights, logprobs = (_values(table, name) for name in ("token_ids", "weights", "sampled_logprobs"))
+    tokens, logprobs = (_values(table, name) for name in ("token_ids", "sampled_logprobs"))
     return RecordedStep(
         step=step,
-        rollouts=[_finished(*parts) for parts in zip(rows, tokens, weights, logprobs, strict=True)],
+        rollouts=[_finished(*parts) for parts in zip(rows, tokens, logprobs, strict=True)],
         specs=[RolloutSpec(r["rollout_id"], r["prompt_id"], (), 0, r["probe"], longest) for r in rows],
         rewards={
             r["rollout_id"]: Reward(r["reward"], dict(r["rewards"] or ()), r["reward_error"] or "")
@@ -123,15 +123,13 @@ def _values(table: pa.Table, name: str) -> list[np.ndarray | None]:
     return [part if there else None for part, there in zip(parts, known, strict=True)]
 
 
-def _finished(
-    row: Mapping[str, Any], tokens: np.ndarray | None, weights: np.ndarray | None, logprobs: np.ndarray | None
-) -> FinishedRollout:
+def _finished(row: Mapping[str, Any], tokens: np.ndarray | None, logprobs: np.ndarray | None) -> FinishedRollout:
+    """As the driver had it, but for the weights of the KL, which advantages do not depend on."""
     assert tokens is not None  # `read_rows` has checked
     outcome = RolloutOutcome(
         rollout_id=row["rollout_id"],
         stop_reason=StopReason(row["stop_reason"]),
         scored=len(tokens),  # of a rollout that is not cut; of others it is not asked for
-        weights=None if weights is None else weights.astype(np.float32),
         **{name: row[name] for name in ("cut", "confirmed", "threshold", "minimum", "probe", "would_cut")},
     )
     return FinishedRollout(outcome, tokens, count_tokens(outcome, len(tokens)), logprobs)

@@ -195,6 +195,11 @@ def _contradiction(table: pa.Table) -> str | None:
         place = table.column(name)
         if _any(pc.less(place, 0)) or _any(pc.greater(place, tokens)):
             return f"{name} lies outside of the rollout"
+    if _any(pc.greater(table.column("cut"), table.column("confirmed"))):
+        return "cut lies after confirmed"
+    share = table.column("probe_share")
+    if _any(pc.invert(pc.and_(pc.greater_equal(share, 0.0), pc.less_equal(share, 1.0)))):
+        return "probe_share is no share"
     return None
 
 

@@ -11,38 +11,16 @@ from kat_ray.analysis.objective import differences, recorded_steps, replayed, wi
 from kat_ray.analysis.replay import load_table, traces_from, uncensored
 from kat_ray.analysis.replay_rules import sweep
 from kat_ray.cli import main as cli
-from kat_ray.config.load import load_config, save_config
-from kat_ray.records.traces import SCHEMA, write_traces
+from kat_ray.config.load import load_config
+from kat_ray.records.traces import SCHEMA
 from kat_ray.termination import RunFacts
-from tests.support.scenarios import LAYOUTS, Run
-
-REWARDS = LAYOUTS["rewards"]
-RULE = {
-    "rule": "kat", "window": 3, "consecutive": 2, "exempt": 1, "min_samples": 4, "min_steps": 1, "eta": 0.5,
-    "probe_share": 0.4,
-}  # fmt: skip
-
-
-def changed(**rl):
-    """The small run with rewards, many cuts and these settings of the objective."""
-    rollout = {**REWARDS["rollout"], "prompts_per_step": 6, "rollouts_per_prompt": 4}
-    return {"objective": {"rl": {"weight": 1.0, **rl}}, "rollout": rollout, "termination": RULE}
-
-
-def written(run, path):
-    """What a run on the fake cluster left, as a run directory."""
-    (path / "traces").mkdir(parents=True)
-    for step, rows in run.records.traces.items():
-        write_traces(path / "traces", step, rows)
-    lines = [json.dumps(metrics | {"step": done}) for done, metrics in run.records.metrics]
-    (path / "metrics.jsonl").write_text("\n".join(lines))
-    save_config(run.config, path / "config.yaml")
-    return path
+from tests.support.rewarded import RULE, with_rewards, written
+from tests.support.scenarios import Run
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    run = Run(0, changed())
+    run = Run(0, with_rewards())
     result = run.go()
     assert result.error is None and result.finished
     return written(run, tmp_path_factory.mktemp("recorded") / "run")
@@ -76,7 +54,7 @@ def altered(path, to, step, change):
     ],
 )
 def test_what_a_run_gave_its_rollouts_comes_out_again_to_the_bit(tmp_path, rl):
-    run = Run(1, changed(**rl))
+    run = Run(1, with_rewards(**rl))
     assert run.go().error is None
     config = load_config(written(run, tmp_path / "run") / "config.yaml")
     steps, notes = recorded_steps(tmp_path / "run", config)

@@ -124,6 +124,8 @@ def test_traces_of_before_rewards_are_read(run):
     [
         ({"policy_tokens": 4}, "policy_tokens lies outside of the rollout"),
         ({"sampled_logprobs": np.zeros(4, np.float32)}, "more log-probabilities were sampled than tokens"),
+        ({"probe_share": 1.5}, "probe_share is no share"),
+        ({"probe_share": math.nan}, "probe_share is no share"),
     ],
 )
 def test_rewards_that_no_run_can_have_written(tmp_path, changes, said):
@@ -131,6 +133,8 @@ def test_rewards_that_no_run_can_have_written(tmp_path, changes, said):
     read_rows(write_traces(tmp_path, 0, [trace(policy=policy)]))
     with pytest.raises(pa.ArrowInvalid, match=said):
         read_rows(write_traces(tmp_path, 0, [trace(policy=replace(policy, **changes))]))
+    with pytest.raises(pa.ArrowInvalid, match="cut lies after confirmed"):
+        read_rows(write_traces(tmp_path, 0, [trace(cut=2, confirmed=1)]))
 
 
 def test_no_traces_is_an_empty_table(tmp_path):
