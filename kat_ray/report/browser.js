@@ -71,6 +71,10 @@
     const parts = [`step ${r.step}`, `${r.tokens.length} tokens`, verdict(r)];
     if (r.answer !== null) parts.push(r.cut === null ? `answer ${r.answer}` : `answer in what was kept: ${r.answer}`);
     if (r.gold !== null) parts.push(`gold answer ${r.gold}`);
+    if (r.rewarded) {
+      parts.push(r.reward !== null ? `reward ${number(r.reward)}` : `no reward${r.reward_error === null ? "" : ` (${r.reward_error})`}`);
+      parts.push(r.advantage === null ? "counts nothing in its group" : `advantage ${number(r.advantage)}`);
+    }
     if (data.own || r.threshold !== null) parts.push(r.threshold === null ? "no threshold yet" : `threshold ${number(r.threshold)} nats`);
     if (r.cut !== null) parts.push(`cut at ${r.cut}, confirmed after ${r.confirmed}`);
     if (r.probe) parts.push(r.would === null ? "probe" : `probe, would be cut at ${r.would}`);

@@ -100,10 +100,13 @@ def _browser_text(records: RunRecords, lens: Lens, shown: int) -> str:
     effect = RULES[own].effect
     count = len(records.traces.step)
     how = "All rollouts." if shown == count else f"{shown:,} of {count:,} rollouts: a sample of every kind."
+    underlined = "Underlined tokens are not trained on."
+    if records.config.objective.rl.weight:
+        underlined = "Underlined tokens have no KL in the loss; the policy's loss goes on up to the confirmation."
     text = (
         f"{how} "
         "A token is coloured by its reverse KL; point at one, click it or use the arrow keys to see its figures. "
-        f"Underlined tokens are not trained on. The curve is the mean KL of the last {window} tokens. "
+        f"{underlined} The curve is the mean KL of the last {window} tokens. "
     )
     if not lens.own:
         return text + (

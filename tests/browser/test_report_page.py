@@ -8,6 +8,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
 from kat_ray.cli import main as cli
+from kat_ray.records.traces import PolicyTrace, write_traces
 from kat_ray.types.records import StopReason
 from tests.browser.pages import open_page
 from tests.support.reports import APPLIED, STAGES, row, small_run, write_run
@@ -56,6 +57,24 @@ def test_rollouts_are_filtered_and_shown(browser, page):
     assert not entries(browser) and "No rollout matches" in get(browser, "head").text
     Select(get(browser, "right")).select_by_visible_text("all")
     assert [e.text.split()[0] for e in entries(browser)] == ["#0", "#1", "#3"]
+
+
+def test_a_rollout_tells_its_reward_and_advantage(browser, tmp_path):
+    run = small_run(tmp_path)
+    rewarded = PolicyTrace(1.0, {}, None, 1.0, -0.25, 4, 0.1, 0.0, np.zeros(1, np.float32))
+    nothing = PolicyTrace(None, {}, "score: too slow", 0.0, None, 0, 0.0, 0.0, np.zeros(1, np.float32))
+    write_traces(
+        run / "traces", 0, [row(0, STAGES, policy=rewarded), row(1, STAGES, policy=nothing), row(2, STAGES)]
+    )
+    assert cli.main(["report", str(run)]) == 0
+    open_page(browser, run / "report" / "report.html")
+    said = []
+    for entry in entries(browser):
+        entry.click()
+        said.append(get(browser, "head").text)
+    assert "reward 1.00 · advantage -0.250" in said[0]
+    assert "no reward (score: too slow) · counts nothing in its group" in said[1]
+    assert "reward" not in said[2] and "advantage" not in said[2]
 
 
 def test_a_token_tells_its_figures(browser, page):
