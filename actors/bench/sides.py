@@ -149,7 +149,7 @@ def run_child(command: Sequence[str], env: Mapping[str, str], timeout: float, lo
 def _end(child: subprocess.Popen[bytes]) -> None:
     if child.poll() is not None:
         return
-    child.send_signal(signal.SIGINT)  # kat-ray then shuts its Ray down
+    child.terminate()  # kat-ray then shuts its Ray down; what a shell started with & would ignore SIGINT
     try:
         child.wait(GRACE)
     except subprocess.TimeoutExpired:

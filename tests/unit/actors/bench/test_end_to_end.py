@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 
 import pytest
@@ -64,6 +65,21 @@ def test_a_child_that_fails_or_hangs_shows_its_last_lines(tmp_path):
         sides.run_child([sys.executable, "-c", "print('bad luck'); raise SystemExit(3)"], os.environ, 60, log)
     with pytest.raises(SideError, match=r"no result after 0\.5 s"):
         sides.run_child([sys.executable, "-c", "import time; time.sleep(60)"], os.environ, 0.5, log)
+
+
+def test_a_child_is_told_to_end_also_where_a_shell_started_all_in_the_background(tmp_path):
+    """A shell has what it starts with & ignore SIGINT, and a child inherits that."""
+    log = tmp_path / "log"
+    says = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit('told to end')); "
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(SideError, match="no result"):
+            sides.run_child(
+                [sys.executable, "-u", "-c", says + "print('ready'); time.sleep(60)"], os.environ, 2, log
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert log.read_text() == "ready\ntold to end\n"
 
 
 def test_the_sizes_are_those_of_the_goals():
