@@ -75,7 +75,7 @@ def test_a_child_is_told_to_end_also_where_a_shell_started_all_in_the_background
     try:
         with pytest.raises(SideError, match="no result"):
             sides.run_child(
-                [sys.executable, "-u", "-c", says + "print('ready'); time.sleep(60)"], os.environ, 2, log
+                [sys.executable, "-ISu", "-c", says + "print('ready'); time.sleep(60)"], os.environ, 2, log
             )
     finally:
         signal.signal(signal.SIGINT, before)
