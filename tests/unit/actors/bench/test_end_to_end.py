@@ -32,6 +32,11 @@ def test_the_peers_steps_are_read_without_warm_up():
     assert sides.read_peer(result) == [Step(3.0, 6)]
 
 
+def test_the_peers_rewards_are_those_of_its_steps():
+    steps = [{"seconds": 9.0, "tokens": 5}, {"seconds": 3.0, "tokens": 6}]
+    assert sides.read_peer({"steps": steps, "rewards": [0.1, 0.25]}) == [Step(3.0, 6, reward=0.25)]
+
+
 def test_rates_are_of_summed_tokens_and_seconds():
     value, detail = end_to_end.faster(NONE, [Step(10, 100), Step(20, 50)])
     assert value == pytest.approx((300 / 20) / (150 / 30))
