@@ -19,9 +19,8 @@ from actors.cluster.waiting import ACTOR_LOST
 from actors.driver.dispatcher import RolloutDispatcher
 from actors.driver.monitor_group import MonitorGroup
 from actors.learner.learner import Learner
-from kat_ray.algorithms.base import Algorithm, Credit
-from kat_ray.algorithms.distillation import OnPolicyDistillation
-from kat_ray.algorithms.policy import PolicyOptimization
+from kat_ray.algorithms.base import Credit
+from kat_ray.algorithms.choice import algorithm_of
 from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, join_outcomes
 from kat_ray.data.batch import assign_ranks
@@ -48,6 +47,7 @@ class SampledStep:
     reports: list[SamplerReport]
     monitor_seconds: float  # that the monitor was busy
     ended_with: Mapping[str, Any]  # the rule's calibration
+    probe_share: float  # chance with which a rollout was a probe
     credit: Credit
     graded: Graded | None  # verdicts, where rollouts are graded before they are learnt from
 
@@ -60,11 +60,8 @@ class Steps:
     ) -> None:
         """`grader` is asked for rewards, where the objective has a use for them."""
         self._config = config
-        rl = config.objective.rl
-        self._algorithm: Algorithm = OnPolicyDistillation()
-        if rl.weight:
-            self._algorithm = PolicyOptimization(rl, config.rollout.max_tokens)
-        self._grader = grader if rl.weight else None
+        self._algorithm = algorithm_of(config)
+        self._grader = grader if config.objective.rl.weight else None
         self._actors = actors
         self._order = order
         self._attempts = itertools.count(1)
@@ -116,6 +113,7 @@ class Steps:
             reports=reports,
             monitor_seconds=closed.busy_seconds,
             ended_with=self.rule_state,
+            probe_share=share,
             credit=self._algorithm.credit(rollouts, sampling.specs, rewards, share),
             graded=graded,
         )

@@ -54,6 +54,15 @@ def advantages(kind: Advantage, members: Members, tokens: NDArray[np.int64], min
             return _whitened(centred, weight * tokens) * (weight > 0)
 
 
+def deviations(members: Members) -> Floats:
+    """The sample standard deviation of each group's rewards [G], by weight; 0 where fewer than two count."""
+    total = _by_group(members.weight, members)
+    mean = _by_group(members.weight * members.reward, members) / np.where(total > 0, total, 1.0)
+    by_group: Floats = np.zeros(members.groups)
+    by_group[members.group] = _deviation(members.reward - mean, total, members)
+    return by_group
+
+
 def constant_groups(members: Members) -> NDArray[np.bool_]:
     """Whether the rewards of a group [G] that count are all the same: no advantage comes of it."""
     constant = np.ones(members.groups, dtype=bool)

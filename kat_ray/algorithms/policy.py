@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kat_ray.algorithms.advantages import advantages, constant_groups
+from kat_ray.algorithms.advantages import advantages, constant_groups, deviations
 from kat_ray.algorithms.aggregation import token_weights
 from kat_ray.algorithms.base import Credit
 from kat_ray.algorithms.groups import Ending, Floats, Graded, Members, Treatment, members
@@ -49,6 +49,7 @@ class PolicyOptimization:
             kept=[k for k in kept if k.kept],
             advantages={i: float(a) for i, (_, w, a) in values.items() if w > 0},
             metrics=_metrics(found, advantage, tokens),
+            reward_weights={i: float(w) for i, (_, w, _) in values.items()},
         )
 
 
@@ -98,6 +99,7 @@ def _metrics(found: Members, advantage: Floats, tokens: np.ndarray) -> dict[str,
         "reward/std": float(found.reward[counts].std()),
         "group/constant_share": float(constant.mean()),
         "group/all_wrong_share": float((constant & (mean <= 0)).mean()),
+        "group/std": float(deviations(found)[np.unique(found.group[counts])].mean()),
         "group/size_min": float(np.bincount(found.group[counts], minlength=found.groups).min()),
         "advantage/abs_mean": float(np.abs(advantage[counts]).mean()),
         "advantage/max": float(np.abs(advantage[counts]).max()),

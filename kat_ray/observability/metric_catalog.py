@@ -57,6 +57,9 @@ METRICS = {
         Metric("reward/left_out_not_graded", "rollouts", "without a reward: no gold answer, or no verdict"),
         Metric("group/constant_share", "share", "prompts whose rollouts all have one reward: they teach nothing"),
         Metric("group/all_wrong_share", "share", "prompts none of whose rollouts has a reward above 0"),
+        Metric(
+            "group/std", "reward", "standard deviation of the rewards of a prompt's rollouts, mean over prompts"
+        ),
         Metric("group/size_min", "rollouts", "that count, of the smallest group"),
         Metric("advantage/abs_mean", "1", "mean size of the advantages"),
         Metric("advantage/max", "1", "largest size of an advantage"),
@@ -102,6 +105,16 @@ METRICS = {
         Metric("rl/clip_low_share", "share", "tokens whose ratio was held from below"),
         Metric("rl/clip_high_share", "share", "tokens whose ratio was held from above"),
         Metric(
+            "rl/length_right",
+            "tokens",
+            "mean length of rollouts with a right answer; without a gold one, rewarded above 0",
+        ),
+        Metric("rl/length_wrong", "tokens", "mean length of the other graded rollouts"),
+        Metric("rl/cut_share", "share", "of the policy's tokens, that are of rollouts which the rule cut"),
+        Metric(
+            "rl/truncated_share", "share", "of the policy's tokens, that are of rollouts that ran to their limit"
+        ),
+        Metric(
             "learner/top_k_for_99",
             "tokens",
             "rollout.top_k_logprobs that would see 99 % of the student's mass, from a sample of tokens",
@@ -122,7 +135,9 @@ METRICS = {
         Metric("time/decision_mean", "s", "from building a chunk to applying the decision on it, mean"),
         Metric("time/decision_max", "s", "the slowest decision of the step"),
         Metric("time/learn", "s", "optimiser step; the books are kept meanwhile"),
-        Metric("time/grade", "s", "grading the step's rollouts, while the learner works"),
+        Metric(
+            "time/grade", "s", "grading the step's rollouts: before it is learnt from rewards, else while it learns"
+        ),
         Metric("time/publish", "s", "weights to all samplers"),
         Metric("time/checkpoint", "s", "that the run stood still for checkpoints since the step before"),
         Metric("pool/restarts", "deaths", "actors that died since the last step, as those noticed who needed them"),

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from kat_ray.data.accounting import traces_of
 from kat_ray.data.batch import TrainingSample, collect_samples
 from kat_ray.errors import UserError
-from kat_ray.types.records import KeptRollout, RolloutChunk, ScoredChunk, TeacherRows
+from kat_ray.types.records import KeptRollout, PolicyCredit, RolloutChunk, ScoredChunk, TeacherRows
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def dump_batch(folder: Path, step: int, batch: StepBatch, report: Mapping[str, f
     own = [TeacherRows(c.topk_logprobs, c.tail_logprobs, c.sampled_logprobs) for c in batch.chunks]
     students = collect_samples(batch.chunks, own, batch.kept)
     kl = traces_of(batch.scored)
-    tensors = _tensors(rows, students, [kl[r.rollout_id][: len(r.token_ids)] for r in rows])
+    tensors = _tensors(rows, students, [kl[r.rollout_id][: len(r.token_ids)] for r in rows]) | _credit(rows)
     odd = sorted(n for n, v in report.items() if not math.isfinite(v))
     description = {
         "step": step,
@@ -97,6 +97,18 @@ def _tensors(
         "teacher_topk_logprobs": half([r.teacher_topk for r in rows]),
         "teacher_tail_logprobs": join([r.teacher_tail for r in rows], np.float32),
         "teacher_stop_logprobs": join([r.teacher_stop for r in rows], np.float32),
+    }
+
+
+def _credit(rows: Sequence[TrainingSample]) -> dict[str, np.ndarray]:
+    """What the rollouts have in the policy's loss; nothing of a step that has none."""
+    credits = [r.policy or PolicyCredit(0.0, 0, 0.0) for r in rows]
+    if not any(c.weight for c in credits):
+        return {}
+    return {
+        "advantages": np.array([c.advantage for c in credits], dtype=np.float64),
+        "policy_tokens": np.array([c.tokens for c in credits], dtype=np.int32),
+        "policy_weights": np.array([c.weight for c in credits], dtype=np.float64),
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_ray.algorithms.advantages import advantages, constant_groups
+from kat_ray.algorithms.advantages import advantages, constant_groups, deviations
 from kat_ray.algorithms.aggregation import token_weights
 from kat_ray.algorithms.groups import Ending, Graded, Treatment, members
 
@@ -237,3 +237,14 @@ def test_who_counts_nothing_is_in_no_count(kind):
 def test_a_constant_length_must_be_given():
     with pytest.raises(ValueError, match="constant: needs the length"):
         token_weights("constant", TOKENS, np.ones(4))
+
+
+def test_the_spread_of_groups_by_hand():
+    """1, 0, 0, 0: 0.5. Of equal ones, and of one alone, none. 1 with weight 10 and 0 with 1: m = 10/11."""
+    found = members(group(RIGHT) + group((0.7, 0.7), "q", 4) + group((1,), "r", 6), Treatment())
+    assert deviations(found) == pytest.approx([0.5, 0, 0])
+    cut = Graded(0, "p", Ending.ANSWERED, 1.0, would_cut=True)
+    weighted = members([cut, Graded(1, "p", Ending.ANSWERED, 0.0)], Treatment("probe_weighted", probe_share=0.1))
+    assert deviations(weighted) == pytest.approx([0.406558], abs=1e-6)
+    nobody = members([Graded(0, "p", Ending.FAILED, None)], Treatment())
+    assert deviations(nobody).tolist() == [0.0]
