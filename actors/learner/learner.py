@@ -26,7 +26,7 @@ from actors.learner.agreement import (
 from actors.learner.collectives import rendezvous
 from actors.learner.engine import gathered, make_engine
 from actors.learner.model import StudentModel, load_student
-from actors.learner.objective import make_term
+from actors.learner.objective import make_term, sequence_pass
 from actors.learner.report import report_of
 from actors.learner.settings import LearnerSettings
 from actors.learner.snapshots import Snapshots
@@ -115,7 +115,9 @@ class Learner:
         engine = make_engine(student, term, learner, curve)
         (dummy,) = self._collator.micro_batches([dummy_sample(settings.top_k)])
         beat = self._heartbeat.beat
-        trainer = StudentTrainer(engine, term, learner, settings.steps, dummy, self._timeline, beat, curve)
+        trainer = StudentTrainer(
+            engine, term, learner, settings.steps, dummy, self._timeline, beat, curve, sequence_pass(settings)
+        )
         snapshots = Snapshots(engine, student, self._rank, settings)
         return _Loaded(engine, student, trainer, snapshots)
 

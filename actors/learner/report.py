@@ -39,6 +39,7 @@ def policy_report(step: OptimizerStep) -> PolicyReport | None:
         effective_share=ratio**2 / squared if squared else 1.0,
         clip_low_share=sums["clipped_low"] / count,
         clip_high_share=sums["clipped_high"] / count,
+        masked_share=sums["masked"] / count,
     )
 
 

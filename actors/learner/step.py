@@ -17,6 +17,7 @@ from actors.learner.collectives import max_over_ranks, sum_over_ranks
 from actors.learner.engine import clips_itself, complete_gradients
 from actors.learner.report import OptimizerStep
 from actors.learner.schedule import learning_rate
+from actors.learner.sequence_pass import SequencePass
 from actors.learner.tensors import model_arguments, token_rows
 from kat_ray.config import LearnerConfig
 from kat_ray.data.collate import MicroBatch
@@ -38,6 +39,7 @@ class StudentTrainer:
         timeline: Timeline,
         beat: Callable[[], object],
         curve: MassCurve | None = None,
+        sequence: SequencePass | None = None,
     ) -> None:
         self.steps_taken = 0  # skipped ones too: the schedule goes by the steps of the run
         self._engine = engine
@@ -49,6 +51,7 @@ class StudentTrainer:
         self._beat = beat
         self._curve = curve or MassCurve(1)  # what the engine was made with
         self._policy_scale = 1.0
+        self._sequence = sequence
         self._clip = GradientClip(engine, learner.clip) if clips_itself(learner) else None
 
     def step(self, batches: Sequence[MicroBatch], global_weight: float) -> OptimizerStep:
@@ -103,6 +106,8 @@ class StudentTrainer:
         rows = token_rows(batch, device)
         if rows.policy_weights is not None:
             rows = rows._replace(policy_weights=rows.policy_weights * self._policy_scale)
+        if self._sequence is not None:
+            rows = self._sequence(self._engine, batch, rows)
         result: TermSums = self._engine(model_arguments(batch, device), positions, rows)
         self._engine.backward(result.loss * scale)
         return result._replace(loss=result.loss.detach())

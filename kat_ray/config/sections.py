@@ -345,8 +345,8 @@ class Config(Section):
         rl = self.objective.rl
         if rollout.staleness and rl.loss == "reinforce" and rl.correction == "none":
             raise ValueError(
-                f"{needs}a ratio of learner to sampler with rollout.staleness = 1: objective.rl.loss = 'clip' or "
-                "'cispo', or objective.rl.correction = 'truncate'"
+                f"{needs}a ratio of learner to sampler with rollout.staleness = 1: objective.rl.loss = 'clip', "
+                "'cispo' or 'gspo', or objective.rl.correction = 'truncate'"
             )
         if self.data.answer_column is None:
             raise ValueError(f"{needs}gold answers to grade rollouts by: name a column with data.answer_column")

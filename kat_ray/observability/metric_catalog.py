@@ -101,6 +101,7 @@ METRICS = {
         Metric("rl/effective_share", "share", "(mean ratio)^2 / mean ratio^2: what the ratio leaves of the tokens"),
         Metric("rl/clip_low_share", "share", "tokens whose ratio was held from below"),
         Metric("rl/clip_high_share", "share", "tokens whose ratio was held from above"),
+        Metric("rl/masked_share", "share", "tokens that objective.rl.correction leaves out of the loss"),
         Metric(
             "learner/top_k_for_99",
             "tokens",

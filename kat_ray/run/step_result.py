@@ -21,6 +21,7 @@ class PolicyReport:
     effective_share: float  # (mean ratio)^2 / mean ratio^2: 1 where learner and sampler are the same policy
     clip_low_share: float  # of the tokens
     clip_high_share: float
+    masked_share: float = 0.0  # whose correction is 0
 
 
 @dataclass(frozen=True)

@@ -211,6 +211,14 @@ def test_mistakes_name_line_field_value_and_what_is_allowed(write, text, message
             "objective.rl.correction = 'truncate': counts the ratio of learner to sampler twice",
         ),
         (
+            "objective: {rl: {weight: 1, loss: gspo, aggregate: token_mean}}\n",
+            "objective.rl.aggregate = 'token_mean': must be 'sequence_mean' with loss = 'gspo'",
+        ),
+        (
+            "objective: {rl: {weight: 1, loss: gspo, correction: sequence_mask}}\n",
+            "objective.rl.correction = 'sequence_mask': counts the ratio of learner to sampler twice",
+        ),
+        (
             "objective: {rl: {weight: 1, correction_range: [2, 1]}}\n",
             "objective.rl.correction_range = [2, 1]: must be two rising numbers",
         ),
