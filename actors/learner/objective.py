@@ -22,13 +22,14 @@ from kat_ray.losses.sequence import RolloutRatio
 from kat_ray.losses.term import LossTerm
 
 
-def make_term(settings: LearnerSettings) -> LossTerm:
-    """Distillation alone, or the policy's loss beside it."""
+def make_term(settings: LearnerSettings, step: int = 0) -> LossTerm:
+    """Distillation alone, or the policy's loss beside it; with its weights of the step that `step` came before."""
     distillation = Distillation(settings.stop_ids, settings.eos)
     opd, rl = settings.objective.opd, settings.objective.rl
-    if not rl.weight and opd.weight == 1.0:
+    if not rl.weight and opd.weight == 1.0 and not settings.objective.is_annealed:
         return distillation
-    return PolicyAndDistillation(distillation, _loss(rl), _correction(rl), opd.weight, rl.weight)
+    weights = settings.objective.weights_at(step)
+    return PolicyAndDistillation(distillation, _loss(rl), _correction(rl), weights["opd"], weights["rl"])
 
 
 def sequence_pass(settings: LearnerSettings) -> SequencePass | None:

@@ -43,8 +43,10 @@ def policy_report(step: OptimizerStep) -> PolicyReport | None:
     )
 
 
-def report_of(step: OptimizerStep, policy_version: int, seconds: float) -> LearnerReport:
-    """The means of a step of `Distillation`, and of the policy beside it."""
+def report_of(
+    step: OptimizerStep, policy_version: int, seconds: float, weights: Mapping[str, float] | None = None
+) -> LearnerReport:
+    """The means of a step of `Distillation`, and of the policy beside it; `weights` of both, where they change."""
     sums, skipped = step.sums, not math.isfinite(step.grad_norm)
     count = max(sums["tokens"], 1.0)
     kl = sums.get("kl_loss", step.loss)
@@ -67,4 +69,5 @@ def report_of(step: OptimizerStep, policy_version: int, seconds: float) -> Learn
         seconds=seconds,
         skipped=skipped,
         policy=policy_report(step),
+        weights=weights,
     )

@@ -40,7 +40,11 @@ class StudentTrainer:
         beat: Callable[[], object],
         curve: MassCurve | None = None,
         sequence: SequencePass | None = None,
+        term_at: Callable[[int], LossTerm] | None = None,
     ) -> None:
+        """`sequence` is made before each pass with a gradient; `term_at` gives the term after so many steps, where
+        it changes with them.
+        """
         self.steps_taken = 0  # skipped ones too: the schedule goes by the steps of the run
         self._engine = engine
         self._term = term
@@ -52,11 +56,15 @@ class StudentTrainer:
         self._curve = curve or MassCurve(1)  # what the engine was made with
         self._policy_scale = 1.0
         self._sequence = sequence
+        self._term_at = term_at
         self._clip = GradientClip(engine, learner.clip) if clips_itself(learner) else None
 
     def step(self, batches: Sequence[MicroBatch], global_weight: float) -> OptimizerStep:
         """One step on this rank's micro-batches; all ranks call it, with the same `global_weight`."""
         lr = self._set_lr()
+        if self._term_at is not None:
+            self._term = self._term_at(self.steps_taken)
+            self._engine.module.use_term(self._term)
         # ZeRO gathers parameters and reduces gradients on the way: all ranks must make as many passes.
         passes = int(max_over_ranks([len(batches)], self._engine.device)[0])
         loss, sums, maxima = self._run_passes(batches, passes, global_weight)

@@ -12,14 +12,58 @@ from kat_ray.config.cluster import Section
 Share = Annotated[float, Field(gt=0)]
 
 
-class DistillationObjective(Section):
+class _Weighted(Section):
+    """One of the losses of a run."""
+
+    weight: float = Field(1.0, ge=0)
+    final_weight: float | None = Field(None, ge=0)
+    """`weight` after `anneal_steps`; null leaves it as it is."""
+    anneal_steps: int | None = Field(None, ge=1)
+    """Optimiser steps in which `weight` goes to `final_weight`, in a straight line."""
+
+    @model_validator(mode="after")
+    def _anneals_something(self) -> _Weighted:
+        if (self.final_weight is None) != (self.anneal_steps is None):
+            raise ValueError(
+                f"final_weight = {_shown(self.final_weight)} and anneal_steps = {_shown(self.anneal_steps)}: set "
+                "both, or neither"
+            )
+        if self.final_weight is not None and not self.weight:
+            raise ValueError(
+                "weight = 0: leaves this loss out of the run, and cannot go to final_weight = "
+                f"{self.final_weight:g}; begin with a small weight"
+            )
+        return self
+
+    def weight_at(self, step: int) -> float:
+        """The weight in the optimiser step that `step` others came before."""
+        if self.final_weight is None or self.anneal_steps is None:
+            return self.weight
+        done = min(1.0, step / self.anneal_steps)
+        return (1.0 - done) * self.weight + done * self.final_weight
+
+
+def _shown(value: float | None) -> str:
+    return "null" if value is None else f"{value:g}"
+
+
+class DistillationObjective(_Weighted):
     """On-policy distillation: the exact reverse KL to the teacher, up to the cut."""
 
     weight: float = Field(1.0, ge=0)
     """Factor of the mean KL in the loss."""
 
 
-class PolicyObjective(Section):
+class OverlongPenalty(Section):
+    """What an answer loses by running up to the cap, before it is held against others (DAPO)."""
+
+    buffer: int = Field(0, ge=0)
+    """Last tokens of rollout.max_tokens over which the penalty grows from 0, in a straight line; 0 sets none."""
+    factor: float = Field(1.0, gt=0)
+    """The whole of it, in units of the reward."""
+
+
+class PolicyObjective(_Weighted):
     """Reinforcement learning: the policy gradient of graded rollouts, up to where a cut was confirmed."""
 
     weight: float = Field(0.0, ge=0)
@@ -53,6 +97,14 @@ class PolicyObjective(Section):
     would have been cut count 1 / termination.probe_share times, which is unbiased; or nothing at all."""
     truncated: Literal["grade", "zero", "exclude"] = "grade"
     """A rollout that ran to rollout.max_tokens is graded as any other, has reward 0, or counts nothing."""
+    overlong: OverlongPenalty = OverlongPenalty()
+    """Penalty on long answers: over the last `buffer` tokens of rollout.max_tokens (0 sets none) it grows to
+    `factor`, in units of the reward."""
+    filter_constant_groups: bool = False
+    """Leave prompts whose rollouts all have one reward, penalties aside, out of the policy's denominator; the KL of
+    their tokens counts as ever. No other prompts are drawn for them."""
+    advantage_clip: float | None = Field(None, gt=0)
+    """Largest size of an advantage; null sets no limit."""
 
     @model_validator(mode="before")
     @classmethod
@@ -95,4 +147,19 @@ class ObjectiveConfig(Section):
     def _optimises_something(self) -> ObjectiveConfig:
         if not (self.opd.weight or self.rl.weight):
             raise ValueError("opd.weight = 0 and rl.weight = 0: there is nothing to optimise; set one of them")
+        end = max(self.opd.anneal_steps or 0, self.rl.anneal_steps or 0)
+        if not (self.opd.weight_at(end) or self.rl.weight_at(end)):
+            raise ValueError(
+                f"opd's weight and rl's are both 0 after {end} steps: there is nothing to optimise from then on; "
+                "set one of opd.final_weight and rl.final_weight above 0"
+            )
         return self
+
+    @property
+    def is_annealed(self) -> bool:
+        """Whether a weight depends on the step."""
+        return self.opd.final_weight is not None or self.rl.final_weight is not None
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Of both losses, in the optimiser step that `step` others came before: a function of the step alone."""
+        return {"opd": self.opd.weight_at(step), "rl": self.rl.weight_at(step)}

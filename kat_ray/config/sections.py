@@ -348,6 +348,11 @@ class Config(Section):
                 f"{needs}a ratio of learner to sampler with rollout.staleness = 1: objective.rl.loss = 'clip', "
                 "'cispo' or 'gspo', or objective.rl.correction = 'truncate'"
             )
+        if rl.overlong.buffer > rollout.max_tokens:
+            raise ValueError(
+                f"objective.rl.overlong.buffer = {rl.overlong.buffer}: must be <= rollout.max_tokens = "
+                f"{rollout.max_tokens}, whose last tokens it is"
+            )
         if self.data.answer_column is None:
             raise ValueError(f"{needs}gold answers to grade rollouts by: name a column with data.answer_column")
         share = getattr(self.termination, "probe_share", 0.0)

@@ -49,12 +49,18 @@ class LearnerReport:
     kl_hidden: float | None = None  # estimate of the KL within the tail, nats
     top_k_for_99: int | None = None  # how long a top k holds 99 % of the student's mass
     policy: PolicyReport | None = None
+    weights: Mapping[str, float] | None = None  # of the losses "opd" and "rl", where they change from step to step
 
     def to_metrics(self) -> dict[str, float]:
         """All fields but the version, which other metrics give, and those that are not known."""
-        figures = {name: value for name, value in asdict(self).items() if name not in ("policy_version", "policy")}
+        elsewhere = ("policy_version", "policy", "weights")
+        figures = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         policy = {} if self.policy is None else {f"rl/{name}": float(v) for name, v in asdict(self.policy).items()}
-        return {f"learner/{name}": float(value) for name, value in figures.items() if value is not None} | policy
+        return (
+            {f"learner/{name}": float(value) for name, value in figures.items() if value is not None}
+            | {f"objective/{name}_weight": weight for name, weight in (self.weights or {}).items()}
+            | policy
+        )
 
 
 @dataclass(frozen=True)

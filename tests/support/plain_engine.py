@@ -5,6 +5,7 @@ So a step's loss can be worked out by hand, and its gradient compared between an
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -127,7 +128,7 @@ def take_step(monkeypatch, logits, samples, objective, *, world_size=1, micro_ba
         engine = PlainEngine(logits, make_term(settings), ranks, world_size)
         trainer = StudentTrainer(
             engine, make_term(settings), settings.learner, settings.steps, dummy, Timeline(), lambda: None,
-            sequence=sequence_pass(settings),
+            sequence=sequence_pass(settings), term_at=partial(make_term, settings),
         )  # fmt: skip
         trainer.steps_taken = steps_taken
         return trainer.step(collator.micro_batches(shares[number]), weight), engine

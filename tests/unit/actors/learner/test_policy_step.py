@@ -106,6 +106,18 @@ def test_a_step_has_the_gradient_that_was_derived(monkeypatch, loss, slopes):
     assert in_order(samples, gradient) == pytest.approx(np.array(slopes) * (1 - 0.4 * RHO), abs=1e-6)
 
 
+@pytest.mark.parametrize(("done", "opd", "rl"), [(0, 1.0, 0.5), (1, 0.7, 0.5), (3, 0.1, 0.5), (9, 0.1, 0.5)])
+def test_the_weights_of_a_step_are_a_function_of_the_step_alone(monkeypatch, done, opd, rl):
+    logits, samples = batch()
+    annealed = {"opd": {"weight": 1.0, "final_weight": 0.1, "anneal_steps": 3}, "rl": {"weight": 0.5}}
+    step, gradient, _ = take_step(monkeypatch, logits, samples, annealed, steps_taken=done)
+    fixed = {"opd": {"weight": opd}, "rl": {"weight": rl}}
+    expected, same, _ = take_step(monkeypatch, logits, samples, fixed)
+    assert step.loss == pytest.approx(expected.loss) and step.sums == expected.sums
+    np.testing.assert_allclose(gradient, same, atol=1e-7)
+    assert step.loss == pytest.approx(opd * step.sums["kl_loss"] + rl * step.sums["policy_loss"], rel=1e-5)
+
+
 # --- however a batch is dealt out ---------------------------------------------------------------------------------
 
 

@@ -219,6 +219,23 @@ def test_mistakes_name_line_field_value_and_what_is_allowed(write, text, message
             "objective.rl.correction = 'sequence_mask': counts the ratio of learner to sampler twice",
         ),
         (
+            "objective: {opd: {final_weight: 0.1}}\n",
+            "objective.opd.final_weight = 0.1 and anneal_steps = null: set both, or neither",
+        ),
+        (
+            "objective: {rl: {final_weight: 0.1, anneal_steps: 5}}\n",
+            "objective.rl.weight = 0: leaves this loss out of the run, and cannot go to final_weight = 0.1",
+        ),
+        (
+            "objective: {opd: {final_weight: 0, anneal_steps: 5}}\n",
+            "objective.opd's weight and rl's are both 0 after 5 steps",
+        ),
+        (
+            "objective: {rl: {weight: 1, overlong: {buffer: 9}}}\n"
+            "rollout: {rollouts_per_prompt: 4, top_p: 1, max_tokens: 8}\n",
+            "objective.rl.overlong.buffer = 9: must be <= rollout.max_tokens = 8",
+        ),
+        (
             "objective: {rl: {weight: 1, correction_range: [2, 1]}}\n",
             "objective.rl.correction_range = [2, 1]: must be two rising numbers",
         ),
