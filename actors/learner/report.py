@@ -40,6 +40,8 @@ def policy_report(step: OptimizerStep) -> PolicyReport | None:
         clip_low_share=sums["clipped_low"] / count,
         clip_high_share=sums["clipped_high"] / count,
         masked_share=sums["masked"] / count,
+        log_ratio_max=step.maxima["log_ratio"],
+        entropy=sums["policy_entropy"] / count,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kat_ray.losses.distillation import Distillation
+from kat_ray.losses.divergence import entropy, event_logprobs, is_stop
 from kat_ray.losses.term import StudentLogprobs, TermSums, TokenRows
 
 
@@ -105,7 +106,7 @@ class PolicyAndDistillation:
 
     _own: ClassVar[tuple[str, ...]] = (
         "policy_loss", "policy_tokens", "ratio", "ratio_squared", "clipped_low", "clipped_high", "masked",
-        "kl_loss",
+        "policy_entropy", "kl_loss",
     )  # fmt: skip
 
     @property
@@ -118,16 +119,15 @@ class PolicyAndDistillation:
 
     @property
     def max_names(self) -> tuple[str, ...]:
-        return (*self.distillation.max_names, "ratio")
+        return (*self.distillation.max_names, "ratio", "log_ratio")
 
     def __call__(self, student: StudentLogprobs, rows: TokenRows) -> TermSums:
         """See `LossTerm`."""
         kl = self.distillation(student, rows)
         kl_loss = kl.loss.detach().double()
         if rows.advantages is None or rows.policy_weights is None:  # no rollout here is in the policy's loss
-            own = [*kl.sums.new_zeros(len(self._own) - 1), kl_loss]
-            sums = torch.cat([kl.sums, torch.stack(own)])
-            return TermSums(kl.loss * self.opd_weight, sums, torch.cat([kl.maxima, kl.maxima.new_zeros(1)]))
+            sums = torch.cat([kl.sums, kl.sums.new_zeros(len(self._own) - 1), kl_loss[None]])
+            return TermSums(kl.loss * self.opd_weight, sums, torch.cat([kl.maxima, kl.maxima.new_zeros(2)]))
         counts = rows.policy_weights > 0
         log_ratio = (student.sampled - rows.sampled_logprobs).detach()
         of_rollout = log_ratio if rows.sequence is None else rows.sequence
@@ -137,9 +137,18 @@ class PolicyAndDistillation:
         policy = torch.where(counts, rows.policy_weights * per_token, torch.zeros_like(per_token)).sum()
         with torch.no_grad():
             ratio = log_ratio.exp()
-            columns = (torch.ones_like(ratio), ratio, ratio**2, found.clipped_low, found.clipped_high, weight == 0)
+            columns = (
+                torch.ones_like(ratio), ratio, ratio**2, found.clipped_low, found.clipped_high, weight == 0,
+                self._entropy(student, rows),
+            )  # fmt: skip
             means = [torch.where(counts, c, 0).double().sum() for c in columns]
             own = torch.stack([policy.detach().double(), *means, kl_loss])
-            largest = torch.cat([torch.where(counts, ratio, 0), ratio.new_zeros(1)]).amax(dim=0, keepdim=True)
+            sizes = torch.stack([ratio, log_ratio.abs()], dim=1)
+            largest = torch.cat([torch.where(counts[:, None], sizes, 0), sizes.new_zeros(1, 2)]).amax(dim=0)
         loss = self.opd_weight * kl.loss + self.rl_weight * policy
         return TermSums(loss, torch.cat([kl.sums, own]), torch.cat([kl.maxima, largest.to(kl.maxima)]))
+
+    def _entropy(self, student: StudentLogprobs, rows: TokenRows) -> Tensor:
+        """Of the top k, each on its own, and the rest as one: at most that of the whole distribution, [C]."""
+        stops = is_stop(rows.topk_ids, self.stop_ids)
+        return entropy(event_logprobs(student.topk, student.tail, student.stop, stops, "raw"))

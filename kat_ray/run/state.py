@@ -53,12 +53,23 @@ class TailState(_Saved):
     said: float | None = None
 
 
+class HeldOutState(_Saved):
+    """`HeldOutWatch`."""
+
+    total: float = 0.0
+    steps: Count = 0
+    reward: float | None = None
+    accuracy: float | None = None
+    fall: float | None = None
+
+
 class WatchState(_Saved):
     """`StepGuards`."""
 
     guards: GuardsState = GuardsState()
     skips: SkipsState = SkipsState()
     tail: TailState = TailState()
+    held_out: HeldOutState = HeldOutState()
 
 
 class RunState(_Saved):

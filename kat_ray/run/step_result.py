@@ -21,7 +21,9 @@ class PolicyReport:
     effective_share: float  # (mean ratio)^2 / mean ratio^2: 1 where learner and sampler are the same policy
     clip_low_share: float  # of the tokens
     clip_high_share: float
-    masked_share: float = 0.0  # whose correction is 0
+    masked_share: float  # whose correction is 0
+    log_ratio_max: float  # largest |log ratio|
+    entropy: float  # nats, of the student's top k and the rest as one
 
 
 @dataclass(frozen=True)
@@ -167,11 +169,22 @@ class StepResult:
     restarts: int  # actors lost since the step before
     recorded: Mapping[str, float] = field(default_factory=dict)  # metrics of the rollouts and their scores
     store: Mapping[str, float] = field(default_factory=dict)  # and of the object stores
+    held_out_fall: float | None = None  # `HeldOutWatch`; None where nothing was evaluated before this step
 
     @property
     def kl_mean(self) -> float | None:
         """Of all scored tokens, nats; None where none was scored."""
         return self.recorded.get("kl/mean")
+
+    @property
+    def constant_groups(self) -> float | None:
+        """Prompts whose rollouts all have one reward, as a share; None without rewards."""
+        return self.recorded.get("group/constant_share")
+
+    @property
+    def reward_mean(self) -> float | None:
+        """Of the rollouts that have one."""
+        return self.recorded.get("reward/mean")
 
     @property
     def max_tokens_share(self) -> float | None:
