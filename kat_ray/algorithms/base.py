@@ -17,6 +17,7 @@ class Credit:
     kept: list[KeptRollout]  # the learner's work list, in the order of rollout ids
     advantages: Mapping[int, float] = field(default_factory=dict)  # by rollout id, of those that have one
     metrics: Mapping[str, float] = field(default_factory=dict)
+    probe_rewards: tuple[float, ...] = ()  # what the next step's `credit` is given; part of a checkpoint
 
 
 class Algorithm(Protocol):
@@ -31,9 +32,11 @@ class Algorithm(Protocol):
         specs: Sequence[RolloutSpec],
         rewards: Mapping[int, Reward],
         probe_share: float,
+        probe_rewards: Sequence[float] = (),
     ) -> Credit:
         """Of whose first tokens the loss is made, and how much each weighs.
 
         `specs` are those that the step's rollouts were made from, `rewards` are by rollout id, of those that were
-        graded. A rollout was a probe with chance `probe_share`.
+        graded. A rollout was a probe with chance `probe_share`. `probe_rewards` are those of earlier steps' probes
+        that the rule would have cut, the newest last: `Credit.probe_rewards` of the step before.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +31,7 @@ class PolicyOptimization:
         specs: Sequence[RolloutSpec],
         rewards: Mapping[int, Reward],
         probe_share: float,
+        probe_rewards: Sequence[float] = (),
     ) -> Credit:
         """See `Algorithm`; rollouts without a token are in no group's loss, and in its baseline all the same."""
         by_id = {spec.rollout_id: spec for spec in specs}
@@ -40,7 +42,8 @@ class PolicyOptimization:
         ]
         weighs = rule.cut_reward == "probe_weighted" and probe_share > 0
         cut = rule.cut_reward if rule.cut_reward != "probe_weighted" or weighs else "exclude"
-        graded_ones = members(graded, Treatment(cut, rule.truncated, probe_share if weighs else 0.0))
+        imputed = _mean(probe_rewards) if len(probe_rewards) >= rule.probe_min else 0.0
+        graded_ones = members(graded, Treatment(cut, rule.truncated, probe_share if weighs else 0.0, imputed))
         found = without_constant_groups(graded_ones) if rule.filter_constant_groups else graded_ones
         tokens = np.array([_policy_tokens(r) for r in rollouts], dtype=np.int64)
         advantage = advantages(rule.advantage, found, tokens, rule.min_std)
@@ -55,8 +58,15 @@ class PolicyOptimization:
         return Credit(
             kept=[k for k in kept if k.kept],
             advantages={i: float(a) for i, (_, w, a) in values.items() if w > 0},
-            metrics=_reward_metrics(graded_ones, found.left_out) | _advantage_metrics(found, advantage, tokens),
+            metrics=_reward_metrics(graded_ones, found.left_out)
+            | _advantage_metrics(found, advantage, tokens)
+            | ({"probe/q": imputed} if cut == "probe_mean" else {}),
+            probe_rewards=self._newest((*probe_rewards, *_would_cut(graded, graded_ones))),
         )
+
+    def _newest(self, rewards: tuple[float, ...]) -> tuple[float, ...]:
+        """Those whose mean the next step's cut rollouts are given; none where they are given something else."""
+        return rewards[-self.objective.probe_buffer :] if self.objective.cut_reward == "probe_mean" else ()
 
     def _penalties(self, rollouts: Sequence[FinishedRollout]) -> Floats:
         """What each rollout's reward loses by its length."""
@@ -79,6 +89,17 @@ def _graded(rollout: FinishedRollout, prompt_id: str, reward: Reward | None, pen
         ending = Ending.ANSWERED
     value = None if reward is None else reward.value
     return Graded(rollout.rollout_id, prompt_id, ending, value, outcome.would_cut is not None, penalty)
+
+
+def _would_cut(graded: Sequence[Graded], found: Members) -> list[float]:
+    """Rewards, before penalties for length, of probes that the rule would have cut."""
+    answers = (found.reward - found.penalty).tolist()
+    rows = zip(graded, found.weight > 0, answers, strict=True)
+    return [float(answer) for row, counts, answer in rows if row.would_cut and counts]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def _policy_tokens(rollout: FinishedRollout) -> int:

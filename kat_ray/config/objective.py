@@ -92,9 +92,14 @@ class PolicyObjective(_Weighted):
     aggregate: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
     """How the losses of tokens become one: their mean over the batch; the mean of the rollouts' means, or of their
     sums; or of their sums divided by rollout.max_tokens. With loss = `gspo` it is `sequence_mean`."""
-    cut_reward: Literal["failure", "probe_weighted", "exclude"] = "failure"
-    """What a rollout counts that its rule cut before its answer (docs/rl.md): as wrong; nothing, while probes that
-    would have been cut count 1 / termination.probe_share times, which is unbiased; or nothing at all."""
+    cut_reward: Literal["failure", "probe_mean", "probe_weighted", "exclude"] = "failure"
+    """What a rollout counts that its rule cut before its answer (docs/rl.md): as wrong; as the mean of recent
+    probes that would have been cut; nothing, while such probes count 1 / termination.probe_share times, which is
+    unbiased; or nothing at all."""
+    probe_buffer: int = Field(256, ge=1)
+    """Newest probes that the rule would have cut, whose mean reward `probe_mean` gives to those that it cuts."""
+    probe_min: int = Field(20, ge=1)
+    """Such probes before it gives anything but 0."""
     truncated: Literal["grade", "zero", "exclude"] = "grade"
     """A rollout that ran to rollout.max_tokens is graded as any other, has reward 0, or counts nothing."""
     overlong: OverlongPenalty = OverlongPenalty()
@@ -129,6 +134,8 @@ class PolicyObjective(_Weighted):
                 f"correction = {self.correction!r}: counts the ratio of learner to sampler twice, since loss = "
                 f"{self.loss!r} has it already; use loss = 'reinforce', or correction = 'none'"
             )
+        if self.probe_min > self.probe_buffer:
+            raise ValueError(f"probe_min = {self.probe_min}: must be <= probe_buffer = {self.probe_buffer}")
         low, high = self.correction_range
         if low >= high:
             raise ValueError(f"correction_range = [{low:g}, {high:g}]: must be two rising numbers")

@@ -320,8 +320,8 @@ class Config(Section):
         if self.data.answer_column is None:
             raise ValueError(f"{needs}gold answers to grade rollouts by: name a column with data.answer_column")
         share = getattr(self.termination, "probe_share", 0.0)
-        if rl.cut_reward == "probe_weighted" and self.termination.rule != "none" and not share:
-            raise ValueError("objective.rl.cut_reward = 'probe_weighted': needs termination.probe_share > 0")
+        if rl.cut_reward.startswith("probe") and self.termination.rule != "none" and not share:
+            raise ValueError(f"objective.rl.cut_reward = {rl.cut_reward!r}: needs termination.probe_share > 0")
         return self
 
     @model_validator(mode="after")

@@ -43,6 +43,7 @@ METRICS = {
         Metric("probe/would_cut_share", "share", "probes that the rule would have cut"),
         Metric("probe/false_cut_share", "share", "graded probes that it would have cut and that answered right"),
         Metric("probe/right_share", "share", "graded probes that answered right, cut or not"),
+        Metric("probe/q", "reward", "given to rollouts that were cut (objective.rl.cut_reward = probe_mean)"),
         Metric("probe/ran_out", "rollouts", "graded as wrong because grading took too much time or memory"),
         Metric("probe/tokens_after_cut", "tokens", "mean length of the continuation that a cut would have removed"),
         Metric("probe/kl_after_cut", "nats", "mean reverse KL of those continuations"),

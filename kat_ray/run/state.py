@@ -81,6 +81,7 @@ class RunState(_Saved):
     version: Literal[1] = 1
     done: Count = 0  # optimiser steps
     rule: dict[str, Any] | None = None  # the termination rule's calibration; None: an empty one
+    probe_rewards: list[float] = []  # `Credit.probe_rewards` of the last step
     totals: TotalsState = TotalsState()
     evaluations: dict[str, EvalResult] = {}  # "before", "after", "teacher"
     evaluated: Count | None = None  # steps done at the last evaluation

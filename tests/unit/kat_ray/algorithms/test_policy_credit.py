@@ -56,6 +56,27 @@ def test_weighted_probes_stand_for_what_was_cut():
     assert found.metrics["reward/left_out_cut"] == 1
 
 
+def imputed(before, **changes):
+    rl = PolicyObjective(
+        weight=1.0, advantage="dr_grpo", cut_reward="probe_mean", probe_min=4, probe_buffer=5, **changes
+    )
+    rewards = {i: Reward(r) for i, r in (REWARDS | {2: 1.0}).items()}
+    return PolicyOptimization(rl, LONGEST).credit(GROUP, SPECS, rewards, 0.1, before)
+
+
+def test_what_was_cut_is_given_the_mean_of_recent_probes_that_would_have_been():
+    first = imputed(())
+    assert first.metrics["probe/q"] == 0 and first.advantages[1] == -0.5, "rewards 1, 0 (cut), 1, 0"
+    assert first.probe_rewards == (1.0,), "for the next step, not for this one"
+    later = imputed((0.0, 1.0, 0.0, 0.0))
+    assert later.metrics["probe/q"] == 0.25 and later.metrics["reward/mean"] == 2.25 / 4
+    assert later.advantages[1] == pytest.approx(0.25 - 2.25 / 4)
+    assert later.probe_rewards == (0.0, 1.0, 0.0, 0.0, 1.0)
+    assert imputed(later.probe_rewards).probe_rewards == (1.0, 0.0, 0.0, 1.0, 1.0), "the newest five"
+    assert imputed((), overlong={"buffer": LONGEST}).probe_rewards == (1.0,), "what its answer was worth"
+    assert credit().probe_rewards == () and "probe/q" not in credit().metrics
+
+
 def test_what_is_left_out_has_its_kl():
     found = credit(rewards={0: 1.0, 3: 0.0}, cut_reward="exclude")
     assert [k.policy is None for k in found.kept] == [False, True, True, False]

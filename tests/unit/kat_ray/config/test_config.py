@@ -236,6 +236,10 @@ def test_mistakes_name_line_field_value_and_what_is_allowed(write, text, message
             "objective.rl.overlong.buffer = 9: must be <= rollout.max_tokens = 8",
         ),
         (
+            "objective: {rl: {probe_min: 9, probe_buffer: 8}}\n",
+            "objective.rl.probe_min = 9: must be <= probe_buffer = 8",
+        ),
+        (
             "objective: {rl: {weight: 1, correction_range: [2, 1]}}\n",
             "objective.rl.correction_range = [2, 1]: must be two rising numbers",
         ),

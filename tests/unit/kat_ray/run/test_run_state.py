@@ -48,7 +48,9 @@ def test_a_checkpoint_without_a_version_is_read_whole(tmp_path):
     watch = AT_3AA4268["watch"] | {"tail": {"said": None}, "held_out": HeldOutWatch().state()}
     before = AT_3AA4268["evaluations"]["before"] | {"ran_out": 0}
     evaluations = AT_3AA4268["evaluations"] | {"before": before}
-    assert state.to_json() == AT_3AA4268 | {"version": 1, "watch": watch, "evaluations": evaluations}
+    assert state.to_json() == AT_3AA4268 | {
+        "version": 1, "watch": watch, "evaluations": evaluations, "probe_rewards": [],
+    }  # fmt: skip
 
 
 def test_what_is_written_is_read_back_the_same(tmp_path):
