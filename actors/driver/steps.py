@@ -68,6 +68,7 @@ class Steps:
         facts = RunFacts(config.run.seed, config.rollout.max_tokens)
         self._initial = make_rule(config.termination, facts).state()
         self._monitors = MonitorGroup(actors.monitors, self._initial)
+        self._probe_rewards: dict[int, tuple[float, ...]] = {0: ()}  # by the step that begins with them
 
     @property
     def rule_state(self) -> Mapping[str, Any]:
@@ -77,6 +78,14 @@ class Steps:
     def reset_rule(self, state: Mapping[str, Any] | None) -> None:
         """Go on with this calibration; None: with an empty one."""
         self._monitors.state = self._initial if state is None else state
+
+    def probe_rewards(self, done: int) -> tuple[float, ...]:
+        """`Credit.probe_rewards` after `done` steps, also where the next one was sampled ahead."""
+        return self._probe_rewards[done]
+
+    def reset_probe_rewards(self, done: int, rewards: Sequence[float]) -> None:
+        """Go on after `done` steps with these."""
+        self._probe_rewards = {done: tuple(rewards)}
 
     def sample(self, step: int) -> SampledStep:
         """Generate, score and monitor the rollouts of one step, each to its end."""
@@ -102,8 +111,14 @@ class Steps:
         share = sampling.step_start.probe_share
         if share is None:
             share = getattr(self._config.termination, "probe_share", 0.0)
+        step = sampling.step
+        credit = self._algorithm.credit(rollouts, sampling.specs, rewards, share, self._probe_rewards[step])
+        # The step before may still be learnt: its checkpoint holds what this step began with, and where its
+        # records are lost it is sampled again.
+        kept = {s: r for s, r in self._probe_rewards.items() if s >= step - 1}
+        self._probe_rewards = kept | {step + 1: credit.probe_rewards}
         return SampledStep(
-            step=sampling.step,
+            step=step,
             version=sampling.version,
             specs=sampling.specs,
             step_start=sampling.step_start,
@@ -114,7 +129,7 @@ class Steps:
             monitor_seconds=closed.busy_seconds,
             ended_with=self.rule_state,
             probe_share=share,
-            credit=self._algorithm.credit(rollouts, sampling.specs, rewards, share),
+            credit=credit,
             graded=graded,
         )
 

@@ -39,11 +39,16 @@ def policy_report(step: OptimizerStep) -> PolicyReport | None:
         effective_share=ratio**2 / squared if squared else 1.0,
         clip_low_share=sums["clipped_low"] / count,
         clip_high_share=sums["clipped_high"] / count,
+        masked_share=sums["masked"] / count,
+        log_ratio_max=step.maxima["log_ratio"],
+        entropy=sums["policy_entropy"] / count,
     )
 
 
-def report_of(step: OptimizerStep, policy_version: int, seconds: float) -> LearnerReport:
-    """The means of a step of `Distillation`, and of the policy beside it."""
+def report_of(
+    step: OptimizerStep, policy_version: int, seconds: float, weights: Mapping[str, float] | None = None
+) -> LearnerReport:
+    """The means of a step of `Distillation`, and of the policy beside it; `weights` of both, where they change."""
     sums, skipped = step.sums, not math.isfinite(step.grad_norm)
     count = max(sums["tokens"], 1.0)
     kl = sums.get("kl_loss", step.loss)
@@ -66,4 +71,5 @@ def report_of(step: OptimizerStep, policy_version: int, seconds: float) -> Learn
         seconds=seconds,
         skipped=skipped,
         policy=policy_report(step),
+        weights=weights,
     )

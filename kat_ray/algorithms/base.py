@@ -26,9 +26,8 @@ class Credit:
     kept: list[KeptRollout]  # the learner's work list, in the order of rollout ids
     advantages: Mapping[int, float] = field(default_factory=dict)  # by rollout id, of those that have one
     metrics: Mapping[str, float] = field(default_factory=dict)
-    reward_weights: Mapping[int, float] = field(
-        default_factory=dict
-    )  # by rollout id, of all where there are rewards
+    reward_weights: Mapping[int, float] = field(default_factory=dict)  # by id, of all where there are rewards
+    probe_rewards: tuple[float, ...] = ()  # what the next step's `credit` is given; part of a checkpoint
 
     def by_rollout(self) -> dict[int, RolloutCredit]:
         """Of every rollout by its id; empty where nothing is learnt from rewards."""
@@ -54,9 +53,11 @@ class Algorithm(Protocol):
         specs: Sequence[RolloutSpec],
         rewards: Mapping[int, Reward],
         probe_share: float,
+        probe_rewards: Sequence[float] = (),
     ) -> Credit:
         """Of whose first tokens the loss is made, and how much each weighs.
 
         `specs` are those that the step's rollouts were made from, `rewards` are by rollout id, of those that were
-        graded. A rollout was a probe with chance `probe_share`.
+        graded. A rollout was a probe with chance `probe_share`. `probe_rewards` are those of earlier steps' probes
+        that the rule would have cut, the newest last: `Credit.probe_rewards` of the step before.
         """

@@ -136,9 +136,13 @@ def _finished(row: Mapping[str, Any], tokens: np.ndarray | None, logprobs: np.nd
 
 
 def replayed(steps: Sequence[RecordedStep], config: Config) -> list[Credit]:
-    """What the configuration's algorithm makes of each step."""
+    """What the configuration's algorithm makes of each step; `steps` are all of a run, in their order."""
     algorithm = algorithm_of(config)
-    return [algorithm.credit(s.rollouts, s.specs, s.rewards, s.probe_share) for s in steps]
+    credits: list[Credit] = []
+    for step in steps:
+        earlier = credits[-1].probe_rewards if credits else ()
+        credits.append(algorithm.credit(step.rollouts, step.specs, step.rewards, step.probe_share, earlier))
+    return credits
 
 
 def differences(steps: Sequence[RecordedStep], credits: Sequence[Credit]) -> list[Difference]:

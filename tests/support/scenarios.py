@@ -223,6 +223,11 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "rollout": {"temperature": 1.0, "top_p": 1.0},
     },
     "sampled ahead": {"rollout": {"staleness": 1}, "run": {"checkpoint_every": 1}},
+    "imputed cuts": {
+        "objective": {"rl": {"weight": 1.0, "cut_reward": "probe_mean", "probe_min": 1, "probe_buffer": 4}},
+        "rollout": {"temperature": 1.0, "top_p": 1.0, "staleness": 1},
+        "run": {"checkpoint_every": 1},
+    },
     "elastic": {
         "sampler": {"replicas": 3, "min_replicas": 1, "max_replicas": 4},
         "scorer": {"replicas": 2, "min_replicas": 1, "max_replicas": 3},

@@ -163,22 +163,22 @@ CHOICES = np.array([0.3, -0.2])
 RIGHTS = {"good": 0.8, "leave": 0.5, "loop": 0.2}
 
 
-def exact_gradient(credit):
+def exact_gradient(credit, probe_share=0.1, looped=True):
     """Expectation over rollouts of credit(path, right, probe) times the score, in (choose good, leave the trap).
 
     Scores are those of logits with gradient 1 - p and -p. The baseline has a fixed value here, and is part of
-    the credit.
+    the credit. Without `looped` the choice to loop is outside the policy's mask, which then ends at the cut.
     """
     p_good, p_leave = 1 / (1 + np.exp(-CHOICES))
     paths = {
         "good": (p_good, np.array([1 - p_good, 0.0])),
         "leave": ((1 - p_good) * p_leave, np.array([-p_good, 1 - p_leave])),
-        "loop": ((1 - p_good) * (1 - p_leave), np.array([-p_good, -p_leave])),
+        "loop": ((1 - p_good) * (1 - p_leave), np.array([-p_good, -p_leave * looped])),
     }
     total = np.zeros(2)
     for path, (chance, score) in paths.items():
         for right in (1.0, 0.0):
-            for probe, share in ((True, 0.1), (False, 0.9)):
+            for probe, share in ((True, probe_share), (False, 1 - probe_share)):
                 p = chance * share * (RIGHTS[path] if right else 1 - RIGHTS[path])
                 total += p * credit(path, right, probe) * score
     return total
@@ -211,6 +211,27 @@ def test_weighted_probes_are_an_unbiased_estimate_and_what_is_left_out_is_not():
     # Where cut rollouts are left out, leaving a trap is punished; where they are failures, it is rewarded too much.
     left_out = exact_gradient(treated(Treatment("exclude")))
     assert left_out[1] < 0 < truth[1] < exact_gradient(treated(Treatment("failure")))[1]
+
+
+@pytest.mark.parametrize(
+    ("treatment", "expected"),
+    [
+        (Treatment("exclude"), [0.043098, -0.023697]),
+        (Treatment("failure"), [0.140543, 0.052666]),
+        (Treatment("probe_mean", probe_mean=0.2), [0.113661, 0.031600]),
+    ],
+    ids=lambda value: value.cut if isinstance(value, Treatment) else "",
+)
+def test_what_each_treatment_is_an_estimate_of(treatment, expected):
+    assert exact_gradient(treated(treatment), probe_share=0.0) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_policy_whose_mask_ended_at_the_cut_would_be_taught_to_stay_in_the_trap():
+    p_good, p_leave = 1 / (1 + np.exp(-CHOICES))
+    mean = 0.8 * p_good + 0.5 * (1 - p_good) * p_leave
+    failure = treated(Treatment("failure"))
+    found = exact_gradient(lambda *rollout: failure(*rollout) - mean, probe_share=0.0, looped=False)
+    assert found == pytest.approx([0.140543, -0.005829], abs=1e-6)
 
 
 # --- what a token weighs -----------------------------------------------------------------------------------------
