@@ -51,6 +51,9 @@ def altered(path, to, step, change):
         {"advantage": "reinforce_pp", "cut_reward": "exclude"},
         {"advantage": "reinforce_pp_baseline", "cut_reward": "probe_weighted", "aggregate": "sequence_sum"},
         {"advantage": "max_rl", "cut_reward": "probe_weighted", "truncated": "exclude"},
+        {"cut_reward": "probe_mean", "probe_min": 1, "probe_buffer": 64, "advantage": "dr_grpo"},
+        {"overlong": {"buffer": 8, "factor": 0.5}, "advantage_clip": 0.75, "advantage": "rloo"},
+        {"filter_constant_groups": True, "cut_reward": "exclude", "final_weight": 0.5, "anneal_steps": 2},
     ],
 )
 def test_what_a_run_gave_its_rollouts_comes_out_again_to_the_bit(tmp_path, rl):
@@ -62,8 +65,13 @@ def test_what_a_run_gave_its_rollouts_comes_out_again_to_the_bit(tmp_path, rl):
     assert notes == [] and differences(steps, credits) == []
     values = [c for step in steps for c in step.written.values()]
     assert len(values) == 3 * 24 and len({c.advantage for c in values}) > 4
-    assert any(not c.reward_weight for c in values) == (rl.get("cut_reward", "failure") != "failure")
-    if rl.get("cut_reward") == "probe_weighted":
+    cut_reward = rl.get("cut_reward", "failure")
+    assert any(not c.reward_weight for c in values) == (cut_reward in ("exclude", "probe_weighted"))
+    if cut_reward == "probe_mean":
+        assert any(c.metrics["probe/q"] > 0 for c in credits), (
+            "what earlier steps' probes were worth is taken along"
+        )
+    if cut_reward == "probe_weighted":
         assert {1 / RULE["probe_share"]} < {c.reward_weight for c in values}
 
 
