@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kat_ray.report.curves import draw, legend, line
@@ -34,6 +34,12 @@ def reward_sections(records: RunRecords) -> list[Section]:
             "says that they are no longer the same model. What the ratio takes away is 1 less the effective share."
         )
         found.append(Section("ratios", "Learner and sampler", text, png=png_of(ratios(records))))
+    if drawn := [panel for names, panel in _POLICY.items() if any(records.series(name)[1] for name in names)]:
+        text = (
+            "A policy whose entropy goes to 0 no longer tries anything else: all rollouts of a group say the same. "
+            "Weights are drawn where the configuration lets them change."
+        )
+        found.append(Section("entropy", "Entropy and weights", text, png=png_of(_side_by_side(records, drawn))))
     return found
 
 
@@ -128,3 +134,27 @@ def ratios(records: RunRecords) -> Any:
     percent(held.yaxis)
     legend(held)
     return fig
+
+
+def _side_by_side(records: RunRecords, drawn: Sequence[Callable[[Any, RunRecords], None]]) -> Any:
+    fig, (panels,) = figure(1, len(drawn))
+    for axes, draw_on in zip(panels, drawn, strict=True):
+        draw_on(axes, records)
+    return fig
+
+
+def _entropy(axes: Any, records: RunRecords) -> None:
+    line(axes, records, "rl/entropy", "", KEPT)
+    axes.set(title="Entropy of the student, over the policy's tokens", xlabel="step", ylabel="nats")
+    axes.set_ylim(bottom=0)
+
+
+def _weights(axes: Any, records: RunRecords) -> None:
+    line(axes, records, "objective/rl_weight", "rewards", KEPT, parts=10**6)
+    line(axes, records, "objective/opd_weight", "teacher", SCALE, parts=10**6)
+    axes.set(title="Weights of the two losses", xlabel="step")
+    axes.set_ylim(bottom=0)
+    legend(axes)
+
+
+_POLICY = {("rl/entropy",): _entropy, ("objective/rl_weight", "objective/opd_weight"): _weights}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kat_ray.cli import main as cli
-from kat_ray.report import rewards
+from kat_ray.report import curves, rewards
 from kat_ray.report.run_records import read_run
 from tests.support.reports import small_run
 
@@ -57,6 +57,21 @@ def test_the_ratio_is_drawn_by_its_distance_from_1(run):
     assert lines_of(held) == {
         "held from above": [0.0625, 0.0625], "held from below": [0, 0], "taken away by the ratio": [0.125, 0.125]
     }  # fmt: skip
+
+
+def test_entropy_and_weights_are_drawn_where_a_run_has_them(run):
+    assert [s.name for s in rewards.reward_sections(read_run(run))] == ["rewards", "ratios"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [m | {"rl/entropy": 0.5 / m["step"]} for m in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    assert [s.name for s in rewards.reward_sections(read_run(run))] == ["rewards", "ratios", "entropy"]
+    lines = [m | {"objective/rl_weight": 1.0, "objective/opd_weight": 1 / m["step"]} for m in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    records = read_run(run)
+    assert rewards.reward_sections(records)[-1].png
+    axes = curves.figure(1, 1)[1][0][0]
+    rewards._weights(axes, records)
+    assert lines_of(axes) == {"rewards": [1, 1], "teacher": [1, 0.5]}
 
 
 def test_the_page_has_them_where_there_were_rewards_and_only_there(run, tmp_path, capsys):
