@@ -110,7 +110,12 @@ METRICS = {
         Metric("rl/clip_low_share", "share", "tokens whose ratio was held from below"),
         Metric("rl/clip_high_share", "share", "tokens whose ratio was held from above"),
         Metric("rl/log_ratio_max", "nats", "largest |log p learner - log p sampler|"),
-        Metric("rl/entropy", "nats", "of the student's top k and the rest as one, mean over the policy's tokens"),
+        Metric(
+            "rl/entropy",
+            "nats",
+            "of the student's top k and the rest as one, mean over the policy's tokens; without a top k "
+            "estimated from those that were sampled",
+        ),
         Metric("rl/masked_share", "share", "tokens that objective.rl.correction leaves out of the loss"),
         Metric(
             "rl/length_right",
