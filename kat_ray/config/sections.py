@@ -23,6 +23,7 @@ from kat_ray.config.cluster import (
 )
 from kat_ray.config.local_paths import LocalPath
 from kat_ray.config.objective import ObjectiveConfig
+from kat_ray.config.reward import RewardConfig
 from kat_ray.rewards.limits import GradingLimits
 from kat_ray.termination import RULES, TerminationConfig
 from kat_ray.termination.settings import KatSettings
@@ -293,6 +294,7 @@ class Config(Section):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    reward: RewardConfig = RewardConfig()
     termination: TerminationConfig = KatSettings()
     sampler: Resumable[SamplerConfig] = SamplerConfig()
     scorer: Resumable[ScorerConfig] = ScorerConfig()
@@ -348,12 +350,25 @@ class Config(Section):
                 f"{needs}a ratio of learner to sampler with rollout.staleness = 1: objective.rl.loss = 'clip' or "
                 "'cispo', or objective.rl.correction = 'truncate'"
             )
-        if self.data.answer_column is None:
-            raise ValueError(f"{needs}gold answers to grade rollouts by: name a column with data.answer_column")
+        self._check_reward(needs)
         share = getattr(self.termination, "probe_share", 0.0)
         if rl.cut_reward == "probe_weighted" and self.termination.rule != "none" and not share:
             raise ValueError("objective.rl.cut_reward = 'probe_weighted': needs termination.probe_share > 0")
         return self
+
+    def _check_reward(self, needs: str) -> None:
+        """What grades rollouts has what it needs."""
+        verifiers, own = self.reward.verifiers, self.evaluation.verifier
+        if self.data.answer_column is None and (verifiers or not self.reward.functions):
+            raise ValueError(
+                f"{needs}gold answers to grade rollouts by: name a column with data.answer_column, or functions of "
+                "your own with reward.functions"
+            )
+        if verifiers and verifiers != [own]:
+            raise ValueError(
+                f"reward.functions: {' and '.join(verifiers)}: must be {own}, as evaluation.verifier is; an answer "
+                "is judged in one way"
+            )
 
     @model_validator(mode="after")
     def _work_for_every_monitor(self) -> Config:
