@@ -31,6 +31,10 @@ class ModelError(UserError):
     """A model or its tokenizer cannot be used."""
 
 
+class RewardError(UserError):
+    """A reward function cannot be used, or failed too often; what was learnt so far is worth keeping."""
+
+
 class StateLost(Exception):
     """An actor was asked about something that it no longer knows: its process is a new one. Never a user's
     mistake.

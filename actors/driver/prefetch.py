@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 from ray.exceptions import ObjectLostError
 
 from actors.cluster.signals import Preempted
+from kat_ray.errors import RewardError
 
 Sampling = TypeVar("Sampling")  # under way
 Sampled = TypeVar("Sampled")
@@ -26,10 +27,13 @@ class Prefetch(Generic[Sampling, Sampled]):
         self._start, self._finish, self._records_lost = start, finish, records_lost
         self._under_way: tuple[int, Sampling] | None = None
         self._ahead: Sampled | None = None
+        self._failed: RewardError | None = None  # of what was sampled ahead
 
     def get(self, step: int, rule_state: Mapping[str, Any]) -> Sampled:
         """The rollouts of a step that begins with this calibration: those sampled ahead, else sampled now."""
         sampled, self._ahead = self._ahead, None
+        if self._failed is not None:
+            raise self._failed
         if sampled is None:
             self.start(step, rule_state)
             sampled = self._finished()
@@ -49,6 +53,8 @@ class Prefetch(Generic[Sampling, Sampled]):
         except ObjectLostError as error:  # they are sampled when their turn comes
             self._records_lost(step, error)
             self._under_way = None
+        except RewardError as error:  # said when their turn comes: the step that was learnt meanwhile is done first
+            self._failed, self._under_way = error, None
         except Preempted:
             return False
         return True
@@ -56,6 +62,7 @@ class Prefetch(Generic[Sampling, Sampled]):
     def cancel(self) -> bool:
         """Forget all of it; whether samplers are still at work on it."""
         at_work, self._under_way, self._ahead = self._under_way is not None, None, None
+        self._failed = None
         return at_work
 
     def _finished(self) -> Sampled:

@@ -13,6 +13,7 @@ from kat_ray.data.prompts import PromptSet, load_prompts
 from kat_ray.models.inspect import ModelFacts, check_models, resolve_model
 from kat_ray.rewards.verifiers import check_golds
 from kat_ray.run.checkpoint import Checkpoints
+from kat_ray.run.reward_functions import has_functions, needs_golds
 from kat_ray.termination import RunFacts, make_rule
 
 
@@ -50,13 +51,13 @@ def prepare(config: Config) -> Prepared:
     # A rule that cannot be made says so now, not in the monitor.
     make_rule(config.termination, RunFacts(config.run.seed, config.rollout.max_tokens))
 
-    def prompts(data: DataConfig, max_tokens: int, graded: bool) -> PromptSet:
+    def prompts(data: DataConfig, max_tokens: int, graded: bool, with_tasks: bool = False) -> PromptSet:
         longest, teacher = facts.max_prompt_tokens(max_tokens), facts.teacher_tokenizer
-        return load_prompts(data, facts.tokenizer, longest, graded=graded, teacher=teacher)
+        return load_prompts(data, facts.tokenizer, longest, graded=graded, teacher=teacher, with_tasks=with_tasks)
 
     verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
-    train = prompts(config.data, config.rollout.max_tokens, False)
-    golds = training_golds(config.data, train, verifier, limits)
+    train = prompts(config.data, config.rollout.max_tokens, False, has_functions(config))
+    golds = training_golds(config.data, train, verifier, limits, rewards_need_them=needs_golds(config))
     heldout = None
     longest = train.longest + config.rollout.max_tokens
     if config.evaluation.data is not None:

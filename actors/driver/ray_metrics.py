@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.util.metrics import Gauge
 
-from kat_ray.observability.metric_catalog import METRICS
+from kat_ray.observability.metric_catalog import metric_of
 from kat_ray.observability.prometheus import LABELS, RUN_METRICS, gauge_name
 from kat_ray.observability.trackers import Tracker
 
@@ -77,7 +77,7 @@ class RayMetrics(Tracker):
         with self._lock:
             gauge = self._gauges.get(name)
             if gauge is None:
-                metric = METRICS.get(name) or RUN_METRICS[name]
+                metric = metric_of(name) or RUN_METRICS[name]
                 gauge = Gauge(gauge_name(name), description=f"{metric.help} [{metric.unit}]", tag_keys=LABELS)
                 self._gauges[name] = gauge
             self._values[name] = float(value)

@@ -13,6 +13,7 @@ from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, ScoredTokens
 from kat_ray.models.inspect import ModelFacts
 from kat_ray.records.traces import PolicyTrace, TokenFeatures, TraceRow
+from kat_ray.rewards.scoring import RewardScorer
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.probes import (
     Graded,
@@ -33,14 +34,22 @@ _UNSCORED = np.zeros(0, dtype=np.float32)  # the KL of a rollout that no teacher
 class StepRecorder:
     """Writes the records of steps."""
 
-    def __init__(self, config: Config, run: RunDirectory, golds: Mapping[str, str], facts: ModelFacts) -> None:
-        """`golds`: gold answers by prompt id."""
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        golds: Mapping[str, str],
+        facts: ModelFacts,
+        scorer: RewardScorer | None = None,
+    ) -> None:
+        """`golds`: gold answers by prompt id; `scorer` rewards rollouts, where functions do."""
         self._config, self._run = config, run
         self._grader = RolloutGrader(
             golds,
             lambda ids: str(facts.tokenizer.decode(ids, skip_special_tokens=True)),
             config.evaluation.verifier,
             config.evaluation.grading_limits,
+            scorer,
         )
 
     @property

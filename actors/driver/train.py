@@ -34,6 +34,7 @@ from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.checkpoint import Loaded, unread
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.resume import check_prompts, run_config, unfinished_run
+from kat_ray.run.reward_functions import check_sources, has_functions, try_functions
 
 log = logging.getLogger("kat_ray.run")
 
@@ -46,7 +47,10 @@ def train(config: Config, resume: Path | None = None, engines: Engines | None = 
     started = time.monotonic()
     resume = resume or unfinished_run(config)
     config = pinned(config if resume is None else pinned_like(config, run_config(resume)))
+    check_sources(config)
     prepared = prepare(config)
+    if has_functions(config):
+        try_functions(config, prepared.train, prepared.facts.tokenizer.encode)
     if resume is None:
         run = RunDirectory.create(config.run, config_yaml(config))
     else:

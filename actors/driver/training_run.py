@@ -17,7 +17,7 @@ are functions of the step; a step that the learner did not finish never happened
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
 
@@ -43,6 +43,7 @@ from actors.driver.steps import SampledStep, Steps
 from kat_ray.cluster.scaling_policy import StageTimes
 from kat_ray.config import Config
 from kat_ray.data.prompts import PromptOrder
+from kat_ray.errors import RewardError
 from kat_ray.observability.progress import Progress
 from kat_ray.observability.timeline import ChromeTrace, Timeline
 from kat_ray.observability.trackers import ConsoleTracker, TensorBoardTracker, Tracker, Trackers
@@ -50,6 +51,7 @@ from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.checkpoint import Loaded
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.jsonl_tracker import JsonlTracker
+from kat_ray.run.reward_functions import make_scorer
 from kat_ray.run.step_result import StepResult, StepTimes
 from kat_ray.run.summary import run_summary
 
@@ -72,7 +74,8 @@ class TrainingRun:
         self._actors = RunActors.make(config, prepared.paths, placement, stop, engines)
         self._trackers = _trackers(config, run, progress)
         order = PromptOrder(prepared.train.prompts, config.run.seed, config.data.shuffle)
-        self._recorder = StepRecorder(config, run, prepared.golds.answers, prepared.facts)
+        scorer = make_scorer(config, prepared.train)
+        self._recorder = StepRecorder(config, run, prepared.golds.answers, prepared.facts, scorer)
         self._steps = Steps(config, self._actors, order, self._recorder.grader)
         self._prefetch: Prefetch[RolloutDispatcher, SampledStep] = Prefetch(
             self._steps.start_sampling, self._steps.finish_sampling, self._records_lost
@@ -105,6 +108,10 @@ class TrainingRun:
                 self._train(loaded)
             except Preempted:
                 self._history.save_and_leave()
+                raise
+            except RewardError:  # no step is half done: the learner holds those that are
+                with suppress(LearnersLost):  # then the newest checkpoint has to do
+                    self._history.save()
                 raise
             self._summarise()
 

@@ -21,6 +21,7 @@ from kat_ray.cluster.versions import other_ray
 from kat_ray.config import Config
 from kat_ray.config.load import EMBEDDED
 from kat_ray.errors import UserError
+from kat_ray.run.reward_functions import reward_files
 
 # A step's line of `kat_ray.observability.progress`: in a terminal one replaces the other.
 _STEP = re.compile(r"^step +\d+/\d+ ")
@@ -54,6 +55,8 @@ def submit(
         _say(console, line)
     if source not in EMBEDDED:
         upload.check_holds(command[4])
+    for name in reward_files(config):
+        upload.check_holds(name)
     upload.check_size(dashboard_limit())
     job_id = jobs.submit(config, command, upload, {})
     _say(console, f"job {job_id} is submitted: {jobs.link(job_id)}")

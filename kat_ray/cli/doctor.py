@@ -270,7 +270,14 @@ def _threads(config: Config) -> Check:
 def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
     """`here`: they are to be loaded on this machine."""
     from kat_ray.models.inspect import check_models
+    from kat_ray.run.reward_functions import check_sources, has_functions
 
+    try:
+        check_sources(config)
+        if has_functions(config):
+            yield ok("rewards", f"{', '.join(config.reward.functions)}: each file has what is named")
+    except UserError as error:
+        yield fail("rewards", str(error))
     try:
         facts = check_models(config)
     except UserError as error:
@@ -315,6 +322,7 @@ def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> tuple[Check
     from kat_ray.data.golds import training_golds
     from kat_ray.data.prompts import load_prompts
     from kat_ray.rewards.verifiers import check_golds
+    from kat_ray.run.reward_functions import has_functions, needs_golds
 
     heldout = data is config.evaluation.data
     name, max_tokens = ("held-out data", config.eval_max_tokens) if heldout else ("data", config.rollout.max_tokens)
@@ -322,11 +330,14 @@ def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> tuple[Check
     note = None
     try:
         longest = facts.max_prompt_tokens(max_tokens)
-        found = load_prompts(data, facts.tokenizer, longest, graded=heldout, teacher=facts.teacher_tokenizer)
+        found = load_prompts(
+            data, facts.tokenizer, longest, graded=heldout, teacher=facts.teacher_tokenizer,
+            with_tasks=not heldout and has_functions(config),
+        )  # fmt: skip
         if heldout:
             check_golds(found.prompts, verifier, limits)
         else:
-            note = training_golds(data, found, verifier, limits).note
+            note = training_golds(data, found, verifier, limits, rewards_need_them=needs_golds(config)).note
         facts.check_roles(config, found.longest + max_tokens)
     except UserError as error:
         return fail(name, str(error)), None

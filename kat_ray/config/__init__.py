@@ -16,6 +16,7 @@ from kat_ray.config.cluster import (
 )
 from kat_ray.config.guards import GuardsConfig
 from kat_ray.config.objective import DistillationObjective, ObjectiveConfig, PolicyObjective
+from kat_ray.config.reward import RewardConfig
 from kat_ray.config.sections import (
     Config,
     DataConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "PolicyObjective",
     "PoolConfig",
     "PoolsConfig",
+    "RewardConfig",
     "RolloutConfig",
     "RunConfig",
     "SamplerConfig",

@@ -24,6 +24,7 @@ from kat_ray.config.cluster import (
 from kat_ray.config.guards import GuardsConfig
 from kat_ray.config.local_paths import LocalPath
 from kat_ray.config.objective import ObjectiveConfig
+from kat_ray.config.reward import RewardConfig
 from kat_ray.rewards.limits import GradingLimits
 from kat_ray.termination import RULES, TerminationConfig
 from kat_ray.termination.settings import KatSettings
@@ -257,6 +258,7 @@ class Config(Section):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    reward: RewardConfig = RewardConfig()
     termination: TerminationConfig = KatSettings()
     sampler: Resumable[SamplerConfig] = SamplerConfig()
     scorer: Resumable[ScorerConfig] = ScorerConfig()
@@ -317,12 +319,25 @@ class Config(Section):
                 f"objective.rl.overlong.buffer = {rl.overlong.buffer}: must be <= rollout.max_tokens = "
                 f"{rollout.max_tokens}, whose last tokens it is"
             )
-        if self.data.answer_column is None:
-            raise ValueError(f"{needs}gold answers to grade rollouts by: name a column with data.answer_column")
+        self._check_reward(needs)
         share = getattr(self.termination, "probe_share", 0.0)
         if rl.cut_reward.startswith("probe") and self.termination.rule != "none" and not share:
             raise ValueError(f"objective.rl.cut_reward = {rl.cut_reward!r}: needs termination.probe_share > 0")
         return self
+
+    def _check_reward(self, needs: str) -> None:
+        """What grades rollouts has what it needs."""
+        verifiers, own = self.reward.verifiers, self.evaluation.verifier
+        if self.data.answer_column is None and (verifiers or not self.reward.functions):
+            raise ValueError(
+                f"{needs}gold answers to grade rollouts by: name a column with data.answer_column, or functions of "
+                "your own with reward.functions"
+            )
+        if verifiers and verifiers != [own]:
+            raise ValueError(
+                f"reward.functions: {' and '.join(verifiers)}: must be {own}, as evaluation.verifier is; an answer "
+                "is judged in one way"
+            )
 
     @model_validator(mode="after")
     def _work_for_every_monitor(self) -> Config:

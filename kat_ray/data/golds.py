@@ -20,12 +20,18 @@ class TrainingGolds:
 
 
 def training_golds(
-    data: DataConfig, found: PromptSet, verifier: Verifier, limits: GradingLimits | None = None
+    data: DataConfig,
+    found: PromptSet,
+    verifier: Verifier,
+    limits: GradingLimits | None = None,
+    *,
+    rewards_need_them: bool = True,
 ) -> TrainingGolds:
     """The usable gold answers of `found`, read as `data` says.
 
     Training needs none: in the default column those that no answer could match are left out with a note. Of a
-    column that was chosen they are a `DataError`, which names the first.
+    column that was chosen they are a `DataError`, which names the first. Where `rewards_need_them` is false,
+    rewards come from functions that make of an answer what they like, and nothing is said.
     """
     answered = [p for p in found.prompts if p.answer is not None]
     wrong = unmatchable(answered, verifier, limits)
@@ -35,6 +41,8 @@ def training_golds(
     first, reason = next(iter(wrong.items()))
     share = f"{len(wrong)} of {len(answered)} gold answers can match no answer"
     said = f"{share}; first of problem {first.prompt_id}: {reason}"
+    if not rewards_need_them:
+        return TrainingGolds(answers, None)
     if data.names_answers:
         raise DataError(f"{found.source}: {said} (data.answer_column = null grades no rollouts)")
     return TrainingGolds(answers, f"{found.source}: {said}. Their rollouts are not graded")

@@ -10,8 +10,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from kat_ray.config import Config, DataConfig
 from kat_ray.data.chat import ChatTemplate, chat_template_of, messages_of
 from kat_ray.data.rows import BATCH, Row, kind, names_of, open_rows
 from kat_ray.errors import DataError
+from kat_ray.rewards.task import Task, is_plain, plain_columns
 from kat_ray.types.records import Prompt, RolloutSpec
 
 ID_COLUMN = "id"
@@ -37,6 +38,7 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     skipped_too_long: int
     source: str
+    tasks: Mapping[str, Task] = field(default_factory=dict)  # by prompt id, where reward functions are told of them
 
     @property
     def longest(self) -> int:
@@ -45,26 +47,38 @@ class PromptSet:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of every prompt's id, token ids and answer, in order. A resumed run must find the same."""
+        """SHA-256 of every prompt's id, token ids and answer, in order, and of its columns where rewards may depend
+        on them. A resumed run must find the same.
+        """
         sums = hashlib.sha256()
         for p in self.prompts:
             sums.update(json.dumps([p.prompt_id, p.token_ids, p.answer]).encode())
+            if (task := self.tasks.get(p.prompt_id)) is not None:
+                sums.update(json.dumps([task.answer, task.columns], sort_keys=True).encode())
         return sums.hexdigest()
 
 
 def load_prompts(
-    data: DataConfig, tokenizer: Any, max_prompt_tokens: int | None, *, graded: bool = False, teacher: Any = None
+    data: DataConfig,
+    tokenizer: Any,
+    max_prompt_tokens: int | None,
+    *,
+    graded: bool = False,
+    teacher: Any = None,
+    with_tasks: bool = False,
 ) -> PromptSet:
     """Read, check and tokenise a split. If `graded`, every row must have an answer.
 
     Prompts with more than `max_prompt_tokens` tokens are skipped and counted, or refused (`data.too_long`); None
     sets no limit. `data.limit` counts rows of the source, before any is skipped. `teacher` is the teacher's
-    tokenizer, for its chat template.
+    tokenizer, for its chat template. `with_tasks` keeps what reward functions are told of each row; an answer may
+    then be anything, and one that is neither text nor number is theirs alone.
     """
     template = chat_template_of(data, tokenizer, teacher)
     source, rows = open_rows(data)
     stem = Path(source).stem
     prompts: list[Prompt] = []
+    tasks: dict[str, Task] = {}
     seen: dict[str, str] = {}
     count = skipped = 0
     columns: dict[str, None] = {}
@@ -72,10 +86,10 @@ def load_prompts(
     while batch := list(islice(rows, BATCH)):
         count += len(batch)
         columns |= dict.fromkeys(name for row in batch for name in row.columns)
-        answers = [_answer(row, data, graded) for row in batch]
+        answers = [_answer(row, data, graded, anything=with_tasks) for row in batch]
         texts = [_text(row, data, template) for row in batch]
         encoded = tokenizer(texts, add_special_tokens=template is None)["input_ids"]
-        for row, ids, answer in zip(batch, encoded, answers, strict=True):
+        for row, text, ids, answer in zip(batch, texts, encoded, answers, strict=True):
             prompt_id = _prompt_id(row, stem, seen)
             if not ids:
                 raise DataError(f"{row.where}: the prompt gives no token")
@@ -84,6 +98,8 @@ def load_prompts(
                 _refuse_too_long(data, row, len(ids), max_prompt_tokens)
             else:
                 prompts.append(Prompt(prompt_id, tuple(ids), answer))
+                if with_tasks:
+                    tasks[prompt_id] = _task(row, data, text)
     if not count:
         raise DataError(f"{source}: holds no prompts")
     if not prompts:
@@ -91,12 +107,13 @@ def load_prompts(
             f"{source}: every one of {count} prompts is longer than the {max_prompt_tokens} tokens the models take "
             "beside the longest answer; lower rollout.max_tokens, or use shorter prompts"
         )
-    if data.names_answers and all(p.answer is None for p in prompts):
+    answered = any(p.answer is not None for p in prompts) or any(t.answer is not None for t in tasks.values())
+    if data.names_answers and not answered:
         raise DataError(
             f"{source}: no row has an answer in column {data.answer_column!r}; there are {names_of(columns)} "
             "(data.answer_column chooses; null where answers are not graded)"
         )
-    return PromptSet(tuple(prompts), skipped, source)
+    return PromptSet(tuple(prompts), skipped, source, tasks)
 
 
 def _refuse_too_long(data: DataConfig, row: Row, length: int, limit: int) -> None:
@@ -116,7 +133,13 @@ def _prompt_id(row: Row, stem: str, seen: dict[str, str]) -> str:
     return prompt_id
 
 
-def _answer(row: Row, data: DataConfig, graded: bool) -> str | None:
+def _task(row: Row, data: DataConfig, text: str) -> Task:
+    answer = None if data.answer_column is None else row.value(data.answer_column)
+    columns = plain_columns(row.columns, (data.prompt_column,))
+    return Task(row.value(data.prompt_column), text, answer if is_plain(answer) else None, columns, data.path)
+
+
+def _answer(row: Row, data: DataConfig, graded: bool, anything: bool = False) -> str | None:
     value = None if data.answer_column is None else row.value(data.answer_column)
     if isinstance(value, float) and math.isnan(value):  # what pandas makes of a gap
         if graded:
@@ -127,6 +150,8 @@ def _answer(row: Row, data: DataConfig, graded: bool) -> str | None:
     if value is None:
         raise DataError(f"{row.where}: {row.lacks(data.answer_column or '', 'data.answer_column')}")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
+        if anything and not graded:
+            return None
         raise DataError(f"{row.where}: {data.answer_column} is {kind(value)}; an answer is text or a number")
     text = str(value).strip()
     if graded and not text:

@@ -149,6 +149,11 @@ class PolicyAndDistillation:
         return TermSums(loss, torch.cat([kl.sums, own]), torch.cat([kl.maxima, largest.to(kl.maxima)]))
 
     def _entropy(self, student: StudentLogprobs, rows: TokenRows) -> Tensor:
-        """Of the top k, each on its own, and the rest as one: at most that of the whole distribution, [C]."""
+        """Of the top k, each on its own, and the rest as one: at most that of the whole distribution, [C].
+
+        Without a top k the sampled token's -log p, whose mean over what the learner itself sampled is the entropy.
+        """
+        if not rows.topk_ids.shape[1]:
+            return -student.sampled
         stops = is_stop(rows.topk_ids, self.stop_ids)
         return entropy(event_logprobs(student.topk, student.tail, student.stop, stops, "raw"))

@@ -58,6 +58,9 @@ METRICS = {
         Metric("reward/left_out_not_graded", "rollouts", "without a reward: no gold answer, or no verdict"),
         Metric("reward/left_out_constant_group", "rollouts", "by objective.rl.filter_constant_groups"),
         Metric("reward/overlong", "reward", "mean penalty for length (objective.rl.overlong), within reward/mean"),
+        Metric("reward/errors", "rollouts", "without a reward: a function raised, or gave no number"),
+        Metric("reward/timeouts", "rollouts", "without a reward: a function took too long, or was not reached"),
+        Metric("reward/seconds", "s", "that reward functions took for the step, before it is learnt"),
         Metric("group/constant_share", "share", "prompts whose rollouts all have one reward, penalties aside"),
         Metric("group/all_wrong_share", "share", "prompts none of whose rollouts has a reward above 0"),
         Metric(
@@ -110,7 +113,12 @@ METRICS = {
         Metric("rl/clip_low_share", "share", "tokens whose ratio was held from below"),
         Metric("rl/clip_high_share", "share", "tokens whose ratio was held from above"),
         Metric("rl/log_ratio_max", "nats", "largest |log p learner - log p sampler|"),
-        Metric("rl/entropy", "nats", "of the student's top k and the rest as one, mean over the policy's tokens"),
+        Metric(
+            "rl/entropy",
+            "nats",
+            "of the student's top k and the rest as one, mean over the policy's tokens; without a top k "
+            "estimated from those that were sampled",
+        ),
         Metric("rl/masked_share", "share", "tokens that objective.rl.correction leaves out of the loss"),
         Metric(
             "rl/length_right",
@@ -174,7 +182,19 @@ METRICS = {
 }
 
 
+# Metrics whose names end in what a configuration names, by how they begin.
+FAMILIES = {
+    m.name: m
+    for m in (Metric("reward/part/", "reward", "mean of what this reward function gave, before its weight"),)
+}
+
+
+def metric_of(name: str) -> Metric | None:
+    """The description of a metric; None where there is none."""
+    return METRICS.get(name) or next((m for begin, m in FAMILIES.items() if name.startswith(begin)), None)
+
+
 def check_names(names: Iterable[str]) -> None:
     """A metric that is not described above is a mistake of ours."""
-    unknown = [name for name in names if name not in METRICS]
+    unknown = [name for name in names if metric_of(name) is None]
     assert not unknown, f"metrics without a description in kat_ray/observability/metric_catalog.py: {unknown}"

@@ -6,6 +6,8 @@ which changes when a process is replaced. Queries therefore aggregate `by (run, 
 
 from __future__ import annotations
 
+import re
+
 from kat_ray.observability.metric_catalog import METRICS, Metric
 
 LABELS = ("run", "role")
@@ -45,7 +47,7 @@ RAY_METRICS = frozenset(
 
 def gauge_name(metric: str) -> str:
     """`kl/mean` -> `kat_kl_mean`: the name that is given to Ray."""
-    return "kat_" + metric.replace("/", "_")
+    return "kat_" + re.sub(r"\W", "_", metric, flags=re.ASCII)
 
 
 def exported_name(metric: str) -> str:

@@ -1,1 +1,1 @@
-"""Graded answers: verifiers by name, avg@k and pass@k."""
+"""Graded answers: verifiers by name, reward functions of users, avg@k and pass@k."""

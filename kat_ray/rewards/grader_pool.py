@@ -1,4 +1,4 @@
-"""Several child processes that grade mathematics, with a bound on the time that all answers take together."""
+"""Several child processes that grade, with a bound on the time that all answers take together."""
 
 from __future__ import annotations
 
@@ -9,49 +9,71 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
-from kat_ray.rewards.limits import GradingLimits, Outcome, Verdicts
-from kat_ray.rewards.math_grader import MathGrader
+from kat_ray.rewards.child import START_SECONDS, GradingChild
+from kat_ray.rewards.limits import Call, Fault, GradingLimits, Reply, Verdicts
+from kat_ray.rewards.math_grader import question, verdict
 
-_WORTH_A_CHILD = 4  # answers; a child takes a second or more to start
+_WORTH_A_CHILD = 4  # answers; a child of mathematics takes a second or more to start
 
 
 class GraderPool:
     """Children are started when they are needed and kept until `close` or the end of a `with` block."""
 
-    def __init__(self, limits: GradingLimits | None = None) -> None:
+    def __init__(
+        self, limits: GradingLimits | None = None, graders: Sequence[str] = ("math",), pattern: str = ""
+    ) -> None:
+        """`graders` and `pattern` as for `GradingChild`."""
         self._limits = limits or GradingLimits()
-        self._graders: list[MathGrader] = []
+        self._graders, self._pattern = tuple(graders), pattern
+        self._worth_a_child = _WORTH_A_CHILD if self._graders == ("math",) else 1  # of a step after another
+        self._children: list[GradingChild] = []
 
     def grade(self, texts: Sequence[str], golds: Sequence[str], within: float | None = None) -> Verdicts:
-        """Grade each text against its gold answer, in at most `within` seconds; None: those of a step.
+        """Grade each text's mathematics against its gold answer; `within` as for `ask`.
 
         An answer that is not reached in time is wrong, as is one that takes too long or too much memory.
         """
         assert len(texts) == len(golds), f"{len(texts)} texts, {len(golds)} gold answers"
-        end = time.monotonic() + (self._limits.total_seconds if within is None else within)
-        found = [Outcome.NOT_REACHED] * len(texts)
-        todo = deque(range(len(texts)))
+        asked = [question(text, gold) for text, gold in zip(texts, golds, strict=True)]
+        return Verdicts(tuple(map(verdict, self.ask(asked, within))))
 
-        def work(grader: MathGrader) -> None:
+    def ask(self, calls: Sequence[Call], within: float | None = None) -> list[Reply]:
+        """The replies to all calls, in their order, in at most `within` seconds; None: those of a step."""
+        end = time.monotonic() + (self._limits.total_seconds if within is None else within)
+        late = Reply(fault=Fault.NOT_REACHED, error=f"not reached within {self._limits.words('step_seconds')}")
+        replies = [late] * len(calls)
+        todo = deque(range(len(calls)))
+
+        def work(child: GradingChild) -> None:
             while (left := end - time.monotonic()) > 0:
                 try:
                     i = todo.popleft()
                 except IndexError:  # another thread took the last
                     return
-                found[i] = grader.grade(texts[i], golds[i], left)
+                replies[i] = child.ask(calls[i], left)
 
-        count = min(self._limits.processes, math.ceil(len(texts) / _WORTH_A_CHILD))
-        while len(self._graders) < count:
-            self._graders.append(MathGrader(self._limits))
-        if count:
-            with ThreadPoolExecutor(count, "grader") as threads:
-                list(threads.map(work, self._graders[:count]))
-        return Verdicts(tuple(found))
+        if calls:
+            children = self._of(len(calls))
+            with ThreadPoolExecutor(len(children), "grader") as threads:
+                list(threads.map(work, children))
+        return replies
+
+    def start(self, calls: int) -> None:
+        """Wait until the children that so many calls get are ready; `UserError` where one cannot be."""
+        children = self._of(calls)
+        with ThreadPoolExecutor(len(children), "grader") as threads:
+            list(threads.map(lambda child: child.start(START_SECONDS), children))
+
+    def _of(self, calls: int) -> list[GradingChild]:
+        count = max(1, min(self._limits.processes, math.ceil(calls / self._worth_a_child)))
+        while len(self._children) < count:
+            self._children.append(GradingChild(self._limits, self._graders, self._pattern))
+        return self._children[:count]
 
     def close(self) -> None:
         """End all children."""
-        for grader in self._graders:
-            grader.close()
+        for child in self._children:
+            child.close()
 
     def __enter__(self) -> GraderPool:
         return self

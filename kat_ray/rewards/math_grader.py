@@ -1,32 +1,21 @@
 r"""LaTeX answers graded by math-verify in a child process that can be ended, within a bound of time and of memory.
 
-The parent works from any thread of any process. The child, `python -m kat_ray.rewards.math_grader BYTES`, limits
-its own memory, then reads `[seconds, "gold", "text"]` and writes `true` or `false`, or reads `[seconds, null,
-"text"]` and writes the expression it would grade (a string, "" if there is none), one JSON line each; `null` says
-that it ran out of memory. An answer that takes longer, or kills the child, has no verdict, and the child is
-replaced. A child whose parent is gone ends by an alarm that it sets itself.
+`MathGrader` is the parent's side; `load` and `load_expression` are what the child runs (kat_ray.rewards.serve).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import re
-import select
-import signal
-import subprocess
-import sys
-import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kat_ray.errors import UserError
-from kat_ray.rewards.limits import GradingLimits, Outcome
+from kat_ray.rewards.child import START_SECONDS, GradingChild
+from kat_ray.rewards.limits import Call, Fault, GradingLimits, Outcome, Reply
 
-_START_SECONDS = 120.0  # importing sympy on a busy machine
 _LAST_CHARACTERS = 4000  # the answer stands at the end, or in a box; a loop beside it only costs time
-_ORPHAN_SECONDS = 10.0  # after an answer's time, in which the parent ends the child if it is there
 
 _BOX_RE = re.compile(r"\\boxed\s*\{")
 _BRACES_RE = re.compile(r"(?<!\\)\{[^{}]*\}")
@@ -44,32 +33,22 @@ class MathGrader:
     """
 
     def __init__(self, limits: GradingLimits | None = None) -> None:
-        self._limits = limits or GradingLimits()
-        self._child: subprocess.Popen[str] | None = None
-        self._ready = False
-        self._started = 0.0
+        self._child = GradingChild(limits or GradingLimits(), ["math", "expression"])
 
-    def grade(self, text: str, gold: str, within: float = _START_SECONDS) -> Outcome:
+    def grade(self, text: str, gold: str, within: float = START_SECONDS) -> Outcome:
         """Whether the text's last expression equals the gold answer; wrong where either cannot be read.
 
         `within` bounds the seconds in all, the child's start included. `NOT_REACHED` if that was too short.
         """
-        reply = self._ask(gold, text, within)
-        if isinstance(reply, Outcome):
-            return reply
-        return Outcome.RIGHT if reply == "true" else Outcome.WRONG
+        return verdict(self._child.ask(question(text, gold), within))
 
     def extract(self, text: str) -> str | None:
         """The text's last expression, as it stands there; None where there is none that can be read."""
-        reply = self._ask(None, text, _START_SECONDS)
-        return None if isinstance(reply, Outcome) else json.loads(reply) or None
+        return self._child.ask(Call("expression", {"text": readable_part(text)})).value or None
 
     def close(self) -> None:
         """End the child; the next question starts another."""
-        if self._child is not None:
-            self._child.kill()
-            self._child.communicate()
-        self._child, self._ready = None, False
+        self._child.close()
 
     def __enter__(self) -> MathGrader:
         return self
@@ -77,62 +56,19 @@ class MathGrader:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
-    def _ask(self, gold: str | None, text: str, within: float) -> str | Outcome:
-        """The child's reply; an outcome where there is none, and then another child takes its place."""
-        end = time.monotonic() + within
-        if not self._is_ready(within):
-            return Outcome.NOT_REACHED
-        left = end - time.monotonic()
-        if left <= 0:
-            return Outcome.NOT_REACHED
-        assert self._child is not None and self._child.stdin is not None
-        seconds = self._limits.seconds
-        try:
-            self._child.stdin.write(json.dumps([seconds, gold, readable_part(text)]) + "\n")
-            self._child.stdin.flush()
-            reply = self._read(min(seconds, left))
-        except BrokenPipeError:
-            reply = ""
-        if reply and reply != "null":
-            return reply
-        self.close()
-        return Outcome.RAN_OUT if reply is not None or left >= seconds else Outcome.NOT_REACHED
 
-    def _is_ready(self, within: float) -> bool:
-        """Whether the child takes questions; it goes on starting where it does not yet."""
-        if self._ready:
-            return True
-        if self._child is None:
-            self._child, self._started = self._start(), time.monotonic()
-        start_ends = self._started + _START_SECONDS
-        line = self._read(min(within, start_ends - time.monotonic()))
-        self._ready = line == "ready"
-        if line is None and time.monotonic() < start_ends:
-            return False
-        if not self._ready:
-            self.close()
-            raise UserError(
-                "evaluation.verifier = math: math-verify cannot be used here "
-                f"({line or 'its process did not start'}); pip install 'kat-ray[math]', and give it memory "
-                f"(evaluation.grading_memory_gib = {self._limits.memory_gib:g})"
-            )
-        return True
+def question(text: str, gold: str) -> Call:
+    """What a child is asked of an answer."""
+    return Call("math", {"text": readable_part(text), "gold": gold})
 
-    def _start(self) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "kat_ray.rewards.math_grader", str(int(self._limits.memory_gib * 2**30))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
 
-    def _read(self, seconds: float) -> str | None:
-        """The child's next line, "" when it is gone, None when it is late. Replies are short, so it comes whole."""
-        assert self._child is not None and self._child.stdout is not None
-        readable, _, _ = select.select([self._child.stdout], [], [], max(0.0, seconds))
-        return self._child.stdout.readline().strip() if readable else None
+def verdict(reply: Reply) -> Outcome:
+    """What a child's reply says of the answer."""
+    if reply.fault is Fault.NOT_REACHED:
+        return Outcome.NOT_REACHED
+    if reply.fault is not None:
+        return Outcome.RAN_OUT
+    return Outcome.RIGHT if reply.value else Outcome.WRONG
 
 
 def readable_part(text: str) -> str:
@@ -188,53 +124,44 @@ def _expression(text: str) -> str:
     return str(found[-1]) if found else ""
 
 
-def _limit_memory(size: int) -> None:
-    """Bytes of address space and of data, and no core file; an allocation beyond them is a MemoryError."""
-    import resource
+def load() -> Callable[[Mapping[str, Any]], bool]:
+    """Import math-verify; what is returned grades `text` against `gold`. A MemoryError where memory ran out."""
+    logging.disable(logging.WARNING)  # math-verify warns that the time limit is ours to set: it is
+    _equal("1", "1")
 
-    for kind, most in ((resource.RLIMIT_AS, size), (resource.RLIMIT_DATA, size), (resource.RLIMIT_CORE, 0)):
-        hard = resource.getrlimit(kind)[1]
-        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-        resource.setrlimit(kind, (most, most))
+    def grade(asked: Mapping[str, Any]) -> bool:
+        right = _equal(asked["gold"], asked["text"])
+        if not right:
+            _check_memory()
+        return right
+
+    return grade
 
 
-def _is_bloated(limit: int) -> bool:
-    """Whether this process once held half of its memory.
+def load_expression() -> Callable[[Mapping[str, Any]], str]:
+    """As `load`; what is returned gives the expression that would be graded, "" if there is none."""
+    load()
+
+    def extract(asked: Mapping[str, Any]) -> str:
+        found = _expression(asked["text"])
+        _check_memory()
+        return found
+
+    return extract
+
+
+def _check_memory() -> None:
+    """MemoryError where this process once held half of its memory.
 
     What grows by doubling fails from there on, and math-verify takes most errors, a MemoryError too, for "not
     equal".
     """
+    import resource
+
     status = Path("/proc/self/status")
-    if not status.exists():  # no Linux
-        return False
-    peak = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
-    return peak is not None and int(peak[1]) * 1024 > limit // 2
-
-
-def _reply(gold: str | None, text: str, limit: int) -> str:
-    try:
-        reply = json.dumps(_expression(text) if gold is None else _equal(gold, text))
-    except MemoryError:
-        return "null"
-    return "null" if reply != "true" and _is_bloated(limit) else reply
-
-
-def _serve(limit: int) -> None:
-    _limit_memory(limit)
-    logging.disable(logging.WARNING)  # math-verify warns that the time limit is ours to set: it is
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    try:
-        _equal("1", "1")
-    except ImportError as error:
-        print(f"{error}", flush=True)
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if limit == resource.RLIM_INFINITY or not status.exists():  # no Linux
         return
-    print("ready", flush=True)
-    for line in sys.stdin:
-        seconds, gold, text = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, seconds + _ORPHAN_SECONDS)
-        print(_reply(gold, text, limit), flush=True)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    peak = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
+    if peak is not None and int(peak[1]) * 1024 > limit // 2:
+        raise MemoryError

@@ -12,6 +12,7 @@ import numpy as np
 from kat_ray.data.accounting import FinishedRollout
 from kat_ray.rewards.grader_pool import GraderPool
 from kat_ray.rewards.limits import GradingLimits, Outcome
+from kat_ray.rewards.scoring import Answer, RewardScorer, Scored
 from kat_ray.rewards.verifiers import Verifier, grade
 from kat_ray.termination import RULES
 from kat_ray.termination.settings import RuleSettings
@@ -28,10 +29,11 @@ class Graded:
     ran_out: int  # of those that are wrong, by too much time or memory taken in grading
     seconds: float
     rewards: Mapping[int, Reward] = field(default_factory=dict)  # where training learns from them
+    reward_metrics: Mapping[str, float] = field(default_factory=dict)  # where functions gave them
 
 
 class RolloutGrader:
-    """Grades training rollouts against the gold answers of their prompts, where there are any."""
+    """Grades training rollouts against the gold answers of their prompts, where there are any, and rewards them."""
 
     def __init__(
         self,
@@ -39,19 +41,27 @@ class RolloutGrader:
         decode: Callable[[Sequence[int]], str],
         verifier: Verifier,
         limits: GradingLimits | None = None,
+        scorer: RewardScorer | None = None,
     ) -> None:
-        """`golds` by prompt id; `limits` bound what one step's grading may take."""
+        """`golds` by prompt id; `limits` bound what one step's grading may take.
+
+        `scorer` rewards rollouts, with or without a gold answer; without it the verdict is their reward.
+        """
         self._golds = golds
         self._decode = decode
         self._verifier: Verifier = verifier
         self._pool = GraderPool(limits)
+        self._scorer = scorer
 
     def grade(self, rollouts: Mapping[int, tuple[str, Sequence[int]]]) -> Graded:
-        """Grade rollouts, given as (prompt id, token ids) by id; those without a gold answer are left out."""
+        """Grade rollouts, given as (prompt id, token ids) by id; those without a gold answer get no verdict.
+
+        `UserError` where reward functions fail too often.
+        """
         started = time.monotonic()
-        known = {i: (self._golds[p], ids) for i, (p, ids) in rollouts.items() if p in self._golds}
-        texts = [self._decode(ids) for _, ids in known.values()]
-        verdicts = grade(texts, [gold for gold, _ in known.values()], self._verifier, self._pool)
+        texts = {i: self._decode(ids) for i, (p, ids) in rollouts.items() if self._scorer or p in self._golds}
+        known = {i: self._golds[p] for i, (p, _) in rollouts.items() if p in self._golds}
+        verdicts = grade([texts[i] for i in known], list(known.values()), self._verifier, self._pool)
         correct = dict(zip(known, verdicts.right, strict=True))
         if verdicts.ran_out:
             log.warning(
@@ -60,12 +70,19 @@ class RolloutGrader:
                 verdicts.ran_out, len(correct),
             )  # fmt: skip
         outcomes = dict(zip(known, verdicts.outcomes, strict=True))
-        rewards = {i: _reward(self._verifier, outcome) for i, outcome in outcomes.items()}
-        return Graded(correct, verdicts.ran_out, time.monotonic() - started, rewards)
+        if self._scorer is None:
+            scored = Scored({i: _reward(self._verifier, outcome) for i, outcome in outcomes.items()}, {})
+        else:
+            answers = {i: Answer(p, texts[i], ids, outcomes.get(i)) for i, (p, ids) in rollouts.items()}
+            scored = self._scorer.score(answers)
+        seconds = time.monotonic() - started
+        return Graded(correct, verdicts.ran_out, seconds, scored.rewards, scored.metrics)
 
     def close(self) -> None:
         """End what grades."""
         self._pool.close()
+        if self._scorer is not None:
+            self._scorer.close()
 
 
 def _reward(verifier: Verifier, outcome: Outcome) -> Reward:
@@ -89,10 +106,11 @@ def is_active(settings: RuleSettings, threshold: float | None) -> bool:
 
 
 def grading_metrics(graded: Graded) -> dict[str, float]:
-    """What grading a step's rollouts took; nothing where none was graded."""
-    if not graded.correct:
+    """What grading a step's rollouts took, and what functions gave them; nothing where none was graded."""
+    if not graded.correct and not graded.rewards:
         return {}
-    return {"probe/ran_out": float(graded.ran_out), "time/grade": graded.seconds}
+    ran_out = {"probe/ran_out": float(graded.ran_out)} if graded.correct else {}
+    return ran_out | {"time/grade": graded.seconds} | dict(graded.reward_metrics)
 
 
 def probe_metrics(

@@ -23,7 +23,7 @@ class PolicyReport:
     clip_high_share: float
     masked_share: float  # whose correction is 0
     log_ratio_max: float  # largest |log ratio|
-    entropy: float  # nats, of the student's top k and the rest as one
+    entropy: float  # nats, of the student's top k and the rest as one; without a top k an estimate
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ The example of `test_policy`: one prompt, four answers of 2, 1, 3 and 2 tokens, 
 and the sampler's probabilities 0.4 everywhere.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from actors.learner.report import policy_report
 from kat_ray.algorithms.aggregation import token_weights
 from kat_ray.data.collate import PaddedCollator
+from kat_ray.types.records import PolicyCredit
 from tests.support.plain_engine import credit_of, sample_of, take_step
 
 LENGTHS = np.array([2, 1, 3, 2])
@@ -104,6 +107,28 @@ def test_a_step_has_the_gradient_that_was_derived(monkeypatch, loss, slopes):
     objective = {"opd": {"weight": 0.0}, "rl": {"weight": 1.0, **loss}}
     _, gradient, _ = take_step(monkeypatch, logits, samples, objective)
     assert in_order(samples, gradient) == pytest.approx(np.array(slopes) * (1 - 0.4 * RHO), abs=1e-6)
+
+
+def test_no_token_but_those_of_the_policy_has_its_gradient(monkeypatch):
+    """A mask that is off by one would leave the first token out, and take one in that came after the decision."""
+    logits, samples = example()
+    samples = [
+        replace(s, policy=PolicyCredit(1e3, n, 0.125) if n else None)
+        for s, n in zip(samples, (1, 0, 2, 2), strict=True)
+    ]
+    objective = {"opd": {"weight": 0.0}, "rl": {"weight": 1.0, "loss": "reinforce"}}
+    _, gradient, _ = take_step(monkeypatch, logits, samples, objective)
+    assert [bool(value) for value in in_order(samples, gradient)] == [
+        True,
+        False,
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+    ]
+    assert in_order(samples, gradient)[0] == pytest.approx(-1e3 / 8 * (1 - 0.6)), "more of the token itself"
 
 
 @pytest.mark.parametrize(("done", "opd", "rl"), [(0, 1.0, 0.5), (1, 0.7, 0.5), (3, 0.1, 0.5), (9, 0.1, 0.5)])

@@ -84,6 +84,31 @@ def test_what_is_left_out_has_its_kl():
     assert found.metrics["reward/left_out_not_graded"] == 1 and found.metrics["group/size_min"] == 2
 
 
+@pytest.mark.parametrize("advantage", ["grpo", "rloo", "reinforce_pp", "max_rl"])
+@pytest.mark.parametrize(
+    ("left_out", "changes"),
+    [
+        (rollout(4, 8, StopReason.FAILED), {}),
+        (rollout(4, 7), {}),  # not graded
+        (rollout(4, 7, StopReason.TRAPPED, cut=3, confirmed=5), {"cut_reward": "exclude"}),
+        (rollout(4, 8, StopReason.MAX_TOKENS), {"truncated": "exclude"}),
+    ],
+    ids=["failed", "not graded", "cut", "truncated"],
+)
+def test_what_is_left_out_moves_neither_baseline_nor_mask_nor_denominator(advantage, left_out, changes):
+    """Elsewhere filtered rollouts had a mask of 0 and moved the baseline all the same."""
+    rl = PolicyObjective(weight=1.0, advantage=advantage, **changes)
+    alone = [rollout(0, 3), rollout(2, 5), rollout(3, 2)]
+    rewards = {0: Reward(1.0), 2: Reward(0.5), 3: Reward(0.0)}
+    graded = rewards | ({4: Reward(1.0)} if left_out.outcome.stop_reason is StopReason.MAX_TOKENS else {})
+    specs = [RolloutSpec(i, "p", (7, 8), 0, False, LONGEST) for i in range(5)]
+    algorithm = PolicyOptimization(rl, LONGEST)
+    expected = algorithm.credit(alone, specs, rewards, 0.1)
+    found = algorithm.credit([*alone, left_out], specs, graded, 0.1)
+    assert [k.policy for k in found.kept if k.policy] == [k.policy for k in expected.kept]
+    assert found.advantages == expected.advantages
+
+
 def test_a_failed_rollout_has_nothing():
     failed = [*GROUP[:3], rollout(3, 2, StopReason.FAILED)]
     assert [k.rollout_id for k in credit(failed, {0: 1.0, 2: 0.0}).kept] == [0, 1, 2]

@@ -339,3 +339,14 @@ def test_gpus_that_no_role_asks_for(files):
     assert check.level == "warn" and "no role asks for one (num_gpus = 0), so all run on the CPU" in check.text
     (check,) = [c for c in resources(config(files, sampler={"num_gpus": 1}), 8, 2) if c.name == "GPUs"]
     assert str(check) == "ok    GPUs: the roles ask for 1 of 2 (1 x sampler 1)"
+
+
+def test_reward_functions_are_looked_at_and_not_run(files, tmp_path):
+    (tmp_path / "r.py").write_text("raise RuntimeError('run')\ndef score(completions): ...\n")
+    sections = {"rollout": {"max_tokens": 64, "top_p": 1.0, "rollouts_per_prompt": 2, "prompts_per_step": 4}}
+    for name, level in (("score", "ok"), ("scor", "FAIL")):
+        reward = {"functions": {f"{tmp_path}/r.py:{name}": 1.0}}
+        asked = config(files, objective={"rl": {"weight": 1.0}}, reward=reward, **sections)
+        checks = list(doctor._models_and_data(asked))
+        assert levels(checks)["rewards"] == level and levels(checks)["student"] == "ok"
+    assert "defines no 'scor'; it defines score" in text(checks, "rewards")

@@ -349,3 +349,47 @@ def test_parquet_that_python_or_unicode_cannot_hold(tmp_path):
     torn = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xff")])
     pq.write_table(pa.table({"prompt": torn}), tmp_path / "torn.parquet")
     assert "not a Parquet file: " in refusal(str(tmp_path / "torn.parquet"))
+
+
+def test_what_reward_functions_are_told_of_a_row(jsonl):
+    """Answers and columns as they stand there; an answer that is no text is theirs alone."""
+    chat = [{"role": "user", "content": "1+1="}]
+    path = jsonl(
+        {"prompt": chat, "gold": {"any": [2, "two"]}, "level": 3, "id": "own"}, {"prompt": "x", "gold": " 7 "}
+    )
+    fields = {"answer_column": "gold", "chat_template": True}
+    data = DataConfig(path=path, **fields)
+    found = load_prompts(data, CHAT, None, with_tasks=True)
+    assert [p.answer for p in found.prompts] == [None, "7"]
+    first, second = found.tasks["own"], found.tasks["p:2"]
+    assert (first.prompt, first.answer, first.columns) == (
+        chat, {"any": [2, "two"]}, {"gold": {"any": [2, "two"]}, "level": 3, "id": "own"}
+    )  # fmt: skip
+    assert (second.prompt, second.answer, second.columns, second.source) == ("x", " 7 ", {"gold": " 7 "}, path)
+    assert CHAT(first.prompt_text, add_special_tokens=False)["input_ids"] == list(found.prompts[0].token_ids)
+    assert training_golds(data, found, "integer", rewards_need_them=False).answers == {"p:2": "7"}
+    assert refusal(path, CHAT, **fields) == "F:1: gold is an object; an answer is text or a number"
+    assert load(jsonl({"prompt": "a", "gold": "7"}), answer_column="gold").tasks == {}
+
+
+def test_columns_that_rewards_may_depend_on_are_part_of_the_digest(jsonl):
+    def digest(row, with_tasks):
+        return load_prompts(DataConfig(path=jsonl(row)), PLAIN, None, with_tasks=with_tasks).digest
+
+    one, other = {"prompt": "a", "level": 1}, {"prompt": "a", "level": 2}
+    assert digest(one, True) == digest(one, True) != digest(other, True)
+    assert digest(one, False) == digest(other, False)
+
+
+def test_columns_that_json_cannot_hold_are_left_out(tmp_path):
+    path = str(tmp_path / "p.parquet")
+    pq.write_table(pa.table({"prompt": ["a"], "picture": [b"\x89PNG"], "level": [1.5]}), path)
+    found = load_prompts(DataConfig(path=path), PLAIN, None, with_tasks=True)
+    assert dict(found.tasks["p:1"].columns) == {"level": 1.5}
+
+
+def test_gold_answers_that_only_functions_use_need_no_verifier(jsonl):
+    path = jsonl({"prompt": "a", "gold": "def f(): ..."}, {"prompt": "b", "gold": "3"})
+    data = DataConfig(path=path, answer_column="gold")
+    golds = training_golds(data, load_prompts(data, PLAIN, None), "integer", rewards_need_them=False)
+    assert (golds.answers, golds.note) == ({"p:2": "3"}, None)

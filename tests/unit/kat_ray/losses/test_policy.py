@@ -189,6 +189,31 @@ def test_without_autograd_the_head_has_the_same_value_to_the_bit(chunk):
         assert not own.requires_grad and torch.equal(own, other.detach())
 
 
+@pytest.mark.parametrize("k", [K, 0])
+def test_entropy_and_ratios_are_those_of_the_policys_tokens(k):
+    hidden, weight, rows = rows_and_head()
+    logp = torch.log_softmax(hidden @ weight.T, -1)
+    expected = -logp.gather(1, rows.token_ids[:, None])[:, 0]
+    if k:
+        top = logp.exp().gather(1, rows.topk_ids)
+        events = torch.cat([top, 1 - top.sum(1, keepdim=True)], 1)
+        expected = -(events * events.log()).sum(1)
+    rows = rows._replace(
+        topk_ids=rows.topk_ids[:, :k], teacher_topk=rows.teacher_topk[:, :k],
+        sampled_logprobs=rows.sampled_logprobs - torch.eye(TOKENS)[3] * 9,  # of the token that counts nothing
+    )  # fmt: skip
+    term = PolicyAndDistillation(Distillation((1,), "merged"), clip_of, None, 1.0, 1.0)
+    found = head_loss(hidden, layer_of(weight), rows, term, 3)
+    sums, maxima = (
+        dict(zip(names, values.tolist(), strict=True))
+        for names, values in ((term.sum_names, found.sums), (term.max_names, found.maxima))
+    )
+    counts = rows.policy_weights > 0
+    assert sums["policy_entropy"] == pytest.approx(expected[counts].sum().item(), rel=1e-4)
+    assert maxima["ratio"] == pytest.approx(3.0, rel=1e-4)
+    assert maxima["log_ratio"] == pytest.approx(W.log()[counts].abs().max().item(), rel=1e-4)
+
+
 def test_a_pass_without_credit_has_no_policy():
     hidden, weight, rows = rows_and_head()
     term = PolicyAndDistillation(Distillation((), "merged"), clip_of, None, 1.0, 1.0)

@@ -1,0 +1,181 @@
+"""Rewards by functions of the user's: their calls dealt out to child processes, their values weighed and summed.
+
+A call that fails in any way (an exception, a value that is no number, too much time or memory) gives no reward: its
+rollout is not graded, which is not a reward of 0. A value of None, which a function returns on purpose, leaves its
+rollout ungraded too; but a function of the user's that returned None for every answer to a prompt has nothing to
+say about that prompt, as TRL's functions for several tasks do, and there the others count.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kat_ray.errors import RewardError
+from kat_ray.rewards.grader_pool import GraderPool
+from kat_ray.rewards.limits import Call, Fault, GradingLimits, Outcome, Reply
+from kat_ray.rewards.source import VERIFIERS, labels
+from kat_ray.rewards.task import Task
+from kat_ray.types.records import Reward
+
+log = logging.getLogger("kat_ray.rewards")
+
+_VERDICTS = {Outcome.RIGHT: 1.0, Outcome.WRONG: 0.0}
+_NO_GOLD = "0"  # an answer to try a function with, where the first prompt has no gold answer
+
+
+@dataclass(frozen=True)
+class RewardRules:
+    """The section `reward` of the configuration."""
+
+    weights: Mapping[str, float]  # by function, as the configuration names it
+    pattern: str = ""  # of `format`
+    limits: GradingLimits = field(default_factory=GradingLimits)
+    max_error_share: float = 0.05
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One to be rewarded; `verdict` is that of `evaluation.verifier`, None without a gold answer."""
+
+    prompt_id: str
+    text: str
+    token_ids: Sequence[int]
+    verdict: Outcome | None = None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rewards of answers, by rollout, and what the metrics say of them."""
+
+    rewards: Mapping[int, Reward]
+    metrics: Mapping[str, float]
+
+
+class RewardScorer:
+    """Rewards the answers of one step after the other; ended by `close`."""
+
+    def __init__(self, rules: RewardRules, tasks: Mapping[str, Task]) -> None:
+        """`tasks` by prompt id."""
+        self._rules, self._tasks = rules, tasks
+        self._labels = labels(list(rules.weights))
+        self._asked = [name for name in rules.weights if name not in VERIFIERS]
+        self._pool = GraderPool(rules.limits, self._asked, rules.pattern)
+        self._first = True
+
+    def score(self, answers: Mapping[int, Answer]) -> Scored:
+        """Reward the answers of a step, by rollout; `RewardError` where too many failed (`max_error_share`)."""
+        calls = [
+            Call(name, self._tasks[answer.prompt_id].arguments(answer.text, answer.token_ids))
+            for answer in answers.values()
+            for name in self._asked
+        ]
+        if self._first and calls:  # what the files import is no part of a step's time
+            self._pool.start(len(calls))
+            self._first = False
+        started = time.monotonic()
+        replies = iter(self._pool.ask(calls))
+        found = [
+            {name: _given(name, answer, replies) for name in self._rules.weights} for answer in answers.values()
+        ]
+        seconds = time.monotonic() - started
+        self._check_errors(found)
+        prompt_ids = [answer.prompt_id for answer in answers.values()]
+        silent = _silent(prompt_ids, found)
+        rewards = [self._reward(parts, silent[p]) for p, parts in zip(prompt_ids, found, strict=True)]
+        return Scored(dict(zip(answers, rewards, strict=True)), self._metrics(found, seconds))
+
+    def try_out(self, prompt_id: str, encode: Callable[[str], Sequence[int]]) -> None:
+        """Call each function once, with the gold answer of a prompt as its answer; `RewardError` where one fails.
+
+        `encode` gives the token ids of that answer.
+        """
+        task = self._tasks[prompt_id]
+        text = _NO_GOLD if task.answer is None else str(task.answer)
+        replies = self._pool.ask([Call(name, task.arguments(text, encode(text))) for name in self._asked])
+        for name, reply in zip(self._asked, replies, strict=True):
+            if reply.fault is not None:
+                raise RewardError(
+                    f"reward.functions: {name} was tried on prompt {prompt_id} with the answer {text[:80]!r}, and "
+                    f"gave no reward: {reply.error}"
+                )
+
+    def close(self) -> None:
+        """End the child processes."""
+        self._pool.close()
+
+    def _reward(self, parts: Mapping[str, Reply], silent: frozenset[str]) -> Reward:
+        shown = {self._labels[name]: reply.value for name, reply in parts.items()}
+        error = next((f"{self._labels[n]}: {_last_line(r.error)}" for n, r in parts.items() if r.error), "")
+        counted = {name: reply.value for name, reply in parts.items() if name not in silent}
+        if error or not counted or any(value is None for value in counted.values()):
+            return Reward(None, shown, error)
+        value = sum(self._rules.weights[name] * value for name, value in counted.items())
+        if self._rules.threshold is not None:
+            value = float(value >= self._rules.threshold)
+        return Reward(float(value), shown)
+
+    def _check_errors(self, found: Sequence[Mapping[str, Reply]]) -> None:
+        """One error alone ends no run, however few answers a step has, unless none is allowed."""
+        failed = [{n: r for n, r in parts.items() if r.fault is not None and n not in VERIFIERS} for parts in found]
+        failed = [parts for parts in failed if parts]
+        if not failed:
+            return
+        raised = [(n, r) for parts in failed for n, r in parts.items() if r.fault is Fault.RAISED]
+        name, reply = (raised or list(failed[0].items()))[0]
+        said = f"{len(failed)} of {len(found)} answers of a step could not be rewarded"
+        first = f"the first error, of {name}: {reply.error}"
+        share = self._rules.max_error_share
+        if len(failed) <= (max(1.0, share * len(found)) if share else 0):
+            log.warning("%s; %s", said, first)
+            return
+        raise RewardError(f"{said}, more than reward.max_error_share = {share:g} allows; {first}")
+
+    def _metrics(self, found: Sequence[Mapping[str, Reply]], seconds: float) -> dict[str, float]:
+        if not found:
+            return {}
+        late = sum(any(reply.is_late for reply in parts.values()) for parts in found)
+        failed = sum(any(reply.error for reply in parts.values()) for parts in found)
+        figures = {
+            "reward/errors": float(failed - late),
+            "reward/timeouts": float(late),
+            "reward/seconds": seconds,
+        }
+        for name, label in self._labels.items():
+            values = [parts[name].value for parts in found if parts[name].value is not None]
+            if values:
+                figures[f"reward/part/{label}"] = float(np.mean(values))
+        return figures
+
+
+def _last_line(error: str) -> str:
+    """What a traceback says at its end; all of an error that is one line."""
+    return error.rpartition("\n")[2]
+
+
+def _given(name: str, answer: Answer, replies: Iterator[Reply]) -> Reply:
+    """The next reply, or for a verifier the verdict that is there already."""
+    if name not in VERIFIERS:
+        return next(replies)
+    if answer.verdict is None or answer.verdict in _VERDICTS:
+        return Reply(None if answer.verdict is None else _VERDICTS[answer.verdict])
+    return Reply(fault=Fault.TIME, error=f"grading {answer.verdict.value}")
+
+
+def _silent(prompt_ids: Sequence[str], found: Sequence[Mapping[str, Reply]]) -> dict[str, frozenset[str]]:
+    """By prompt, the functions that gave None, without an error, for each of its answers that they replied to.
+
+    A verifier is never among them: where there is no gold answer, nothing is graded.
+    """
+    spoke: dict[str, set[str]] = {p: set() for p in prompt_ids}
+    quiet: dict[str, set[str]] = {p: set() for p in prompt_ids}
+    for prompt_id, parts in zip(prompt_ids, found, strict=True):
+        for name, reply in parts.items():
+            if not reply.error and name not in VERIFIERS:
+                (quiet if reply.value is None else spoke)[prompt_id].add(name)
+    return {p: frozenset(quiet[p] - spoke[p]) for p in spoke}

@@ -1,0 +1,116 @@
+"""What a grading child runs: `python -m kat_ray.rewards.serve '[BYTES, ["grader", ...], "pattern"]'`.
+
+It limits its own memory, loads its graders, and says `["ready", "", ""]`, or `["failed", grader, reason]`. Then it
+reads `[number, seconds, grader, arguments]` and writes `[number, "value", value]`, `[number, "error", text]` or
+`[number, "memory", ""]`, one JSON line each. The pipes are taken from standard input and output before anything is
+loaded: what a function prints or reads goes nowhere. A child whose parent is gone ends with its input, or by an
+alarm that it sets itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from kat_ray.rewards import math_grader, signatures
+
+Grader = Callable[[Mapping[str, Any]], Any]  # from a call's arguments to its value
+
+_ORPHAN_SECONDS = 10.0  # after a call's time, in which the parent ends the child if it is there
+_LONGEST_TEXT = 4000  # characters of an error
+_FRAMES = 12  # of a traceback, the last ones
+_OURS = (str(Path(__file__).parent), "<frozen importlib")
+
+
+def load(name: str, pattern: str) -> Grader:
+    """What grades under this name: `math`, `expression`, `format`, or `file.py:name`."""
+    if name == "math":
+        return math_grader.load()
+    if name == "expression":
+        return math_grader.load_expression()
+    if name == "format":
+        compiled = re.compile(pattern, re.DOTALL)
+        return lambda arguments: float(compiled.search(arguments["text"]) is not None)
+    return signatures.load(name)
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    limit, names, pattern = json.loads(sys.argv[1])
+    requests, replies = _own_pipes()
+    _limit_memory(limit)
+    own = os.getpid()
+    graders: dict[str, Grader] = {}
+
+    def say(*what: Any) -> None:
+        if os.getpid() != own:  # a function forked, and came back twice
+            os._exit(0)
+        print(json.dumps(what), file=replies, flush=True)
+
+    for name in names:
+        try:
+            graders[name] = load(name, pattern)
+        except (Exception, SystemExit) as error:
+            return say("failed", name, _words(error))
+    say("ready", "", "")
+    for line in requests:
+        number, seconds, name, arguments = json.loads(line)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds + _ORPHAN_SECONDS)
+        what = _answer(graders[name], arguments)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        say(number, *what)
+    if os.getpgrp() == own:  # what functions left running
+        os.killpg(own, signal.SIGKILL)
+
+
+def _answer(grader: Grader, arguments: Mapping[str, Any]) -> tuple[str, Any]:
+    try:
+        return "value", grader(arguments)
+    except MemoryError:
+        return "memory", ""
+    except (Exception, SystemExit) as error:
+        return "error", _words(error)
+
+
+def _own_pipes() -> tuple[TextIO, TextIO]:
+    """Standard input and output for ourselves; in their places nothing is read, and what is written is dropped."""
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1):
+        os.dup2(nothing, descriptor)
+    os.close(nothing)
+    return requests, replies
+
+
+def _limit_memory(size: int) -> None:
+    """Bytes of address space and of data, and no core file; an allocation beyond them is a MemoryError."""
+    import resource
+
+    for kind, most in ((resource.RLIMIT_AS, size), (resource.RLIMIT_DATA, size), (resource.RLIMIT_CORE, 0)):
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
+
+
+def _words(error: BaseException) -> str:
+    """An error of ours as it is, any other with its traceback, from where the user's code begins."""
+    if isinstance(error, signatures.Unusable):
+        return str(error)[:_LONGEST_TEXT]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_OURS)]
+    shown = traceback.format_list(frames[-_FRAMES:])
+    head = ["Traceback (most recent call last):\n"] if shown else []
+    last = "".join(traceback.format_exception_only(error))
+    return ("".join([*head, *shown])[: _LONGEST_TEXT // 2] + last[-_LONGEST_TEXT // 2 :]).strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,393 @@
+"""Reward functions in child processes: what they are called with, what becomes of what they return or do."""
+
+import os
+import re
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kat_ray.errors import UserError
+from kat_ray.rewards.child import GradingChild
+from kat_ray.rewards.limits import Call, Fault, GradingLimits, Outcome
+from kat_ray.rewards.scoring import Answer, RewardRules, RewardScorer
+from kat_ray.rewards.task import Task
+
+CHAT = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "2+2?"}]
+TASKS = {
+    "text": Task("1+1?", "1+1?", "2", {"answer": "2", "level": 7}, "d.jsonl"),
+    "chat": Task(CHAT, "<s>2+2?</s>", ["4", "four"], {"data_source": "sums", "extra_info": {"i": 3}}, "d.jsonl"),
+}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Write a file of reward functions; the name of one of them."""
+
+    def write(code, name="score"):
+        path = tmp_path / "my_rewards.py"
+        path.write_text(code)
+        return f"{path}:{name}"
+
+    return write
+
+
+@contextmanager
+def scorer(functions, tasks=TASKS, **rules):
+    limits = {"processes": 1, "seconds": 30.0, "total_seconds": 120.0, "fields": "reward."}
+    limits |= {name: rules.pop(name) for name in (*limits, "memory_gib") if name in rules}
+    made = RewardScorer(RewardRules(functions, limits=GradingLimits(**limits), **rules), tasks)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def ids_of(text):
+    return [7] * len(text)
+
+
+def answers(*texts, prompt="text", **fields):
+    return {i: Answer(prompt, text, (5, 6), **fields) for i, text in enumerate(texts)}
+
+
+def values(scored):
+    return [reward.value for reward in scored.rewards.values()]
+
+
+SIGNATURES = """
+import asyncio
+from fractions import Fraction
+from numpy import float32, array
+
+def trl(prompts, completions, completion_ids, answer, level, **kwargs):
+    assert (prompts, completions, completion_ids) == (["1+1?"], ["2, so 2"], [[5, 6]])
+    assert (answer, level, kwargs) == (["2"], [7], {})
+    return [0.5]
+
+def trl_few(completions):
+    return (Fraction(1, 4),)
+
+async def trl_async(completions, answer, **kwargs):
+    await asyncio.sleep(0)
+    return array([completions[0].count(answer[0])])
+
+class Judge:
+    def __call__(self, prompts, completions, **kwargs):
+        return [True]
+
+judge = Judge()
+
+def verl(data_source, solution_str, ground_truth, extra_info=None):
+    assert (data_source, solution_str, ground_truth, extra_info) == ("d.jsonl", "2, so 2", "2", None)
+    return {"score": float32(0.125), "acc": True}
+
+def verl_number(data_source, solution_str, ground_truth, extra_info, **kwargs):
+    return -3
+
+def openrlhf(queries, prompts, labels, **kwargs):
+    assert (queries, prompts, labels) == (["1+1?2, so 2"], ["1+1?"], ["2"])
+    return {"rewards": [1.5], "scores": [1], "extra_logs": {}}
+"""
+GIVEN = {
+    "trl": 0.5, "trl_few": 0.25, "trl_async": 2.0, "judge": 1.0, "verl": 0.125, "verl_number": -3.0,
+    "openrlhf": 1.5,
+}  # fmt: skip
+
+
+def test_signatures_are_taken_as_they_are_and_several_are_weighed(file):
+    weights = {file(SIGNATURES, name): 2.0**-i for i, name in enumerate(GIVEN)}
+    with scorer(weights, memory_gib=4.0) as made:
+        scored = made.score(answers("2, so 2"))
+    reward = scored.rewards[0]
+    assert (reward.error, dict(reward.parts)) == ("", GIVEN)
+    # 0.5 + 0.25 / 2 + 2 / 4 + 1 / 8 + 0.125 / 16 - 3 / 32 + 1.5 / 64
+    assert reward.value == 1.1875
+    assert {n: scored.metrics[f"reward/part/{n}"] for n in GIVEN} == GIVEN
+    assert (scored.metrics["reward/errors"], scored.metrics["reward/timeouts"]) == (0, 0)
+
+
+CHATS = """
+def trl(prompts, completions, answer, data_source, **kwargs):
+    assert prompts == [[{"role": "system", "content": "Be short."}, {"role": "user", "content": "2+2?"}]]
+    assert completions == [[{"role": "assistant", "content": "four"}]]
+    assert (answer, data_source, sorted(kwargs)) == ([["4", "four"]], ["sums"], ["completion_ids", "extra_info"])
+    return [1.0]
+
+def verl(data_source, solution_str, ground_truth, extra_info=None):
+    assert (data_source, ground_truth, extra_info) == ("sums", ["4", "four"], {"i": 3})
+    return float(solution_str in ground_truth)
+"""
+
+
+def test_a_chat_and_its_columns(file):
+    with scorer({file(CHATS, "trl"): 1.0, file(CHATS, "verl"): 1.0}) as made:
+        assert made.score(answers("four", prompt="chat")).rewards[0].value == 2.0
+
+
+BAD = {
+    "raises": ("return [1 / (len(completions[0]) - 4)]", "ZeroDivisionError: division by zero"),
+    "leaves": ("raise SystemExit(0)", "SystemExit: 0"),
+    "text": ("return ['1.0']", "returned '1.0', which is no number"),
+    "nan": ("return [float('nan')]", "returned nan, which is no finite number"),
+    "infinite": ("return [float('-inf')]", "returned -inf, which is no finite number"),
+    "huge": ("return [10 ** 400]", "OverflowError"),
+    "nothing": ("pass", "returned None: a list with a number for each completion is needed"),
+    "number": ("return 1.0", "returned 1.0: a list with a number"),
+    "word": ("return 'yes'", "returned 'yes': a list with a number"),
+    "few": ("return []", "returned 0 values for 1 completion: []"),
+    "many": ("return [1, 2]", "returned 2 values for 1 completion: [1, 2]"),
+    "nested": ("return [[1.0]]", "returned [1.0], which is no number"),
+}
+
+
+def test_what_is_no_reward_is_counted_and_never_zero(file, caplog):
+    code = "".join(f"def {name}(completions):\n    {body}\n" for name, (body, _) in BAD.items())
+    with scorer({file(code, name): 1.0 for name in BAD}, max_error_share=1.0) as made:
+        scored = made.score(answers("four"))
+    reward = scored.rewards[0]
+    assert reward.value is None and set(reward.parts.values()) == {None}
+    assert reward.error == "raises: ZeroDivisionError: division by zero"
+    (logged,) = caplog.messages
+    assert logged.startswith("1 of 1 answers of a step could not be rewarded; the first error, of ")
+    (frame,) = re.findall(r'File "(.*?)"', logged)
+    assert frame.endswith("my_rewards.py"), "a traceback begins where the user's code does"
+    assert scored.metrics["reward/errors"] == 1 and not any("part" in name for name in scored.metrics)
+    with scorer({file(code, name): 1.0 for name in BAD}, max_error_share=1.0) as made:
+        arguments = TASKS["text"].arguments("four", ())
+        replies = made._pool.ask([Call(name, arguments) for name in made._asked])
+    for (name, (_, said)), reply in zip(BAD.items(), replies, strict=True):
+        assert reply.fault is Fault.RAISED and said in reply.error, name
+
+
+def test_values_of_verl_that_are_none(file):
+    code = "def score(solution_str, **kw):\n    return {'acc': 1} if solution_str == 'a' else {'score': '1'}\n"
+    with scorer({file(code): 1.0}, max_error_share=1.0) as made:
+        errors = [r.error for r in made.score(answers("a", "b")).rewards.values()]
+    assert errors == [
+        "score: returned {'acc': 1}: there is no 'score' in it", "score: returned '1', which is no number"
+    ]  # fmt: skip
+
+
+TASKED = """
+def sums(completions, **kwargs):
+    return [float(len(c)) if c != "?" else None for c in completions]
+
+def code(completions, data_source=None, **kwargs):
+    return [None if data_source is None else 100.0]
+"""
+
+
+def test_none_on_purpose_is_not_graded_and_no_error(file):
+    """Where it says nothing of any answer to a prompt, the other functions count, as TRL's for several tasks do."""
+    both = {file(TASKED, "sums"): 1.0, file(TASKED, "code"): 1.0}
+    given = answers("a", "?", "bc") | {3: Answer("chat", "abc", ()), 4: Answer("chat", "abcd", ())}
+    with scorer(both, {**TASKS, "chat": Task("2+2?", "2+2?", None, {"data_source": ["x"]})}) as made:
+        scored = made.score(given)
+    assert values(scored) == [1.0, None, 2.0, 103.0, 104.0]
+    assert not any(reward.error for reward in scored.rewards.values())
+    assert (scored.metrics["reward/errors"], scored.metrics["reward/part/code"]) == (0, 100.0)
+    with scorer({file(TASKED, "code"): 1.0}) as made:
+        assert values(made.score(answers("a", "b"))) == [None, None]
+
+
+def test_verdicts_and_formats_beside_functions(file):
+    """A verifier without a gold answer, or without a verdict, leaves an answer ungraded."""
+    functions = {"math": 1.0, "format": 0.5}
+    with scorer(functions, pattern="^<b>.*</b>$", max_error_share=0.0) as made:
+        given = {
+            i: Answer("text", text, (), verdict)
+            for i, (text, verdict) in enumerate(
+                [
+                    ("<b>\n2</b>", Outcome.RIGHT), ("2", Outcome.RIGHT), ("<b>3</b>", Outcome.WRONG),
+                    ("<b>3</b>", Outcome.RAN_OUT), ("<b>3</b>", None),
+                ]
+            )
+        }  # fmt: skip
+        scored = made.score(given)
+    assert values(scored) == [1.5, 1.0, 0.5, None, None]
+    assert [r.error for r in scored.rewards.values()] == ["", "", "", "math: grading ran out", ""]
+    assert scored.rewards[2].parts == {"math": 0.0, "format": 1.0}
+    assert scored.metrics["reward/part/format"] == 0.8
+    with scorer(functions, pattern="^<b>.*</b>$", threshold=1.0) as made:
+        assert values(made.score(given)) == [1.0, 1.0, 0.0, None, None]
+    with scorer({"integer": 3.0}) as made:  # no child is started
+        assert values(made.score({0: given[0], 1: given[2]})) == [3.0, 0.0]
+        assert not made._pool._children
+
+
+NASTY = r"""
+import os, sys, time
+
+def score(completions, **kwargs):
+    (what,) = completions
+    if what == "hangs":
+        time.sleep(1000)
+    if what == "spins":
+        while True: pass
+    if what == "prints":
+        for _ in range(200):
+            print('[1, "value", 9.0]' * 2000)
+            os.write(1, b'[1, "value", 9.0]\n' * 500)
+        sys.stderr.write("x" * 5_000_000)
+    if what == "reads":
+        return [float(len(sys.stdin.read()))]
+    if what == "eats":
+        return [len(bytearray(4 << 30))]
+    if what == "dies":
+        os._exit(3)
+    if what == "kills":
+        os.kill(os.getpid(), 9)
+    if what == "forks" or what == "forks and hangs":
+        if (child := os.fork()) == 0:
+            time.sleep(1000)
+        with open(__file__ + ".pids", "a") as pids: print(child, file=pids)
+        if what == "forks and hangs": time.sleep(1000)
+    if what == "returns twice":
+        os.fork()
+    return [0.25]
+"""
+NASTIEST = {
+    "hangs": "took longer than reward.seconds = 2",
+    "spins": "took longer than reward.seconds = 2",
+    "prints": None,
+    "forks": None,
+    "returns twice": None,
+    "eats": "took more memory than reward.memory_gib = 1",
+    "dies": "ended its process (exit code 3)",
+    "kills": "ended its process (signal 9)",
+    "forks and hangs": "took longer than reward.seconds = 2",
+}
+
+
+def is_alive(pid):
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_what_hangs_dies_forks_prints_or_eats_costs_its_own_reward_alone(file):
+    """And nothing of it is left running. A good answer follows each bad one."""
+    name = file(NASTY)
+    texts = [text for nasty in NASTIEST for text in (nasty, "good")]
+    with scorer({name: 1.0}, seconds=2.0, max_error_share=1.0) as made:
+        scored = made.score(answers(*texts, "reads"))
+    for text, reward in zip(texts, scored.rewards.values(), strict=False):
+        said = NASTIEST.get(text)
+        assert (reward.value, reward.error) == ((0.25, "") if said is None else (None, f"score: {said}")), text
+    assert scored.rewards[len(texts)].value == 0.0, "there is nothing to read"
+    assert (scored.metrics["reward/errors"], scored.metrics["reward/timeouts"]) == (3, 3)
+    assert scored.metrics["reward/part/score"] < 0.25
+    pids = list(map(int, Path(name.removesuffix(":score") + ".pids").read_text().split()))
+    assert len(pids) == 2
+    until = time.monotonic() + 60
+    while any(map(is_alive, pids)) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not any(map(is_alive, pids))
+
+
+def test_answers_that_are_not_reached_in_a_step_are_late_and_the_next_step_is_graded(file):
+    with scorer({file(NASTY): 1.0}, processes=2, total_seconds=1.5, max_error_share=1.0) as made:
+        scored = made.score(answers(*["hangs"] * 6))
+        assert values(scored) == [None] * 6 and scored.metrics["reward/timeouts"] == 6
+        assert "not done within reward.step_seconds = 1.5" in scored.rewards[0].error
+        assert scored.rewards[5].error == "score: not reached within reward.step_seconds = 1.5"
+        made._pool.start(1)
+        assert values(made.score(answers("good"))) == [0.25]
+
+
+def test_too_many_errors_end_the_run_with_the_first_traceback(file):
+    code = "def score(completions, **kw):\n    return [1.0 / len(completions[0])]\n"
+    with scorer({file(code): 1.0}) as made:
+        assert values(made.score(answers("", "a"))) == [None, 1.0], "a single error ends no run"
+        assert values(made.score(answers("", "", *["a"] * 38))) == [None, None, *[1.0] * 38]  # 2 of 40: 5 %
+        with pytest.raises(UserError) as error:
+            made.score(answers("", "", *["a"] * 37))
+    said = str(error.value)
+    assert said.startswith(
+        "2 of 39 answers of a step could not be rewarded, more than reward.max_error_share = 0.05 allows; the "
+        f"first error, of {file(code)}: Traceback (most recent call last):\n"
+    )
+    assert 'my_rewards.py", line 2, in score' in said and said.endswith("ZeroDivisionError: float division by zero")
+    with scorer({file(code): 1.0}, max_error_share=0.0) as made, pytest.raises(UserError, match="1 of 2 answers"):
+        made.score(answers("", "a"))
+
+
+GOOD = "def score(completions, **kw): return [1.0]\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import no_such_module\n" + GOOD, "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("raise SystemExit('no')\n" + GOOD, "SystemExit: no"),
+        ("import os; os._exit(4)\n" + GOOD, "its process did not start: exit code 4"),
+        ("score = 3\n", "score is int, not a function"),
+        ("if False:\n    score = 3\n", "defines no 'score'"),
+        ("def score(text): return 1.0\n", "score(text): a reward function takes `completions`"),
+        ("def score(completions, solution_str): return 1.0\n", "a reward function takes `completions`"),
+        (
+            "def score(completions, level, hard): return [1.0]\n",
+            "takes hard, and the data has no such column; what",
+        ),
+        ("def score(completions, **kw): return 1\n", "with the answer '2', and gave no reward: returned 1: a list"),
+    ],
+)
+def test_a_function_that_cannot_work_is_refused_at_the_start(file, code, said):
+    with scorer({file(code): 1.0}) as made, pytest.raises(UserError) as error:
+        made.try_out("text", ids_of)
+    assert str(error.value).startswith("reward.functions: ") and said in str(error.value)
+    assert "my_rewards.py:score" in str(error.value)
+
+
+def test_a_function_is_tried_on_the_gold_answer(file):
+    code = "def score(completions, **kw): return [{'2': 1.0, '0': None}[completions[0]]]\n"
+    with scorer({file(code): 1.0}, {**TASKS, "bare": Task("?", "?")}) as made:
+        made.try_out("text", ids_of)
+        made.try_out("bare", ids_of)
+        with pytest.raises(UserError, match=r"(?s)on prompt chat with the answer \"\['4', 'four'\]\", .*TypeError"):
+            made.try_out("chat", ids_of)
+
+
+def test_files_beside_the_functions_can_be_imported_and_a_module_is_shared(file, tmp_path):
+    (tmp_path / "beside.py").write_text("calls = []\n")
+    code = "from beside import calls\n" + "".join(
+        f"def {n}(completions):\n    calls.append(1)\n    return [len(calls)]\n" for n in ("a", "b")
+    )
+    with scorer({file(code, "a"): 1.0, file(code, "b"): 1.0}) as made:
+        assert made.score(answers("x")).rewards[0].parts == {"a": 1.0, "b": 2.0}
+
+
+def test_hashes_are_the_same_in_every_child(file):
+    """So that a set or a dictionary's hash is no reason why a run that goes on has other rewards."""
+    name = file("def score(completions): return [hash(completions[0]) % 1000003]\n")
+    found = []
+    for _ in range(2):
+        with scorer({name: 1.0}) as made:
+            found += values(made.score(answers("abc")))
+    assert found[0] == found[1]
+
+
+def test_a_child_whose_parent_is_gone_ends(file):
+    child = GradingChild(GradingLimits(), [file(GOOD)])
+    try:
+        assert child.start(60.0)
+        process = child._child
+        process.stdin.close()
+        assert process.wait(timeout=60) == -9, "with all that is in its group"
+    finally:
+        child._child = None
+        process.stdout.close()
+
+
+def test_a_request_that_the_child_does_not_read_costs_its_time_alone(file):
+    """More than a pipe holds, while the child is at work on something that came back."""
+    code = "import os, signal\ndef score(completions):\n    return [1.0]\n"
+    with GradingChild(GradingLimits(seconds=1.0), [file(code)]) as child:
+        assert child.start(60.0)
+        os.kill(child._child.pid, 19)  # SIGSTOP
+        reply = child.ask(Call(file(code), TASKS["text"].arguments("x" * 5_000_000, ())))
+        assert reply.fault is Fault.TIME
+        assert child.ask(Call(file(code), TASKS["text"].arguments("x", ()))).value == 1.0
