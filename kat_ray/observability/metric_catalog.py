@@ -151,9 +151,7 @@ METRICS = {
         Metric("time/decision_mean", "s", "from building a chunk to applying the decision on it, mean"),
         Metric("time/decision_max", "s", "the slowest decision of the step"),
         Metric("time/learn", "s", "optimiser step; the books are kept meanwhile"),
-        Metric(
-            "time/grade", "s", "grading the step's rollouts: before it is learnt from rewards, else while it learns"
-        ),
+        Metric("time/grade", "s", "grading the step's rollouts; without rewards, while the learner works"),
         Metric("time/publish", "s", "weights to all samplers"),
         Metric("time/checkpoint", "s", "that the run stood still for checkpoints since the step before"),
         Metric("pool/restarts", "deaths", "actors that died since the last step, as those noticed who needed them"),
