@@ -19,6 +19,7 @@ from kat_ray.termination import RULES, Effect, kat_parameters
 from kat_ray.termination.settings import KatParameters, KatSettings
 
 _TOP_TOKENS = 12
+_OF_SCORES = ("threshold", "health", "heatmap", "position")  # sections that a teacher's scores are drawn in
 _GRADIENT_ROLLOUTS = 64
 
 
@@ -44,6 +45,8 @@ def report(
     phases, trouble = _phases(records, settings, own)
     lens = lens_of(records, settings, own, phases)
     sections = [*_step_sections(records, phases, lens), *_rollout_sections(records, lens)]
+    if not len(records.traces.d):  # no teacher was asked
+        sections = [section for section in sections if section.name not in _OF_SCORES]
     if phases is not None and not trouble:
         sections += _phase_sections(records, phases, tokenizer, gradients, say)
     elif gradients is not None:

@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from kat_ray.cli import main as cli
 from kat_ray.report import curves, rewards
 from kat_ray.report.run_records import read_run
-from tests.support.reports import small_run
+from tests.support.reports import row, small_run, write_run
 
 
 @pytest.fixture
@@ -83,6 +84,15 @@ def test_the_page_has_them_where_there_were_rewards_and_only_there(run, tmp_path
     assert cli.main(["report", str(without)]) == 0
     assert 'id="rewards"' not in (without / "report" / "report.html").read_text()
     assert not (without / "report" / "rewards.png").exists()
+
+
+def test_a_page_of_a_run_that_asked_no_teacher_has_no_empty_pictures(tmp_path):
+    unscored = dict(token_ids=np.arange(2, 11, dtype=np.int32), probe=False, threshold=None, features=None)
+    rows = [row(i, [], minimum=None, **unscored) for i in range(4)]
+    path = write_run(tmp_path / "run", [rows], ["termination.rule=none"])
+    assert cli.main(["report", str(path)]) == 0
+    pictures = {file.stem for file in (path / "report").glob("*.png")}
+    assert {"learning", "stops"} <= pictures and not pictures & {"threshold", "health", "heatmap", "position"}
 
 
 def test_a_run_without_a_ratio_or_without_spread_has_its_rewards(run):
