@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
+
 from actors.driver.steps import SampledStep
 from kat_ray.config import Config
 from kat_ray.data.accounting import ScoredTokens
@@ -16,6 +18,8 @@ from kat_ray.run.probes import RolloutGrader, grading_metrics, is_active, probe_
 from kat_ray.run.step_metrics import rollout_metrics, score_metrics
 from kat_ray.run.summary import Totals
 from kat_ray.termination import RULES, Effect
+
+_UNSCORED = np.zeros(0, dtype=np.float32)  # the KL of a rollout that no teacher saw
 
 
 class StepRecorder:
@@ -45,7 +49,7 @@ class StepRecorder:
         kept = {r.rollout_id: r.counts.kept for r in sampled.rollouts}
         tokens = ScoredTokens(sampled.scored)
         traces = tokens.column("d")
-        features = self._features(tokens)
+        features = self._features(tokens) if sampled.scored else lambda rollout_id: None
         prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
         active = is_active(self._config.termination, sampled.step_start.threshold)
         effect = RULES[self._config.termination.rule].effect
@@ -60,7 +64,7 @@ class StepRecorder:
                 step=step,
                 policy_version=sampled.version,
                 token_ids=rollout.token_ids,
-                d=traces[rollout.rollout_id],
+                d=traces.get(rollout.rollout_id, _UNSCORED),
                 stop_reason=rollout.outcome.stop_reason,
                 cut=rollout.outcome.cut,
                 confirmed=rollout.outcome.confirmed,

@@ -17,13 +17,18 @@ from kat_ray.losses.policy import (
     reinforce_loss,
     truncated_weight,
 )
+from kat_ray.losses.statistics import StudentStatistics
 from kat_ray.losses.term import LossTerm
 
 
 def make_term(settings: LearnerSettings) -> LossTerm:
-    """Distillation alone, or the policy's loss beside it."""
-    distillation = Distillation(settings.stop_ids, settings.eos)
+    """Distillation alone, the policy's loss beside it, or the policy's alone."""
     opd, rl = settings.objective.opd, settings.objective.rl
+    if not settings.top_k:
+        return PolicyAndDistillation(
+            StudentStatistics(settings.stop_ids), _loss(rl), _correction(rl), 0.0, rl.weight
+        )
+    distillation = Distillation(settings.stop_ids, settings.eos)
     if not rl.weight and opd.weight == 1.0:
         return distillation
     return PolicyAndDistillation(distillation, _loss(rl), _correction(rl), opd.weight, rl.weight)

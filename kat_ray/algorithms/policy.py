@@ -22,6 +22,7 @@ class PolicyOptimization:
 
     objective: PolicyObjective
     longest: int  # tokens of a rollout
+    distils: bool = True  # its tokens have a KL, too
 
     def credit(
         self,
@@ -41,7 +42,7 @@ class PolicyOptimization:
         advantage = advantages(rule.advantage, found, tokens, rule.min_std)
         weight = token_weights(rule.aggregate, tokens, found.weight, self.longest)
         kept = [
-            _kept(rollout, len(by_id[rollout.rollout_id].prompt_ids), PolicyCredit(float(a), int(t), float(w)))
+            self._kept(rollout, len(by_id[rollout.rollout_id].prompt_ids), PolicyCredit(float(a), int(t), float(w)))
             for rollout, a, t, w in zip(rollouts, advantage, tokens, weight, strict=True)
         ]
         values = dict(zip(found.rollout_ids, zip(found.reward, found.weight, advantage, strict=True), strict=True))
@@ -50,6 +51,17 @@ class PolicyOptimization:
             advantages={i: float(a) for i, (_, w, a) in values.items() if w > 0},
             metrics=_metrics(found, advantage, tokens),
         )
+
+    def _kept(self, rollout: FinishedRollout, prompt_length: int, policy: PolicyCredit) -> KeptRollout:
+        """The tokens of both losses; those past the cut have no KL, and none has where there is no teacher."""
+        with_kl = rollout.counts.kept if self.distils else 0
+        count = max(with_kl, policy.tokens if policy.weight else 0)
+        weights: FloatArray | None = None
+        if rollout.outcome.weights is not None or count > with_kl:
+            weights = np.zeros(count, dtype=np.float32)
+            own = rollout.outcome.weights
+            weights[:with_kl] = 1.0 if own is None else own[:with_kl]
+        return KeptRollout(rollout.rollout_id, prompt_length, count, weights, policy if policy.weight else None)
 
 
 def _graded(rollout: FinishedRollout, prompt_id: str, reward: Reward | None) -> Graded:
@@ -72,17 +84,6 @@ def _policy_tokens(rollout: FinishedRollout) -> int:
         return 0
     confirmed = rollout.outcome.confirmed
     return rollout.counts.generated if confirmed is None or rollout.outcome.cut is None else confirmed
-
-
-def _kept(rollout: FinishedRollout, prompt_length: int, policy: PolicyCredit) -> KeptRollout:
-    """The tokens of both losses; those past the cut have no KL."""
-    count = max(rollout.counts.kept, policy.tokens if policy.weight else 0)
-    weights: FloatArray | None = None
-    if rollout.outcome.weights is not None or count > rollout.counts.kept:
-        weights = np.zeros(count, dtype=np.float32)
-        own = rollout.outcome.weights
-        weights[: rollout.counts.kept] = 1.0 if own is None else own[: rollout.counts.kept]
-    return KeptRollout(rollout.rollout_id, prompt_length, count, weights, policy if policy.weight else None)
 
 
 def _metrics(found: Members, advantage: Floats, tokens: np.ndarray) -> dict[str, float]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kat_ray.losses.distillation import Distillation
+from kat_ray.losses.statistics import StudentStatistics
 from kat_ray.losses.term import StudentLogprobs, TermSums, TokenRows
 
 
@@ -96,7 +97,7 @@ Correction = Callable[[Tensor], Tensor]
 class PolicyAndDistillation:
     """The policy's loss and the KL in one: opd_weight * sum w KL + rl_weight * sum u PG; their sums stay apart."""
 
-    distillation: Distillation
+    distillation: Distillation | StudentStatistics  # the latter without a teacher
     loss: PolicyLoss
     correction: Correction | None
     opd_weight: float

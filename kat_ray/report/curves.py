@@ -34,8 +34,8 @@ def _legend(axes: Any, **options: Any) -> None:
 def learning(records: RunRecords) -> Any:
     """KL, accuracy, tokens of a step, gradient norm."""
     fig, ((kl, accuracy), (tokens, gradient)) = figure(2, 2)
-    _line(kl, records, "kl/mean", "all scored tokens", GREY)
-    _line(kl, records, "learner/loss", "trained tokens", KEPT)
+    if _line(kl, records, "kl/mean", "all scored tokens", GREY):  # else that loss is no KL
+        _line(kl, records, "learner/loss", "trained tokens", KEPT)
     kl.set(title="Reverse KL", ylabel="nats")
     _legend(kl)
     accuracy.plot(*_pass_at_k(records), "o-", color=SCALE, label="pass@k")
