@@ -65,6 +65,12 @@ def _end_to_end(folder: Path) -> list[Figure]:
     return measure(folder, PEER_VENV)
 
 
+def _rewards(folder: Path) -> list[Figure]:
+    from actors.bench.rewards import measure
+
+    return measure(folder, PEER_VENV)
+
+
 def _pipeline(folder: Path) -> list[Figure]:
     from actors.bench.pipeline import figures
 
@@ -79,6 +85,7 @@ def _checkpoint(folder: Path) -> list[Figure]:
 
 GROUPS: dict[str, tuple[Callable[[Path], list[Figure]], str]] = {
     "end_to_end": (_end_to_end, "the whole pipeline, against its peer and with KAT against without"),
+    "rewards": (_rewards, "learning from rewards alone, against its peer: speed, and what is learnt"),
     "pipeline": (_pipeline, "overlap, publication, decisions, bytes and start-up of whole runs"),
     "checkpoint": (_checkpoint, "what a checkpoint costs the step that goes on while it is written"),
     "sampler": (_sampler, "sampling with log-probabilities and chunks, against bare generation"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.bench.pairs import Pair
+from kat_ray.config import LearnerConfig
 
 ROOT = Path(__file__).parents[2]
 PEER = Path(__file__).parent / "peer"
@@ -40,6 +42,8 @@ class Size:
     peer_vllm: bool = False  # also against the peer's vLLM generation
     turns: int = 2
     timeout: float = 600.0
+    group: int = 1  # rollouts of a prompt; where there are several, rewards alone are learnt from
+    lr: float = LEARNING_RATE
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Step:
     kept: int | None = None
     overshoot: int | None = None
     active: bool = False  # whether the KAT rule had a threshold
+    reward: float | None = None  # mean of the step's rollouts, where they were graded
 
     @classmethod
     def of_metrics(cls, metrics: Mapping[str, float]) -> Step:
@@ -61,6 +66,7 @@ class Step:
             kept=int(metrics["rollout/kept_tokens"]),
             overshoot=int(metrics["rollout/overshoot_tokens"]),
             active="kat/threshold" in metrics,
+            reward=metrics.get("reward/mean"),
         )
 
 
@@ -72,19 +78,27 @@ def read_metrics(lines: Iterable[str]) -> list[Step]:
 
 def read_peer(result: Mapping[str, Any]) -> list[Step]:
     """The steps in the peer's JSON, warm-up left out."""
-    return [Step(s["seconds"], int(s["tokens"])) for s in result["steps"]][WARM_UP:]
+    steps = result["steps"]
+    rewards = result.get("rewards") or [None] * len(steps)
+    return [Step(s["seconds"], int(s["tokens"]), reward=r) for s, r in zip(steps, rewards, strict=True)][WARM_UP:]
 
 
-def run_kat_ray(size: Size, pair: Pair, rule: str, folder: Path, *, overrides: Sequence[str] = ()) -> list[Step]:
+def run_kat_ray(
+    size: Size, pair: Pair, rule: str, folder: Path, *, overrides: Sequence[str] = (), seed: int = 0
+) -> list[Step]:
     """Train with the embedded configuration on this work, evaluation off."""
     run = folder / rule
     settings = [
         f"run.dir={folder}", f"run.name={rule}", "run.overwrite=true", "run.tensorboard=false",
         f"run.steps={WARM_UP + size.steps}", f"student.path={pair.student}", f"teacher.path={pair.teacher}",
         f"data.path={pair.prompts}", "data.shuffle=false", "evaluation.data=null",
-        f"rollout.prompts_per_step={size.rollouts}", f"rollout.max_tokens={size.max_tokens}",
-        f"learner.lr={LEARNING_RATE}", "sampler.kv_cache_gib=0.5",
+        f"rollout.prompts_per_step={size.rollouts // size.group}", f"rollout.max_tokens={size.max_tokens}",
+        f"run.seed={seed}", f"rollout.rollouts_per_prompt={size.group}", f"learner.lr={size.lr}",
+        "sampler.kv_cache_gib=0.5",
     ]  # fmt: skip
+    if size.group > 1:
+        settings += ["objective.opd.weight=0", "objective.rl.weight=1", "objective.rl.dual_clip=null",
+                     "rollout.top_p=1", "run.tensorboard=false"]  # fmt: skip
     if rule == "kat":
         settings += ["termination.min_steps=1", "termination.min_samples=16"]  # active after the first step
     else:
@@ -99,7 +113,7 @@ def run_kat_ray(size: Size, pair: Pair, rule: str, folder: Path, *, overrides: S
 
 
 def run_peer(
-    size: Size, pair: Pair, backend: str, folder: Path, *, python: Path, repair: bool = False
+    size: Size, pair: Pair, backend: str, folder: Path, *, python: Path, repair: bool = False, seed: int = 0
 ) -> list[Step]:
     """Train with the peer on this work."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,11 +121,14 @@ def run_peer(
     out = folder / f"{name}.json"
     out.unlink(missing_ok=True)
     options = {
-        "student": pair.student, "teacher": pair.teacher, "prompts": pair.prompts, "out": out,
-        "rollouts": size.rollouts, "max-tokens": size.max_tokens, "steps": WARM_UP + size.steps,
-        "micro-batch": size.micro_batch, "lr": LEARNING_RATE, "backend": backend,
+        "student": pair.student, "prompts": pair.prompts, "out": out, "rollouts": size.rollouts,
+        "max-tokens": size.max_tokens, "steps": WARM_UP + size.steps, "micro-batch": size.micro_batch,
+        "lr": size.lr, "backend": backend, "group": size.group, "seed": seed,
+        "warm-up": math.ceil(LearnerConfig().warmup_ratio * (WARM_UP + size.steps)),
     }  # fmt: skip
-    command = [str(python), str(PEER / "trl_distill.py"), *(f"--{k}={v}" for k, v in options.items())]
+    if size.group == 1:
+        options["teacher"] = pair.teacher
+    command = [str(python), str(PEER / "trl_train.py"), *(f"--{k}={v}" for k, v in options.items())]
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "OMP_NUM_THREADS")}
     run_child([*command, *(["--repair"] if repair else [])], env, size.timeout, folder / f"{name}.log")
     return _complete(read_peer(json.loads(out.read_text(encoding="utf-8"))), size, "the peer")
@@ -149,7 +166,7 @@ def run_child(command: Sequence[str], env: Mapping[str, str], timeout: float, lo
 def _end(child: subprocess.Popen[bytes]) -> None:
     if child.poll() is not None:
         return
-    child.send_signal(signal.SIGINT)  # kat-ray then shuts its Ray down
+    child.terminate()  # kat-ray then shuts its Ray down; what a shell started with & would ignore SIGINT
     try:
         child.wait(GRACE)
     except subprocess.TimeoutExpired:

@@ -141,6 +141,7 @@ class RunHistory:
         return RunState(
             done=self.done,
             rule=dict(self.rule_state),
+            probe_rewards=list(self._steps.probe_rewards(self.done)),
             totals=self.totals.state(),
             evaluations=self._evaluation.results,
             evaluated=self._evaluation.evaluated,
@@ -166,6 +167,7 @@ class RunHistory:
         self.totals = Totals.from_state(state.totals.model_dump(mode="json"))
         self._seconds_before = state.seconds
         self._steps.reset_rule(state.rule)
+        self._steps.reset_probe_rewards(state.done, state.probe_rewards)
         self.rule_state = self._steps.rule_state
         self._evaluation.go_back(state.evaluations, state.evaluated)
         self.writer.go_back(state.done, None)

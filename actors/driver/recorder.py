@@ -10,14 +10,22 @@ import numpy as np
 
 from actors.driver.steps import SampledStep
 from kat_ray.config import Config
-from kat_ray.data.accounting import ScoredTokens
+from kat_ray.data.accounting import FinishedRollout, ScoredTokens
 from kat_ray.models.inspect import ModelFacts
-from kat_ray.records.traces import TokenFeatures, TraceRow
+from kat_ray.records.traces import PolicyTrace, TokenFeatures, TraceRow
 from kat_ray.run.directory import RunDirectory
-from kat_ray.run.probes import RolloutGrader, grading_metrics, is_active, probe_metrics, seen_to_the_end
-from kat_ray.run.step_metrics import rollout_metrics, score_metrics
+from kat_ray.run.probes import (
+    Graded,
+    RolloutGrader,
+    grading_metrics,
+    is_active,
+    probe_metrics,
+    seen_to_the_end,
+)
+from kat_ray.run.step_metrics import answer_metrics, rollout_metrics, score_metrics
 from kat_ray.run.summary import Totals
 from kat_ray.termination import RULES, Effect
+from kat_ray.types.records import Reward
 
 _UNSCORED = np.zeros(0, dtype=np.float32)  # the KL of a rollout that no teacher saw
 
@@ -50,6 +58,7 @@ class StepRecorder:
         tokens = ScoredTokens(sampled.scored)
         traces = tokens.column("d")
         features = self._features(tokens) if sampled.scored else lambda rollout_id: None
+        policy = _policy(sampled)
         prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
         active = is_active(self._config.termination, sampled.step_start.threshold)
         effect = RULES[self._config.termination.rule].effect
@@ -75,6 +84,7 @@ class StepRecorder:
                 correct=graded.correct.get(rollout.rollout_id),
                 weights=rollout.outcome.weights,
                 features=features(rollout.rollout_id),
+                policy=policy(rollout),
             )
             for rollout in sampled.rollouts
         ]
@@ -92,7 +102,18 @@ class StepRecorder:
             | score_metrics(sampled.scored, kept)
             | probe_metrics([r.outcome for r in sampled.rollouts], traces, graded.correct, active)
             | grading_metrics(graded)
-            | dict(sampled.credit.metrics)
+            | self._policy_metrics(sampled, graded)
+        )
+
+    def _policy_metrics(self, sampled: SampledStep, graded: Graded) -> dict[str, float]:
+        """What a step's rewards came to; nothing where none are learnt from."""
+        credit = sampled.credit.by_rollout()
+        if not credit:
+            return {}
+        tokens = {i: own.policy_tokens for i, own in credit.items()}
+        rewarded = {i: r.value > 0 for i, r in graded.rewards.items() if r.value is not None}
+        return answer_metrics(sampled.rollouts, rewarded | dict(graded.correct), tokens) | dict(
+            sampled.credit.metrics
         )
 
     def _features(self, tokens: ScoredTokens) -> Callable[[int], TokenFeatures | None]:
@@ -101,3 +122,25 @@ class StepRecorder:
             return lambda rollout_id: None
         columns: dict[str, Mapping[int, Any]] = {f.name: tokens.column(f.name) for f in fields(TokenFeatures)}
         return lambda rollout_id: TokenFeatures(**{name: column[rollout_id] for name, column in columns.items()})
+
+
+def _policy(sampled: SampledStep) -> Callable[[FinishedRollout], PolicyTrace | None]:
+    """What is recorded of a rollout that was learnt from by its reward."""
+    credit = sampled.credit.by_rollout()
+    rewards = {} if sampled.graded is None else sampled.graded.rewards
+
+    def trace(rollout: FinishedRollout) -> PolicyTrace | None:
+        own, reward = credit.get(rollout.rollout_id), rewards.get(rollout.rollout_id, Reward(None))
+        if own is None:
+            return None
+        assert rollout.sampled_logprobs is not None, f"rollout {rollout.rollout_id}: no log-probabilities"
+        return PolicyTrace(
+            reward=reward.value,
+            rewards=reward.parts,
+            reward_error=reward.error or None,
+            probe_share=sampled.probe_share,
+            sampled_logprobs=rollout.sampled_logprobs,
+            **own._asdict(),
+        )
+
+    return trace

@@ -20,9 +20,8 @@ from actors.driver.dispatcher import RolloutDispatcher
 from actors.driver.monitor_group import MonitorGroup
 from actors.driver.unmonitored import Unmonitored
 from actors.learner.learner import Learner
-from kat_ray.algorithms.base import Algorithm, Credit
-from kat_ray.algorithms.distillation import OnPolicyDistillation
-from kat_ray.algorithms.policy import PolicyOptimization
+from kat_ray.algorithms.base import Credit
+from kat_ray.algorithms.choice import algorithm_of
 from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, join_outcomes
 from kat_ray.data.batch import assign_ranks
@@ -49,6 +48,7 @@ class SampledStep:
     reports: list[SamplerReport]
     monitor_seconds: float  # that the monitor was busy
     ended_with: Mapping[str, Any]  # the rule's calibration
+    probe_share: float  # chance with which a rollout was a probe
     credit: Credit
     graded: Graded | None  # verdicts, where rollouts are graded before they are learnt from
 
@@ -61,11 +61,8 @@ class Steps:
     ) -> None:
         """`grader` is asked for rewards, where the objective has a use for them."""
         self._config = config
-        rl = config.objective.rl
-        self._algorithm: Algorithm = OnPolicyDistillation()
-        if rl.weight:
-            self._algorithm = PolicyOptimization(rl, config.rollout.max_tokens, config.used_teacher is not None)
-        self._grader = grader if rl.weight else None
+        self._algorithm = algorithm_of(config)
+        self._grader = grader if config.objective.rl.weight else None
         self._actors = actors
         self._order = order
         self._attempts = itertools.count(1)
@@ -74,6 +71,7 @@ class Steps:
         self._monitors: MonitorGroup | Unmonitored = Unmonitored(self._initial)
         if config.used_teacher is not None:
             self._monitors = MonitorGroup(actors.monitors, self._initial)
+        self._probe_rewards: dict[int, tuple[float, ...]] = {0: ()}  # by the step that begins with them
 
     @property
     def rule_state(self) -> Mapping[str, Any]:
@@ -83,6 +81,14 @@ class Steps:
     def reset_rule(self, state: Mapping[str, Any] | None) -> None:
         """Go on with this calibration; None: with an empty one."""
         self._monitors.state = self._initial if state is None else state
+
+    def probe_rewards(self, done: int) -> tuple[float, ...]:
+        """`Credit.probe_rewards` after `done` steps, also where the next one was sampled ahead."""
+        return self._probe_rewards[done]
+
+    def reset_probe_rewards(self, done: int, rewards: Sequence[float]) -> None:
+        """Go on after `done` steps with these."""
+        self._probe_rewards = {done: tuple(rewards)}
 
     def sample(self, step: int) -> SampledStep:
         """Generate, score and monitor the rollouts of one step, each to its end."""
@@ -108,8 +114,14 @@ class Steps:
         share = sampling.step_start.probe_share
         if share is None:
             share = getattr(self._config.termination, "probe_share", 0.0)
+        step = sampling.step
+        credit = self._algorithm.credit(rollouts, sampling.specs, rewards, share, self._probe_rewards[step])
+        # The step before may still be learnt: its checkpoint holds what this step began with, and where its
+        # records are lost it is sampled again.
+        kept = {s: r for s, r in self._probe_rewards.items() if s >= step - 1}
+        self._probe_rewards = kept | {step + 1: credit.probe_rewards}
         return SampledStep(
-            step=sampling.step,
+            step=step,
             version=sampling.version,
             specs=sampling.specs,
             step_start=sampling.step_start,
@@ -119,7 +131,8 @@ class Steps:
             reports=reports,
             monitor_seconds=closed.busy_seconds,
             ended_with=self.rule_state,
-            credit=self._algorithm.credit(rollouts, sampling.specs, rewards, share),
+            probe_share=share,
+            credit=credit,
             graded=graded,
         )
 

@@ -258,6 +258,7 @@ class TrainingRun:
 
     def _evaluated(self, done: int, result: EvalResult) -> None:
         """What came out, and what training had cost until then; with staleness 1 not what is sampled ahead."""
+        self._history.guards.evaluated(result.avg_at_k)
         self._trackers.evaluation(done, asdict(result) | self._history.totals.token_fields())
 
     def _summarise(self) -> None:

@@ -28,16 +28,17 @@ Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]  # prompt and answer, 
 class SampledLogprobs:
     """A loss term of 0 that keeps what the head computes for the sampled tokens, in the order of the rows."""
 
-    stop_ids: tuple[int, ...] = ()
     sum_names: tuple[str, ...] = ()
     max_names: tuple[str, ...] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, stop_ids: tuple[int, ...] = ()) -> None:
+        """`stop_ids` only decide the order in which a distribution is summed: the last bits of its logarithm."""
+        self.stop_ids = stop_ids
         self.parts: list[Tensor] = []
 
     def __call__(self, student: StudentLogprobs, rows: TokenRows) -> TermSums:
         """See `kat_ray.losses.term.LossTerm`."""
-        self.parts.append(student.sampled.detach().float().cpu())
+        self.parts.append(student.sampled.detach().float())
         loss = (student.sampled * 0).sum()
         return TermSums(loss, torch.zeros(0, dtype=torch.float64), torch.zeros(0))
 
@@ -51,7 +52,7 @@ def own_logprobs(engine: Any, collator: Collator, sequences: Sequences, top_k: i
         positions = torch.from_numpy(batch.inputs.positions).to(device)
         with torch.no_grad(), engine.module.with_term(term):
             engine(model_arguments(batch, device), positions, token_rows(batch, device))
-        rows = torch.cat(term.parts).numpy()[: len(batch.inputs.positions)]
+        rows = torch.cat(term.parts).cpu().numpy()[: len(batch.inputs.positions)]
         ends = np.cumsum([len(s.token_ids) for s in batch.samples])
         parts = np.split(rows, ends[:-1])
         found |= {s.rollout_id: part for s, part in zip(batch.samples, parts, strict=True)}

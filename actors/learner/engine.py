@@ -38,6 +38,10 @@ class StudentWithLoss(nn.Module):
         finally:
             head.term, head.curve = own, curve
 
+    def use_term(self, term: LossTerm) -> None:
+        """Another term of the loss from now on."""
+        self.head_loss.term = term
+
     def forward(self, arguments: dict[str, Tensor], positions: Tensor, rows: TokenRows) -> TermSums:
         """The term for the tokens whose hidden states lie at `positions` [T, 2]; see `ModelInputs`.
 

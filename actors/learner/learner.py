@@ -10,6 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from actors.learner.agreement import (
 from actors.learner.collectives import rendezvous
 from actors.learner.engine import gathered, make_engine
 from actors.learner.model import StudentModel, load_student
-from actors.learner.objective import make_term
+from actors.learner.objective import make_term, sequence_pass
 from actors.learner.report import report_of
 from actors.learner.settings import LearnerSettings
 from actors.learner.snapshots import Snapshots
@@ -115,7 +116,10 @@ class Learner:
         engine = make_engine(student, term, learner, curve)
         (dummy,) = self._collator.micro_batches([dummy_sample(settings.top_k)])
         beat = self._heartbeat.beat
-        trainer = StudentTrainer(engine, term, learner, settings.steps, dummy, self._timeline, beat, curve)
+        trainer = StudentTrainer(
+            engine, term, learner, settings.steps, dummy, self._timeline, beat, curve, sequence_pass(settings),
+            partial(make_term, settings) if settings.objective.is_annealed else None,
+        )  # fmt: skip
         snapshots = Snapshots(engine, student, self._rank, settings)
         return _Loaded(engine, student, trainer, snapshots)
 
@@ -158,9 +162,11 @@ class Learner:
         collect_seconds, self._collect_seconds = self._collect_seconds, 0.0
         started = time.monotonic()
         with self._heartbeat.busy("learn"):
-            result = self._ready().trainer.step(batches, global_weight)
+            trainer, objective = self._ready().trainer, self._settings.objective
+            weights = objective.weights_at(trainer.steps_taken) if objective.is_annealed else None
+            result = trainer.step(batches, global_weight)
         seconds = collect_seconds + time.monotonic() - started
-        return report_of(result, policy_version, seconds)
+        return report_of(result, policy_version, seconds, weights)
 
     def train_step(
         self,

@@ -1,9 +1,8 @@
-"""The loss term that the configuration names."""
+"""The loss term that the configuration names, and the pass before it that it may need."""
 
 from __future__ import annotations
 
-from functools import partial
-
+from actors.learner.sequence_pass import SequencePass
 from actors.learner.settings import LearnerSettings
 from kat_ray.config import PolicyObjective
 from kat_ray.losses.distillation import Distillation
@@ -13,44 +12,63 @@ from kat_ray.losses.policy import (
     PolicyLoss,
     cispo_loss,
     clip_loss,
+    gspo_loss,
     interval_weight,
     reinforce_loss,
+    sequence_mask_weight,
     truncated_weight,
 )
+from kat_ray.losses.sequence import RolloutRatio
 from kat_ray.losses.statistics import StudentStatistics
 from kat_ray.losses.term import LossTerm
 
 
-def make_term(settings: LearnerSettings) -> LossTerm:
-    """Distillation alone, the policy's loss beside it, or the policy's alone."""
+def make_term(settings: LearnerSettings, step: int = 0) -> LossTerm:
+    """Distillation, the policy's loss beside it, or that alone; with weights of the step that `step` came before."""
     opd, rl = settings.objective.opd, settings.objective.rl
+    weights = settings.objective.weights_at(step)
     if not settings.top_k:
-        return PolicyAndDistillation(
-            StudentStatistics(settings.stop_ids), _loss(rl), _correction(rl), 0.0, rl.weight
-        )
+        statistics = StudentStatistics(settings.stop_ids)
+        return PolicyAndDistillation(statistics, _loss(rl), _correction(rl), 0.0, weights["rl"])
     distillation = Distillation(settings.stop_ids, settings.eos)
-    if not rl.weight and opd.weight == 1.0:
+    if not rl.weight and opd.weight == 1.0 and not settings.objective.is_annealed:
         return distillation
-    return PolicyAndDistillation(distillation, _loss(rl), _correction(rl), opd.weight, rl.weight)
+    return PolicyAndDistillation(distillation, _loss(rl), _correction(rl), weights["opd"], weights["rl"])
+
+
+def sequence_pass(settings: LearnerSettings) -> SequencePass | None:
+    """What has to be known of whole rollouts before their tokens have a loss; None where nothing has."""
+    rl = settings.objective.rl
+    ratios: dict[str, RolloutRatio] = {"gspo": "mean", "geometric_mask": "mean", "sequence_mask": "sum"}
+    kind = ratios.get(rl.loss) or ratios.get(rl.correction)
+    return SequencePass(kind, settings.stop_ids) if rl.weight and kind else None
 
 
 def _loss(rl: PolicyObjective) -> PolicyLoss:
     low, high = rl.clip
     match rl.loss:
         case "clip":
-            return partial(clip_loss, low=low, high=high, dual=rl.dual_clip)
+            return lambda logp, anchor, a, _: clip_loss(logp, anchor, a, low, high, rl.dual_clip)
         case "cispo":
-            return partial(cispo_loss, low=low, high=high)
-        case _:
-            return lambda logp, _, advantage: reinforce_loss(logp, advantage)
+            return lambda logp, anchor, a, _: cispo_loss(logp, anchor, a, low, high)
+        case "gspo":
+            return lambda logp, _, a, sequence: gspo_loss(logp, sequence, a, low, high)
+        case "reinforce":
+            return lambda logp, _, a, __: reinforce_loss(logp, a)
 
 
 def _correction(rl: PolicyObjective) -> Correction | None:
     low, high = rl.correction_range
     match rl.correction:
         case "truncate":
-            return partial(truncated_weight, cap=high)
+            return lambda log_ratio, _: truncated_weight(log_ratio, high)
         case "interval":
-            return partial(interval_weight, low=low, high=high)
-        case _:
+            return lambda log_ratio, _: interval_weight(log_ratio, low, high)
+        case "sequence_mask":
+            return lambda _, sequence: interval_weight(sequence, 0.0, high)
+        case "geometric_mask":
+            return lambda log_ratio, sequence: (
+                sequence_mask_weight(sequence, low, high) * truncated_weight(log_ratio, high)
+            )
+        case "none":
             return None

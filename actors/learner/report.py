@@ -39,14 +39,19 @@ def policy_report(step: OptimizerStep) -> PolicyReport | None:
         effective_share=ratio**2 / squared if squared else 1.0,
         clip_low_share=sums["clipped_low"] / count,
         clip_high_share=sums["clipped_high"] / count,
+        masked_share=sums["masked"] / count,
+        log_ratio_max=step.maxima["log_ratio"],
+        entropy=sums["policy_entropy"] / count,
     )
 
 
-def report_of(step: OptimizerStep, policy_version: int, seconds: float) -> LearnerReport:
-    """The means of a step of `Distillation`, and of the policy beside it."""
+def report_of(
+    step: OptimizerStep, policy_version: int, seconds: float, weights: Mapping[str, float] | None = None
+) -> LearnerReport:
+    """The means of a step of `Distillation`, and of the policy beside it; `weights` of both, where they change."""
     sums, skipped = step.sums, not math.isfinite(step.grad_norm)
     if "kl" not in sums:
-        return _of_the_policy(step, policy_version, seconds)
+        return _of_the_policy(step, policy_version, seconds, weights)
     count = max(sums["tokens"], 1.0)
     kl = sums.get("kl_loss", step.loss)
     coverage = (sums[name] / count for name in ("kl", "tail_mass", "coarser_kl", "coarser_tail_mass"))
@@ -68,10 +73,13 @@ def report_of(step: OptimizerStep, policy_version: int, seconds: float) -> Learn
         seconds=seconds,
         skipped=skipped,
         policy=policy_report(step),
+        weights=weights,
     )
 
 
-def _of_the_policy(step: OptimizerStep, policy_version: int, seconds: float) -> LearnerReport:
+def _of_the_policy(
+    step: OptimizerStep, policy_version: int, seconds: float, weights: Mapping[str, float] | None
+) -> LearnerReport:
     """The means of a step of `StudentStatistics` with the policy's loss."""
     policy, sums = policy_report(step), step.sums
     assert policy is not None, "without a teacher the policy's loss is all there is"
@@ -92,4 +100,5 @@ def _of_the_policy(step: OptimizerStep, policy_version: int, seconds: float) -> 
         seconds=seconds,
         skipped=not math.isfinite(step.grad_norm),
         policy=policy,
+        weights=weights,
     )

@@ -17,6 +17,7 @@ from actors.learner.collectives import max_over_ranks, sum_over_ranks
 from actors.learner.engine import clips_itself, complete_gradients
 from actors.learner.report import OptimizerStep
 from actors.learner.schedule import learning_rate
+from actors.learner.sequence_pass import SequencePass
 from actors.learner.tensors import model_arguments, token_rows
 from kat_ray.config import LearnerConfig
 from kat_ray.data.collate import MicroBatch
@@ -38,7 +39,12 @@ class StudentTrainer:
         timeline: Timeline,
         beat: Callable[[], object],
         curve: MassCurve | None = None,
+        sequence: SequencePass | None = None,
+        term_at: Callable[[int], LossTerm] | None = None,
     ) -> None:
+        """`sequence` is made before each pass with a gradient; `term_at` gives the term after so many steps, where
+        it changes with them.
+        """
         self.steps_taken = 0  # skipped ones too: the schedule goes by the steps of the run
         self._engine = engine
         self._term = term
@@ -49,11 +55,16 @@ class StudentTrainer:
         self._beat = beat
         self._curve = curve or MassCurve(1)  # what the engine was made with
         self._policy_scale = 1.0
+        self._sequence = sequence
+        self._term_at = term_at
         self._clip = GradientClip(engine, learner.clip) if clips_itself(learner) else None
 
     def step(self, batches: Sequence[MicroBatch], global_weight: float) -> OptimizerStep:
         """One step on this rank's micro-batches; all ranks call it, with the same `global_weight`."""
         lr = self._set_lr()
+        if self._term_at is not None:
+            self._term = self._term_at(self.steps_taken)
+            self._engine.module.use_term(self._term)
         # ZeRO gathers parameters and reduces gradients on the way: all ranks must make as many passes.
         passes = int(max_over_ranks([len(batches)], self._engine.device)[0])
         loss, sums, maxima = self._run_passes(batches, passes, global_weight)
@@ -103,6 +114,8 @@ class StudentTrainer:
         rows = token_rows(batch, device)
         if rows.policy_weights is not None:
             rows = rows._replace(policy_weights=rows.policy_weights * self._policy_scale)
+        if self._sequence is not None:
+            rows = self._sequence(self._engine, batch, rows)
         result: TermSums = self._engine(model_arguments(batch, device), positions, rows)
         self._engine.backward(result.loss * scale)
         return result._replace(loss=result.loss.detach())

@@ -23,6 +23,7 @@ class SamplerSettings:
     deterministic: bool
     seed: int
     cache_block: int = 1  # tokens of a block of the scorers' prefix caches
+    record_logprobs: bool = False  # every rollout comes with the log-probabilities of its tokens
 
     @classmethod
     def from_config(
@@ -47,4 +48,5 @@ class SamplerSettings:
             deterministic=config.run.deterministic,
             seed=config.run.seed,
             cache_block=config.scorer.chunk_block,
+            record_logprobs=config.objective.rl.weight > 0,
         )

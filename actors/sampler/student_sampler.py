@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -217,7 +218,10 @@ class _Generation:
         for i, spec in enumerate(specs):
             peers = ranges[spec.teacher] if teachers else range(1)  # a stream of its own
             scorer = peers[scorer_of(i, len(specs), sampler._index, sampler._samplers, len(peers))]
-            self._rollouts[spec.rollout_id] = PendingRollout(spec.rollout_id, spec.prompt_ids, scorer, block=block)
+            recorded = array("f") if sampler._settings.record_logprobs else None
+            self._rollouts[spec.rollout_id] = PendingRollout(
+                spec.rollout_id, spec.prompt_ids, scorer, block=block, sampled=recorded
+            )
         self._active = {str(i): r for i, r in self._rollouts.items()}
         self._stream: ScoringStream | UnscoredStream = UnscoredStream()
         if teachers:
@@ -239,10 +243,7 @@ class _Generation:
             self._generate()
         traffic = self._stream
         return SamplerReport(
-            rollouts=tuple(
-                SampledRollout(r.rollout_id, np.array(r.token_ids, dtype=np.int32), end=r.end)
-                for r in self._rollouts.values()
-            ),
+            rollouts=tuple(_sampled_rollout(r) for r in self._rollouts.values()),
             chunks=tuple(traffic.chunks),
             seconds=time.monotonic() - started,
             wait_seconds=traffic.wait_seconds,
@@ -333,6 +334,11 @@ class _Generation:
             rollout = self._active.pop(name)
             rollout.topk_ids.clear()
             rollout.logprobs.clear()
+
+
+def _sampled_rollout(rollout: PendingRollout) -> SampledRollout:
+    recorded = None if rollout.sampled is None else np.array(rollout.sampled, dtype=np.float32)
+    return SampledRollout(rollout.rollout_id, np.array(rollout.token_ids, dtype=np.int32), recorded, rollout.end)
 
 
 def scorer_of(position: int, rollouts: int, sampler: int, samplers: int, scorers: int) -> int:

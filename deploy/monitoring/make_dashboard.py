@@ -2,8 +2,8 @@
 
 `python deploy/monitoring/make_dashboard.py` after a change here or in alerts.yaml: a test compares.
 
-The dashboard answers four questions, a row each: is it learning, is it healthy, where does the time go, what does
-KAT save.
+The dashboard answers five questions, a row each: is it learning, do rewards rise, is it healthy, where does the
+time go, what does KAT save.
 """
 
 from __future__ import annotations
@@ -85,6 +85,41 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             lines(
                 "Length", "none", "Tokens of a rollout and of a held-out answer.",
                 "rollout/mean_length", "eval/mean_length",
+            ),
+        ),
+    ),
+    (
+        "Do rewards rise?",
+        (
+            lines(
+                "Reward", "none", "Of rollouts that count, and its spread within a prompt's group.",
+                "reward/mean", "group/std",
+            ),
+            lines(
+                "Groups that teach nothing", "percentunit", "All rewards the same; those without a right one.",
+                "group/constant_share", "group/all_wrong_share",
+            ),
+            lines(
+                "Length of answers", "none", "Tokens. Wrong ones that grow fill their limit.",
+                "rl/length_right", "rl/length_wrong",
+            ),
+            lines(
+                "Tokens of the policy", "percentunit", "Without advantage; cut rollouts'; of those at their limit.",
+                "advantage/zero_share", "rl/cut_share", "rl/truncated_share",
+            ),
+            lines(
+                "Ratio of learner to sampler", "none", "1 while both hold the same weights.",
+                "rl/ratio_mean", "rl/ratio_max",
+            ),
+            lines(
+                "Held or taken by the ratio", "percentunit", "Of the policy's tokens; effective is what is left.",
+                "rl/clip_low_share", "rl/clip_high_share", "rl/effective_share",
+            ),
+            lines("Advantages", "none", "Their mean size.", "advantage/abs_mean"),
+            lines(
+                "Left out of their groups", "none", "Rollouts without a reward or a weight.",
+                "reward/left_out_cut", "reward/left_out_truncated", "reward/left_out_failed",
+                "reward/left_out_not_graded",
             ),
         ),
     ),

@@ -6,6 +6,7 @@ of 0.9. Here a group whose rewards span at most `SAME` has advantage 0 exactly.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -39,7 +40,7 @@ def advantages(kind: Advantage, members: Members, tokens: NDArray[np.int64], min
         return _whitened(reward, weight * tokens) * (weight > 0)
     total = _by_group(weight, members)
     mean = _by_group(weight * reward, members) / np.where(total > 0, total, 1.0)
-    centred = np.where(_tells(members), reward - mean, 0.0)
+    centred = np.where(_tells(members, reward), reward - mean, 0.0)
     match kind:
         case "grpo":
             scale = _deviation(centred, total, members) + min_std
@@ -54,19 +55,35 @@ def advantages(kind: Advantage, members: Members, tokens: NDArray[np.int64], min
             return _whitened(centred, weight * tokens) * (weight > 0)
 
 
+def deviations(members: Members) -> Floats:
+    """The sample standard deviation of each group's rewards [G], by weight; 0 where fewer than two count."""
+    total = _by_group(members.weight, members)
+    mean = _by_group(members.weight * members.reward, members) / np.where(total > 0, total, 1.0)
+    by_group: Floats = np.zeros(members.groups)
+    by_group[members.group] = _deviation(members.reward - mean, total, members)
+    return by_group
+
+
 def constant_groups(members: Members) -> NDArray[np.bool_]:
-    """Whether the rewards of a group [G] that count are all the same: no advantage comes of it."""
+    """Whether the rewards of a group [G] that count, less what is for their length, are all the same."""
     constant = np.ones(members.groups, dtype=bool)
-    constant[members.group[_tells(members)]] = False
+    constant[members.group[_tells(members, members.reward - members.penalty)]] = False
     return constant
 
 
-def _tells(members: Members) -> NDArray[np.bool_]:
+def without_constant_groups(members: Members) -> Members:
+    """`members` with a weight of 0 in groups whose answers are all alike (dynamic sampling, DAPO)."""
+    filtered = constant_groups(members)[members.group] & (members.weight > 0)
+    left_out = dict(members.left_out) | {"constant group": int(filtered.sum())}
+    return replace(members, weight=np.where(filtered, 0.0, members.weight), left_out=left_out)
+
+
+def _tells(members: Members, reward: Floats) -> NDArray[np.bool_]:
     """Rollouts that count in a group whose rewards differ."""
     counts = members.weight > 0
     low, high = np.full(members.groups, np.inf), np.full(members.groups, -np.inf)
-    np.minimum.at(low, members.group[counts], members.reward[counts])
-    np.maximum.at(high, members.group[counts], members.reward[counts])
+    np.minimum.at(low, members.group[counts], reward[counts])
+    np.maximum.at(high, members.group[counts], reward[counts])
     return counts & ((high - low) > SAME)[members.group]
 
 

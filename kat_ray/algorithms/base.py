@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kat_ray.data.accounting import FinishedRollout
 from kat_ray.types.records import KeptRollout, Reward, RolloutSpec
+
+
+class RolloutCredit(NamedTuple):
+    """What a rollout has in the policy's loss."""
+
+    reward_weight: float  # what it counts in its group: 1, 0, or 1 / probe_share
+    advantage: float | None  # None where it counts nothing
+    policy_tokens: int
+    policy_weight: float  # of each of these tokens
 
 
 @dataclass(frozen=True)
@@ -17,6 +26,19 @@ class Credit:
     kept: list[KeptRollout]  # the learner's work list, in the order of rollout ids
     advantages: Mapping[int, float] = field(default_factory=dict)  # by rollout id, of those that have one
     metrics: Mapping[str, float] = field(default_factory=dict)
+    reward_weights: Mapping[int, float] = field(default_factory=dict)  # by id, of all where there are rewards
+    probe_rewards: tuple[float, ...] = ()  # what the next step's `credit` is given; part of a checkpoint
+
+    def by_rollout(self) -> dict[int, RolloutCredit]:
+        """Of every rollout by its id; empty where nothing is learnt from rewards."""
+        policies = {k.rollout_id: k.policy for k in self.kept if k.policy is not None}
+        return {
+            i: RolloutCredit(
+                weight, self.advantages.get(i), policies[i].tokens if i in policies else 0,
+                policies[i].weight if i in policies else 0.0,
+            )
+            for i, weight in self.reward_weights.items()
+        }  # fmt: skip
 
 
 class Algorithm(Protocol):
@@ -31,9 +53,11 @@ class Algorithm(Protocol):
         specs: Sequence[RolloutSpec],
         rewards: Mapping[int, Reward],
         probe_share: float,
+        probe_rewards: Sequence[float] = (),
     ) -> Credit:
         """Of whose first tokens the loss is made, and how much each weighs.
 
         `specs` are those that the step's rollouts were made from, `rewards` are by rollout id, of those that were
-        graded. A rollout was a probe with chance `probe_share`.
+        graded. A rollout was a probe with chance `probe_share`. `probe_rewards` are those of earlier steps' probes
+        that the rule would have cut, the newest last: `Credit.probe_rewards` of the step before.
         """

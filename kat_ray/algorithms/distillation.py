@@ -18,6 +18,7 @@ class OnPolicyDistillation:
         specs: Sequence[RolloutSpec],
         rewards: Mapping[int, Reward],
         probe_share: float,
+        probe_rewards: Sequence[float] = (),
     ) -> Credit:
         """Every rollout of which a token is kept."""
         return Credit(kept_rollouts(rollouts, specs))

@@ -40,6 +40,7 @@ class Graded:
     ending: Ending
     reward: float | None
     would_cut: bool = False  # a probe that the rule would have cut
+    penalty: float = 0.0  # <= 0, added to the reward of an answer
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,15 @@ class Treatment:
 class Members:
     """Rollouts of a step by row: N rewards, their weights, and the number of their group.
 
-    A weight of 0 leaves baseline, loss and denominator alike; its reward is then 0 and means nothing.
+    A weight of 0 leaves baseline, loss and denominator alike; its reward is then 0 and means nothing. The
+    `penalty` is within `reward`, and is no part of whether a group's answers are all alike.
     """
 
     rollout_ids: tuple[int, ...]
     reward: Floats  # [N]
     weight: Floats  # [N]
     group: NDArray[np.int64]  # [N], 0 .. G - 1 in the order of appearance
+    penalty: Floats  # [N], <= 0, of the reward
     left_out: Mapping[str, int] = field(default_factory=dict)  # how many, by the reason
 
     @property
@@ -85,11 +88,15 @@ def members(rollouts: Sequence[Graded], treatment: Treatment) -> Members:
     numbers: dict[Hashable, int] = {}
     rows = [_reward_and_weight(rollout, treatment) for rollout in rollouts]
     left_out = Counter(reason for _, weight, reason in rows if not weight)
+    weight = np.array([weight for _, weight, _ in rows], dtype=np.float64)
+    answered = weight * [r.ending in (Ending.ANSWERED, Ending.TRUNCATED) for r in rollouts] > 0
+    penalty = np.where(answered, [r.penalty for r in rollouts], 0.0)
     return Members(
         rollout_ids=tuple(r.rollout_id for r in rollouts),
-        reward=np.array([reward for reward, _, _ in rows], dtype=np.float64),
-        weight=np.array([weight for _, weight, _ in rows], dtype=np.float64),
+        reward=np.array([reward for reward, _, _ in rows], dtype=np.float64) + penalty,
+        weight=weight,
         group=np.array([numbers.setdefault(r.group, len(numbers)) for r in rollouts], dtype=np.int64),
+        penalty=penalty,
         left_out=dict(left_out),
     )
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kat_ray.algorithms.advantages import advantages, constant_groups
+from kat_ray.algorithms.advantages import advantages, constant_groups, deviations, without_constant_groups
 from kat_ray.algorithms.aggregation import token_weights
 from kat_ray.algorithms.base import Credit
 from kat_ray.algorithms.groups import Ending, Floats, Graded, Members, Treatment, members
+from kat_ray.algorithms.shaping import overlong_penalty
 from kat_ray.config import PolicyObjective
 from kat_ray.data.accounting import FinishedRollout
 from kat_ray.types.records import FloatArray, KeptRollout, PolicyCredit, Reward, RolloutSpec, StopReason
@@ -30,16 +32,24 @@ class PolicyOptimization:
         specs: Sequence[RolloutSpec],
         rewards: Mapping[int, Reward],
         probe_share: float,
+        probe_rewards: Sequence[float] = (),
     ) -> Credit:
         """See `Algorithm`; rollouts without a token are in no group's loss, and in its baseline all the same."""
         by_id = {spec.rollout_id: spec for spec in specs}
-        graded = [_graded(r, by_id[r.rollout_id].prompt_id, rewards.get(r.rollout_id)) for r in rollouts]
-        rule = self.objective
+        rule, penalty = self.objective, self._penalties(rollouts)
+        graded = [
+            _graded(r, by_id[r.rollout_id].prompt_id, rewards.get(r.rollout_id), float(p))
+            for r, p in zip(rollouts, penalty, strict=True)
+        ]
         weighs = rule.cut_reward == "probe_weighted" and probe_share > 0
         cut = rule.cut_reward if rule.cut_reward != "probe_weighted" or weighs else "exclude"
-        found = members(graded, Treatment(cut, rule.truncated, probe_share if weighs else 0.0))
+        imputed = _mean(probe_rewards) if len(probe_rewards) >= rule.probe_min else 0.0
+        graded_ones = members(graded, Treatment(cut, rule.truncated, probe_share if weighs else 0.0, imputed))
+        found = without_constant_groups(graded_ones) if rule.filter_constant_groups else graded_ones
         tokens = np.array([_policy_tokens(r) for r in rollouts], dtype=np.int64)
         advantage = advantages(rule.advantage, found, tokens, rule.min_std)
+        if rule.advantage_clip is not None:
+            advantage = advantage.clip(-rule.advantage_clip, rule.advantage_clip)
         weight = token_weights(rule.aggregate, tokens, found.weight, self.longest)
         kept = [
             self._kept(rollout, len(by_id[rollout.rollout_id].prompt_ids), PolicyCredit(float(a), int(t), float(w)))
@@ -49,7 +59,11 @@ class PolicyOptimization:
         return Credit(
             kept=[k for k in kept if k.kept],
             advantages={i: float(a) for i, (_, w, a) in values.items() if w > 0},
-            metrics=_metrics(found, advantage, tokens),
+            metrics=_reward_metrics(graded_ones, found.left_out)
+            | _advantage_metrics(found, advantage, tokens)
+            | ({"probe/q": imputed} if cut == "probe_mean" else {}),
+            probe_rewards=self._newest((*probe_rewards, *_would_cut(graded, graded_ones))),
+            reward_weights={i: float(w) for i, (_, w, _) in values.items()},
         )
 
     def _kept(self, rollout: FinishedRollout, prompt_length: int, policy: PolicyCredit) -> KeptRollout:
@@ -63,8 +77,20 @@ class PolicyOptimization:
             weights[:with_kl] = 1.0 if own is None else own[:with_kl]
         return KeptRollout(rollout.rollout_id, prompt_length, count, weights, policy if policy.weight else None)
 
+    def _newest(self, rewards: tuple[float, ...]) -> tuple[float, ...]:
+        """Those whose mean the next step's cut rollouts are given; none where they are given something else."""
+        return rewards[-self.objective.probe_buffer :] if self.objective.cut_reward == "probe_mean" else ()
 
-def _graded(rollout: FinishedRollout, prompt_id: str, reward: Reward | None) -> Graded:
+    def _penalties(self, rollouts: Sequence[FinishedRollout]) -> Floats:
+        """What each rollout's reward loses by its length."""
+        lengths = np.array([r.counts.generated for r in rollouts], dtype=np.int64)
+        overlong = self.objective.overlong
+        if not overlong.buffer:
+            return np.zeros(len(lengths))
+        return overlong_penalty(lengths, self.longest, overlong.buffer, overlong.factor)
+
+
+def _graded(rollout: FinishedRollout, prompt_id: str, reward: Reward | None, penalty: float) -> Graded:
     outcome = rollout.outcome
     if outcome.stop_reason is StopReason.FAILED:
         ending = Ending.FAILED
@@ -75,7 +101,18 @@ def _graded(rollout: FinishedRollout, prompt_id: str, reward: Reward | None) -> 
     else:
         ending = Ending.ANSWERED
     value = None if reward is None else reward.value
-    return Graded(rollout.rollout_id, prompt_id, ending, value, outcome.would_cut is not None)
+    return Graded(rollout.rollout_id, prompt_id, ending, value, outcome.would_cut is not None, penalty)
+
+
+def _would_cut(graded: Sequence[Graded], found: Members) -> list[float]:
+    """Rewards, before penalties for length, of probes that the rule would have cut."""
+    answers = (found.reward - found.penalty).tolist()
+    rows = zip(graded, found.weight > 0, answers, strict=True)
+    return [float(answer) for row, counts, answer in rows if row.would_cut and counts]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def _policy_tokens(rollout: FinishedRollout) -> int:
@@ -86,20 +123,31 @@ def _policy_tokens(rollout: FinishedRollout) -> int:
     return rollout.counts.generated if confirmed is None or rollout.outcome.cut is None else confirmed
 
 
-def _metrics(found: Members, advantage: Floats, tokens: np.ndarray) -> dict[str, float]:
-    """What a step's rewards and advantages were."""
+def _reward_metrics(found: Members, left_out: Mapping[str, int]) -> dict[str, float]:
+    """What a step's rewards were, before groups are filtered."""
     counts = found.weight > 0
-    figures = {f"reward/left_out_{why.replace(' ', '_')}": float(n) for why, n in found.left_out.items()}
+    figures = {f"reward/left_out_{why.replace(' ', '_')}": float(n) for why, n in left_out.items()}
     if not counts.any():
         return figures
     constant = constant_groups(found)
-    mean = np.bincount(found.group[counts], found.reward[counts], found.groups)
+    mean = np.bincount(found.group[counts], (found.reward - found.penalty)[counts], found.groups)
     return figures | {
+        "reward/overlong": float(found.penalty[counts].mean()),
         "reward/mean": float(found.reward[counts].mean()),
         "reward/std": float(found.reward[counts].std()),
         "group/constant_share": float(constant.mean()),
         "group/all_wrong_share": float((constant & (mean <= 0)).mean()),
+        "group/std": float(deviations(found)[np.unique(found.group[counts])].mean()),
         "group/size_min": float(np.bincount(found.group[counts], minlength=found.groups).min()),
+    }
+
+
+def _advantage_metrics(found: Members, advantage: Floats, tokens: np.ndarray) -> dict[str, float]:
+    """What became of them."""
+    counts = found.weight > 0
+    if not counts.any():
+        return {}
+    return {
         "advantage/abs_mean": float(np.abs(advantage[counts]).mean()),
         "advantage/max": float(np.abs(advantage[counts]).max()),
         "advantage/zero_share": float((tokens * counts * (advantage == 0)).sum() / max(1, (tokens * counts).sum())),

@@ -1,1 +1,1 @@
-"""Finished runs read again: rules replayed on recorded traces, rules compared over seeds."""
+"""Finished runs read again: rules and objectives replayed on recorded traces, rules compared over seeds."""

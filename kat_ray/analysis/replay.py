@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from kat_ray.config import Config
 from kat_ray.data.prompts import is_probe
@@ -24,11 +24,11 @@ from kat_ray.termination import RULES, RunFacts, make_rule
 from kat_ray.termination.base import Finished
 from kat_ray.termination.calibration import MinimaBuffer
 from kat_ray.termination.kat import KatRule, tells_all
-from kat_ray.termination.settings import KatParameters, RuleSettings, with_threshold_of
+from kat_ray.termination.settings import KatParameters, with_threshold_of
 from kat_ray.termination.staircase import Staircase, staircase
 from kat_ray.types.records import FloatArray, IntArray
 
-Rule = TypeVar("Rule", bound=RuleSettings)
+Settings = TypeVar("Settings", bound=BaseModel)
 _BLOCK_VALUES = 1 << 20  # padded values that are worked on at once
 
 
@@ -372,7 +372,7 @@ def _probes(traces: Traces, rule: KatParameters, seed: int) -> IntArray:
     return np.array([is_probe(drawn, int(i), rule.probe_share) for i in traces.rollout_id], dtype=bool)
 
 
-def with_changes(base: Rule, changes: Mapping[str, Any]) -> Rule:
+def with_changes(base: Settings, changes: Mapping[str, Any]) -> Settings:
     """`base` with other values; `UserError` names the one that is not allowed."""
     taken = with_threshold_of(changes) if isinstance(base, KatParameters) else changes
     try:

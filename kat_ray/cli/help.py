@@ -20,7 +20,8 @@ section.field=value, with the value in YAML. docs/configuration.md lists the fie
 
 OVER_A_RUN = """\
 RUN is a run directory with traces. Each FIELD is a setting of the rule (section termination), such as window,
-consecutive, eta, stride and exempt for kat; a list of values is swept. docs/termination.md defines them."""
+consecutive, eta, stride and exempt for kat; a list of values is swept. docs/termination.md defines them. With
+--objective it is one of objective.rl, such as advantage and cut_reward (docs/rl.md)."""
 
 ABOUT_REPORT = """\
 RUN is a run directory. The page needs no network: learning curves, how rollouts ended, threshold, KL of single
@@ -82,6 +83,8 @@ examples:
   kat-ray replay runs/latest eta=[0.1,0.3,0.5] window=32      these settings, the others as in the run
   kat-ray replay runs/none budget=[0.01,0.02,0.05] --budget 0.02 --out /tmp/replay
   kat-ray replay runs/latest --rule fixed_prefix n=[32,64,128]
+  kat-ray replay runs/latest --objective                      a run's advantages, computed again from its rewards
+  kat-ray replay runs/latest --objective advantage=[grpo,rloo] cut_reward=exclude
 
 No model is loaded. What a cut removes is known only of rollouts that were seen to their end: a run's probes, or
 all rollouts of a run with termination.rule=none.""",

@@ -64,6 +64,11 @@ def _add_replay(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="recommend the cheapest setting whose cuts lose no more than this share of a rollout's KL on average "
         "(default: the rule's own budget, or 0.02)",
     )  # fmt: skip
+    replay.add_argument(
+        "--objective",
+        action="store_true",
+        help="replay what was learnt from rewards instead: a FIELD is then one of objective.rl",
+    )
     replay.add_argument("--keep-kl", dest="keep_kl", type=share_of, help=argparse.SUPPRESS)  # the name before 0.2
     replay.add_argument(
         "--out", metavar="DIR", type=path_of, help="where replay.csv and replay.png go (default RUN/replay)"
@@ -72,9 +77,17 @@ def _add_replay(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _replay(args: argparse.Namespace) -> int:
     from kat_ray.cli.replay import replay
+    from kat_ray.cli.replay_objective import replay_objective
 
+    settings = [*args.settings, *getattr(args, "overrides", [])]
+    if args.objective:
+        given = {"--rule": args.rule, "--budget": args.budget or args.keep_kl}
+        if other := next((name for name, value in given.items() if value is not None), None):
+            raise UserError(f"{other}: is of a termination rule; leave it out, or --objective")
+        replay_objective(args.run, settings, args.out)
+        return 0
     budget = args.budget if args.keep_kl is None else 1.0 - args.keep_kl
-    replay(args.run, args.rule, [*args.settings, *getattr(args, "overrides", [])], budget, args.out)
+    replay(args.run, args.rule, settings, budget, args.out)
     return 0
 
 

@@ -33,10 +33,7 @@ def replay(
     `budget` is the share of a rollout's KL that the recommended setting may lose on average; None takes the rule's
     own, or 2 %.
     """
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir}: no config.yaml in it; name a run directory, such as runs/latest")
-    config = load_config(run_dir / "config.yaml")
+    console, config = terminal(), run_config(run_dir)
     base = _base(config, rule)
     grid = _grid(base, settings, config.rollout.max_tokens)
     read = {name for rule in (base, config.termination) for name in RULES[rule.rule].reads}
@@ -76,6 +73,18 @@ def replay(
     for file in files:
         console.print(str(file), markup=False)
     return files
+
+
+def terminal() -> Console:
+    """Where a command over a run prints to."""
+    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+
+
+def run_config(run_dir: Path) -> Config:
+    """The configuration of a run; UserError if the directory holds none."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: no config.yaml in it; name a run directory, such as runs/latest")
+    return load_config(run_dir / "config.yaml")
 
 
 def _base(config: Config, rule: str | None) -> RuleSettings:
@@ -134,18 +143,22 @@ def rule_with(run_dir: Path, settings: Sequence[str]) -> KatSettings:
 
 def _grid(base: RuleSettings, settings: Sequence[str], max_tokens: int) -> dict[str, list[Any]]:
     """Values of each swept field: those the user names (`eta=[0.1, 0.3]`), else some around the base's own."""
+    grid = grid_of([name for name in type(base).model_fields if name != "rule"], settings)
+    return grid or {name: list(values) for name, values in RULES[base.rule].sweep(base, max_tokens).items()}
+
+
+def grid_of(fields: Sequence[str], settings: Sequence[str]) -> dict[str, list[Any]]:
+    """The values that a user names for each field, FIELD=VALUE or FIELD=[VALUE, ...]."""
     grid: dict[str, list[Any]] = {}
-    known = type(base).model_fields
     for setting in settings:
         name, _, text = setting.partition("=")
-        if name not in known or name == "rule" or not text:
-            fields = ", ".join(n for n in known if n != "rule")
-            raise UserError(f"{setting!r}: must be FIELD=VALUE or FIELD=[VALUE, ...] with one of {fields}")
+        if name not in fields or not text:
+            raise UserError(
+                f"{setting!r}: must be FIELD=VALUE or FIELD=[VALUE, ...] with one of {', '.join(fields)}"
+            )
         value = yaml_value(text, repr(setting))
         grid[name] = value if isinstance(value, list) else [value]
-    if grid:
-        return grid
-    return {name: list(values) for name, values in RULES[base.rule].sweep(base, max_tokens).items()}
+    return grid
 
 
 def _shown(kat: KatParameters, grid: dict[str, list[Any]]) -> tuple[str, ...]:

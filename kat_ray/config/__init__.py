@@ -14,13 +14,13 @@ from kat_ray.config.cluster import (
     ScorerConfig,
     Section,
 )
+from kat_ray.config.guards import GuardsConfig
 from kat_ray.config.objective import DistillationObjective, ObjectiveConfig, PolicyObjective
 from kat_ray.config.sections import (
     Config,
     DataConfig,
     Dtype,
     EvaluationConfig,
-    GuardsConfig,
     ModelConfig,
     RolloutConfig,
     RunConfig,

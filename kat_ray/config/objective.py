@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,14 +12,58 @@ from kat_ray.config.cluster import Section
 Share = Annotated[float, Field(gt=0)]
 
 
-class DistillationObjective(Section):
+class _Weighted(Section):
+    """One of the losses of a run."""
+
+    weight: float = Field(1.0, ge=0)
+    final_weight: float | None = Field(None, ge=0)
+    """`weight` after `anneal_steps`; null leaves it as it is."""
+    anneal_steps: int | None = Field(None, ge=1)
+    """Optimiser steps in which `weight` goes to `final_weight`, in a straight line."""
+
+    @model_validator(mode="after")
+    def _anneals_something(self) -> _Weighted:
+        if (self.final_weight is None) != (self.anneal_steps is None):
+            raise ValueError(
+                f"final_weight = {_shown(self.final_weight)} and anneal_steps = {_shown(self.anneal_steps)}: set "
+                "both, or neither"
+            )
+        if self.final_weight is not None and not self.weight:
+            raise ValueError(
+                "weight = 0: leaves this loss out of the run, and cannot go to final_weight = "
+                f"{self.final_weight:g}; begin with a small weight"
+            )
+        return self
+
+    def weight_at(self, step: int) -> float:
+        """The weight in the optimiser step that `step` others came before."""
+        if self.final_weight is None or self.anneal_steps is None:
+            return self.weight
+        done = min(1.0, step / self.anneal_steps)
+        return (1.0 - done) * self.weight + done * self.final_weight
+
+
+def _shown(value: float | None) -> str:
+    return "null" if value is None else f"{value:g}"
+
+
+class DistillationObjective(_Weighted):
     """On-policy distillation: the exact reverse KL to the teacher, up to the cut."""
 
     weight: float = Field(1.0, ge=0)
     """Factor of the mean KL in the loss."""
 
 
-class PolicyObjective(Section):
+class OverlongPenalty(Section):
+    """What an answer loses by running up to the cap, before it is held against others (DAPO)."""
+
+    buffer: int = Field(0, ge=0)
+    """Last tokens of rollout.max_tokens over which the penalty grows from 0, in a straight line; 0 sets none."""
+    factor: float = Field(1.0, gt=0)
+    """The whole of it, in units of the reward."""
+
+
+class PolicyObjective(_Weighted):
     """Reinforcement learning: the policy gradient of graded rollouts, up to where a cut was confirmed."""
 
     weight: float = Field(0.0, ge=0)
@@ -27,25 +72,60 @@ class PolicyObjective(Section):
     """How the rewards of a prompt's rollouts become advantages (docs/rl.md)."""
     min_std: float = Field(1e-6, ge=0)
     """Added to the standard deviation that `grpo` divides by."""
-    loss: Literal["clip", "reinforce", "cispo"] = "clip"
-    """Loss of a token: `clip` (PPO), `reinforce` (-A log p), `cispo` (-A ratio log p, the ratio held)."""
+    loss: Literal["clip", "reinforce", "cispo", "gspo"] = "clip"
+    """Loss of a token: `clip` (PPO), `reinforce` (-A log p), `cispo` (-A ratio log p, the ratio held), `gspo` (as
+    `clip`, with one ratio for all tokens of a rollout, the geometric mean of theirs; needs a pass without gradient
+    first)."""
     clip: tuple[Share, Share] = (0.2, 0.28)
-    """How far the ratio of learner to sampler may lie below and above 1 before `clip` and `cispo` hold it."""
+    """How far the ratio of learner to sampler may lie below and above 1 before `clip`, `cispo` and `gspo` hold it.
+    For `gspo`, whose ratios lie close to 1, its authors have [3e-4, 4e-4]."""
     dual_clip: float | None = Field(3.0, gt=1)
     """Bound of that ratio where the advantage is negative, for `clip`; null sets none."""
-    correction: Literal["none", "truncate", "interval"] = "none"
+    correction: Literal["none", "truncate", "interval", "sequence_mask", "geometric_mask"] = "none"
     """Weight of a token by its ratio of learner to sampler, for `reinforce`, whose loss has none: `truncate` takes
-    the ratio up to the second number of `correction_range`, `interval` takes it within the two and 0 outside."""
+    the ratio up to the second number of `correction_range`, `interval` takes it within the two and 0 outside.
+    `sequence_mask` takes the product of its rollout's ratios, and 0 for all tokens of a rollout whose product is
+    above the second number. `geometric_mask` is `truncate` for rollouts whose geometric mean of ratios lies within
+    the two, and 0 for the others. The last two need a pass without gradient first."""
     correction_range: tuple[Share, Share] = (0.5, 2.0)
     """See `correction`."""
     aggregate: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"] = "token_mean"
     """How the losses of tokens become one: their mean over the batch; the mean of the rollouts' means, or of their
-    sums; or of their sums divided by rollout.max_tokens."""
-    cut_reward: Literal["failure", "probe_weighted", "exclude"] = "failure"
-    """What a rollout counts that its rule cut before its answer (docs/rl.md): as wrong; nothing, while probes that
-    would have been cut count 1 / termination.probe_share times, which is unbiased; or nothing at all."""
+    sums; or of their sums divided by rollout.max_tokens. With loss = `gspo` it is `sequence_mean`."""
+    cut_reward: Literal["failure", "probe_mean", "probe_weighted", "exclude"] = "failure"
+    """What a rollout counts that its rule cut before its answer (docs/rl.md): as wrong; as the mean of recent
+    probes that would have been cut; nothing, while such probes count 1 / termination.probe_share times, which is
+    unbiased; or nothing at all."""
+    probe_buffer: int = Field(256, ge=1)
+    """Newest probes that the rule would have cut, whose mean reward `probe_mean` gives to those that it cuts."""
+    probe_min: int = Field(20, ge=1)
+    """Such probes before it gives anything but 0."""
     truncated: Literal["grade", "zero", "exclude"] = "grade"
     """A rollout that ran to rollout.max_tokens is graded as any other, has reward 0, or counts nothing."""
+    overlong: OverlongPenalty = OverlongPenalty()
+    """Penalty on long answers: over the last `buffer` tokens of rollout.max_tokens (0 sets none) it grows to
+    `factor`, in units of the reward."""
+    filter_constant_groups: bool = False
+    """Leave prompts whose rollouts all have one reward, penalties aside, out of the policy's denominator; the KL of
+    their tokens counts as ever. No other prompts are drawn for them."""
+    advantage_clip: float | None = Field(None, gt=0)
+    """Largest size of an advantage; null sets no limit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_the_mean_of_its_loss(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("loss") == "gspo":
+            return {"aggregate": "sequence_mean"} | dict(values)
+        return values
+
+    @model_validator(mode="after")
+    def _is_a_mean_over_rollouts(self) -> PolicyObjective:
+        if self.loss == "gspo" and self.aggregate != "sequence_mean":
+            raise ValueError(
+                f"aggregate = {self.aggregate!r}: must be 'sequence_mean' with loss = 'gspo', whose ratio is that "
+                "of a whole rollout; leave aggregate out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _is_corrected_once(self) -> PolicyObjective:
@@ -54,6 +134,8 @@ class PolicyObjective(Section):
                 f"correction = {self.correction!r}: counts the ratio of learner to sampler twice, since loss = "
                 f"{self.loss!r} has it already; use loss = 'reinforce', or correction = 'none'"
             )
+        if self.probe_min > self.probe_buffer:
+            raise ValueError(f"probe_min = {self.probe_min}: must be <= probe_buffer = {self.probe_buffer}")
         low, high = self.correction_range
         if low >= high:
             raise ValueError(f"correction_range = [{low:g}, {high:g}]: must be two rising numbers")
@@ -72,4 +154,19 @@ class ObjectiveConfig(Section):
     def _optimises_something(self) -> ObjectiveConfig:
         if not (self.opd.weight or self.rl.weight):
             raise ValueError("opd.weight = 0 and rl.weight = 0: there is nothing to optimise; set one of them")
+        end = max(self.opd.anneal_steps or 0, self.rl.anneal_steps or 0)
+        if not (self.opd.weight_at(end) or self.rl.weight_at(end)):
+            raise ValueError(
+                f"opd's weight and rl's are both 0 after {end} steps: there is nothing to optimise from then on; "
+                "set one of opd.final_weight and rl.final_weight above 0"
+            )
         return self
+
+    @property
+    def is_annealed(self) -> bool:
+        """Whether a weight depends on the step."""
+        return self.opd.final_weight is not None or self.rl.final_weight is not None
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """Of both losses, in the optimiser step that `step` others came before: a function of the step alone."""
+        return {"opd": self.opd.weight_at(step), "rl": self.rl.weight_at(step)}

@@ -21,6 +21,7 @@ from kat_ray.config.cluster import (
     ScorerConfig,
     Section,
 )
+from kat_ray.config.guards import GuardsConfig
 from kat_ray.config.local_paths import LocalPath
 from kat_ray.config.objective import ObjectiveConfig
 from kat_ray.rewards.limits import GradingLimits
@@ -191,43 +192,6 @@ class RolloutConfig(Section):
         return self.prompts_per_step * self.rollouts_per_prompt
 
 
-class GuardsConfig(Section):
-    """Collapse guards: limits of metrics; each is said in one line when it is passed, and can end the run."""
-
-    action: Literal["warn", "stop"] = "warn"
-    """What a guard does when it fires: `warn` says so, `stop` ends the run after a checkpoint. Of guards without an
-    action of their own."""
-    patience: int = Field(5, ge=1)
-    """Steps in a row beyond a limit before a guard fires; a first line comes after half of them."""
-    reference_steps: int = Field(10, ge=1)
-    """First steps of the run whose mean the relative limits are taken from; until then these do not act."""
-    stop_mass_fall: float | None = Field(0.1, gt=0, lt=1)
-    """Lower limit of learner/stop_mass, as a share of its first mean; null switches it off."""
-    stop_mass_rise: float | None = Field(0.5, gt=0, lt=1)
-    """Upper limit of learner/stop_mass, as a share of the way from its first mean to 1; null switches it off."""
-    entropy_fall: float | None = Field(0.1, gt=0, lt=1)
-    """Lower limit of learner/entropy, as a share of its first mean; null switches it off."""
-    max_tokens_share: float | None = Field(0.9, ge=0, lt=1)
-    """Upper limit of rollout/max_tokens_share, from the first step on; without effect where the rule sets a budget.
-    null switches it off."""
-    kl_rise: float | None = Field(3.0, gt=1)
-    """Upper limit of kl/mean, as a multiple of its first mean; null switches it off."""
-    kl_fall: float | None = Field(0.02, gt=0, lt=1)
-    """Lower limit of kl/mean, as a share of its first mean; null switches it off."""
-    logprob_diff: float | None = Field(1.0, gt=0)
-    """Upper limit of learner/logprob_diff_mean and learner/logprob_diff_max, as a multiple of what rounding
-    explains with the data types of sampler and learner (docs/numbers.md), in steps sampled from the learner's own
-    weights: beyond it the two compute different models. The mean's acts at its first step, without `patience`. null
-    switches it off."""
-    logprob_diff_action: Literal["warn", "stop"] = "stop"
-    """`action` of `logprob_diff`."""
-    tail_mass: float | None = Field(0.1, gt=0, lt=1)
-    """Upper limit of learner/tail_mass, the student's mass that rollout.top_k_logprobs leaves in one event; null
-    switches it off."""
-    tail_mass_action: Literal["warn", "stop"] = "warn"
-    """`action` of `tail_mass`."""
-
-
 class EvaluationConfig(Section):
     """avg@k and pass@k on held-out problems, through the same samplers."""
 
@@ -368,14 +332,19 @@ class Config(Section):
         rl = self.objective.rl
         if rollout.staleness and rl.loss == "reinforce" and rl.correction == "none":
             raise ValueError(
-                f"{needs}a ratio of learner to sampler with rollout.staleness = 1: objective.rl.loss = 'clip' or "
-                "'cispo', or objective.rl.correction = 'truncate'"
+                f"{needs}a ratio of learner to sampler with rollout.staleness = 1: objective.rl.loss = 'clip', "
+                "'cispo' or 'gspo', or objective.rl.correction = 'truncate'"
+            )
+        if rl.overlong.buffer > rollout.max_tokens:
+            raise ValueError(
+                f"objective.rl.overlong.buffer = {rl.overlong.buffer}: must be <= rollout.max_tokens = "
+                f"{rollout.max_tokens}, whose last tokens it is"
             )
         if self.data.answer_column is None:
             raise ValueError(f"{needs}gold answers to grade rollouts by: name a column with data.answer_column")
         share = getattr(self.termination, "probe_share", 0.0)
-        if rl.cut_reward == "probe_weighted" and self.termination.rule != "none" and not share:
-            raise ValueError("objective.rl.cut_reward = 'probe_weighted': needs termination.probe_share > 0")
+        if rl.cut_reward.startswith("probe") and self.termination.rule != "none" and not share:
+            raise ValueError(f"objective.rl.cut_reward = {rl.cut_reward!r}: needs termination.probe_share > 0")
         return self
 
     @model_validator(mode="after")

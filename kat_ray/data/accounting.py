@@ -41,6 +41,7 @@ class FinishedRollout:
     outcome: RolloutOutcome
     token_ids: IntArray  # [T] int32, every token the engine generated, overshoot included
     counts: TokenCounts
+    sampled_logprobs: FloatArray | None = None  # [T] float32, where they are recorded
 
     @property
     def rollout_id(self) -> int:
@@ -75,9 +76,10 @@ def join_outcomes(sampled: Iterable[SampledRollout], outcomes: Sequence[RolloutO
         assert rollout.rollout_id not in by_id, f"rollout {rollout.rollout_id} was generated twice"
         by_id[rollout.rollout_id] = rollout
     assert len(by_id) == len(outcomes), f"{len(by_id)} rollouts generated, {len(outcomes)} ended"
-    token_ids = {outcome.rollout_id: by_id[outcome.rollout_id].token_ids for outcome in outcomes}
+    own = [by_id[outcome.rollout_id] for outcome in outcomes]
     return [
-        FinishedRollout(o, token_ids[o.rollout_id], count_tokens(o, len(token_ids[o.rollout_id]))) for o in outcomes
+        FinishedRollout(o, s.token_ids, count_tokens(o, len(s.token_ids)), s.sampled_logprobs)
+        for o, s in zip(outcomes, own, strict=True)
     ]
 
 

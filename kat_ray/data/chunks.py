@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -41,12 +42,15 @@ class PendingRollout:
     topk_ids: list[IntArray] = field(default_factory=list)
     logprobs: list[FloatArray] = field(default_factory=list)
     block: int = 1  # tokens of a block of the scorer's prefix cache
+    sampled: array[float] | None = None  # float32, log p of each of its tokens, where they are recorded
 
     def add(self, token_ids: Sequence[int], topk_ids: IntArray, logprobs: FloatArray) -> None:
         """Add new tokens with their rows: ids and log-probabilities [n, 1 + k], the sampled token first."""
         self.token_ids.extend(token_ids)
         self.topk_ids.append(topk_ids)
         self.logprobs.append(logprobs)
+        if self.sampled is not None:
+            self.sampled.extend(logprobs[:, 0].tolist())
 
     def insert(self, token_ids: Sequence[int]) -> None:
         """Add tokens that the student did not generate, as an environment's answer; they go with the next chunk.

@@ -27,8 +27,10 @@ def head_loss(
     """The term over T tokens, whose loss can be differentiated.
 
     `hidden_TH` holds the student's last hidden states, [T, H], each of the position *before* its token. Logits
-    exist for `chunk_tokens` tokens at a time.
+    exist for `chunk_tokens` tokens at a time. Where autograd is off, only the value is computed.
     """
+    if not torch.is_grad_enabled():
+        return _value(hidden_TH, layer, rows, term, chunk_tokens)
     return TermSums(*_FusedHead.apply(hidden_TH, layer.weight, layer.bias, layer, rows, term, chunk_tokens))
 
 
@@ -62,6 +64,16 @@ def _zero(hidden_TH: Tensor, term: LossTerm) -> TermSums:
 def _add(total: TermSums, part: TermSums) -> TermSums:
     maxima = torch.maximum(total.maxima, part.maxima.cpu())
     return TermSums(total.loss + part.loss, total.sums + part.sums.cpu(), maxima)
+
+
+def _value(hidden_TH: Tensor, layer: OutputLayer, rows: TokenRows, term: LossTerm, chunk_tokens: int) -> TermSums:
+    total = _zero(hidden_TH, term)
+    for start in range(0, len(hidden_TH), chunk_tokens):
+        part = slice(start, start + chunk_tokens)
+        values_CV = layer.products(hidden_TH[part])
+        layer.finish_(values_CV)
+        total = _add(total, loss_and_gradient(values_CV, rows.part(part), term, gradient=False))
+    return total
 
 
 class _FusedHead(torch.autograd.Function):
@@ -124,8 +136,8 @@ def _products_gradient(
 
 
 @torch.no_grad()
-def loss_and_gradient(logits_CV: Tensor, rows: TokenRows, term: LossTerm) -> TermSums:
-    """The term over a chunk; overwrites `logits_CV` with the loss's gradient.
+def loss_and_gradient(logits_CV: Tensor, rows: TokenRows, term: LossTerm, *, gradient: bool = True) -> TermSums:
+    """The term over a chunk; overwrites `logits_CV`, with the loss's gradient unless that is not asked for.
 
     The vocabulary falls into the top k, the stop ids outside them, and the rest. With S the sum of exp over it, and
     D the sum of the loss's derivatives in the logarithms of the top k, of the rest (tail), of the stop ids (stop)
@@ -151,6 +163,8 @@ def loss_and_gradient(logits_CV: Tensor, rows: TokenRows, term: LossTerm) -> Ter
         stop=stop_C.log() - lse_C,
         sampled=sampled_C - lse_C,
     )
+    if not gradient:
+        return term(student, rows)
     result, d = _differentiate(term, student, rows)
     # A masked logit has no mass to move; autograd gives NaN where all stop ids of the top k are such.
     d_topk = d.topk.masked_fill(torch.isneginf(picked_Ck), 0.0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kat_ray.losses.distillation import Distillation
+from kat_ray.losses.divergence import entropy, event_logprobs, is_stop
 from kat_ray.losses.statistics import StudentStatistics
 from kat_ray.losses.term import StudentLogprobs, TermSums, TokenRows
 
@@ -87,10 +88,11 @@ def sequence_mask_weight(sequence: Tensor, low: float, high: float) -> Tensor:
     return ((ratio >= low) & (ratio <= high)).to(ratio.dtype)
 
 
-# The loss of a token from the learner's log-probability, the sampler's, and the advantage.
-PolicyLoss = Callable[[Tensor, Tensor, Tensor], TokenLoss]
-# Its weight, without gradient, from log (learner / sampler).
-Correction = Callable[[Tensor], Tensor]
+# The loss of a token from the learner's log-probability, the sampler's, the advantage, and the logarithm of its
+# rollout's ratio of learner to sampler. That is the token's own where no pass has been made for it.
+PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], TokenLoss]
+# Its weight, without gradient, from log (learner / sampler) of the token and of its rollout.
+Correction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class PolicyAndDistillation:
     rl_weight: float
 
     _own: ClassVar[tuple[str, ...]] = (
-        "policy_loss", "policy_tokens", "ratio", "ratio_squared", "clipped_low", "clipped_high", "kl_loss",
+        "policy_loss", "policy_tokens", "ratio", "ratio_squared", "clipped_low", "clipped_high", "masked",
+        "policy_entropy", "kl_loss",
     )  # fmt: skip
 
     @property
@@ -117,24 +120,41 @@ class PolicyAndDistillation:
 
     @property
     def max_names(self) -> tuple[str, ...]:
-        return (*self.distillation.max_names, "ratio")
+        return (*self.distillation.max_names, "ratio", "log_ratio")
 
     def __call__(self, student: StudentLogprobs, rows: TokenRows) -> TermSums:
         """See `LossTerm`."""
         kl = self.distillation(student, rows)
-        if rows.advantages is None or rows.policy_weights is None:  # a pass that counts nothing
-            sums = torch.cat([kl.sums, kl.sums.new_zeros(len(self._own))])
-            return TermSums(kl.loss * self.opd_weight, sums, torch.cat([kl.maxima, kl.maxima.new_zeros(1)]))
+        kl_loss = kl.loss.detach().double()
+        if rows.advantages is None or rows.policy_weights is None:  # no rollout here is in the policy's loss
+            sums = torch.cat([kl.sums, kl.sums.new_zeros(len(self._own) - 1), kl_loss[None]])
+            return TermSums(kl.loss * self.opd_weight, sums, torch.cat([kl.maxima, kl.maxima.new_zeros(2)]))
         counts = rows.policy_weights > 0
         log_ratio = (student.sampled - rows.sampled_logprobs).detach()
-        found = self.loss(student.sampled, rows.sampled_logprobs, rows.advantages)
-        per_token = found.loss if self.correction is None else found.loss * self.correction(log_ratio)
+        of_rollout = log_ratio if rows.sequence is None else rows.sequence
+        found = self.loss(student.sampled, rows.sampled_logprobs, rows.advantages, of_rollout)
+        weight = torch.ones_like(log_ratio) if self.correction is None else self.correction(log_ratio, of_rollout)
+        per_token = found.loss * weight
         policy = torch.where(counts, rows.policy_weights * per_token, torch.zeros_like(per_token)).sum()
         with torch.no_grad():
             ratio = log_ratio.exp()
-            columns = (torch.ones_like(ratio), ratio, ratio**2, found.clipped_low, found.clipped_high)
+            columns = (
+                torch.ones_like(ratio), ratio, ratio**2, found.clipped_low, found.clipped_high, weight == 0,
+                self._entropy(student, rows),
+            )  # fmt: skip
             means = [torch.where(counts, c, 0).double().sum() for c in columns]
-            own = torch.stack([policy.detach().double(), *means, kl.loss.detach().double()])
-            largest = torch.cat([torch.where(counts, ratio, 0), ratio.new_zeros(1)]).amax(dim=0, keepdim=True)
+            own = torch.stack([policy.detach().double(), *means, kl_loss])
+            sizes = torch.stack([ratio, log_ratio.abs()], dim=1)
+            largest = torch.cat([torch.where(counts[:, None], sizes, 0), sizes.new_zeros(1, 2)]).amax(dim=0)
         loss = self.opd_weight * kl.loss + self.rl_weight * policy
         return TermSums(loss, torch.cat([kl.sums, own]), torch.cat([kl.maxima, largest.to(kl.maxima)]))
+
+    def _entropy(self, student: StudentLogprobs, rows: TokenRows) -> Tensor:
+        """Of the top k, each on its own, and the rest as one: at most that of the whole distribution, [C].
+
+        Without a top k -log p of the sampled token, whose mean estimates that of the whole distribution.
+        """
+        if not rows.topk_ids.shape[1]:
+            return -student.sampled
+        stops = is_stop(rows.topk_ids, self.stop_ids)
+        return entropy(event_logprobs(student.topk, student.tail, student.stop, stops, "raw"))

@@ -21,6 +21,7 @@ class TokenRows(NamedTuple):
     weights: Tensor  # [T] float32, what each token's KL counts in the loss; 0 leaves it out
     advantages: Tensor | None = None  # [T] float32, of the sampled tokens
     policy_weights: Tensor | None = None  # [T] float32, what each counts in the policy's loss; 0 leaves it out
+    sequence: Tensor | None = None  # [T] float32, log of its rollout's ratio, where a pass was made for it
 
     def part(self, rows: slice | Tensor) -> TokenRows:
         """Some rows of every column."""

@@ -7,8 +7,8 @@ directory lies in `traces/_footers/`, and with it `read_rows` reads what stands 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,15 @@ SCHEMA = pa.schema(
         ("weights", pa.list_(pa.float16())),
         ("teacher_top", pa.list_(pa.int32())),
         *((name, pa.list_(pa.float16())) for name in FEATURES),
+        ("reward", pa.float64()),
+        ("rewards", pa.map_(pa.string(), pa.float64())),
+        ("reward_error", pa.string()),
+        ("reward_weight", pa.float64()),
+        ("advantage", pa.float64()),
+        ("policy_tokens", pa.int32()),
+        ("policy_weight", pa.float64()),
+        ("probe_share", pa.float64()),
+        ("sampled_logprobs", pa.list_(pa.float32())),
     ]
 )
 _GROUPS = 8  # row groups of a file: what a damaged one can be read in
@@ -59,13 +68,39 @@ class TokenFeatures:
 
 
 @dataclass(frozen=True)
+class PolicyTrace:
+    """What a rollout was in a run that learns from rewards; `kat_ray.algorithms` makes it of the other columns.
+
+    `reward` is None where it was not graded, and `reward_error` why, where grading was tried; `rewards` are its
+    parts by the name of what gave them. `reward_weight` is what it counts in the group of its step and prompt: 1,
+    0, or 1 / `probe_share`, the chance with which a rollout of its step was a probe. `advantage` is None where it
+    counts nothing. The policy's loss has its first `policy_tokens` tokens, each with `policy_weight`, in which the
+    loss's denominator is. `sampled_logprobs` are log p at generation time, of all generated tokens.
+    """
+
+    reward: float | None
+    rewards: Mapping[str, float | None]
+    reward_error: str | None
+    reward_weight: float
+    advantage: float | None
+    policy_tokens: int
+    policy_weight: float
+    probe_share: float
+    sampled_logprobs: FloatArray
+
+
+_POLICY = tuple(f.name for f in fields(PolicyTrace))
+
+
+@dataclass(frozen=True)
 class TraceRow:
     """One rollout. `token_ids` are all generated tokens, `d` the reverse KL of every scored one, nats.
 
     `cut` is the first token not kept, `confirmed` the number of tokens seen when the rule decided; `threshold`
     is None while the rule is inactive; `minimum` is m(y); `would_cut` is what the rule says of a probe;
     `correct` is the verdict on a rollout that no rule touched (None if it was not graded); `weights` are those of
-    the tokens in the loss (None where all are 1); `features` are None where they are not recorded.
+    the tokens in the KL's loss (None where all are 1); `features` are None where they are not recorded, `policy`
+    where the run does not learn from rewards.
     """
 
     rollout_id: int
@@ -84,11 +119,15 @@ class TraceRow:
     correct: bool | None
     weights: FloatArray | None = None
     features: TokenFeatures | None = None
+    policy: PolicyTrace | None = None
 
     def column(self, name: str) -> object:
         """The value of a column of SCHEMA."""
         if name == "stop_reason":
             return self.stop_reason.value
+        if name in _POLICY:
+            value = None if self.policy is None else getattr(self.policy, name)
+            return list(value.items()) if name == "rewards" and value is not None else value
         if name in FEATURES or name == "teacher_top":
             value = None if self.features is None else getattr(self.features, name)
         else:
@@ -150,10 +189,17 @@ def _contradiction(table: pa.Table) -> str | None:
     tokens = pc.list_value_length(table.column("token_ids"))
     if _any(pc.greater(pc.list_value_length(table.column("d")), tokens)):
         return "more tokens were scored than generated"
-    for name in ("cut", "would_cut", "confirmed"):
+    if _any(pc.greater(pc.list_value_length(table.column("sampled_logprobs")), tokens)):
+        return "more log-probabilities were sampled than tokens"
+    for name in ("cut", "would_cut", "confirmed", "policy_tokens"):
         place = table.column(name)
         if _any(pc.less(place, 0)) or _any(pc.greater(place, tokens)):
             return f"{name} lies outside of the rollout"
+    if _any(pc.greater(table.column("cut"), table.column("confirmed"))):
+        return "cut lies after confirmed"
+    share = table.column("probe_share")
+    if _any(pc.invert(pc.and_(pc.greater_equal(share, 0.0), pc.less_equal(share, 1.0)))):
+        return "probe_share is no share"
     return None
 
 

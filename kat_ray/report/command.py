@@ -13,6 +13,7 @@ from kat_ray.report import curves, rollout_figures
 from kat_ray.report.browser import choose, prompts_of, rollouts_for
 from kat_ray.report.page import Card, Section, embedded_json, png_of, render, script, write_page
 from kat_ray.report.phases import Lens, PhaseRow, Phases, lens_of, phase_table, phases_of, teacher_tokens
+from kat_ray.report.rewards import reward_cards, reward_sections
 from kat_ray.report.run_records import RunRecords, read_run
 from kat_ray.termination import RULES, Effect, kat_parameters
 from kat_ray.termination.settings import KatParameters, KatSettings
@@ -155,6 +156,7 @@ def _cards(records: RunRecords) -> list[Card]:
             Card(f"{first['avg_at_k']:.1%} → {last['avg_at_k']:.1%}", f"avg@{last['k']} on held-out problems")
         )
         cards.append(Card(f"{first['pass_at_k']:.1%} → {last['pass_at_k']:.1%}", f"pass@{last['k']}"))
+    cards += reward_cards(records)
     generated = sum(records.series("rollout/generated_tokens")[1])
     kept = sum(records.series("rollout/kept_tokens")[1])
     cards.append(Card(f"{generated:,.0f}", "tokens generated"))
@@ -184,6 +186,7 @@ def _step_sections(records: RunRecords, phases: Phases | None, lens: Lens) -> li
             "KL should fall and accuracy rise. The faint lines are single steps, the strong ones trailing means.",
             curves.learning(records),
         ),
+        *reward_sections(records),
         _section(
             "stops", "How rollouts ended",
             "Trapped rollouts were ended by the rule, max_tokens ones reached their limit (or the rule's length "

@@ -12,11 +12,12 @@ from kat_ray.report.style import APPLIED, CUT, GREY, KEPT, SCALE, STOPS, WOULD, 
 from kat_ray.types.records import FloatArray, IntArray
 
 
-def _line(axes: Any, records: RunRecords, metric: str, label: str, colour: str, parts: int = 25) -> bool:
-    return _draw(axes, *records.series(metric), label, colour, parts)
+def line(axes: Any, records: RunRecords, metric: str, label: str, colour: str, parts: int = 25) -> bool:
+    """A metric as `draw` draws it; whether the run has it."""
+    return draw(axes, *records.series(metric), label, colour, parts)
 
 
-def _draw(axes: Any, steps: list[int], values: list[float], label: str, colour: str, parts: int = 25) -> bool:
+def draw(axes: Any, steps: list[int], values: list[float], label: str, colour: str, parts: int = 25) -> bool:
     """Single steps faint, their trailing mean over one of `parts` of the run strong."""
     if not values:
         return False
@@ -26,7 +27,8 @@ def _draw(axes: Any, steps: list[int], values: list[float], label: str, colour: 
     return True
 
 
-def _legend(axes: Any, **options: Any) -> None:
+def legend(axes: Any, **options: Any) -> None:
+    """A legend, where anything has a label."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(**options)
 
@@ -34,21 +36,21 @@ def _legend(axes: Any, **options: Any) -> None:
 def learning(records: RunRecords) -> Any:
     """KL, accuracy, tokens of a step, gradient norm."""
     fig, ((kl, accuracy), (tokens, gradient)) = figure(2, 2)
-    if _line(kl, records, "kl/mean", "all scored tokens", GREY):  # else that loss is no KL
-        _line(kl, records, "learner/loss", "trained tokens", KEPT)
+    if line(kl, records, "kl/mean", "all scored tokens", GREY):  # else that loss is no KL
+        line(kl, records, "learner/loss", "trained tokens", KEPT)
     kl.set(title="Reverse KL", ylabel="nats")
-    _legend(kl)
+    legend(kl)
     accuracy.plot(*_pass_at_k(records), "o-", color=SCALE, label="pass@k")
     accuracy.plot(*records.series("eval/avg_at_k"), "o-", color=KEPT, label="avg@k")
     accuracy.set(title="Held-out accuracy", ylim=(0, 1))
     percent(accuracy.yaxis)
-    _legend(accuracy)
-    _line(tokens, records, "rollout/generated_tokens", "generated", GREY)
-    _line(tokens, records, "rollout/kept_tokens", "kept", KEPT)
+    legend(accuracy)
+    line(tokens, records, "rollout/generated_tokens", "generated", GREY)
+    line(tokens, records, "rollout/kept_tokens", "kept", KEPT)
     tokens.set(title="Tokens per step", xlabel="step")
     tokens.set_ylim(bottom=0)
-    _legend(tokens)
-    _line(gradient, records, "learner/grad_norm", "gradient norm", KEPT)
+    legend(tokens)
+    line(gradient, records, "learner/grad_norm", "gradient norm", KEPT)
     gradient.set(title="Gradient norm before clipping", xlabel="step")
     gradient.set_ylim(bottom=0)
     return fig
@@ -76,7 +78,7 @@ def stops(records: RunRecords) -> Any:
         axes.set_xlim(min(steps), max(*steps, min(steps) + 1))
     axes.set(title="How rollouts ended", xlabel="step", ylim=(0, 1))
     percent(axes.yaxis)
-    _legend(axes, loc="lower left", ncols=4, facecolor="white", frameon=True)
+    legend(axes, loc="lower left", ncols=4, facecolor="white", frameon=True)
     return fig
 
 
@@ -95,7 +97,7 @@ def stop_shares(records: RunRecords) -> tuple[list[int], dict[str, list[float]]]
 def threshold(records: RunRecords, phases: Phases | None, lens: Lens) -> Any:
     """The threshold beside the scale of KL that it follows."""
     fig, ((axes,),) = figure(1, 1)
-    drawn = _line(axes, records, "kl/mean", "mean KL of all scored tokens", GREY)
+    drawn = line(axes, records, "kl/mean", "mean KL of all scored tokens", GREY)
     if phases is not None:
         drawn |= _by_step(axes, phases.traces.step, phases.replayed.minimum, "mean m(y), seen to the end", SCALE)
     if lens.own:
@@ -122,19 +124,19 @@ def step_means(steps: IntArray, values: FloatArray) -> tuple[list[int], list[flo
 
 
 def _by_step(axes: Any, steps: IntArray, values: FloatArray, label: str, colour: str) -> bool:
-    return _draw(axes, *step_means(steps, values), label, colour, parts=10)
+    return draw(axes, *step_means(steps, values), label, colour, parts=10)
 
 
 def probes(records: RunRecords) -> Any:
     """What the rule would have done to the rollouts that it may not cut."""
     fig, ((shares, tokens),) = figure(1, 2, height=3.6)
-    _line(shares, records, "probe/right_share", "answered right", STOPS["eos"], parts=10)
-    _line(shares, records, "probe/would_cut_share", "would have been cut", CUT, parts=10)
-    _line(shares, records, "probe/false_cut_share", "both: a false cut", WOULD, parts=10)
+    line(shares, records, "probe/right_share", "answered right", STOPS["eos"], parts=10)
+    line(shares, records, "probe/would_cut_share", "would have been cut", CUT, parts=10)
+    line(shares, records, "probe/false_cut_share", "both: a false cut", WOULD, parts=10)
     shares.set(title="Probes", ylim=(0, 1))
     percent(shares.yaxis)
-    _legend(shares, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)  # not over the lines
-    _line(tokens, records, "probe/tokens_after_cut", "tokens", KEPT, parts=10)
+    legend(shares, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)  # not over the lines
+    line(tokens, records, "probe/tokens_after_cut", "tokens", KEPT, parts=10)
     tokens.set(title="Mean tokens that a cut would have saved", xlabel="step")
     tokens.set_ylim(bottom=0)
     return fig
@@ -143,18 +145,18 @@ def probes(records: RunRecords) -> Any:
 def health(records: RunRecords) -> Any:
     """The diagnostics of arXiv 2604.13016 over the steps; kept tokens."""
     fig, ((overlap, gap), (teacher, tail)) = figure(2, 2)
-    _line(overlap, records, "health/overlap", "", KEPT)
+    line(overlap, records, "health/overlap", "", KEPT)
     overlap.set(title="Overlap of the two top-16 sets", ylim=(0, 1))
     percent(overlap.yaxis)
-    _line(gap, records, "health/teacher_entropy", "teacher", SCALE)
-    _line(gap, records, "health/student_entropy", "student", KEPT)
-    _draw(gap, *entropy_gap(records), "gap: student - teacher", CUT)
+    line(gap, records, "health/teacher_entropy", "teacher", SCALE)
+    line(gap, records, "health/student_entropy", "student", KEPT)
+    draw(gap, *entropy_gap(records), "gap: student - teacher", CUT)
     gap.axhline(0, color="black", linewidth=0.6)
     gap.set(title="Entropy, and the gap between the two", ylabel="nats")
-    _legend(gap)
-    _line(teacher, records, "health/teacher_max", "", SCALE)
+    legend(gap)
+    line(teacher, records, "health/teacher_max", "", SCALE)
     teacher.set(title="The teacher's largest probability", xlabel="step", ylim=(0, 1))
-    _line(tail, records, "health/tail_mass", "", KEPT)
+    line(tail, records, "health/tail_mass", "", KEPT)
     tail.set(title="The student's mass outside its top k", xlabel="step")
     tail.set_ylim(bottom=0)
     return fig

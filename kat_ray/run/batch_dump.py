@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from kat_ray.data.accounting import traces_of
 from kat_ray.data.batch import TrainingSample, collect_samples
 from kat_ray.errors import UserError
-from kat_ray.types.records import KeptRollout, RolloutChunk, ScoredChunk, TeacherRows
+from kat_ray.types.records import KeptRollout, PolicyCredit, RolloutChunk, ScoredChunk, TeacherRows
 
 # Tensors of a dump that there are with a teacher only: its own, and those of the events it is compared at.
 _OF_A_TEACHER = frozenset(
@@ -54,6 +54,7 @@ def dump_batch(folder: Path, step: int, batch: StepBatch, report: Mapping[str, f
     tensors = _tensors(rows, students, [kl.get(r.rollout_id, unscored)[: len(r.token_ids)] for r in rows])
     if not batch.scored:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in _OF_A_TEACHER}
+    tensors |= _credit(rows)
     odd = sorted(n for n, v in report.items() if not math.isfinite(v))
     description = {
         "step": step,
@@ -108,6 +109,18 @@ def _tensors(
         "teacher_topk_logprobs": half([r.teacher_topk for r in rows]),
         "teacher_tail_logprobs": join([r.teacher_tail for r in rows], np.float32),
         "teacher_stop_logprobs": join([r.teacher_stop for r in rows], np.float32),
+    }
+
+
+def _credit(rows: Sequence[TrainingSample]) -> dict[str, np.ndarray]:
+    """What the rollouts have in the policy's loss; nothing of a step that has none."""
+    credits = [r.policy or PolicyCredit(0.0, 0, 0.0) for r in rows]
+    if not any(c.weight for c in credits):
+        return {}
+    return {
+        "advantages": np.array([c.advantage for c in credits], dtype=np.float64),
+        "policy_tokens": np.array([c.tokens for c in credits], dtype=np.int32),
+        "policy_weights": np.array([c.weight for c in credits], dtype=np.float64),
     }
 
 

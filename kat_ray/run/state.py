@@ -53,12 +53,23 @@ class TailState(_Saved):
     said: float | None = None
 
 
+class HeldOutState(_Saved):
+    """`HeldOutWatch`."""
+
+    total: float = 0.0
+    steps: Count = 0
+    reward: float | None = None
+    accuracy: float | None = None
+    fall: float | None = None
+
+
 class WatchState(_Saved):
     """`StepGuards`."""
 
     guards: GuardsState = GuardsState()
     skips: SkipsState = SkipsState()
     tail: TailState = TailState()
+    held_out: HeldOutState = HeldOutState()
 
 
 class RunState(_Saved):
@@ -70,6 +81,7 @@ class RunState(_Saved):
     version: Literal[1] = 1
     done: Count = 0  # optimiser steps
     rule: dict[str, Any] | None = None  # the termination rule's calibration; None: an empty one
+    probe_rewards: list[float] = []  # `Credit.probe_rewards` of the last step
     totals: TotalsState = TotalsState()
     evaluations: dict[str, EvalResult] = {}  # "before", "after", "teacher"
     evaluated: Count | None = None  # steps done at the last evaluation

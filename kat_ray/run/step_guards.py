@@ -6,6 +6,7 @@ What the KL does not see of the student is said here too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from kat_ray.config import Config
 from kat_ray.errors import UserError
 from kat_ray.run.batch_dump import StepBatch, dump_batch
 from kat_ray.run.collapse_guards import CollapseGuards
+from kat_ray.run.held_out import HeldOutWatch
 from kat_ray.run.skipped_steps import SkipGuard
 from kat_ray.run.step_result import StepResult
 from kat_ray.run.tail_report import TailReport
@@ -26,6 +28,7 @@ class StepGuards:
         self._note = note  # shows a line that stays
         self._guards = CollapseGuards(config.guards, (config.student.dtype, config.learner.dtype))
         self._tail = TailReport(config.rollout.top_k_logprobs)
+        self._held_out = HeldOutWatch()
         self._skips = SkipGuard(config.learner.max_skipped_steps)
         self._step: StepResult | None = None  # the one that was checked last
         self._stop: str | None = None
@@ -39,7 +42,8 @@ class StepGuards:
 
     def check(self, step: StepResult) -> dict[str, float]:
         """Take the next step; returns the metric to write with its own."""
-        self._step = step
+        self._held_out.observe(step.reward_mean)
+        self._step = step = replace(step, held_out_fall=self._held_out.take())
         report = step.learner
         self._skips_due = self._skips.observe(report.skipped, report.tokens)
         if report.skipped and self._skips.in_a_row == 1:
@@ -51,6 +55,10 @@ class StepGuards:
             self._note(text)
         self._stop, self._stop_fields = verdict.stop, verdict.stop_fields
         return {"guards/fired": float(verdict.fired)}
+
+    def evaluated(self, accuracy: float) -> None:
+        """Take an evaluation's avg@k; what it shows is judged with the next step."""
+        self._held_out.evaluated(accuracy)
 
     def end_if_due(self, batch: Callable[[], StepBatch | None], save: Callable[[], object]) -> None:
         """UserError if the run has to end after this step.
@@ -71,10 +79,16 @@ class StepGuards:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
-        return {"guards": self._guards.state(), "skips": self._skips.state(), "tail": self._tail.state()}
+        return {
+            "guards": self._guards.state(),
+            "skips": self._skips.state(),
+            "tail": self._tail.state(),
+            "held_out": self._held_out.state(),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
         self._guards.load_state(state["guards"])
         self._skips.load_state(state["skips"])
         self._tail.load_state(state["tail"])
+        self._held_out.load_state(state["held_out"])

@@ -48,6 +48,24 @@ def rollout_metrics(rollouts: Sequence[FinishedRollout], step_start: StepStart) 
     return {k: float(v) for k, v in figures.items()}
 
 
+def answer_metrics(
+    rollouts: Sequence[FinishedRollout], correct: Mapping[int, bool], policy_tokens: Mapping[int, int]
+) -> dict[str, float]:
+    """Lengths of right and wrong answers, and whose tokens the policy's loss has; both mappings by rollout id."""
+    figures = {}
+    for name, verdict in (("right", True), ("wrong", False)):
+        lengths = [r.counts.generated for r in rollouts if correct.get(r.rollout_id) is verdict]
+        if lengths:
+            figures[f"rl/length_{name}"] = sum(lengths) / len(lengths)
+    if total := sum(policy_tokens.values()):
+        ends: Counter[StopReason] = Counter()
+        for rollout in rollouts:
+            ends[rollout.outcome.stop_reason] += policy_tokens.get(rollout.rollout_id, 0)
+        figures["rl/cut_share"] = ends[StopReason.TRAPPED] / total
+        figures["rl/truncated_share"] = ends[StopReason.MAX_TOKENS] / total
+    return figures
+
+
 def score_metrics(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> dict[str, float]:
     """Means over scored tokens: KL of all and of the kept ones, the health features, and what scorers ran.
 

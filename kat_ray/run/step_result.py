@@ -21,6 +21,9 @@ class PolicyReport:
     effective_share: float  # (mean ratio)^2 / mean ratio^2: 1 where learner and sampler are the same policy
     clip_low_share: float  # of the tokens
     clip_high_share: float
+    masked_share: float  # whose correction is 0
+    log_ratio_max: float  # largest |log ratio|
+    entropy: float  # nats, of the student's top k and the rest as one
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,18 @@ class LearnerReport:
     kl_hidden: float | None = None  # estimate of the KL within the tail, nats
     top_k_for_99: int | None = None  # how long a top k holds 99 % of the student's mass
     policy: PolicyReport | None = None
+    weights: Mapping[str, float] | None = None  # of the losses "opd" and "rl", where they change from step to step
 
     def to_metrics(self) -> dict[str, float]:
         """All fields but the version, which other metrics give, and those that are not known."""
-        figures = {name: value for name, value in asdict(self).items() if name not in ("policy_version", "policy")}
+        elsewhere = ("policy_version", "policy", "weights")
+        figures = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         policy = {} if self.policy is None else {f"rl/{name}": float(v) for name, v in asdict(self.policy).items()}
-        return {f"learner/{name}": float(value) for name, value in figures.items() if value is not None} | policy
+        return (
+            {f"learner/{name}": float(value) for name, value in figures.items() if value is not None}
+            | {f"objective/{name}_weight": weight for name, weight in (self.weights or {}).items()}
+            | policy
+        )
 
 
 @dataclass(frozen=True)
@@ -166,11 +175,22 @@ class StepResult:
     restarts: int  # actors lost since the step before
     recorded: Mapping[str, float] = field(default_factory=dict)  # metrics of the rollouts and their scores
     store: Mapping[str, float] = field(default_factory=dict)  # and of the object stores
+    held_out_fall: float | None = None  # `HeldOutWatch`; None where nothing was evaluated before this step
 
     @property
     def kl_mean(self) -> float | None:
         """Of all scored tokens, nats; None where none was scored."""
         return self.recorded.get("kl/mean")
+
+    @property
+    def constant_groups(self) -> float | None:
+        """Prompts whose rollouts all have one reward, as a share; None without rewards."""
+        return self.recorded.get("group/constant_share")
+
+    @property
+    def reward_mean(self) -> float | None:
+        """Of the rollouts that have one."""
+        return self.recorded.get("reward/mean")
 
     @property
     def max_tokens_share(self) -> float | None:

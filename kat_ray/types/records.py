@@ -313,6 +313,7 @@ class SampledRollout:
 
     rollout_id: int
     token_ids: IntArray  # [T] int32, every token the engine generated, overshoot included
+    sampled_logprobs: FloatArray | None = None  # [T] float32, log p(token) at generation time, where asked for
     end: EngineEnd = EngineEnd.RUNNING  # what the engine said of it; RUNNING where it was aborted
 
 

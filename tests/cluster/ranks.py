@@ -131,11 +131,17 @@ class Rank:
 class Group:
     """All ranks of a learner."""
 
-    def __init__(self, models, world_size, *, stop_ids=(1,), **learner):
+    def __init__(self, models, world_size, *, stop_ids=(1,), objective=None, **learner):
         given = {"world_size": world_size, "lr": 1e-3, "micro_batch_tokens": 64, "logits_chunk_tokens": 16}
+        rewarded = {
+            "objective": objective,
+            "rollout": {"rollouts_per_prompt": 7, "top_p": 1.0},
+            "data": {"answer_column": "a"},
+        }
         self.config = make_config(
-            models["student"][0], models["teacher"][0], learner=given | learner, run={"steps": 10}
-        )
+            models["student"][0], models["teacher"][0], learner=given | learner, run={"steps": 10},
+            **(rewarded if objective else {}),
+        )  # fmt: skip
         settings = LearnerSettings.from_config(self.config, models["student"][0], stop_ids)
         self.ranks = [Rank(r, settings) for r in range(world_size)]
         try:

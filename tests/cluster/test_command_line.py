@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from kat_ray.cli.main import main
+
 
 def kat_ray(*arguments, cwd):
     """Run the command line; returns the finished process."""
@@ -27,11 +29,18 @@ def kat_ray(*arguments, cwd):
         ("sampler.replicas=none", "sampler.replicas"),
     ],
 )
-def test_mistakes_are_one_message_and_leave_nothing(tmp_path, change, message):
-    done = kat_ray("train", "demo", change, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) <= 3
+def test_mistakes_are_one_message_and_leave_nothing(tmp_path, monkeypatch, capsys, change, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "demo", change]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) <= 3
     assert not list(tmp_path.iterdir())
+
+
+def test_a_command_that_says_no_has_nothing_else_to_say(tmp_path):
+    done = kat_ray("train", "demo", "student.path=/no/such/model", cwd=tmp_path)
+    assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
+    assert "/no/such/model" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.nightly  # in the process of the test: test_run

@@ -1,7 +1,7 @@
 """The learner with the real DeepSpeed: ranks and stages agree, steps learn, checkpoints load."""
 
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,11 +12,13 @@ from actors.learner.model import StudentModel, load_student, switch_dropout_off
 from actors.learner.schedule import lr_factor
 from actors.learner.settings import LearnerSettings
 from actors.learner.tensors import model_arguments, token_rows
+from kat_ray.algorithms.aggregation import token_weights
 from kat_ray.data.batch import collect_samples
 from kat_ray.data.collate import PaddedCollator
 from kat_ray.losses.distillation import Distillation
 from kat_ray.losses.divergence import event_logprobs, is_stop, reverse_kl, tail_and_stop
 from kat_ray.models.load import check_output_layer
+from kat_ray.types.records import PolicyCredit
 from tests.cluster.ranks import Group, step_of
 from tests.support.chunks import random_rollouts
 from tests.support.models import make_model
@@ -54,6 +56,42 @@ def test_ranks_and_stages_do_what_one_rank_does(one_rank, models, world_size, st
         assert other.top_k_for_99 == pytest.approx(report.top_k_for_99, rel=0.2), "each rank takes a sample"
     for name, value in expected.items():
         np.testing.assert_allclose(weights[name], value, atol=2e-4 * moved / 1e-3, err_msg=name)
+
+
+@pytest.mark.integration
+def test_two_ranks_do_what_one_does_with_the_ratios_of_whole_rollouts(models):
+    """A pass without gradient before each with one, at ZeRO 3 too: a rank that passes alone waits for ever."""
+    objective = {"opd": {"weight": 0.3}, "rl": {"weight": 1.0, "loss": "gspo", "clip": (0.1, 0.1)}}
+    found = []
+    for world_size, stage, budget in ((1, 1, 64), (2, 3, 40)):
+        with Group(models, world_size, objective=objective, zero_stage=stage, micro_batch_tokens=budget) as group:
+            steps = [credited(step_of(models, random_rollouts(7, seed=s)), seed=s) for s in range(2)]
+            found.append(([group.step(*step) for step in steps], group.weights()))
+    (expected, parameters), (reports, others) = found
+    moved = max(np.abs(parameters[n] - models["student"][1].state_dict()[n].numpy()).max() for n in parameters)
+    assert moved > 1e-3, "the steps must have moved the weights for this to mean anything"
+    for report, other in zip(expected, reports, strict=True):
+        assert asdict(other.policy) == pytest.approx(asdict(report.policy), rel=1e-3, abs=1e-6)
+        assert report.policy.clip_low_share + report.policy.clip_high_share > 0
+        assert other.grad_norm == pytest.approx(report.grad_norm, rel=1e-3)
+        assert other.loss == pytest.approx(report.loss, rel=1e-4)
+    for name, value in parameters.items():
+        np.testing.assert_allclose(others[name], value, atol=2e-4 * moved / 1e-3, err_msg=name)
+
+
+def credited(step, seed):
+    """With credit for all rollouts but one, and a sampler that was another model."""
+    chunk, teacher, kept = step
+    rng = np.random.default_rng(seed)
+    counts = np.array([k.rollout_id != 3 for k in kept], dtype=float)
+    tokens = np.array([k.kept for k in kept])
+    weights = token_weights("sequence_mean", tokens, counts)
+    rows = [
+        replace(k, policy=PolicyCredit(float(rng.normal()), k.kept, float(w)) if w else None)
+        for k, w in zip(kept, weights, strict=True)
+    ]
+    noise = rng.normal(scale=0.3, size=len(chunk.token_ids)).astype(np.float32)
+    return replace(chunk, sampled_logprobs=chunk.sampled_logprobs + noise), teacher, rows
 
 
 def test_tokens_of_weight_zero_are_as_good_as_cut(models):

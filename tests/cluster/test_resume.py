@@ -36,6 +36,7 @@ class Kind:
     command: str
     steps: int
     every: int  # steps from one checkpoint to the next
+    rewards: bool = False  # whether it learns from them, beside the teacher
 
     def train(self, *arguments):
         """The command line of a training command."""
@@ -44,11 +45,16 @@ class Kind:
 
 STUBS = Kind("tests.cluster.stub_train", 12, 4)
 LONG = Kind("kat_ray.cli", 20, 5)
+REWARDS = Kind("kat_ray.cli", 12, 4, rewards=True)
 
-
-# Stubs in the gate, and a longer run with real engines in the nightly tier.
+# Stubs in the gate, and runs with real engines in the nightly tier.
 KINDS = pytest.mark.parametrize(
-    "kind", [pytest.param(STUBS, id="gate"), pytest.param(LONG, id="long", marks=pytest.mark.nightly)]
+    "kind",
+    [
+        pytest.param(STUBS, id="gate"),
+        pytest.param(LONG, id="long", marks=pytest.mark.nightly),
+        pytest.param(REWARDS, id="rewards", marks=pytest.mark.nightly),
+    ],
 )
 
 
@@ -68,12 +74,17 @@ def finish(process, code=0, timeout=300):
 
 
 def run_config(kind, files, tmp_path, name):
+    rewarded = {
+        "objective": {"rl": {"weight": 1.0}}, "student": {"path": "demo:student"}, "data": {"path": "demo:train"},
+        "rollout": {"top_k_logprobs": 16, "prompts_per_step": 4, "rollouts_per_prompt": 6, "top_p": 1.0},
+    }  # fmt: skip
+    sections = rewarded if kind.rewards else {"rollout": {"top_k_logprobs": 16}}
     config = config_of(
         files, tmp_path,
         run={"name": name, "steps": kind.steps, "checkpoint_every": kind.every, "deterministic": True,
              "keep_checkpoints": 10},
-        rollout={"top_k_logprobs": 16}, evaluation={"every": 2 * kind.every}, sampler={"replicas": 1},
-        scorer={"replicas": 1}, learner={"world_size": 1},
+        evaluation={"every": 2 * kind.every}, sampler={"replicas": 1}, scorer={"replicas": 1},
+        learner={"world_size": 1}, **sections,
     )  # fmt: skip
     path = tmp_path / f"{name}.yaml"
     path.write_text(config_yaml(config))
@@ -116,7 +127,10 @@ def straight(files, tmp_path_factory):
         config, run = run_config(kind, files, folder, "straight")
         let_go(folder)
         finish(start(kind, config))
-        return everything(run)
+        found = everything(run)
+        taught = [m["step"] for m in found["metrics"] if m.get("advantage/abs_mean")]
+        assert bool(taught) == kind.rewards, "rewards that differ within a group, or none"
+        return found
 
     return of
 

@@ -10,6 +10,7 @@ from ray._private.state import actors
 from actors.cluster.samplers import Engines
 from actors.cluster.waiting import Limit, wait_for_start
 from actors.driver import train as job
+from kat_ray.analysis.objective import differences, recorded_steps, replayed
 from kat_ray.analysis.replay import load_traces
 from kat_ray.analysis.replay_rules import COLUMNS, reproduce
 from kat_ray.records.traces import read_traces
@@ -255,7 +256,13 @@ def test_rewards_and_the_teacher_in_one_loss(ray_local, files, tmp_path):
         tokens = sum(len(t["token_ids"]) if t["cut"] is None else t["confirmed"] for t in rows)
         assert m["rl/tokens"] == tokens >= m["learner/tokens"]
         assert m["rl/ratio_mean"] == pytest.approx(1.0, abs=1e-3) and m["rl/effective_share"] > 0.999
+        for row in rows:
+            assert (
+                len(row["sampled_logprobs"]) == len(row["token_ids"]) and np.isfinite(row["sampled_logprobs"]).all()
+            )
     assert any(t["cut"] is not None for t in traces)
+    recorded, notes = recorded_steps(path, config)
+    assert differences(recorded, replayed(recorded, config)) == notes == [] and len(recorded) == 3
 
 
 def test_rewards_alone_start_no_scorer_and_no_monitor_and_read_no_teacher(ray_local, files, tmp_path):

@@ -73,7 +73,9 @@ def test_grafana_can_read_it():
             assert panel["targets"] and panel["fieldConfig"]["defaults"]["unit"]
             assert len({t["refId"] for t in panel["targets"]}) == len(panel["targets"])
     rows = [p["title"] for p in model["panels"] if p["type"] == "row"]
-    assert rows == ["Is it learning?", "Is it healthy?", "Where does the time go?", "What does KAT save?"]
+    assert rows == [
+        "Is it learning?", "Do rewards rise?", "Is it healthy?", "Where does the time go?", "What does KAT save?",
+    ]  # fmt: skip
 
 
 def test_alerts_say_what_to_do():

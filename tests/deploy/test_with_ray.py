@@ -22,14 +22,18 @@ pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("own_ray")]
 # What this run cannot have, and why; everything else must be there.
 WITHOUT = {
     exported_name("rollout/budget"): "rule kat sets no budget",
+    exported_name("reward/left_out_failed"): "no engine gives a rollout up",
+    exported_name("reward/left_out_not_graded"): "every prompt has a gold answer",
     "ray_node_gpus_utilization": "no GPU here",
 }
 
-# The embedded pair in short steps: evaluated, graded, cut by KAT, checkpointed. It goes on until it is told to end.
+# The embedded pair in short steps: evaluated, rewarded, cut by KAT, checkpointed. It goes on until told to end.
 # Elastic pools (that never change) report what they would decide on; one guard's limit is passed at once.
 RUN = (
     "run.name=proof", "run.steps=100000", "run.checkpoint_every=1", "run.tensorboard=false", "evaluation.k=1",
-    "evaluation.data.limit=4", "evaluation.teacher=false", "rollout.max_tokens=96", "rollout.prompts_per_step=24",
+    "evaluation.data.limit=4", "evaluation.teacher=false", "rollout.max_tokens=96", "rollout.prompts_per_step=6",
+    "rollout.rollouts_per_prompt=4", "rollout.top_p=1.0", "objective.rl.weight=1.0",
+    "objective.rl.cut_reward=exclude", "objective.rl.truncated=exclude",
     "termination.min_steps=1", "termination.min_samples=16", "termination.probe_share=0.4",
     "sampler.kv_cache_gib=0.1", "sampler.max_replicas=2", "scorer.max_replicas=2", "pools.grow_after=100000",
     "pools.shrink_after=100000", "learner.threads=1", "guards.max_tokens_share=0", "guards.patience=1",

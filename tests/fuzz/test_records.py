@@ -19,6 +19,8 @@ from kat_ray.report import style
 from kat_ray.types.records import StopReason
 from tests.fuzz.harness import check, fuzz, mutated, run, scalars, sizes, trees
 from tests.support.reports import STAGES, row, write_run
+from tests.support.rewarded import with_rewards, written
+from tests.support.scenarios import Run
 
 SUMMARY = {
     "rollouts_started": 8, "rollouts_ended": {"eos": 8}, "prompt_tokens": 40, "generated_tokens": 90,
@@ -211,3 +213,46 @@ def test_traces(case, cases, original):
         look(command)
 
     fuzz(one, cases, st.sampled_from(["replay", "replay-rule", "report"]), drawn, st.booleans(), st.booleans())
+
+
+REWARDS = {
+    **dict.fromkeys(
+        ("reward", "reward_weight", "advantage", "policy_weight", "probe_share"), st.floats() | st.none()
+    ),
+    "rewards": st.one_of(st.none(), st.lists(st.tuples(st.text(max_size=3), st.floats() | st.none()), max_size=2)),
+    "reward_error": st.none() | st.text(max_size=5),
+    "policy_tokens": ints,
+    "sampled_logprobs": st.none() | st.lists(floats, max_size=5),
+}
+
+
+@pytest.fixture(scope="module")
+def rewarded(tmp_path_factory):
+    run = Run(0, with_rewards(cut_reward="probe_weighted"))
+    assert run.go().finished
+    return written(run, tmp_path_factory.mktemp("rewarded") / "run")
+
+
+@sizes(60)
+def test_traces_with_rewards(cases, rewarded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = "traces/step-000001.parquet"
+    table = pq.read_table(rewarded / file)
+    cells = {name: value for name, value in CELLS.items() if name in SCHEMA.names} | REWARDS
+
+    def one(changes, command):
+        shutil.rmtree("run", ignore_errors=True)
+        shutil.copytree(rewarded, "run")
+        harmed = table
+        for column, index, value in changes:
+            harmed = with_cell(harmed, column, index, value)
+        (Path("run") / file).write_bytes(parquet(harmed))
+        outcome = run(*command)
+        check(outcome)
+
+    one_cell = st.sampled_from([*cells]).flatmap(
+        lambda c: st.tuples(st.just(c), st.integers(0, len(table) - 1), cells[c])
+    )
+    settings = st.sampled_from([(), ("advantage=[grpo,reinforce_pp]",), ("cut_reward=[failure,exclude]",)])
+    commands = settings.map(lambda s: ("replay", "run", "--objective", *s))
+    fuzz(one, cases, st.lists(one_cell, min_size=1, max_size=2), commands)

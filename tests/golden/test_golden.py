@@ -28,6 +28,16 @@ def test_a_metric_that_is_newer_than_the_recording_is_left_out_and_no_other():
     assert len(compare("stub", lost)) == 1
 
 
+def test_a_column_of_the_traces_that_is_newer_must_be_empty():
+    newer = json.loads((FOLDER / "stub.json").read_text())
+    for row in newer["traces"]:
+        row["of_tomorrow"] = None
+    assert compare("stub", copy.deepcopy(newer)) == []
+    newer["traces"][3]["of_tomorrow"] = 0.5
+    (found,) = compare("stub", newer)
+    assert "of_tomorrow: 0.5" in found
+
+
 def test_a_difference_in_the_last_bit_is_found():
     golden = {"metrics": [{"kl/mean": 0.1}], "weights": {"w": "0" * 16}}
     assert differences({"metrics": [{"kl/mean": 0.1 + 2**-55}], "weights": {"w": "0" * 16}}, golden, exact=True)

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -112,10 +112,14 @@ class Result:
 
 
 def _row(row: Any) -> tuple[Any, ...]:
-    kept = len(row.token_ids) if row.cut is None else row.cut
+    kept, policy = len(row.token_ids) if row.cut is None else row.cut, row.policy
+    rewarded: Any = None
+    if policy is not None:
+        rewarded = {f.name: getattr(policy, f.name) for f in fields(policy)}
+        rewarded["sampled_logprobs"] = tuple(policy.sampled_logprobs[: policy.policy_tokens].tolist())
     return (
         row.rollout_id, str(row.stop_reason), row.cut, row.confirmed, row.threshold, row.minimum, row.probe,
-        row.would_cut, tuple(row.token_ids[:kept].tolist()), tuple(row.d[:kept].tolist()),
+        row.would_cut, tuple(row.token_ids[:kept].tolist()), tuple(row.d[:kept].tolist()), rewarded,
     )  # fmt: skip
 
 
@@ -229,6 +233,11 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "learner": {"world_size": 2},
     },
     "sampled ahead": {"rollout": {"staleness": 1}, "run": {"checkpoint_every": 1}},
+    "imputed cuts": {
+        "objective": {"rl": {"weight": 1.0, "cut_reward": "probe_mean", "probe_min": 1, "probe_buffer": 4}},
+        "rollout": {"temperature": 1.0, "top_p": 1.0, "staleness": 1},
+        "run": {"checkpoint_every": 1},
+    },
     "elastic": {
         "sampler": {"replicas": 3, "min_replicas": 1, "max_replicas": 4},
         "scorer": {"replicas": 2, "min_replicas": 1, "max_replicas": 3},

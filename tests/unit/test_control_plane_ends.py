@@ -41,6 +41,27 @@ def test_sigterm_in_each_wait(actor, method, nth):
     resumed(run, result)
 
 
+@pytest.mark.parametrize("nth", [3, 4])
+def test_rewards_of_recent_probes_go_on_from_a_checkpoint(nth):
+    """The next step is sampled ahead, and has counted its own probes, which the checkpoint must not hold."""
+    changes = LAYOUTS["imputed cuts"] | {"run": {"checkpoint_every": 1, "steps": 6}}
+
+    def given(result):
+        return [metrics["probe/q"] for _, metrics in result.run.metrics]
+
+    expected = given(Run(0, changes).go())
+    assert len(expected) == 6 and len({*expected}) >= 3, "q must move for this to mean anything"
+    run = Run(0, changes)
+    run.cluster.when("learner:0", "learn", lambda: run.cluster.kill("learner:0"), nth=nth)
+    assert given(finish(run, "kill:learner:0")) == expected
+    run = Run(0, changes)
+    run.cluster.when("learner", "learn", run.cluster.terminate, nth=nth)
+    result = run.go()
+    check(result)
+    assert isinstance(result.error, Preempted)
+    assert given(resumed(run, result)) == expected
+
+
 @pytest.mark.parametrize("role", ROLES)
 def test_sigterm_while_an_actor_is_started_again(role):
     run = Run()

@@ -59,11 +59,11 @@ def checked(count, layout, *kinds):
 
 
 def test_deaths():
-    checked(500, "plain", "kill")
+    checked(400, "plain", "kill")
 
 
 def test_deaths_freezes_lost_nodes_and_the_end():
-    checked(500, "plain", "kill", "kill", "freeze", "lose", "terminate")
+    checked(400, "plain", "kill", "kill", "freeze", "lose", "terminate")
 
 
 @pytest.mark.parametrize("layout", sorted({*LAYOUTS} - {"plain"}))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 
 import pytest
@@ -29,6 +30,11 @@ def test_metrics_are_read_without_warm_up_and_evaluations():
 def test_the_peers_steps_are_read_without_warm_up():
     result = {"steps": [{"seconds": 9.0, "tokens": 5}, {"seconds": 3.0, "tokens": 6, "cpu_seconds": 4.0}]}
     assert sides.read_peer(result) == [Step(3.0, 6)]
+
+
+def test_the_peers_rewards_are_those_of_its_steps():
+    steps = [{"seconds": 9.0, "tokens": 5}, {"seconds": 3.0, "tokens": 6}]
+    assert sides.read_peer({"steps": steps, "rewards": [0.1, 0.25]}) == [Step(3.0, 6, reward=0.25)]
 
 
 def test_rates_are_of_summed_tokens_and_seconds():
@@ -64,6 +70,21 @@ def test_a_child_that_fails_or_hangs_shows_its_last_lines(tmp_path):
         sides.run_child([sys.executable, "-c", "print('bad luck'); raise SystemExit(3)"], os.environ, 60, log)
     with pytest.raises(SideError, match=r"no result after 0\.5 s"):
         sides.run_child([sys.executable, "-c", "import time; time.sleep(60)"], os.environ, 0.5, log)
+
+
+def test_a_child_is_told_to_end_also_where_a_shell_started_all_in_the_background(tmp_path):
+    """A shell has what it starts with & ignore SIGINT, and a child inherits that."""
+    log = tmp_path / "log"
+    says = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit('told to end')); "
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(SideError, match="no result"):
+            sides.run_child(
+                [sys.executable, "-ISu", "-c", says + "print('ready'); time.sleep(60)"], os.environ, 2, log
+            )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert log.read_text() == "ready\ntold to end\n"
 
 
 def test_the_sizes_are_those_of_the_goals():

@@ -60,16 +60,17 @@ def method(answer):
     return call
 
 
-def sampler_with(engine, **scorer):
-    """A sampler whose monitor never cuts."""
-    config = make_config("a", "b", rollout={"top_k_logprobs": 4, "chunk_tokens": 2}, scorer=scorer)
+def sampler_with(engine, cut=(), objective=None, **scorer):
+    """A sampler whose monitor cuts these rollouts, and else none."""
+    rollout = {"top_k_logprobs": 4, "chunk_tokens": 2, "rollouts_per_prompt": 2, "temperature": 1.0, "top_p": 1.0}
+    config = make_config("a", "b", rollout=rollout, scorer=scorer, objective=objective or {})
     settings = SamplerSettings.from_config(
         config, config.student, "", stop_ids=(1,), vocabulary=50, max_model_len=64
     )
     sampler = StudentSampler("sampler:0", settings, lambda _: engine)
     scorer = SimpleNamespace(score=method((Answers(None), Answers(None))), release=method(None))
-    nothing = TerminationDecision(np.zeros(0, np.int64))
-    sampler.connect({"default": [scorer]}, SimpleNamespace(admit=method(None), observe=method(Answers(nothing))))
+    decision = TerminationDecision(np.array(cut, np.int64))
+    sampler.connect({"default": [scorer]}, SimpleNamespace(admit=method(None), observe=method(Answers(decision))))
     return sampler
 
 
@@ -110,3 +111,20 @@ def test_chunks_end_where_the_teachers_blocks_do(scorer, ends):
     """A prompt of 2 and 8 tokens, a chunk every 2 steps: one token after a block of 3, where vLLM scores."""
     report = sampler_with(Failing(), **scorer).generate(request(1))
     assert [2 + int(c.chunk.start[0]) + c.chunk.tokens for c in report.chunks] == ends
+
+
+def test_log_probabilities_of_all_tokens_are_recorded_where_rewards_are_learnt_from():
+    """Those of the chunks, and of tokens that were in none since the rollout was cut before."""
+    report = sampler_with(Failing(), cut=[2], objective={"rl": {"weight": 1.0}}).generate(request())
+    assert [len(r.token_ids) for r in report.rollouts] == [8, 8, 3, 8]
+    sent = {r.rollout_id: [] for r in report.rollouts}
+    for chunk in (c.chunk for c in report.chunks):
+        for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
+            sent[rollout_id] += chunk.sampled_logprobs[chunk.offsets[i] : chunk.offsets[i + 1]].tolist()
+    for rollout in report.rollouts:
+        recorded = rollout.sampled_logprobs
+        assert recorded.dtype == np.float32 and len(recorded) == len(rollout.token_ids)
+        assert recorded[: len(sent[rollout.rollout_id])].tolist() == sent[rollout.rollout_id]
+    assert [len(tokens) for tokens in sent.values()] == [8, 8, 2, 8]
+    without = sampler_with(Failing()).generate(request())
+    assert all(r.sampled_logprobs is None for r in without.rollouts)

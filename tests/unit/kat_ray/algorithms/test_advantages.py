@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_ray.algorithms.advantages import advantages, constant_groups
+from kat_ray.algorithms.advantages import advantages, constant_groups, deviations
 from kat_ray.algorithms.aggregation import token_weights
 from kat_ray.algorithms.groups import Ending, Graded, Treatment, members
 
@@ -163,22 +163,22 @@ CHOICES = np.array([0.3, -0.2])
 RIGHTS = {"good": 0.8, "leave": 0.5, "loop": 0.2}
 
 
-def exact_gradient(credit):
+def exact_gradient(credit, probe_share=0.1, looped=True):
     """Expectation over rollouts of credit(path, right, probe) times the score, in (choose good, leave the trap).
 
     Scores are those of logits with gradient 1 - p and -p. The baseline has a fixed value here, and is part of
-    the credit.
+    the credit. Without `looped` the choice to loop is outside the policy's mask, which then ends at the cut.
     """
     p_good, p_leave = 1 / (1 + np.exp(-CHOICES))
     paths = {
         "good": (p_good, np.array([1 - p_good, 0.0])),
         "leave": ((1 - p_good) * p_leave, np.array([-p_good, 1 - p_leave])),
-        "loop": ((1 - p_good) * (1 - p_leave), np.array([-p_good, -p_leave])),
+        "loop": ((1 - p_good) * (1 - p_leave), np.array([-p_good, -p_leave * looped])),
     }
     total = np.zeros(2)
     for path, (chance, score) in paths.items():
         for right in (1.0, 0.0):
-            for probe, share in ((True, 0.1), (False, 0.9)):
+            for probe, share in ((True, probe_share), (False, 1 - probe_share)):
                 p = chance * share * (RIGHTS[path] if right else 1 - RIGHTS[path])
                 total += p * credit(path, right, probe) * score
     return total
@@ -213,6 +213,27 @@ def test_weighted_probes_are_an_unbiased_estimate_and_what_is_left_out_is_not():
     assert left_out[1] < 0 < truth[1] < exact_gradient(treated(Treatment("failure")))[1]
 
 
+@pytest.mark.parametrize(
+    ("treatment", "expected"),
+    [
+        (Treatment("exclude"), [0.043098, -0.023697]),
+        (Treatment("failure"), [0.140543, 0.052666]),
+        (Treatment("probe_mean", probe_mean=0.2), [0.113661, 0.031600]),
+    ],
+    ids=lambda value: value.cut if isinstance(value, Treatment) else "",
+)
+def test_what_each_treatment_is_an_estimate_of(treatment, expected):
+    assert exact_gradient(treated(treatment), probe_share=0.0) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_policy_whose_mask_ended_at_the_cut_would_be_taught_to_stay_in_the_trap():
+    p_good, p_leave = 1 / (1 + np.exp(-CHOICES))
+    mean = 0.8 * p_good + 0.5 * (1 - p_good) * p_leave
+    failure = treated(Treatment("failure"))
+    found = exact_gradient(lambda *rollout: failure(*rollout) - mean, probe_share=0.0, looped=False)
+    assert found == pytest.approx([0.140543, -0.005829], abs=1e-6)
+
+
 # --- what a token weighs -----------------------------------------------------------------------------------------
 
 PPO = np.array([-1.8, -1.35, 0.4, 0.55, 0.5, 0.4, 0.625, 1.0])  # the example's clipped losses, token by token
@@ -237,3 +258,14 @@ def test_who_counts_nothing_is_in_no_count(kind):
 def test_a_constant_length_must_be_given():
     with pytest.raises(ValueError, match="constant: needs the length"):
         token_weights("constant", TOKENS, np.ones(4))
+
+
+def test_the_spread_of_groups_by_hand():
+    """1, 0, 0, 0: 0.5. Of equal ones, and of one alone, none. 1 with weight 10 and 0 with 1: m = 10/11."""
+    found = members(group(RIGHT) + group((0.7, 0.7), "q", 4) + group((1,), "r", 6), Treatment())
+    assert deviations(found) == pytest.approx([0.5, 0, 0])
+    cut = Graded(0, "p", Ending.ANSWERED, 1.0, would_cut=True)
+    weighted = members([cut, Graded(1, "p", Ending.ANSWERED, 0.0)], Treatment("probe_weighted", probe_share=0.1))
+    assert deviations(weighted) == pytest.approx([0.406558], abs=1e-6)
+    nobody = members([Graded(0, "p", Ending.FAILED, None)], Treatment())
+    assert deviations(nobody).tolist() == [0.0]

@@ -56,6 +56,27 @@ def test_weighted_probes_stand_for_what_was_cut():
     assert found.metrics["reward/left_out_cut"] == 1
 
 
+def imputed(before, **changes):
+    rl = PolicyObjective(
+        weight=1.0, advantage="dr_grpo", cut_reward="probe_mean", probe_min=4, probe_buffer=5, **changes
+    )
+    rewards = {i: Reward(r) for i, r in (REWARDS | {2: 1.0}).items()}
+    return PolicyOptimization(rl, LONGEST).credit(GROUP, SPECS, rewards, 0.1, before)
+
+
+def test_what_was_cut_is_given_the_mean_of_recent_probes_that_would_have_been():
+    first = imputed(())
+    assert first.metrics["probe/q"] == 0 and first.advantages[1] == -0.5, "rewards 1, 0 (cut), 1, 0"
+    assert first.probe_rewards == (1.0,), "for the next step, not for this one"
+    later = imputed((0.0, 1.0, 0.0, 0.0))
+    assert later.metrics["probe/q"] == 0.25 and later.metrics["reward/mean"] == 2.25 / 4
+    assert later.advantages[1] == pytest.approx(0.25 - 2.25 / 4)
+    assert later.probe_rewards == (0.0, 1.0, 0.0, 0.0, 1.0)
+    assert imputed(later.probe_rewards).probe_rewards == (1.0, 0.0, 0.0, 1.0, 1.0), "the newest five"
+    assert imputed((), overlong={"buffer": LONGEST}).probe_rewards == (1.0,), "what its answer was worth"
+    assert credit().probe_rewards == () and "probe/q" not in credit().metrics
+
+
 def test_what_is_left_out_has_its_kl():
     found = credit(rewards={0: 1.0, 3: 0.0}, cut_reward="exclude")
     assert [k.policy is None for k in found.kept] == [False, True, True, False]
@@ -85,6 +106,45 @@ def test_a_failed_rollout_has_nothing():
 )  # fmt: skip
 def test_each_aggregation_has_its_denominator(aggregate, expected):
     assert [k.policy.weight for k in credit(aggregate=aggregate).kept] == pytest.approx(expected)
+
+
+def test_a_long_answer_loses_something_before_it_is_held_against_others():
+    long = [rollout(0, 5), rollout(1, 7, StopReason.TRAPPED, cut=2, confirmed=4), rollout(2, 8), rollout(3, 7)]
+    found = credit(long, {0: 1.0, 2: 1.0, 3: 0.0}, overlong={"buffer": 2})
+    # Rewards 1, 0 (cut: it has no answer to be long), 1 - 1 and 0 - 0.5, less their mean.
+    assert [found.advantages[i] for i in range(4)] == pytest.approx([0.875, -0.125, -0.125, -0.625])
+    assert found.metrics["reward/mean"] == 0.125 and found.metrics["reward/overlong"] == -1.5 / 4
+    capped = [rollout(0, 5), rollout(1, 8, StopReason.MAX_TOKENS)]
+    found = credit(capped, {0: 0.0, 1: 1.0}, overlong={"buffer": 2, "factor": 0.5}, truncated="zero")
+    assert found.advantages == {0: 0.25, 1: -0.25}, "what has no reward for its answer has its penalty"
+
+
+TWO_GROUPS = [rollout(0, 3), rollout(1, 2), rollout(2, 5), rollout(3, 8)]
+OF_TWO = [RolloutSpec(i, "pq"[i // 2], (7, 8), 0, False, LONGEST) for i in range(4)]
+
+
+def test_a_group_of_one_reward_can_leave_the_denominator_and_keeps_its_kl():
+    rewards = {0: 1.0, 1: 0.0, 2: 1.0, 3: 1.0}
+    plain = credit(TWO_GROUPS, rewards, OF_TWO)
+    assert [k.policy.weight for k in plain.kept] == [1 / 18] * 4
+    found = credit(TWO_GROUPS, rewards, OF_TWO, filter_constant_groups=True)
+    assert [k.policy and k.policy.weight for k in found.kept] == [1 / 5, 1 / 5, None, None]
+    assert [k.kept for k in found.kept] == [3, 2, 5, 8] and found.advantages == {0: 0.5, 1: -0.5}
+    assert found.metrics["reward/left_out_constant_group"] == 2 and found.metrics["reward/mean"] == 0.75
+    assert found.metrics["group/constant_share"] == 0.5 and found.metrics["advantage/zero_share"] == 0
+
+
+def test_penalties_do_not_make_a_group_of_right_answers_two_kinds():
+    shaped = {"overlong": {"buffer": 2}, "filter_constant_groups": True}
+    found = credit(TWO_GROUPS, {0: 1.0, 1: 0.0, 2: 1.0, 3: 1.0}, OF_TWO, **shaped)
+    assert [k.policy is None for k in found.kept] == [False, False, True, True]
+    nothing = credit(TWO_GROUPS, {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}, OF_TWO, **shaped)
+    assert all(k.policy is None for k in nothing.kept) and nothing.metrics["group/constant_share"] == 1.0
+    assert "advantage/max" not in nothing.metrics and nothing.metrics["reward/left_out_constant_group"] == 4
+
+
+def test_an_advantage_can_be_held():
+    assert credit(advantage_clip=0.5).advantages == {0: 0.5, 1: -0.25, 2: -0.25, 3: -0.25}
 
 
 def test_what_a_step_came_to():

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -278,10 +279,11 @@ def test_a_file_cut_off_in_the_middle_is_read_up_to_the_damage(tmp_path):
     run = some_run(tmp_path / "run", rollouts=40)  # three row groups of at most 16
     damaged = run / "traces" / "step-000003.parquet"
     whole = load_traces(run)[0]
-    content = damaged.read_bytes()
+    content, groups = damaged.read_bytes(), pq.read_metadata(damaged)
+    ends = [groups.row_group(i).column(0).dictionary_page_offset or 0 for i in (2, 1)]  # where these begin
     counts = []
-    for share in (0.99, 0.6, 0.4):
-        damaged.write_bytes(content[: int(share * len(content))])
+    for size in (len(content) - 10, *(end + 20 for end in ends)):
+        damaged.write_bytes(content[:size])
         traces, notes = load_traces(run)
         (note,) = notes
         counts.append(int((traces.step == 3).sum()))

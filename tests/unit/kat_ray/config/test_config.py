@@ -211,6 +211,35 @@ def test_mistakes_name_line_field_value_and_what_is_allowed(write, text, message
             "objective.rl.correction = 'truncate': counts the ratio of learner to sampler twice",
         ),
         (
+            "objective: {rl: {weight: 1, loss: gspo, aggregate: token_mean}}\n",
+            "objective.rl.aggregate = 'token_mean': must be 'sequence_mean' with loss = 'gspo'",
+        ),
+        (
+            "objective: {rl: {weight: 1, loss: gspo, correction: sequence_mask}}\n",
+            "objective.rl.correction = 'sequence_mask': counts the ratio of learner to sampler twice",
+        ),
+        (
+            "objective: {opd: {final_weight: 0.1}}\n",
+            "objective.opd.final_weight = 0.1 and anneal_steps = null: set both, or neither",
+        ),
+        (
+            "objective: {rl: {final_weight: 0.1, anneal_steps: 5}}\n",
+            "objective.rl.weight = 0: leaves this loss out of the run, and cannot go to final_weight = 0.1",
+        ),
+        (
+            "objective: {opd: {final_weight: 0, anneal_steps: 5}}\n",
+            "objective.opd's weight and rl's are both 0 after 5 steps",
+        ),
+        (
+            "objective: {rl: {weight: 1, overlong: {buffer: 9}}}\n"
+            "rollout: {rollouts_per_prompt: 4, top_p: 1, max_tokens: 8}\n",
+            "objective.rl.overlong.buffer = 9: must be <= rollout.max_tokens = 8",
+        ),
+        (
+            "objective: {rl: {probe_min: 9, probe_buffer: 8}}\n",
+            "objective.rl.probe_min = 9: must be <= probe_buffer = 8",
+        ),
+        (
             "objective: {rl: {weight: 1, correction_range: [2, 1]}}\n",
             "objective.rl.correction_range = [2, 1]: must be two rising numbers",
         ),

@@ -4,8 +4,6 @@ One prompt, four answers of 2, 1, 3 and 2 tokens. The old policy has 0.4 everywh
 are RHO, those of the old one to the sampler's W.
 """
 
-from functools import partial
-
 import pytest
 import torch
 
@@ -163,7 +161,7 @@ def by_autograd(hidden, weight, rows, opd, rl):
 def test_both_losses_have_the_gradients_of_autograd(opd, rl, chunk):
     hidden, weight, rows = rows_and_head()
     term = PolicyAndDistillation(
-        Distillation((), "merged"), partial(clip_loss, low=0.2, high=0.28, dual=3.0), None, opd, rl
+        Distillation((), "merged"), lambda p, q, a, _: clip_loss(p, q, a, 0.2, 0.28, 3.0), None, opd, rl
     )
     layer = layer_of(weight)
     found = [hidden.clone().requires_grad_(), layer.weight]
@@ -172,12 +170,23 @@ def test_both_losses_have_the_gradients_of_autograd(opd, rl, chunk):
     expected = [t.clone().requires_grad_() for t in (hidden, weight)]
     loss = by_autograd(*expected, rows, opd, rl)
     loss.backward()
-    assert float(result.loss) == pytest.approx(float(loss), rel=1e-5)
+    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
     sums = dict(zip(term.sum_names, result.sums.tolist(), strict=True))
     assert sums["policy_tokens"] == 7 and sums["tokens"] == 6, "each loss has its own mask"
     assert sums["ratio"] == pytest.approx(float(W.sum() - W[3]), rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [3, 8])
+def test_without_autograd_the_head_has_the_same_value_to_the_bit(chunk):
+    hidden, weight, rows = rows_and_head()
+    term, layer = PolicyAndDistillation(Distillation((1,), "merged"), clip_of, None, 1.0, 1.0), layer_of(weight)
+    found = head_loss(hidden, layer, rows, term, chunk)
+    with torch.no_grad():
+        alone = head_loss(hidden, layer, rows, term, chunk)
+    for own, other in zip(alone, found, strict=True):
+        assert not own.requires_grad and torch.equal(own, other.detach())
 
 
 def test_a_pass_without_credit_has_no_policy():
@@ -187,7 +196,9 @@ def test_a_pass_without_credit_has_no_policy():
     plain = head_loss(hidden, layer, rows._replace(advantages=None, policy_weights=None), term, 8)
     own = head_loss(hidden, layer, rows, term.distillation, 8)
     assert float(plain.loss) == float(own.loss)
+    sums = dict(zip(term.sum_names, plain.sums.tolist(), strict=True))
+    assert sums["kl_loss"] == float(own.loss) and sums["policy_tokens"] == 0, "its KL counts as everywhere"
 
 
-def clip_of(logp, anchor, advantage):
+def clip_of(logp, anchor, advantage, _):
     return clip_loss(logp, anchor, advantage, 0.2, 0.28, None)

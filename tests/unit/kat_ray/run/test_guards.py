@@ -20,7 +20,7 @@ from kat_ray.run.batch_dump import StepBatch, dump_batch
 from kat_ray.run.collapse_guards import CollapseGuards
 from kat_ray.run.skipped_steps import SkipGuard
 from kat_ray.run.step_guards import StepGuards
-from kat_ray.types.records import KeptRollout
+from kat_ray.types.records import KeptRollout, PolicyCredit
 from tests.support.chunks import chunk as scored_chunk
 from tests.support.chunks import stream
 from tests.support.configs import make_config
@@ -287,6 +287,15 @@ def test_a_dump_holds_what_the_learner_was_given(tmp_path):
     # The student's row of token n holds -n/10, -(n+1)/10, ... (as `stream` makes them), the sampled one first.
     np.testing.assert_allclose(t["student_topk_logprobs"][:, 0], [-1.0, -0.5, -1.2, -1.3], rtol=1e-3)
     assert sorted(p.name for p in path.parent.iterdir()) == ["step-17.json", "step-17.safetensors"]
+
+
+def test_a_dump_of_a_step_with_rewards_holds_the_advantages(tmp_path):
+    batch = a_batch()
+    kept = [replace(batch.kept[0], policy=PolicyCredit(-0.25, 2, 1e-3)), batch.kept[1]]
+    tensors = load_file(dump_batch(tmp_path, 1, replace(batch, kept=kept), {}))
+    assert (tensors["advantages"].tolist(), tensors["policy_tokens"].tolist()) == ([-0.25, 0.0], [2, 0])
+    assert tensors["policy_weights"].tolist() == [1e-3, 0.0], "of the others nothing"
+    assert "advantages" not in load_file(dump_batch(tmp_path, 2, batch, {}))
 
 
 def test_a_dump_that_cannot_be_written_says_so(tmp_path):

@@ -8,19 +8,21 @@ from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from kat_ray.config import RunConfig
 from kat_ray.data.accounting import count_tokens, join_outcomes, kept_rows, traces_of
-from kat_ray.observability.metric_catalog import METRICS
-from kat_ray.records.traces import SCHEMA, TraceRow, read_traces
+from kat_ray.observability.metric_catalog import METRICS, check_names
+from kat_ray.records.traces import SCHEMA, PolicyTrace, TraceRow, read_rows, read_traces, write_traces
 from kat_ray.rewards.limits import GradingLimits
 from kat_ray.run import directory as records
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.jsonl_tracker import JsonlTracker
 from kat_ray.run.lock import RecordError
 from kat_ray.run.probes import RolloutGrader, grading_metrics, is_active, probe_metrics, seen_to_the_end
-from kat_ray.run.step_metrics import rollout_metrics, score_metrics
+from kat_ray.run.step_metrics import answer_metrics, rollout_metrics, score_metrics
 from kat_ray.run.summary import Totals, git_commit, package_versions
 from kat_ray.termination.fixed_prefix import FixedPrefixSettings
 from kat_ray.termination.kat_stages import KatStagesSettings
@@ -89,6 +91,50 @@ def test_traces_come_back_as_they_were_written(run):
     assert rows[1]["d"][0] == 0.5 and math.isnan(rows[1]["d"][1])
     assert (rows[2]["cut"], rows[2]["threshold"], rows[2]["probe"], rows[2]["would_cut"]) == (None, None, True, 2)
     assert not list((run.path / "traces").glob("*.partial"))
+
+
+def test_rewards_come_back_as_they_were_written_and_are_null_where_none_are_learnt_from(run):
+    logprobs = np.array([-0.1, -math.inf, -3.0], np.float32)
+    policy = PolicyTrace(
+        reward=0.1 + 0.2, rewards={"score": 0.3, "format": None}, reward_error="format: no text", advantage=1 / 3,
+        reward_weight=1 / 0.15, policy_tokens=2, policy_weight=1e-9, probe_share=0.15, sampled_logprobs=logprobs,
+    )  # fmt: skip
+    ungraded = replace(policy, reward=None, rewards={}, reward_error=None, advantage=None, reward_weight=0.0)
+    run.write_traces(3, [trace(policy=policy), trace(8, policy=ungraded), trace(9)])
+    with_rewards, without, none = read_traces(run.path).to_pylist()
+    for name in ("reward", "advantage", "reward_weight", "policy_tokens", "policy_weight", "probe_share"):
+        assert with_rewards[name] == getattr(policy, name), "to the bit"
+        assert without[name] == getattr(ungraded, name) and none[name] is None
+    assert dict(with_rewards["rewards"]) == {"score": 0.3, "format": None} and without["rewards"] == []
+    assert with_rewards["reward_error"] == "format: no text" and none["rewards"] is None
+    assert with_rewards["sampled_logprobs"] == logprobs.tolist() and none["sampled_logprobs"] is None
+
+
+def test_traces_of_before_rewards_are_read(run):
+    path = write_traces(run.path / "traces", 3, [trace(), trace(8)])
+    table = pq.read_table(path)
+    pq.write_table(table.select(table.column_names[: table.column_names.index("reward")]), path)
+    read = read_traces(run.path)
+    assert read.schema == SCHEMA and read.column("rollout_id").to_pylist() == [7, 8]
+    assert read.column("rewards").null_count == read.column("sampled_logprobs").null_count == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"policy_tokens": 4}, "policy_tokens lies outside of the rollout"),
+        ({"sampled_logprobs": np.zeros(4, np.float32)}, "more log-probabilities were sampled than tokens"),
+        ({"probe_share": 1.5}, "probe_share is no share"),
+        ({"probe_share": math.nan}, "probe_share is no share"),
+    ],
+)
+def test_rewards_that_no_run_can_have_written(tmp_path, changes, said):
+    policy = PolicyTrace(1.0, {}, None, 1.0, 0.5, 3, 0.1, 0.0, np.zeros(3, np.float32))
+    read_rows(write_traces(tmp_path, 0, [trace(policy=policy)]))
+    with pytest.raises(pa.ArrowInvalid, match=said):
+        read_rows(write_traces(tmp_path, 0, [trace(policy=replace(policy, **changes))]))
+    with pytest.raises(pa.ArrowInvalid, match="cut lies after confirmed"):
+        read_rows(write_traces(tmp_path, 0, [trace(cut=2, confirmed=1)]))
 
 
 def test_no_traces_is_an_empty_table(tmp_path):
@@ -203,6 +249,18 @@ def test_metrics_of_a_step_by_hand():
     assert {k: figures[k] for k in expected} == pytest.approx(expected)
     assert "kat/threshold" not in rollout_metrics(rollouts, StepStart(None, None))
     assert set(figures) | set(score_metrics([chunk([0], [0], [[1.0]])], {0: 1})) <= set(METRICS)
+
+
+def test_answers_and_whose_tokens_the_policy_has_by_hand():
+    ends = [(0, StopReason.EOS, 4, {}), (1, StopReason.MAX_TOKENS, 8, {}), (2, StopReason.EOS, 6, {})]
+    ends.append((3, StopReason.TRAPPED, 5, {"cut": 2, "confirmed": 4}))
+    rollouts = join_outcomes([sampled(i, n) for i, _, n, _ in ends], [outcome(i, r, n, **c) for i, r, n, c in ends])
+    figures = answer_metrics(rollouts, {0: True, 1: False, 2: False}, {0: 4, 1: 8, 2: 0, 3: 4})
+    assert figures == {
+        "rl/length_right": 4.0, "rl/length_wrong": 7.0, "rl/cut_share": 0.25, "rl/truncated_share": 0.5
+    }  # fmt: skip
+    check_names(figures)
+    assert answer_metrics(rollouts, {}, {0: 0}) == {}, "no mean of nothing"
 
 
 def test_probes_say_what_cuts_would_have_cost():

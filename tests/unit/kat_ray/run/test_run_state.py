@@ -9,6 +9,7 @@ from kat_ray.config import GuardsConfig
 from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.checkpoint import CheckpointError, Checkpoints, check_state
 from kat_ray.run.collapse_guards import CollapseGuards
+from kat_ray.run.held_out import HeldOutWatch
 from kat_ray.run.skipped_steps import SkipGuard
 from kat_ray.run.state import RunState
 from kat_ray.run.summary import Totals
@@ -44,10 +45,12 @@ def test_a_checkpoint_without_a_version_is_read_whole(tmp_path):
     assert (state.done, state.evaluated, state.seconds) == (2, 0, 12.5)
     assert state.evaluations["before"] == EvalResult(0.5, 1.0, 2, 1, 7.5, 0.0, right=(1,))
     assert state.totals.ended == {StopReason.EOS: 3, StopReason.MAX_TOKENS: 1}
-    watch = AT_3AA4268["watch"] | {"tail": {"said": None}}
+    watch = AT_3AA4268["watch"] | {"tail": {"said": None}, "held_out": HeldOutWatch().state()}
     before = AT_3AA4268["evaluations"]["before"] | {"ran_out": 0}
     evaluations = AT_3AA4268["evaluations"] | {"before": before}
-    assert state.to_json() == AT_3AA4268 | {"version": 1, "watch": watch, "evaluations": evaluations}
+    assert state.to_json() == AT_3AA4268 | {
+        "version": 1, "watch": watch, "evaluations": evaluations, "probe_rewards": [],
+    }  # fmt: skip
 
 
 def test_what_is_written_is_read_back_the_same(tmp_path):
@@ -71,7 +74,12 @@ def test_the_parts_go_on_from_their_states():
     assert guards.state()["first"] == {"kl/mean": [0.5, 0.25]} and skips.state() == {"in_a_row": 1, "total": 1}
     tail = TailReport(64)
     tail.load_state(state.watch.tail.model_dump())
-    watch = {"guards": guards.state(), "skips": skips.state(), "tail": tail.state()}
+    watch = {
+        "guards": guards.state(),
+        "skips": skips.state(),
+        "tail": tail.state(),
+        "held_out": HeldOutWatch().state(),
+    }
     assert RunState(watch=watch, totals=Totals().state()).to_json()["watch"] == watch
 
 

@@ -36,6 +36,13 @@ def test_metrics_are_those_of_the_catalogue():
     assert (result.kl_mean, result.max_tokens_share, result.budget) == (0.5, 0.25, None)
 
 
+def test_weights_of_the_losses_are_metrics_where_they_change():
+    metrics = a_step(learner=replace(REPORT, weights={"opd": 0.7, "rl": 1.0})).to_metrics()
+    check_names(metrics)
+    assert (metrics["objective/opd_weight"], metrics["objective/rl_weight"]) == (0.7, 1.0)
+    assert not any(name.startswith("objective/") for name in a_step().to_metrics())
+
+
 def test_a_step_that_nobody_scored_says_nothing_of_scores_and_decisions():
     times = StepTimes.of([a_report(0, 0.0, 20)], [], 0.0, **CLOCK)
     assert times.decisions is None and times.scorer is None

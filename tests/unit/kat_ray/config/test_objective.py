@@ -1,0 +1,46 @@
+"""The section `objective`: weights by the step."""
+
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+import kat_ray
+from kat_ray.config import ObjectiveConfig
+
+PAGE = Path(kat_ray.__file__).parents[1] / "docs" / "rl.md"
+
+
+def test_a_weight_goes_in_a_straight_line_and_stays():
+    opd = {"weight": 1.0, "final_weight": 0.1, "anneal_steps": 3}
+    objective = ObjectiveConfig.model_validate({"opd": opd, "rl": {"weight": 2.0}})
+    assert [objective.opd.weight_at(s) for s in range(5)] == pytest.approx([1.0, 0.7, 0.4, 0.1, 0.1])
+    assert objective.weights_at(3) == {"opd": 0.1, "rl": 2.0} and objective.is_annealed
+    assert not ObjectiveConfig().is_annealed and ObjectiveConfig().weights_at(7) == {"opd": 1.0, "rl": 0.0}
+
+
+def test_a_weight_may_reach_zero_while_the_other_does_not():
+    away = {"weight": 1.0, "final_weight": 0.0, "anneal_steps": 4}
+    for rl in ({"weight": 1.0}, {"weight": 1.0, "final_weight": 0.5, "anneal_steps": 2}):
+        assert ObjectiveConfig.model_validate({"opd": away, "rl": rl}).opd.weight_at(4) == 0.0
+    with pytest.raises(ValueError, match="both 0 after 9 steps"):
+        ObjectiveConfig.model_validate({"opd": away, "rl": away | {"anneal_steps": 9}})
+
+
+def test_gspo_has_the_mean_over_rollouts():
+    assert ObjectiveConfig.model_validate({"rl": {"loss": "gspo"}}).rl.aggregate == "sequence_mean"
+    same = {"rl": {"loss": "gspo", "aggregate": "sequence_mean"}}
+    assert ObjectiveConfig.model_validate(same).rl.aggregate == "sequence_mean"
+
+
+def test_the_preset_of_the_page_is_dapo():
+    block = PAGE.read_text().split("without its drawing again:\n\n")[1].split("\n\n")[0]
+    rl = ObjectiveConfig.model_validate(yaml.safe_load(textwrap.dedent(block))["objective"]).rl
+    assert (rl.clip, rl.dual_clip, rl.aggregate, rl.filter_constant_groups) == (
+        (0.2, 0.28),
+        None,
+        "token_mean",
+        True,
+    )
+    assert (rl.overlong.buffer, rl.overlong.factor) == (128, 1.0)

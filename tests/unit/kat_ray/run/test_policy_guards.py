@@ -1,0 +1,126 @@
+"""Guards of runs with rewards, by hand: the ratio, constant groups, entropy, held-out answers."""
+
+from dataclasses import replace
+
+import pytest
+
+from kat_ray.config import GuardsConfig
+from kat_ray.errors import UserError
+from kat_ray.run.collapse_guards import CollapseGuards
+from kat_ray.run.guard_list import GUARDS
+from kat_ray.run.held_out import HeldOutWatch
+from kat_ray.run.state import RunState
+from kat_ray.run.step_guards import StepGuards
+from kat_ray.run.step_result import PolicyReport
+from tests.support.configs import make_config
+from tests.support.step_results import REPORT, a_step
+
+POLICY = PolicyReport(
+    loss=0.1, tokens=100, ratio_mean=1.0, ratio_max=1.0, effective_share=1.0, clip_low_share=0.0,
+    clip_high_share=0.0, masked_share=0.0, log_ratio_max=0.0, entropy=1.0,
+)  # fmt: skip
+
+
+def test_each_guard_counts_for_itself():
+    assert len({guard.key for guard in GUARDS}) == len(GUARDS)
+
+
+def step(done, staleness=0, recorded=None, **policy):
+    learner = replace(REPORT, tokens=0, policy=replace(POLICY, **policy))
+    return a_step(done=done, staleness=staleness, learner=learner, recorded=recorded or {})
+
+
+def watch(steps, dtypes=("float32", "float32"), **settings):
+    guards = CollapseGuards(GuardsConfig(**{"patience": 3, "reference_steps": 2} | settings), dtypes)
+    return [guards.observe(s) for s in steps]
+
+
+@pytest.mark.parametrize(("dtypes", "bound"), [(("float32", "float32"), 1e-3), (("float32", "bfloat16"), 0.27)])
+def test_a_ratio_that_rounding_does_not_explain_ends_the_run_at_once(dtypes, bound):
+    """Log-probabilities at another temperature, or of a distribution that top-p has cut."""
+    for ratio in (1 + 1.01 * bound, 1 - 1.01 * bound):
+        (verdict,) = watch([step(1, ratio_mean=ratio)], dtypes)
+        assert verdict.stop.startswith("guards.ratio = 1: |rl/ratio_mean - 1| is ") and verdict.fired == 1
+        assert f"above {bound:.4g} for a sampler in {dtypes[0]}" in verdict.stop
+        assert verdict.stop_fields == ("guards.ratio_action",) and "guards.ratio only" in verdict.stop
+    (verdict,) = watch([step(1, ratio_mean=1 + 0.99 * bound)], dtypes)
+    assert verdict.stop is None and not verdict.notes and not verdict.fired
+
+
+def test_a_ratio_of_one_token_ends_the_run_where_it_stays():
+    verdicts = watch([step(i, log_ratio_max=1.01e-3) for i in range(3)])
+    assert [v.stop is not None for v in verdicts] == [False, False, True]
+    assert "rl/log_ratio_max is 0.00101" in verdicts[-1].stop
+    assert not any(v.fired for v in watch([step(i, log_ratio_max=0.99e-3) for i in range(5)]))
+
+
+def test_a_ratio_of_older_weights_says_nothing_unless_it_is_huge():
+    older = {"staleness": 1, "ratio_mean": 1.3, "log_ratio_max": 3.0}
+    assert not any(v.notes or v.fired for v in watch([step(i, ratio_max=99.0, **older) for i in range(5)]))
+    verdicts = watch([step(i, ratio_max=101.0, **older) for i in range(3)])
+    assert verdicts[-1].fired == 1 and verdicts[-1].stop is None and "rl/ratio_max is 101" in verdicts[-1].notes[0]
+    none = [step(i, ratio_mean=2.0, ratio_max=1e3, log_ratio_max=7.0, tokens=0) for i in range(5)]
+    assert not any(v.fired for v in watch(none)), "no token was in the policy's loss"
+
+
+def test_the_ratio_can_be_told_only_or_not_at_all():
+    (told,) = watch([step(1, ratio_mean=2.0)], ratio_action="warn")
+    assert told.stop is None and len(told.notes) == 1
+    assert not watch([step(1, ratio_mean=2.0)], ratio=None)[0].fired
+
+
+def test_prompts_that_teach_nothing_are_told():
+    verdicts = watch([step(i, recorded={"group/constant_share": 0.91}) for i in range(3)])
+    assert [len(v.notes) for v in verdicts] == [0, 1, 1] and verdicts[-1].fired == 1
+    assert "guards.constant_groups = 0.9: group/constant_share is 0.91" in verdicts[1].notes[0]
+    assert not any(v.notes for v in watch([step(i, recorded={"group/constant_share": 0.9}) for i in range(9)]))
+
+
+def test_the_policys_entropy_is_held_against_its_start():
+    verdicts = watch([step(i, entropy=1.0) for i in range(2)] + [step(i, entropy=0.09) for i in range(3)])
+    assert verdicts[-1].fired == 1 and "rl/entropy is 0.09" in verdicts[-1].notes[0]
+    assert not any("learner/entropy" in text for v in verdicts for text in v.notes), "one of the two speaks"
+    within = watch([step(i, entropy=1.0) for i in range(2)] + [step(i, entropy=0.11) for i in range(9)])
+    assert not any(v.fired for v in within)
+
+
+# Mean rewards of the steps before each evaluation, and its accuracy; what the evaluation says of the one before.
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        ([([], 0.5)], None),
+        ([([], 0.5), ([0.2, 0.4], 0.3)], None),  # no rewards to compare with
+        ([([], 0.5), ([0.2, 0.4], 0.5), ([0.4, 0.4], 0.375)], 0.125),
+        ([([], 0.5), ([0.2, 0.4], 0.5), ([0.4, 0.4], 0.6)], 0.0),
+        ([([], 0.5), ([0.2, 0.4], 0.5), ([0.1, None], 0.25)], 0.0),  # both fell
+    ],
+)
+def test_rewards_up_and_held_out_answers_down(history, expected):
+    watched = HeldOutWatch()
+    for rewards, accuracy in history:
+        for reward in rewards:
+            watched.observe(reward)
+        watched.evaluated(accuracy)
+    resumed = HeldOutWatch()
+    resumed.load_state(RunState(watch={"held_out": watched.state()}).watch.held_out.model_dump())
+    assert resumed.state() == watched.state()
+    for each in (watched, resumed):
+        assert each.take() == (None if expected is None else pytest.approx(expected)) and each.take() is None
+
+
+def test_a_run_whose_rewards_are_hacked_is_told_once_and_can_end(tmp_path):
+    for action in ("warn", "stop"):
+        lines = []
+        config = make_config("s", "t", guards={"action": action})
+        watched = StepGuards(config, tmp_path, lines.append)
+        for done, (reward, accuracy) in enumerate([(0.2, 0.5), (0.4, 0.5), (0.6, 0.4), (0.6, 0.4)], 1):
+            fired = watched.check(step(done, recorded={"reward/mean": reward}))["guards/fired"]
+            if action == "stop" and fired:
+                with pytest.raises(UserError, match=r"guards.held_out_fall = 0.05: fall of avg@k is 0.1"):
+                    watched.end_if_due(lambda: None, lambda: None)
+                break
+            watched.end_if_due(lambda: None, lambda: None)
+            watched.evaluated(accuracy)
+        assert done == 4 and fired == 1.0
+        if action == "warn":
+            assert sum("held_out_fall" in line for line in lines) == 1
