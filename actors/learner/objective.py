@@ -24,7 +24,7 @@ from kat_ray.losses.term import LossTerm
 
 
 def make_term(settings: LearnerSettings, step: int = 0) -> LossTerm:
-    """Distillation, the policy's loss beside it, or that alone; with weights of the step that `step` came before."""
+    """Distillation, the policy's loss beside it, or that alone, with its weights after `step` steps."""
     opd, rl = settings.objective.opd, settings.objective.rl
     weights = settings.objective.weights_at(step)
     if not settings.top_k:

@@ -38,6 +38,7 @@ def test_a_run_survives_kills_and_gives_what_it_gives_without(ray_local, files, 
     check_alike(config, path, (quiet, quiet_path))
 
 
+@pytest.mark.nightly  # in virtual time: test_control_plane_without_teacher
 def test_rewards_alone_survive_kills(ray_local, files, tmp_path):
     """Without scorers and monitors: stubs, and a sampler and the learner that die."""
     run = {"steps": 6, "checkpoint_every": 2, "deterministic": True}
