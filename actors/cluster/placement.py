@@ -49,7 +49,8 @@ def environments(config: Config, threads: Mapping[str, int]) -> dict[str, dict[s
     own = {name: _env(getattr(config, name).num_gpus, threads[name]) for name in threads}
     own["learner"] |= _learner_env(config)
     own["sampler"] |= _sampler_env(config)
-    own["scorer"] |= _RETURNS_IN_STORE | _vllm_env()
+    if "scorer" in own:
+        own["scorer"] |= _RETURNS_IN_STORE | _vllm_env()
     return own
 
 
@@ -147,8 +148,8 @@ class Placement:
             ) from error
 
     def places(self, role: str) -> tuple[Place, ...]:
-        """The places reserved at the start, one for each replica."""
-        return self._places[role]
+        """The places reserved at the start, one for each replica; none of a role that the run does without."""
+        return self._places.get(role, ())
 
     def nodes(self, role: str) -> set[str]:
         """Ids of the nodes on which a role has its places now: what is lost finds another."""

@@ -27,8 +27,6 @@ from kat_ray.config import Config
 from kat_ray.errors import UserError
 from kat_ray.types.records import DEFAULT_TEACHER
 
-ROLES = ("sampler", "scorer")
-
 
 @dataclass
 class _Coming:
@@ -47,11 +45,10 @@ class Resizing:
         self, config: Config, actors: RunActors, placement: Placement, note: Callable[[str], object]
     ) -> None:
         self._actors, self._placement, self._note = actors, placement, note
-        self._groups: dict[str, ActorGroup[Any]] = {
-            "sampler": actors.samplers,
-            "scorer": actors.teachers[DEFAULT_TEACHER],
-        }
-        self._bounds = {"sampler": config.sampler.bounds, "scorer": config.scorer.bounds}
+        self._groups: dict[str, ActorGroup[Any]] = {"sampler": actors.samplers}
+        self._bounds = {"sampler": config.sampler.bounds}
+        if (scorers := actors.teachers.get(DEFAULT_TEACHER)) is not None:
+            self._groups["scorer"], self._bounds["scorer"] = scorers, config.scorer.bounds
         self._is_elastic = any(low < high for low, high in self._bounds.values())
         self._policy = ScalingPolicy(config.pools, self._bounds)
         self._coming: dict[str, _Coming] = {}
@@ -76,7 +73,7 @@ class Resizing:
             change = None
         if change is not None:
             self._carry_out(change)
-        pending = {role: int(role in self._coming) for role in ROLES}
+        pending = {role: int(role in self._coming) for role in self._groups}
         return size_metrics(self._sizes()) | scaling_metrics(pending, times, change)
 
     def _sizes(self) -> dict[str, int]:

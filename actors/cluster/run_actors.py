@@ -30,14 +30,17 @@ from kat_ray.termination import RunFacts
 from kat_ray.types.records import DEFAULT_TEACHER, GenerateRequest
 
 
-def shard_of(sampler: int, shards: int) -> int:
-    """The monitor that all rollouts of the `sampler`-th sampler belong to."""
-    return sampler % shards
+def shard_of(sampler: int, shards: int) -> int | None:
+    """The monitor that all rollouts of the `sampler`-th sampler belong to; None where there are none."""
+    return sampler % shards if shards else None
 
 
 @dataclass
 class RunActors:
-    """Samplers send chunks to scorers and scores to their monitor; learners hand weights to samplers."""
+    """Samplers send chunks to scorers and scores to their monitor; learners hand weights to samplers.
+
+    Where no teacher is asked there are neither scorers nor monitors.
+    """
 
     supervisor: Supervisor
     samplers: SamplerGroup
@@ -55,13 +58,17 @@ class RunActors:
         """Start the actors but for the samplers, which `samplers.use_student` starts."""
         supervisor = Supervisor(config.cluster, stop)
         facts = RunFacts(config.run.seed, config.rollout.max_tokens)
-        scorers = ScorerSettings.from_config(
-            config, paths.teacher_dir, paths.stop_ids, paths.max_model_len, paths.vocabulary
-        )
         ranks = LearnerSettings.from_config(config, paths.student_dir, paths.stop_ids, paths.max_model_len)
 
-        def scorer(name: str, options: dict[str, Any]) -> Handle[TeacherScorer]:
-            return start(TeacherScorer, options, name, scorers, engines.scorer)
+        def scorers() -> ActorGroup[TeacherScorer]:
+            settings = ScorerSettings.from_config(
+                config, paths.teacher_dir, paths.stop_ids, paths.max_model_len, paths.vocabulary
+            )
+
+            def scorer(name: str, options: dict[str, Any]) -> Handle[TeacherScorer]:
+                return start(TeacherScorer, options, name, settings, engines.scorer)
+
+            return ActorGroup("scorer", supervisor, placement, scorer, config.scorer.bounds[0])
 
         def monitor(name: str, options: dict[str, Any]) -> Handle[TrapMonitor]:
             return start(TrapMonitor, options, config.termination, facts)
@@ -72,7 +79,7 @@ class RunActors:
         actors = cls(
             supervisor,
             SamplerGroup(config, paths, supervisor, placement, engines.sampler),
-            {DEFAULT_TEACHER: ActorGroup("scorer", supervisor, placement, scorer, config.scorer.bounds[0])},
+            {} if config.used_teacher is None else {DEFAULT_TEACHER: scorers()},
             ActorGroup("monitor", supervisor, placement, monitor),
             LearnerGroup("learner", supervisor, placement, learner),
         )
@@ -129,9 +136,10 @@ class RunActors:
     def _wire(self, sampler: Handle[StudentSampler]) -> Ref[None]:
         index, samplers = self.samplers.handles.index(sampler), len(self.samplers.replicas)
         monitors = self.monitors.handles
+        shard = shard_of(index, len(monitors))
         return remote(sampler, StudentSampler.connect)(
             {name: group.handles for name, group in self.teachers.items()},
-            monitors[shard_of(index, len(monitors))],
+            None if shard is None else monitors[shard],
             index,
             samplers,
         )

@@ -24,7 +24,7 @@ from kat_ray.config import Config, ModelConfig
 
 @dataclass(frozen=True)
 class ModelPaths:
-    """What the actors need to know of the two models, resolved once by the driver."""
+    """What the actors need to know of the models, resolved once by the driver; empty of a missing teacher."""
 
     student_dir: str
     teacher_dir: str
@@ -79,8 +79,9 @@ class SamplerGroup(ActorGroup[StudentSampler]):
 
     def use_teacher(self) -> None:
         """Put engines of the teacher in the samplers' places, until `use_student`."""
+        assert self._config.used_teacher is not None, "the run has no teacher"
         self.stop_ids = self._paths.teacher_stop_ids
-        self._use(self._config.teacher, self._paths.teacher_dir, "teacher-sampler")
+        self._use(self._config.used_teacher, self._paths.teacher_dir, "teacher-sampler")
 
     def _use(self, model: ModelConfig, model_dir: str, label: str) -> None:
         for replica in self.replicas:

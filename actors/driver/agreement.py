@@ -94,10 +94,11 @@ class AgreementCheck:
 
     def _probes(self) -> list[Probe]:
         facts, paths = self.prepared.facts, self.prepared.paths
-        edges = {**facts.student.edges, **facts.teacher.edges}
+        models = facts.models.values()
+        edges = {name: edge for model in models for name, edge in model.edges.items()}
         longest = max(1, paths.max_model_len - self._answer_tokens)
         prompts = [prompt.token_ids for prompt in self.prepared.train.prompts]
-        vocabulary = min(len(facts.tokenizer), facts.student.vocabulary, facts.teacher.vocabulary)
+        vocabulary = min(len(facts.tokenizer), *(model.vocabulary for model in models))
         return probes(prompts, vocabulary, longest, edges, self.config.run.seed)
 
     @property
@@ -164,13 +165,15 @@ class AgreementCheck:
 
     def _compare_scorers(self, asked: Sequence[Probe], answers: Sequence[Sequence[int]]) -> None:
         pairs = [(list(p.prompt_ids), list(a)) for p, a in zip(asked, answers, strict=True)]
-        dtype = self.config.teacher.dtype
+        if (teacher := self.config.used_teacher) is None:
+            return
+        allowed = logprob_tolerance(teacher.dtype, teacher.dtype)
         for group in self.actors.teachers.values():
             own, plain = (group.by_replica(partial(_score, pairs, plain), _WHAT) for plain in (False, True))
             for replica, theirs in plain.items():  # one that was dropped before is not among them
                 self._compare(
                     f"{replica.name} in pieces", "its plain forward pass", [p.kind for p in asked], own[replica],
-                    theirs, _SCORER, logprob_tolerance(dtype, dtype),
+                    theirs, _SCORER, allowed,
                 )  # fmt: skip
 
     # --- both -------------------------------------------------------------------------------------------------

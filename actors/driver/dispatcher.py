@@ -22,11 +22,11 @@ from kat_ray.types.records import GenerateRequest, RolloutSpec, SamplerReport, S
 
 @dataclass(frozen=True)
 class CompletedRequest:
-    """A request that was carried out, and the monitor that saw it."""
+    """A request that was carried out, and the monitor that saw it; None where there are none."""
 
     request: GenerateRequest
     report: SamplerReport
-    monitor: int
+    monitor: int | None
 
 
 class RolloutDispatcher:

@@ -48,7 +48,7 @@ class Evaluator:
             max_tokens=self._config.eval_max_tokens,
             temperature=evaluation.temperature,
             top_p=evaluation.top_p,
-            logprobs=0,
+            logprobs=None,
             stop_ids=samplers.stop_ids,
         )
         seeds = self._seeds[:, :k].ravel().tolist()

@@ -67,10 +67,10 @@ def prepare(config: Config) -> Prepared:
     facts.check_roles(config, longest)
     paths = ModelPaths(
         student_dir=resolve_model(config.student),
-        teacher_dir=resolve_model(config.teacher),
+        teacher_dir="" if config.used_teacher is None else resolve_model(config.used_teacher),
         stop_ids=facts.stop_ids,
         student_stop_ids=facts.end_ids,
-        teacher_stop_ids=facts.teacher.stop_ids,
+        teacher_stop_ids=() if facts.teacher is None else facts.teacher.stop_ids,
         vocabulary=facts.student.vocabulary,
         max_model_len=longest,
     )

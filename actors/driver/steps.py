@@ -7,7 +7,7 @@ learner's; with staleness 1 sampling starts while the learner works, and they ar
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from actors.cluster.run_actors import RunActors
 from actors.cluster.waiting import ACTOR_LOST
 from actors.driver.dispatcher import RolloutDispatcher
 from actors.driver.monitor_group import MonitorGroup
+from actors.driver.unmonitored import Unmonitored
 from actors.learner.learner import Learner
 from kat_ray.algorithms.base import Credit
 from kat_ray.algorithms.choice import algorithm_of
@@ -67,7 +68,9 @@ class Steps:
         self._attempts = itertools.count(1)
         facts = RunFacts(config.run.seed, config.rollout.max_tokens)
         self._initial = make_rule(config.termination, facts).state()
-        self._monitors = MonitorGroup(actors.monitors, self._initial)
+        self._monitors: MonitorGroup | Unmonitored = Unmonitored(self._initial)
+        if config.used_teacher is not None:
+            self._monitors = MonitorGroup(actors.monitors, self._initial)
         self._probe_rewards: dict[int, tuple[float, ...]] = {0: ()}  # by the step that begins with them
 
     @property
@@ -99,12 +102,12 @@ class Steps:
         return RolloutDispatcher(self._actors, step, specs, start, rule_state, self._attempts)
 
     def finish_sampling(self, sampling: RolloutDispatcher) -> SampledStep:
-        """Wait until every rollout of a step has ended and is scored; count its tokens."""
+        """Wait until every rollout of a step has ended and is scored, where anybody scores; count its tokens."""
         completed = sampling.finish()
         reports = [done.report for done in completed]
         closed = self._monitors.end_step(sampling.step, completed, sampling.rule_state)
         chunks = [c for report in reports for c in report.chunks]
-        scored: list[ScoredChunk] = self._actors.supervisor.wait([c.scored for c in chunks], "scores")
+        scored: list[ScoredChunk] = self._actors.supervisor.wait(_given(c.scored for c in chunks), "scores")
         rollouts = join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes)
         graded = self._grade(rollouts, sampling.specs)
         rewards = {} if graded is None else graded.rewards
@@ -156,7 +159,7 @@ class Steps:
             ids = {k.rollout_id for k in share}
             needed = [c for c in sampled.chunks if not ids.isdisjoint(c.rollout_ids)]
             collect = remote(rank, Learner.collect)
-            pending.append(collect([c.chunk for c in needed], [c.teacher for c in needed], share))
+            pending.append(collect([c.chunk for c in needed], _given(c.teacher for c in needed), share))
         learners.wait(pending, "the batch to reach the learner")
         # Without a token that has a KL the policy may have some: its weights have their denominator already.
         return sum(k.weight for k in kept) or float(any(k.policy for k in kept))
@@ -172,7 +175,7 @@ class Steps:
         try:
             return StepBatch(
                 chunks=wait([c.chunk for c in sampled.chunks], "the batch"),
-                teacher=wait([c.teacher for c in sampled.chunks], "the batch"),
+                teacher=wait(_given(c.teacher for c in sampled.chunks), "the batch"),
                 scored=sampled.scored,
                 kept=sampled.credit.kept,
                 prompt_ids={s.rollout_id: s.prompt_id for s in sampled.specs},
@@ -193,6 +196,11 @@ class Steps:
             except ACTOR_LOST:
                 continue
         return drained
+
+
+def _given(references: Iterable[Any]) -> list[Any]:
+    """Those of all chunks, or none where nobody scored."""
+    return [reference for reference in references if reference is not None]
 
 
 def _within(budget: int | None, max_tokens: int) -> int:

@@ -120,7 +120,8 @@ class TrainingRun:
         self._store.start()
         self._actors.begin_loading()
         self._history.begin(started, loaded)
-        if self._evaluator and self._config.evaluation.teacher and "teacher" not in self._evaluation.results:
+        asks_teacher = self._config.used_teacher is not None and self._config.evaluation.teacher
+        if self._evaluator and asks_teacher and "teacher" not in self._evaluation.results:
             self._actors.samplers.use_teacher()
             self._evaluation.teacher(self._evaluate)
             result = self._evaluation.results["teacher"]
@@ -268,8 +269,7 @@ class TrainingRun:
         self._trackers.evaluation(done, asdict(result) | self._history.totals.token_fields())
 
     def _summarise(self) -> None:
-        facts = self._prepared.facts
-        parameters = {"student": facts.student.parameters, "teacher": facts.teacher.parameters}
+        parameters = {name: model.parameters for name, model in self._prepared.facts.models.items()}
         results = self._evaluation.results
         evaluations = {f"eval_{name}": results.get(name) for name in ("before", "after", "teacher")}
         summary = run_summary(self._config, self._history.totals, evaluations, parameters, self._history.seconds())
@@ -292,5 +292,5 @@ def _stage_times(times: StepTimes) -> StageTimes:
         step=times.step,
         waited=times.sample,
         sampling=times.sampling,
-        busy={"sampler": times.sampler.busy, "scorer": times.scorer.busy},
+        busy={name: stage.busy for name, stage in (("sampler", times.sampler), ("scorer", times.scorer)) if stage},
     )

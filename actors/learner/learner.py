@@ -112,7 +112,7 @@ class Learner:
         settings, learner = self._settings, self._settings.learner
         student = load_student(settings.student, settings.student_dir, learner, settings.max_model_len)
         term = make_term(settings)
-        curve = MassCurve(student.vocabulary)
+        curve = MassCurve(student.vocabulary) if settings.top_k else None
         engine = make_engine(student, term, learner, curve)
         (dummy,) = self._collator.micro_batches([dummy_sample(settings.top_k)])
         beat = self._heartbeat.beat

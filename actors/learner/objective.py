@@ -19,16 +19,20 @@ from kat_ray.losses.policy import (
     truncated_weight,
 )
 from kat_ray.losses.sequence import RolloutRatio
+from kat_ray.losses.statistics import StudentStatistics
 from kat_ray.losses.term import LossTerm
 
 
 def make_term(settings: LearnerSettings, step: int = 0) -> LossTerm:
-    """Distillation alone, or the policy's loss beside it; with its weights of the step that `step` came before."""
-    distillation = Distillation(settings.stop_ids, settings.eos)
+    """Distillation, the policy's loss beside it, or that alone, with its weights after `step` steps."""
     opd, rl = settings.objective.opd, settings.objective.rl
+    weights = settings.objective.weights_at(step)
+    if not settings.top_k:
+        statistics = StudentStatistics(settings.stop_ids)
+        return PolicyAndDistillation(statistics, _loss(rl), _correction(rl), 0.0, weights["rl"])
+    distillation = Distillation(settings.stop_ids, settings.eos)
     if not rl.weight and opd.weight == 1.0 and not settings.objective.is_annealed:
         return distillation
-    weights = settings.objective.weights_at(step)
     return PolicyAndDistillation(distillation, _loss(rl), _correction(rl), weights["opd"], weights["rl"])
 
 

@@ -50,6 +50,8 @@ def report_of(
 ) -> LearnerReport:
     """The means of a step of `Distillation`, and of the policy beside it; `weights` of both, where they change."""
     sums, skipped = step.sums, not math.isfinite(step.grad_norm)
+    if "kl" not in sums:
+        return _of_the_policy(step, policy_version, seconds, weights)
     count = max(sums["tokens"], 1.0)
     kl = sums.get("kl_loss", step.loss)
     coverage = (sums[name] / count for name in ("kl", "tail_mass", "coarser_kl", "coarser_tail_mass"))
@@ -71,5 +73,32 @@ def report_of(
         seconds=seconds,
         skipped=skipped,
         policy=policy_report(step),
+        weights=weights,
+    )
+
+
+def _of_the_policy(
+    step: OptimizerStep, policy_version: int, seconds: float, weights: Mapping[str, float] | None
+) -> LearnerReport:
+    """The means of a step of `StudentStatistics` with the policy's loss."""
+    policy, sums = policy_report(step), step.sums
+    assert policy is not None, "without a teacher the policy's loss is all there is"
+    count = max(sums["tokens"], 1.0)
+    return LearnerReport(
+        policy_version=policy_version,
+        loss=policy.loss,
+        grad_norm=step.grad_norm,
+        lr=step.lr,
+        tokens=policy.tokens,
+        dropped_tokens=0,
+        logprob_diff_mean=sums["logprob_diff"] / count,
+        logprob_diff_max=step.maxima["logprob_diff"],
+        entropy=sums["entropy"] / count,
+        tail_mass=None,
+        stop_mass=sums["stop_mass"] / count,
+        micro_batches=step.micro_batches,
+        seconds=seconds,
+        skipped=not math.isfinite(step.grad_norm),
+        policy=policy,
         weights=weights,
     )

@@ -16,9 +16,9 @@ class LearnerSettings:
     learner: LearnerConfig
     student: ModelConfig
     student_dir: str  # where the student's files are: a directory, or a hub id
-    stop_ids: tuple[int, ...]  # of both models
+    stop_ids: tuple[int, ...]  # of all models
     eos: EosMode
-    top_k: int  # of `rollout.top_k_logprobs`
+    top_k: int  # `Config.compared_tokens`: 0 without a teacher
     seed: int
     steps: int  # of the whole run: the learning rate goes by them
     objective: ObjectiveConfig
@@ -35,7 +35,7 @@ class LearnerSettings:
             student_dir=student_dir,
             stop_ids=tuple(stop_ids),
             eos=config.rollout.eos,
-            top_k=config.rollout.top_k_logprobs,
+            top_k=config.compared_tokens,
             seed=config.run.seed,
             steps=config.run.steps,
             max_model_len=max_model_len,

@@ -56,7 +56,7 @@ def model_arguments(batch: MicroBatch, device: torch.device) -> dict[str, Tensor
 
 def dummy_sample(top_k: int) -> TrainingSample:
     """One token with finite log-probabilities, for a pass whose loss counts nothing."""
-    uniform = np.full((1, top_k), -math.log(2 * top_k), dtype=np.float32)
+    uniform = np.full((1, top_k), -math.log(2 * max(1, top_k)), dtype=np.float32)
     half = np.full(1, -math.log(2), dtype=np.float32)
     zero = np.zeros(1, dtype=np.int32)
     return TrainingSample(

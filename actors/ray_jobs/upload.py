@@ -174,7 +174,8 @@ class _Sieve:
 
 def _kept(root: Path, config: Config) -> Iterator[str]:
     """Folders whose weights the job reads from what is uploaded."""
-    for path in (_DEMO, config.student.path, config.teacher.path):
+    teacher = [] if config.used_teacher is None else [config.used_teacher.path]
+    for path in (_DEMO, config.student.path, *teacher):
         inside = os.path.normpath(root / path)
         if os.path.isdir(inside) and Path(inside).is_relative_to(root) and Path(inside) != root:
             yield Path(inside).relative_to(root).as_posix()

@@ -1,5 +1,7 @@
 """The student sampler: generates rollouts, sends chunks to scorers, and aborts rollouts that are cut.
 
+Without a teacher it only generates: a rollout is one chunk for the learner, made once it has ended.
+
 It does not wait for a score while fewer than `max_chunks_ahead` chunks are unanswered at each scorer: decisions are
 futures that the loop polls between two engine steps. `actors.sampler.stream` recovers what is lost with scorers and
 monitor; the driver replaces a sampler that dies (`actors.driver.dispatcher`).
@@ -19,6 +21,7 @@ import numpy as np
 
 from actors.sampler.score_stream import ScoringStream, scorer_ranges
 from actors.sampler.settings import SamplerSettings
+from actors.sampler.unscored import UnscoredStream
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.chunks import PendingRollout, build_chunk
 from kat_ray.errors import StateLost
@@ -83,7 +86,7 @@ class StudentSampler:
         self._name = name
         self._settings = settings
         self._version = 0
-        self._teachers: Mapping[str, Sequence[Any]] = {}
+        self._teachers: Mapping[str, Sequence[Any]] | None = None  # until it is told; none at all is {}
         self._monitor: Any = None
         self._timeline = Timeline()
         self._heartbeat = Heartbeat()
@@ -103,7 +106,7 @@ class StudentSampler:
     def connect(
         self, teachers: Mapping[str, Sequence[Any]], monitor: Any, index: int = 0, samplers: int = 1
     ) -> None:
-        """Take the handles of each teacher's scorers and of this sampler's monitor.
+        """Take the handles of each teacher's scorers and of this sampler's monitor: no teachers, no monitor.
 
         This is sampler `index` of `samplers`.
         """
@@ -126,12 +129,12 @@ class StudentSampler:
 
         `StateLost` if this is a new process that does not hold the requested weights yet.
         """
-        if request.version != self._version or not self._teachers:
+        if request.version != self._version or self._teachers is None:
             raise StateLost(
                 f"{self._name} holds version {self._version}, not {request.version}: its process is new"
             )
         with self._heartbeat.busy("generate"):
-            return _Generation(self, request).run()
+            return _Generation(self, request, self._teachers).run()
 
     def complete(
         self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], settings: SamplingSettings, version: int
@@ -197,33 +200,40 @@ def _joined(parts: Sequence[EngineRows]) -> SampleCheck:
 class _Generation:
     """The state of one `generate` call."""
 
-    def __init__(self, sampler: StudentSampler, request: GenerateRequest) -> None:
+    def __init__(
+        self, sampler: StudentSampler, request: GenerateRequest, teachers: Mapping[str, Sequence[Any]]
+    ) -> None:
         self._sampler = sampler
         self._engine = sampler._engine
         self._rollout = sampler._settings.rollout
         self._request = request
         self._control_seconds = 0.0
         specs = request.specs
-        block = sampler._settings.cache_block
+        # Without a teacher nobody asks for other tokens than the sampled one, nor for a rollout before its end: no
+        # block is full earlier.
+        self._top_k = self._rollout.top_k_logprobs if teachers else 0
+        block = sampler._settings.cache_block if teachers else sampler._settings.max_model_len + 1
         self._rollouts: dict[int, PendingRollout] = {}
-        ranges = scorer_ranges(sampler._teachers)
+        ranges = scorer_ranges(teachers)
         for i, spec in enumerate(specs):
-            peers = ranges[spec.teacher]
+            peers = ranges[spec.teacher] if teachers else range(1)  # a stream of its own
             scorer = peers[scorer_of(i, len(specs), sampler._index, sampler._samplers, len(peers))]
             recorded = array("f") if sampler._settings.record_logprobs else None
             self._rollouts[spec.rollout_id] = PendingRollout(
                 spec.rollout_id, spec.prompt_ids, scorer, block=block, sampled=recorded
             )
         self._active = {str(i): r for i, r in self._rollouts.items()}
-        self._stream = ScoringStream(
-            request,
-            sampler._teachers,
-            sampler._monitor,
-            self._rollouts,
-            self._abort,
-            sampler._settings.cluster,
-            sampler._heartbeat,
-        )
+        self._stream: ScoringStream | UnscoredStream = UnscoredStream()
+        if teachers:
+            self._stream = ScoringStream(
+                request,
+                teachers,
+                sampler._monitor,
+                self._rollouts,
+                self._abort,
+                sampler._settings.cluster,
+                sampler._heartbeat,
+            )
 
     def run(self) -> SamplerReport:
         """Step the engine until nothing runs and every chunk has been answered."""
@@ -247,7 +257,7 @@ class _Generation:
             max_tokens=self._rollout.max_tokens,
             temperature=self._rollout.temperature,
             top_p=self._rollout.top_p,
-            logprobs=self._rollout.top_k_logprobs,
+            logprobs=self._top_k,
             stop_ids=self._sampler._settings.stop_ids,
         )
         for spec in self._request.specs:
@@ -305,7 +315,7 @@ class _Generation:
             news,
             self._stream.take_released(scorer),
             attempt=self._request.attempt,
-            top_k=self._rollout.top_k_logprobs,
+            top_k=self._top_k,
             vocabulary=self._sampler._settings.vocabulary,
         )
         self._stream.send(scorer, chunk)
@@ -328,7 +338,7 @@ class _Generation:
 
 def _sampled_rollout(rollout: PendingRollout) -> SampledRollout:
     recorded = None if rollout.sampled is None else np.array(rollout.sampled, dtype=np.float32)
-    return SampledRollout(rollout.rollout_id, np.array(rollout.token_ids, dtype=np.int32), recorded)
+    return SampledRollout(rollout.rollout_id, np.array(rollout.token_ids, dtype=np.int32), recorded, rollout.end)
 
 
 def scorer_of(position: int, rollouts: int, sampler: int, samplers: int, scorers: int) -> int:

@@ -80,7 +80,7 @@ class VllmEngine:
             temperature=settings.temperature,
             top_p=settings.top_p,
             max_tokens=settings.max_tokens,
-            logprobs=settings.logprobs or None,
+            logprobs=settings.logprobs,
             prompt_logprobs=0 if settings.prompt_logprobs else None,  # 0 besides the prompt's own token
             stop_token_ids=list(settings.stop_ids),
             ignore_eos=not settings.stop_ids,  # else vLLM ends it at the model's own end of text

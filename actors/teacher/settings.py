@@ -31,8 +31,9 @@ class ScorerSettings:
         max_model_len: int,
         student_vocabulary: int = 0,
     ) -> ScorerSettings:
+        assert config.used_teacher is not None, "nobody asks a teacher in this run"
         return cls(
-            teacher=config.teacher,
+            teacher=config.used_teacher,
             teacher_dir=teacher_dir,
             stop_ids=tuple(stop_ids),
             max_model_len=max_model_len,

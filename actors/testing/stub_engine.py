@@ -41,6 +41,7 @@ class StubEngine:
         self._tokens, self._views = _rows(top_k, vocabulary)
         self._left: dict[str, int] = {}
         self._row: dict[str, int] = {}  # of a request: what it is given depends on its rollout alone
+        self._columns: int | None = None  # of log-probabilities that were asked for; None: all there are
         self._rate = rate
         self._due = 0.0
         self.cpu_seconds = 0.0  # of the stub itself: not part of what is measured
@@ -57,6 +58,7 @@ class StubEngine:
     def add(self, request_id: str, prompt_ids: Sequence[int], seed: int, settings: SamplingSettings) -> None:
         """Queue one request; it ends after `settings.max_tokens` tokens."""
         self._left[request_id] = settings.max_tokens
+        self._columns = None if settings.logprobs is None else 1 + settings.logprobs
         self._row[request_id] = int(request_id.rpartition("-")[2])  # an evaluation's are named complete-N
 
     def step(self) -> list[EngineRows]:
@@ -71,6 +73,8 @@ class StubEngine:
             row = (self._row[request_id] + left) % _ROWS
             ids, logprobs = self._views[row]
             end = EngineEnd.RUNNING if left > 1 else EngineEnd.MAX_TOKENS
+            if self._columns is not None and self._columns < ids.shape[1]:
+                ids, logprobs = ids[:, : self._columns], logprobs[:, : self._columns]
             rows.append(EngineRows(request_id, self._tokens[row], ids, logprobs, end))
         self._left = {r: left - 1 for r, left in self._left.items() if left > 1}
         if not self._left:

@@ -41,7 +41,7 @@ class StubLearner:
         ranks = settings.learner.world_size
         assert ranks == 1, f"learner.world_size = {ranks}: stubs of several ranks would have to meet"
         label_logs()
-        self._lr = settings.learner.lr
+        self._lr, self._top_k = settings.learner.lr, settings.top_k
         self._weights: NDArray[np.uint64] | None = None  # [_SIZE], once it is started
         self._steps = 0
         self._rows: list[TrainingSample] | None = None
@@ -86,7 +86,8 @@ class StubLearner:
         return LearnerReport(
             policy_version=policy_version, loss=loss / max(global_weight, 1e-9), grad_norm=1.0,
             lr=self._lr, tokens=tokens, dropped_tokens=0, logprob_diff_mean=0.0,
-            logprob_diff_max=0.0, entropy=1.0, tail_mass=0.1, stop_mass=0.01, micro_batches=len(rows),
+            logprob_diff_max=0.0, entropy=1.0, tail_mass=0.1 if self._top_k else None,
+            stop_mass=0.01, micro_batches=len(rows),
             seconds=time.monotonic() - started, skipped=False,
         )  # fmt: skip
 
@@ -145,13 +146,17 @@ def _learnt(rows: Sequence[TrainingSample]) -> tuple[NDArray[np.uint64], float, 
     added = np.zeros(_SIZE, np.uint64)
     loss, tokens = 0.0, 0
     for row in rows:
+        weights, difference = row.weights.astype(np.float32), row.sampled_logprobs
+        if row.teacher_topk.shape[1]:
+            difference = difference - row.teacher_topk[:, 0].astype(np.float32)
+        elif row.policy is not None:  # without a teacher all that is learnt is the policy's
+            weights = np.full(len(row.token_ids), row.policy.weight, np.float32)
         position = np.arange(len(row.token_ids), dtype=np.uint64)
-        weighed = row.weights.astype(np.float32).view(np.uint32).astype(np.uint64)
+        weighed = weights.view(np.uint32).astype(np.uint64)
         mixed = _mix((np.uint64(row.rollout_id) << np.uint64(32)) + position) ^ _mix(weighed)
         np.add.at(added, row.token_ids % _SIZE, mixed)
-        here = row.weights > 0
-        difference = row.sampled_logprobs - row.teacher_topk[:, 0].astype(np.float32)
-        loss += float((difference * row.weights)[here].sum())
+        here = weights > 0
+        loss += float((difference * weights)[here].sum())
         tokens += int(here.sum())
     assert math.isfinite(loss), "the stub teacher says something of every token"
     return added, loss, tokens

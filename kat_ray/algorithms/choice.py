@@ -11,4 +11,6 @@ from kat_ray.config import Config
 def algorithm_of(config: Config) -> Algorithm:
     """With what is to be learnt from rewards, if anything is."""
     rl = config.objective.rl
-    return PolicyOptimization(rl, config.rollout.max_tokens) if rl.weight else OnPolicyDistillation()
+    if not rl.weight:
+        return OnPolicyDistillation()
+    return PolicyOptimization(rl, config.rollout.max_tokens, distils=config.used_teacher is not None)

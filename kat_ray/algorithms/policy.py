@@ -24,6 +24,7 @@ class PolicyOptimization:
 
     objective: PolicyObjective
     longest: int  # tokens of a rollout
+    distils: bool = True  # its tokens have a KL, too
 
     def credit(
         self,
@@ -51,7 +52,7 @@ class PolicyOptimization:
             advantage = advantage.clip(-rule.advantage_clip, rule.advantage_clip)
         weight = token_weights(rule.aggregate, tokens, found.weight, self.longest)
         kept = [
-            _kept(rollout, len(by_id[rollout.rollout_id].prompt_ids), PolicyCredit(float(a), int(t), float(w)))
+            self._kept(rollout, len(by_id[rollout.rollout_id].prompt_ids), PolicyCredit(float(a), int(t), float(w)))
             for rollout, a, t, w in zip(rollouts, advantage, tokens, weight, strict=True)
         ]
         values = dict(zip(found.rollout_ids, zip(found.reward, found.weight, advantage, strict=True), strict=True))
@@ -64,6 +65,17 @@ class PolicyOptimization:
             probe_rewards=self._newest((*probe_rewards, *_would_cut(graded, graded_ones))),
             reward_weights={i: float(w) for i, (_, w, _) in values.items()},
         )
+
+    def _kept(self, rollout: FinishedRollout, prompt_length: int, policy: PolicyCredit) -> KeptRollout:
+        """The tokens of both losses; those past the cut have no KL, and none has where there is no teacher."""
+        with_kl = rollout.counts.kept if self.distils else 0
+        count = max(with_kl, policy.tokens if policy.weight else 0)
+        weights: FloatArray | None = None
+        if rollout.outcome.weights is not None or count > with_kl:
+            weights = np.zeros(count, dtype=np.float32)
+            own = rollout.outcome.weights
+            weights[:with_kl] = 1.0 if own is None else own[:with_kl]
+        return KeptRollout(rollout.rollout_id, prompt_length, count, weights, policy if policy.weight else None)
 
     def _newest(self, rewards: tuple[float, ...]) -> tuple[float, ...]:
         """Those whose mean the next step's cut rollouts are given; none where they are given something else."""
@@ -109,17 +121,6 @@ def _policy_tokens(rollout: FinishedRollout) -> int:
         return 0
     confirmed = rollout.outcome.confirmed
     return rollout.counts.generated if confirmed is None or rollout.outcome.cut is None else confirmed
-
-
-def _kept(rollout: FinishedRollout, prompt_length: int, policy: PolicyCredit) -> KeptRollout:
-    """The tokens of both losses; those past the cut have no KL."""
-    count = max(rollout.counts.kept, policy.tokens if policy.weight else 0)
-    weights: FloatArray | None = None
-    if rollout.outcome.weights is not None or count > rollout.counts.kept:
-        weights = np.zeros(count, dtype=np.float32)
-        own = rollout.outcome.weights
-        weights[: rollout.counts.kept] = 1.0 if own is None else own[: rollout.counts.kept]
-    return KeptRollout(rollout.rollout_id, prompt_length, count, weights, policy if policy.weight else None)
 
 
 def _reward_metrics(found: Members, left_out: Mapping[str, int]) -> dict[str, float]:

@@ -204,7 +204,8 @@ def tflop_parts(summary: Mapping[str, Any], file: Path) -> dict[str, float]:
 
     The learner's forward pass takes all kept tokens, also those of weight 0, which are not trained on.
     """
-    student, teacher = (summary["parameters"].get(name) for name in ("student", "teacher"))
+    student = summary["parameters"].get("student")
+    teacher = summary["parameters"].get("teacher", 0)  # a run without one does not name it
     if student is None or teacher is None:
         raise UserError(
             f"{file}: parameters of student and teacher are {student} and {teacher}: the size of a model is "

@@ -285,11 +285,14 @@ def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
         yield warn("data", "not checked: prompts are read with the student's tokenizer")
         return
     yield ok("student", _describe(facts.student))
-    yield ok("teacher", _describe(facts.teacher))
-    yield ok("tokenizers", "equal")
-    for text in facts.warnings:
-        yield warn("stop ids", text)
-    if not facts.warnings:
+    if facts.teacher is None:
+        yield ok("teacher", "; ".join(facts.warnings) or "none is asked: rewards alone are learnt from")
+    else:
+        yield ok("teacher", _describe(facts.teacher))
+        yield ok("tokenizers", "equal")
+        for text in facts.warnings:
+            yield warn("stop ids", text)
+    if facts.teacher is None or not facts.warnings:
         yield ok("stop ids", ", ".join(map(str, facts.stop_ids)))
     data, longest = _prompts(config, config.data, facts)
     if here:

@@ -40,6 +40,11 @@ def replay(
     traces, notes = load_traces(run_dir, sorted(read))
     for note in notes:
         console.print(f"warning: {note}", markup=False)
+    if not len(traces.d):
+        raise UserError(
+            f"{run_dir}: none of its tokens was scored, so there is nothing that a rule could be applied to; a run "
+            "whose teacher is asked (objective.opd.weight > 0, or a rule but none) records the KL of every token"
+        )
     facts = RunFacts(config.run.seed, config.rollout.max_tokens)
     if RULES[config.termination.rule].effect is not Effect.NOTHING:
         replayed = reproduce(traces, config.termination, facts)

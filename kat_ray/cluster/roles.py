@@ -40,7 +40,7 @@ class Role:
 
 
 def roles_of(config: Config) -> dict[str, Role]:
-    """The roles of a run, in the order in which they are placed."""
+    """The roles of a run, in the order in which they are placed; scorers and monitors where a teacher is asked."""
 
     def role(name: str, replicas: int, asks: PlacementConfig) -> Role:
         bundle = {"CPU": asks.num_cpus, "GPU": asks.num_gpus, **asks.resources}
@@ -54,15 +54,16 @@ def roles_of(config: Config) -> dict[str, Role]:
         bounds = asks.bounds if isinstance(asks, PoolConfig) else None
         return Role(name, replicas, {k: v for k, v in bundle.items() if v}, labels, bounds)
 
-    return {
-        r.name: r
-        for r in (
-            role("learner", config.learner.world_size, config.learner),
-            role("sampler", config.sampler.replicas, config.sampler),
+    roles = [
+        role("learner", config.learner.world_size, config.learner),
+        role("sampler", config.sampler.replicas, config.sampler),
+    ]
+    if config.used_teacher is not None:
+        roles += [
             role("scorer", config.scorer.replicas, config.scorer),
             role("monitor", config.monitor.shards, config.monitor),
-        )
-    }
+        ]
+    return {r.name: r for r in roles}
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ def threads_of(config: Config, cores: int | None) -> dict[str, int]:
     is None on a cluster that others may use: there a replica has as many as the CPUs it reserves, as has one that
     works on a GPU. With `run.deterministic` it is one: last bits depend on the number, and would on the machine.
     """
-    sizes = {
+    sizes: dict[str, tuple[PlacementConfig, int]] = {
         "learner": (config.learner, config.learner.world_size),
         "sampler": (config.sampler, config.sampler.bounds[1]),
-        "scorer": (config.scorer, config.scorer.bounds[1]),
     }
+    if config.used_teacher is not None:
+        sizes["scorer"] = (config.scorer, config.scorer.bounds[1])
     on_cores = {name: n for name, (role, n) in sizes.items() if not role.num_gpus}
 
     def unset(name: str, role: PlacementConfig) -> int:
@@ -30,7 +31,7 @@ def threads_of(config: Config, cores: int | None) -> dict[str, int]:
         return max(1, cores // sum(beside))
 
     found = {name: role.threads or unset(name, role) for name, (role, _) in sizes.items()}
-    return found | {"monitor": config.monitor.threads or 1}
+    return found if config.used_teacher is None else found | {"monitor": config.monitor.threads or 1}
 
 
 def _together(name: str, other: str) -> bool:

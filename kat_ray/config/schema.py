@@ -120,7 +120,8 @@ def _sections() -> Iterator[str]:
                 yield _table("termination", schema)
         else:
             (schema,) = (v for v in variants(field) if v.get("type") == "object")
-            yield f"## {name}\n\n{_one_line(schema)}\n"
+            optional = f" {_one_line(field)}" if "anyOf" in field else ""
+            yield f"## {name}\n\n{_one_line(schema)}{optional}\n"
             parts = {part: resolve(of) for part, of in schema["properties"].items()}
             if all("properties" in part for part in parts.values()):  # a section of sections
                 for part, of in parts.items():

@@ -254,7 +254,9 @@ class Config(Section):
 
     run: RunConfig = RunConfig()
     student: ModelConfig
-    teacher: ModelConfig
+    teacher: ModelConfig | None = None
+    """May be left out, and is not read, where neither loss nor rule has a use for it: objective.opd.weight = 0 and
+    termination.rule = none."""
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -268,6 +270,26 @@ class Config(Section):
     guards: Resumable[GuardsConfig] = GuardsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: Resumable[ClusterConfig] = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _teacher_where_it_is_needed(self) -> Config:
+        weight, rule = self.objective.opd.weight, self.termination.rule
+        needs = [f"objective.opd.weight = {weight:g}"] * bool(weight)
+        needs += [f"termination.rule = {rule!r}"] * (rule != "none")
+        if needs and self.teacher is None:
+            who = " and ".join(needs)
+            raise ValueError(
+                f"teacher is missing: {who} need{'s' * (len(needs) == 1)} one; name it with teacher.path. Rewards "
+                "alone need none: objective.opd.weight = 0 with termination.rule = none"
+            )
+        if not needs:
+            for name, data in (("data", self.data), ("evaluation.data", self.evaluation.data)):
+                if data is not None and data.chat_template == "teacher":
+                    raise ValueError(
+                        f"{name}.chat_template = 'teacher': no teacher is read with objective.opd.weight = 0 and "
+                        "termination.rule = 'none'; use student, or the path of a template"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _work_for_every_rank(self) -> Config:
@@ -284,7 +306,8 @@ class Config(Section):
             raise ValueError(
                 "run.deterministic = true: needs rollout.staleness = 0; sampling ahead races with the learner"
             )
-        elastic = [name for name in ("sampler", "scorer") if len({*getattr(self, name).bounds}) > 1]
+        pools = ("sampler", "scorer") if self.used_teacher else ("sampler",)
+        elastic = [name for name in pools if len({*getattr(self, name).bounds}) > 1]
         if self.run.deterministic and elastic:
             raise ValueError(
                 f"run.deterministic = true: needs a fixed number of {' and '.join(elastic)}s; leave min_replicas "
@@ -358,6 +381,17 @@ class Config(Section):
                 "which a teacher on vLLM does not report; set scorer.backend = 'transformers', or take another rule"
             )
         return self
+
+    @property
+    def used_teacher(self) -> ModelConfig | None:
+        """The teacher that rollouts are scored by; None where neither loss nor rule asks one."""
+        asks = self.objective.opd.weight > 0 or self.termination.rule != "none"
+        return self.teacher if asks else None
+
+    @property
+    def compared_tokens(self) -> int:
+        """Student tokens whose log-probabilities enter a KL; 0 where there is no teacher to compare them with."""
+        return self.rollout.top_k_logprobs if self.used_teacher else 0
 
     @property
     def eval_max_tokens(self) -> int:

@@ -53,7 +53,7 @@ def count_tokens(outcome: RolloutOutcome, generated: int) -> TokenCounts:
     if outcome.stop_reason is StopReason.FAILED:
         return TokenCounts(generated, kept=0, cut_back=0, overshoot=generated)
     if outcome.cut is None or outcome.confirmed is None:
-        assert outcome.scored == generated, (
+        assert outcome.scored in (None, generated), (
             f"rollout {outcome.rollout_id} generated {generated} tokens, {outcome.scored} were scored"
         )
         return TokenCounts(generated, kept=generated, cut_back=0, overshoot=0)
@@ -101,7 +101,7 @@ def finished(outcome: RolloutOutcome) -> Finished:
         outcome.minimum,
         cut=outcome.cut is not None,
         probe=outcome.probe,
-        length=outcome.scored,
+        length=outcome.scored or 0,
         full=outcome.stop_reason is StopReason.MAX_TOKENS,
         evidence=outcome.evidence,
     )

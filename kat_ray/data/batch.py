@@ -49,9 +49,11 @@ def collect_samples(
 ) -> list[TrainingSample]:
     """Gather the first `kept` tokens of each rollout from its chunks, in the order of `kept`.
 
+    `teacher` belongs to `chunks` one by one, or is empty where nobody scored them.
     ValueError if a rollout's rows are missing, out of order or not contiguous, or if tokens were inserted before
     one that is kept: a sample is a prompt and an answer without gaps.
     """
+    teacher = teacher or [_without_teacher(chunk) for chunk in chunks]
     wanted = {k.rollout_id: k for k in kept}
     pieces: dict[int, list[tuple[int, int, slice]]] = {k.rollout_id: [] for k in kept}
     prompts: dict[int, IntArray] = {}
@@ -65,6 +67,14 @@ def collect_samples(
             if chunk.whole_past[i]:
                 prompts[rollout_id] = chunk.context(i)[: wanted[rollout_id].prompt_length]
     return [_join(k, prompts.get(k.rollout_id), sorted(pieces[k.rollout_id]), chunks, teacher) for k in kept]
+
+
+def _without_teacher(chunk: RolloutChunk) -> TeacherRows:
+    """What any teacher says where no token is told from the others: all of its mass is in the one event left."""
+    n, k = chunk.topk_logprobs.shape
+    assert k == 0, f"nobody scored a chunk that was sampled to be scored (top k of {k})"
+    nowhere = np.full(n, -np.inf, dtype=np.float32)
+    return TeacherRows(np.zeros((n, 0), dtype=np.float16), np.zeros(n, dtype=np.float32), nowhere)
 
 
 def _check_without_insertions(kept: KeptRollout, chunk: RolloutChunk, i: int) -> None:

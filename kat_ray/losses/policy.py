@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kat_ray.losses.distillation import Distillation
 from kat_ray.losses.divergence import entropy, event_logprobs, is_stop
+from kat_ray.losses.statistics import StudentStatistics
 from kat_ray.losses.term import StudentLogprobs, TermSums, TokenRows
 
 
@@ -98,7 +99,7 @@ Correction = Callable[[Tensor, Tensor], Tensor]
 class PolicyAndDistillation:
     """The policy's loss and the KL in one: opd_weight * sum w KL + rl_weight * sum u PG; their sums stay apart."""
 
-    distillation: Distillation
+    distillation: Distillation | StudentStatistics  # the latter without a teacher
     loss: PolicyLoss
     correction: Correction | None
     opd_weight: float
@@ -151,7 +152,7 @@ class PolicyAndDistillation:
     def _entropy(self, student: StudentLogprobs, rows: TokenRows) -> Tensor:
         """Of the top k, each on its own, and the rest as one: at most that of the whole distribution, [C].
 
-        Without a top k the sampled token's -log p, whose mean over what the learner itself sampled is the entropy.
+        Without a top k -log p of the sampled token, whose mean estimates that of the whole distribution.
         """
         if not rows.topk_ids.shape[1]:
             return -student.sampled

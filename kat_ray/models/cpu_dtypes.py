@@ -26,11 +26,12 @@ def cpu_flags(file: Path = Path("/proc/cpuinfo")) -> frozenset[str] | None:
 
 def slow_dtypes(config: Config, flags: frozenset[str] | None) -> Iterator[str]:
     """A line for each type that roles without a GPU are to compute in and this processor has no arithmetic for."""
-    asked = {
+    asked: dict[str, tuple[str, float]] = {
         "student.dtype": (config.student.dtype, config.sampler.num_gpus),
-        "teacher.dtype": (config.teacher.dtype, config.scorer.num_gpus),
-        "learner.dtype": (config.learner.dtype, config.learner.num_gpus),
     }
+    if (teacher := config.used_teacher) is not None:
+        asked["teacher.dtype"] = (teacher.dtype, config.scorer.num_gpus)
+    asked["learner.dtype"] = (config.learner.dtype, config.learner.num_gpus)
     for dtype, fast in _FAST.items():
         fields = [name for name, (type_, gpus) in asked.items() if type_ == dtype and not gpus]
         if fields and flags is not None and not fast & flags:

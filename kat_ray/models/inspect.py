@@ -50,14 +50,19 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Both models, fit for each other and for the configuration."""
+    """The models of a run, fit for each other and for the configuration."""
 
     student: ModelInfo
-    teacher: ModelInfo
+    teacher: ModelInfo | None  # None where none is asked
     tokenizer: Any  # the student's
     stop_ids: tuple[int, ...]  # of both models, sorted: the STOP event of the KL
     warnings: tuple[str, ...]
     teacher_tokenizer: Any = None
+
+    @property
+    def models(self) -> dict[str, ModelInfo]:
+        """The models by the section of the configuration that names them."""
+        return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -70,8 +75,8 @@ class ModelFacts:
 
     @property
     def max_length(self) -> int | None:
-        """Tokens that both models take, prompt and answer together; None where neither says."""
-        return min((m.max_length for m in (self.student, self.teacher) if m.max_length), default=None)
+        """Tokens that all models take, prompt and answer together; None where none says."""
+        return min((m.max_length for m in self.models.values() if m.max_length), default=None)
 
     def max_prompt_tokens(self, max_tokens: int) -> int | None:
         """Longest prompt that leaves room for `max_tokens` of answer."""
@@ -81,7 +86,7 @@ class ModelFacts:
         """`ModelError` where a model cannot play its role in a run whose longest prompt and answer together have
         `longest` tokens.
         """
-        check_roles(config, {"student": self.student.config, "teacher": self.teacher.config}, longest)
+        check_roles(config, {name: model.config for name, model in self.models.items()}, longest)
 
 
 def resolve_model(model: ModelConfig) -> str:
@@ -110,15 +115,35 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def check_models(config: Config) -> ModelFacts:
-    """Inspect both models; `ModelError` says what does not fit, names the field and what to do."""
+    """Inspect the models that are asked; `ModelError` says what does not fit, names the field and what to do."""
     infos: dict[str, ModelInfo] = {}
     tokenizers: dict[str, Any] = {}
-    for role, model in (("student", config.student), ("teacher", config.teacher)):
+    for role, model in (("student", config.student), ("teacher", config.used_teacher)):
+        if model is None:
+            continue
         try:
             infos[role], tokenizers[role] = inspect_model(model)
         except ModelError as error:
             raise ModelError(f"{role}.path: {error}") from error
-    student, teacher = infos["student"], infos["teacher"]
+    student, teacher = infos["student"], infos.get("teacher")
+    if student.vocabulary < config.compared_tokens:
+        raise ModelError(
+            f"rollout.top_k_logprobs = {config.rollout.top_k_logprobs}: must be <= {student.vocabulary}, the "
+            "student's vocabulary (vLLM's engine dies on more)"
+        )
+    if teacher is None:
+        facts = ModelFacts(student, None, tokenizers["student"], student.stop_ids, _unread_teacher(config))
+    else:
+        _check_pair(config, student, teacher, tokenizers)
+        merged = tuple(sorted({*student.stop_ids, *teacher.stop_ids}))
+        warnings = stop_id_warnings(config, student, teacher, tokenizers["student"])
+        facts = ModelFacts(student, teacher, tokenizers["student"], merged, warnings, tokenizers["teacher"])
+    _check_lengths(config, facts)
+    facts.check_roles(config, config.rollout.max_tokens + 1)  # a prompt has one token at least
+    return facts
+
+
+def _check_pair(config: Config, student: ModelInfo, teacher: ModelInfo, tokenizers: Mapping[str, Any]) -> None:
     compare_tokenizers(tokenizers["student"], tokenizers["teacher"])
     # Each model has a row for every entry of the one tokenizer: what differs is padding.
     if teacher.vocabulary < student.vocabulary and "scorer-vllm" in roles_of(config)["teacher"]:
@@ -127,17 +152,16 @@ def check_models(config: Config) -> ModelFacts:
             f"({student.vocabulary}, {student.path}), and vLLM does not score ids that its model has no row for: "
             "use scorer.backend = transformers"
         )
-    if student.vocabulary < config.rollout.top_k_logprobs:
-        raise ModelError(
-            f"rollout.top_k_logprobs = {config.rollout.top_k_logprobs}: must be <= {student.vocabulary}, the "
-            "student's vocabulary (vLLM's engine dies on more)"
-        )
-    merged = tuple(sorted({*student.stop_ids, *teacher.stop_ids}))
-    warnings = stop_id_warnings(config, student, teacher, tokenizers["student"])
-    facts = ModelFacts(student, teacher, tokenizers["student"], merged, warnings, tokenizers["teacher"])
-    _check_lengths(config, facts)
-    facts.check_roles(config, config.rollout.max_tokens + 1)  # a prompt has one token at least
-    return facts
+
+
+def _unread_teacher(config: Config) -> tuple[str, ...]:
+    """A line where a teacher is named that nothing asks."""
+    if config.teacher is None:
+        return ()
+    return (
+        f"teacher.path = {config.teacher.path!r} is not read: with objective.opd.weight = 0 and termination.rule = "
+        "none nobody asks a teacher",
+    )
 
 
 def inspect_model(model: ModelConfig) -> tuple[ModelInfo, Any]:
@@ -225,9 +249,13 @@ def _check_lengths(config: Config, facts: ModelFacts) -> None:
     for name, tokens in asked.items():
         if tokens >= facts.max_length:
             raise ModelError(
-                f"{name} = {tokens}: must be < {facts.max_length}, the tokens that both models take "
+                f"{name} = {tokens}: must be < {facts.max_length}, the tokens that {_who(facts)} "
                 "(max_position_embeddings), with room for the prompt"
             )
+
+
+def _who(facts: ModelFacts) -> str:
+    return "the student takes" if facts.teacher is None else "both models take"
 
 
 def _files_of(model: ModelConfig) -> tuple[Path, frozenset[str]]:

@@ -65,7 +65,8 @@ def memory_needed(
 
     `gpu` is a GPU's memory, None without one. Nothing where the number of parameters is not known.
     """
-    student, teacher = facts.student.parameters, facts.teacher.parameters
+    student = facts.student.parameters
+    teacher = 0 if facts.teacher is None else facts.teacher.parameters
     if student is None or teacher is None:
         return
     batch = micro_batch(config, facts.student, longest)
@@ -79,7 +80,8 @@ def memory_needed(
         return
     sampler = config.sampler
     rest = sampler.bounds[1] * (student * _BYTES[config.student.dtype] + sampler.kv_cache_gib * GIB)
-    rest += config.scorer.bounds[1] * teacher * _BYTES[config.teacher.dtype]
+    if config.used_teacher is not None:
+        rest += config.scorer.bounds[1] * teacher * _BYTES[config.used_teacher.dtype]
     total = config.learner.world_size * rank + rest
     yield "memory", total, f"weights, optimiser, KV caches and micro-batches{words}"
 

@@ -18,14 +18,18 @@ def pinned(config: Config) -> Config:
     answer from the hub (or from its cache, with HF_HUB_OFFLINE=1) a model is left as it is; whoever reads it first
     says why it cannot be had.
     """
-    models = {"student": _pinned(config.student), "teacher": _pinned(config.teacher)}
+    models = {"student": _pinned(config.student)}
+    if config.used_teacher is not None:
+        models["teacher"] = _pinned(config.used_teacher)
     return config.model_copy(update=models)
 
 
 def pinned_like(config: Config, before: Config) -> Config:
     """The configuration with the commits that a run was made with, where it names the same models and no commit."""
-    ours, theirs = ({n: getattr(c, n) for n in ("student", "teacher")} for c in (config, before))
-    return config.model_copy(update={name: _like(ours[name], theirs[name]) for name in ours})
+    models = {"student": _like(config.student, before.student)}
+    if config.teacher is not None and before.teacher is not None:
+        models["teacher"] = _like(config.teacher, before.teacher)
+    return config.model_copy(update=models)
 
 
 def _like(model: ModelConfig, before: ModelConfig) -> ModelConfig:

@@ -151,17 +151,20 @@ def require_directory(model: ModelConfig, directory: str, role: Role, name: str,
 
 
 def roles_of(config: Config) -> Mapping[str, tuple[Role, ...]]:
-    """The roles that the student and the teacher play in a run."""
+    """The roles that the student and the teacher, where one is asked, play in a run."""
     on_gpus = config.scorer.backend == "auto" and config.scorer.num_gpus > 0
-    return {
+    roles: dict[str, tuple[Role, ...]] = {
         "student": ("sampler-gpu" if config.sampler.num_gpus > 0 else "sampler-cpu", "learner"),
-        "teacher": ("scorer-vllm" if on_gpus or config.scorer.backend == "vllm" else "scorer-transformers",),
     }
+    if config.used_teacher is not None:
+        scorer: Role = "scorer-vllm" if on_gpus or config.scorer.backend == "vllm" else "scorer-transformers"
+        roles["teacher"] = (scorer,)
+    return roles
 
 
 def check_roles(config: Config, models: Mapping[str, Any], max_length: int) -> None:
     """`require` for all roles of a run; `models` has transformers' configuration of student and teacher."""
     for section, roles in roles_of(config).items():
-        path = (config.student if section == "student" else config.teacher).path
+        path = getattr(config, section).path
         for role in roles:
             require(models[section], role, f"{section}.path = {path!r}", max_length)

@@ -85,7 +85,8 @@ METRICS = {
         Metric(
             "learner/loss",
             "nats",
-            "(weighted) mean reverse KL of the trained tokens in the learner's own forward pass",
+            "(weighted) mean reverse KL of the trained tokens in the learner's own forward pass; without a teacher "
+            "the policy's loss",
         ),
         Metric("learner/grad_norm", "norm", "before clipping; null where the step was skipped"),
         Metric("learner/skipped", "steps", "1 where loss or gradient was not finite: nothing was updated; else 0"),
@@ -96,7 +97,12 @@ METRICS = {
         Metric(
             "learner/logprob_diff_max", "nats", "largest such difference: look here first when a run goes wrong"
         ),
-        Metric("learner/entropy", "nats", "entropy of the student's events under the learner, mean"),
+        Metric(
+            "learner/entropy",
+            "nats",
+            "entropy of the student's events under the learner, mean; without a teacher estimated from the tokens "
+            "that were sampled",
+        ),
         Metric("learner/tail_mass", "probability", "the student's mass outside the top k under the learner, mean"),
         Metric(
             "learner/kl_hidden",
@@ -151,9 +157,7 @@ METRICS = {
         Metric("time/decision_mean", "s", "from building a chunk to applying the decision on it, mean"),
         Metric("time/decision_max", "s", "the slowest decision of the step"),
         Metric("time/learn", "s", "optimiser step; the books are kept meanwhile"),
-        Metric(
-            "time/grade", "s", "grading the step's rollouts: before it is learnt from rewards, else while it learns"
-        ),
+        Metric("time/grade", "s", "grading the step's rollouts; without rewards, while the learner works"),
         Metric("time/publish", "s", "weights to all samplers"),
         Metric("time/checkpoint", "s", "that the run stood still for checkpoints since the step before"),
         Metric("pool/restarts", "deaths", "actors that died since the last step, as those noticed who needed them"),

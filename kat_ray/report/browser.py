@@ -44,7 +44,8 @@ def choose(records: RunRecords, most: int, seed: int = 0) -> IntArray:
 def prompts_of(config: Config, tokenizer: Any) -> tuple[Mapping[str, Prompt], str | None]:
     """The run's prompts by id, and what kept them from being read."""
     try:
-        teacher = load_tokenizer(config.teacher) if config.data.chat_template == "teacher" else None
+        named = config.used_teacher if config.data.chat_template == "teacher" else None
+        teacher = None if named is None else load_tokenizer(named)
         found = load_prompts(config.data, tokenizer, None, teacher=teacher)
         return {p.prompt_id: p for p in found.prompts}, None
     except (UserError, OSError) as error:

@@ -143,8 +143,10 @@ def _subtitle(records: RunRecords, rule: KatParameters, own: bool) -> str:
     config = records.config
     whose = "the run's own" if own else "not the run's own, calibrated on its rollouts"
     threshold = f"eta {rule.eta:g}" if rule.budget is None else f"budget {rule.budget:.1%}"
+    teacher = config.used_teacher
+    source = "rewards alone" if teacher is None else teacher.path
     return (
-        f"{config.student.path} from {config.teacher.path}, rule {config.termination.rule}, "
+        f"{config.student.path} from {source}, rule {config.termination.rule}, "
         f"seed {config.run.seed}, {len({line['step'] for line in records.steps if 'learner/loss' in line})} steps, "
         f"{len(records.traces.step):,} rollouts. Stages by the KAT rule with window {rule.window}, "
         f"C {rule.consecutive}, exempt {rule.exempt}, {threshold} ({whose})."

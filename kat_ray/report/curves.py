@@ -36,8 +36,8 @@ def legend(axes: Any, **options: Any) -> None:
 def learning(records: RunRecords) -> Any:
     """KL, accuracy, tokens of a step, gradient norm."""
     fig, ((kl, accuracy), (tokens, gradient)) = figure(2, 2)
-    line(kl, records, "kl/mean", "all scored tokens", GREY)
-    line(kl, records, "learner/loss", "trained tokens", KEPT)
+    if line(kl, records, "kl/mean", "all scored tokens", GREY):  # else that loss is no KL
+        line(kl, records, "learner/loss", "trained tokens", KEPT)
     kl.set(title="Reverse KL", ylabel="nats")
     legend(kl)
     accuracy.plot(*_pass_at_k(records), "o-", color=SCALE, label="pass@k")

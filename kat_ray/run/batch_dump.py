@@ -19,10 +19,19 @@ from kat_ray.data.batch import TrainingSample, collect_samples
 from kat_ray.errors import UserError
 from kat_ray.types.records import KeptRollout, PolicyCredit, RolloutChunk, ScoredChunk, TeacherRows
 
+# Tensors of a dump that there are with a teacher only: its own, and those of the events it is compared at.
+_OF_A_TEACHER = frozenset(
+    {"d", "topk_ids", "student_topk_logprobs", "student_tail_logprobs"}
+    | {f"teacher_{part}_logprobs" for part in ("topk", "tail", "stop")}
+)
+
 
 @dataclass(frozen=True)
 class StepBatch:
-    """All that a step's learner ranks were given. `chunks`, `teacher` and `scored` belong together one by one."""
+    """All that a step's learner ranks were given. `chunks`, `teacher` and `scored` belong together one by one.
+
+    Without a teacher the last two are empty.
+    """
 
     chunks: Sequence[RolloutChunk]
     teacher: Sequence[TeacherRows]
@@ -41,8 +50,11 @@ def dump_batch(folder: Path, step: int, batch: StepBatch, report: Mapping[str, f
     # The student's columns lie in the chunks as the teacher's do in its rows, and are gathered the same way.
     own = [TeacherRows(c.topk_logprobs, c.tail_logprobs, c.sampled_logprobs) for c in batch.chunks]
     students = collect_samples(batch.chunks, own, batch.kept)
-    kl = traces_of(batch.scored)
-    tensors = _tensors(rows, students, [kl[r.rollout_id][: len(r.token_ids)] for r in rows]) | _credit(rows)
+    kl, unscored = traces_of(batch.scored), np.zeros(0, dtype=np.float32)
+    tensors = _tensors(rows, students, [kl.get(r.rollout_id, unscored)[: len(r.token_ids)] for r in rows])
+    if not batch.scored:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in _OF_A_TEACHER}
+    tensors |= _credit(rows)
     odd = sorted(n for n, v in report.items() if not math.isfinite(v))
     description = {
         "step": step,

@@ -30,20 +30,21 @@ class PolicyReport:
 class LearnerReport:
     """One optimiser step, summed over all ranks. `loss` is the (weighted) mean KL over the kept tokens, nats.
 
+    Without a teacher tokens are those of the policy's loss, and what needs a top k is None.
     A step is `skipped` if its loss or gradient is not finite, or none of its tokens has a finite KL: weights and
     optimiser stay as they were, to the bit, on all ranks. A step without kept tokens is not: nothing was wrong.
     """
 
     policy_version: int
-    loss: float  # nan where tokens were kept and none has a finite KL
+    loss: float  # nan where tokens were kept and none has a finite KL; without a teacher the policy's
     grad_norm: float  # before clipping; inf where the step was skipped
     lr: float
     tokens: int  # tokens in the loss
     dropped_tokens: int  # kept, but without a finite KL
     logprob_diff_mean: float  # mean |log p learner - log p sampler| of the sampled tokens
     logprob_diff_max: float
-    entropy: float  # nats, of the student's events
-    tail_mass: float
+    entropy: float  # nats, of the student's events; without a teacher estimated from the sampled tokens
+    tail_mass: float | None
     stop_mass: float
     micro_batches: int
     seconds: float
@@ -97,7 +98,7 @@ class StepTimes:
     control: float  # CPU time of the busiest sampler in sending chunks and applying decisions
     monitor: float  # CPU time of the busiest monitor
     sampler: StageWork
-    scorer: StageWork
+    scorer: StageWork | None  # None where nobody scores; nor are there decisions to wait for then
     decisions: tuple[float, float] | None  # mean and longest, from building a chunk to applying the decision on it
 
     @classmethod
@@ -128,7 +129,9 @@ class StepTimes:
                 seconds=sum(r.seconds - r.wait_seconds for r in reports),
                 replicas=len(reports),
             ),
-            scorer=StageWork(
+            scorer=None
+            if not scored
+            else StageWork(
                 tokens=sum(len(c.d) for c in scored),
                 seconds=sum(c.seconds for c in scored),
                 replicas=len({c.scorer for c in scored}),
@@ -145,14 +148,17 @@ class StepTimes:
             "time/publish": self.publish,
             "time/sampling": self.sampling,
             "time/sampler_busy": self.sampler.busy,
-            "time/scorer_busy": self.scorer.busy,
-            "time/monitor": self.monitor,
-            "time/score_wait": self.score_wait,
             "time/control": self.control,
             "throughput/tokens_per_second": self.sampler.tokens / self.step,
             "throughput/sampler": self.sampler.tokens_per_second,
-            "throughput/scorer": self.scorer.tokens_per_second,
         }
+        if self.scorer is not None:
+            figures |= {
+                "time/scorer_busy": self.scorer.busy,
+                "time/monitor": self.monitor,
+                "time/score_wait": self.score_wait,
+                "throughput/scorer": self.scorer.tokens_per_second,
+            }
         if self.decisions is not None:
             figures["time/decision_mean"], figures["time/decision_max"] = self.decisions
         return figures
@@ -199,7 +205,8 @@ class StepResult:
     @property
     def idle_share(self) -> float:
         """Of the step, that its busiest stage idled."""
-        busiest = max(self.times.sampler.busy, self.times.scorer.busy, self.learner.seconds)
+        scorer = 0.0 if self.times.scorer is None else self.times.scorer.busy
+        busiest = max(self.times.sampler.busy, scorer, self.learner.seconds)
         return max(0.0, 1.0 - busiest / self.times.step)
 
     def to_metrics(self) -> dict[str, float]:

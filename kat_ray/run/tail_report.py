@@ -22,7 +22,7 @@ class TailReport:
     def observe(self, step: StepResult) -> str | None:
         """The line to show after a step, if one is due."""
         report = step.learner
-        if not report.tokens or report.skipped or not math.isfinite(report.tail_mass):
+        if report.tail_mass is None or not report.tokens or report.skipped or not math.isfinite(report.tail_mass):
             return None
         if not self._is_news(report.tail_mass):
             return None

@@ -102,7 +102,8 @@ class GenerateRequest:
 class ChunkRows:
     """The rows of a chunk, one per new token: what a sampler's chunk and its scores have in common.
 
-    Shapes here and below: R rollouts, N new tokens in all, k = top-k, C context tokens in all.
+    Shapes here and below: R rollouts, N new tokens in all, k = top-k (0 where nobody scores), C context tokens in
+    all.
     """
 
     attempt: int  # that these rollouts belong to
@@ -196,17 +197,17 @@ class TerminationDecision:
 
 @dataclass(frozen=True)
 class RolloutOutcome:
-    """How a rollout ended, as the monitor recorded it.
+    """How a rollout ended, as the monitor recorded it, or the engine where there is no monitor.
 
     `cut` is None if nothing is cut. `would_cut` is where the rule would have cut a probe. `scored` counts the d's
-    that reached the monitor before the rollout ended. `minimum` is m(y) in nats, None if no window was full.
-    `weights` [tokens that the rule saw] are the tokens' weights in the loss, None if all are 1. `evidence` is what
-    the rule's calibration asks of the rollout beyond that, its own affair.
+    that reached the monitor before the rollout ended, None without one. `minimum` is m(y) in nats, None if no
+    window was full. `weights` [tokens that the rule saw] are the tokens' weights in the loss, None if all are 1.
+    `evidence` is what the rule's calibration asks of the rollout beyond that, its own affair.
     """
 
     rollout_id: int
     stop_reason: StopReason
-    scored: int
+    scored: int | None
     cut: int | None
     confirmed: int | None
     threshold: float | None
@@ -302,8 +303,8 @@ class ChunkRefs:
 
     rollout_ids: tuple[int, ...]
     chunk: Any  # reference to a RolloutChunk
-    scored: Any  # reference to its ScoredChunk
-    teacher: Any  # reference to its TeacherRows
+    scored: Any = None  # reference to its ScoredChunk; None where nobody scores
+    teacher: Any = None  # reference to its TeacherRows; None where nobody scores
 
 
 @dataclass(frozen=True)
@@ -313,6 +314,7 @@ class SampledRollout:
     rollout_id: int
     token_ids: IntArray  # [T] int32, every token the engine generated, overshoot included
     sampled_logprobs: FloatArray | None = None  # [T] float32, log p(token) at generation time, where asked for
+    end: EngineEnd = EngineEnd.RUNNING  # what the engine said of it; RUNNING where it was aborted
 
 
 @dataclass(frozen=True)
@@ -332,13 +334,14 @@ class SamplerReport:
 class SamplingSettings:
     """How one kind of request is sampled.
 
-    `logprobs` = 0 asks for none. Without `stop_ids` only `max_tokens` ends it.
+    `logprobs` is the number of most likely tokens whose log-probabilities come beside the sampled token's; None
+    asks for none at all. Without `stop_ids` only `max_tokens` ends it.
     """
 
     max_tokens: int
     temperature: float
     top_p: float
-    logprobs: int
+    logprobs: int | None
     stop_ids: tuple[int, ...]
     prompt_logprobs: bool = False  # those of the prompt's own tokens, too
 

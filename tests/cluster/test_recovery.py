@@ -13,7 +13,7 @@ from actors.testing.stub_teacher import stub_teacher
 from kat_ray.errors import UserError
 from tests.cluster.disturb import CLASSES, Disturber, newest_of
 from tests.cluster.paced import paced, seen_file
-from tests.support.runs import QUICK, SINGLE, check_alike, check_books, config_of, records_of, stub_config
+from tests.support.runs import ALONE, QUICK, SINGLE, check_alike, check_books, config_of, records_of, stub_config
 
 pytestmark = pytest.mark.integration
 STUBS = Engines(small_stub_engine, stub_teacher, StubLearner)
@@ -35,6 +35,23 @@ def test_a_run_survives_kills_and_gives_what_it_gives_without(ray_local, files, 
     assert len(disturber.killed) == kills and {role for role, _ in disturber.killed} == set(CLASSES)
     assert [number for _, number in disturber.killed].count(signal.SIGSTOP) == -(-kills // 12)
     assert "it is killed and replaced" in (path / "run.log").read_text(), "a frozen one was noticed"
+    check_alike(config, path, (quiet, quiet_path))
+
+
+@pytest.mark.nightly  # in virtual time: test_control_plane_without_teacher
+def test_rewards_alone_survive_kills(ray_local, files, tmp_path):
+    """Without scorers and monitors: stubs, and a sampler and the learner that die."""
+    run = {"steps": 6, "checkpoint_every": 2, "deterministic": True}
+    rollout = {"prompts_per_step": 4, "rollouts_per_prompt": 4, "top_p": 1.0, "top_k_logprobs": 16}
+    quiet, config = (
+        stub_config(files, tmp_path / name, steps=6, run=run, rollout=rollout, **ALONE)
+        for name in ("quiet", "chaos")
+    )
+    quiet_path = job.train(quiet, engines=QUICK)
+    metrics = tmp_path / "chaos" / "run" / "metrics.jsonl"
+    with Disturber(metrics, ("sampler", "learner"), 2, then=seen_file(config).touch) as disturber:
+        path = job.train(config, engines=paced(config, STUB_RATE))
+    assert {role for role, _ in disturber.killed} == {"sampler", "learner"}
     check_alike(config, path, (quiet, quiet_path))
 
 

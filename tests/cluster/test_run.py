@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from ray._private.state import actors
 
 from actors.cluster.samplers import Engines
 from actors.cluster.waiting import Limit, wait_for_start
@@ -16,7 +17,7 @@ from kat_ray.records.traces import read_traces
 from kat_ray.termination import RunFacts
 from kat_ray.termination.calibration import quantile
 from tests.support.rules import ACTING, check_acting
-from tests.support.runs import AHEAD, CHUNK, QUICK, SINGLE, config_of
+from tests.support.runs import AHEAD, ALONE, CHUNK, QUICK, SINGLE, config_of
 
 pytestmark = pytest.mark.integration
 
@@ -262,6 +263,37 @@ def test_rewards_and_the_teacher_in_one_loss(ray_local, files, tmp_path):
     assert any(t["cut"] is not None for t in traces)
     recorded, notes = recorded_steps(path, config)
     assert differences(recorded, replayed(recorded, config)) == notes == [] and len(recorded) == 3
+
+
+def test_rewards_alone_start_no_scorer_and_no_monitor_and_read_no_teacher(ray_local, files, tmp_path):
+    """Advantages and loss are those that traces and verdicts give; sampler and learner are one student."""
+    before = {*actors()}
+    config = config_of(
+        files, tmp_path, run={"steps": 3}, **ALONE, student={"path": "demo:student"}, data={"path": "demo:train"},
+        rollout={"prompts_per_step": 12, "rollouts_per_prompt": 6, "max_tokens": 128, "top_p": 1.0},
+        **SINGLE | {"evaluation": {"data": None, "verifier": "integer"}},
+    )  # fmt: skip
+    path = job.train(config)
+    made = {actor["Name"] for id, actor in actors().items() if id not in before and actor["Name"]}
+    assert made == {"kat:sampler:0", "kat:learner:0"}
+    log = (path / "run.log").read_text()
+    assert "teacher.path = '/no/such/teacher' is not read" in log and "agreement: " in log
+    traces = read_traces(path).to_pylist()
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    steps = [m for m in metrics if "learner/loss" in m]
+    assert [m["policy_version"] for m in steps] == [0, 1, 2] and any(m["learner/grad_norm"] > 0 for m in steps)
+    assert any(t["correct"] for t in traces)
+    for number, m in enumerate(steps):
+        rows = [t for t in traces if t["step"] == number]
+        assert len(rows) == 72 and all(t["d"] == [] and t["teacher_top"] is None for t in rows)
+        group = {p: [t["correct"] for t in rows if t["prompt_id"] == p] for p in {t["prompt_id"] for t in rows}}
+        advantage = [float(t["correct"]) - np.mean(group[t["prompt_id"]]) for t in rows]
+        lengths = [len(t["token_ids"]) for t in rows]
+        assert m["advantage/abs_mean"] == pytest.approx(np.mean(np.abs(advantage)), abs=1e-12)
+        assert m["rl/tokens"] == m["learner/tokens"] == sum(lengths)
+        assert m["rl/ratio_mean"] == pytest.approx(1.0, abs=1e-3) == m["rl/ratio_max"]
+        assert m["rl/loss"] == pytest.approx(-np.dot(advantage, lengths) / sum(lengths), abs=1e-4)
+        assert m["learner/logprob_diff_max"] < 1e-3 and 0 < m["learner/entropy"] < np.log(166)
 
 
 @pytest.mark.nightly

@@ -1,5 +1,11 @@
 """Configurations of tests."""
 
+# Rewards alone: nobody asks a teacher.
+ALONE = {
+    "objective": {"opd": {"weight": 0.0}, "rl": {"weight": 1.0}},
+    "rollout": {"rollouts_per_prompt": 4, "top_p": 1.0},
+}
+
 
 def make_config(student, teacher, **sections):
     """A Config for two model directories."""

@@ -156,7 +156,7 @@ class FakePlacement:
         self._places = {role: tuple(f"{role}:{i}" for i in range(count)) for role, count in numbers.items()}
 
     def places(self, role: str) -> tuple[str, ...]:
-        return self._places[role]
+        return self._places.get(role, ())
 
     def options(self, role: str, number: int, place: str, label: str = "") -> dict[str, Any]:
         return {"name": f"kat:{label or role}:{number}", "max_restarts": -1, "place": place}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from kat_ray.types.records import KeptRollout, WeightUpdate
 
 _PRIME = 2**61 - 1
 _FIGURES = ("loss", "grad_norm", "lr", "entropy", "stop_mass")
-_NONE = ("logprob_diff_mean", "logprob_diff_max", "tail_mass")
+_NONE = ("logprob_diff_mean", "logprob_diff_max")
 
 
 @dataclass
@@ -53,6 +53,7 @@ class World:
     disk: dict[str, int] = field(default_factory=dict)
     damaged: set[str] = field(default_factory=set)  # checkpoints
     seconds: float = 0.2  # of every piece of work
+    on_collect: Callable[[Any, Any], object] = lambda chunks, teacher: None  # told of every batch
 
 
 class MemoryLearner:
@@ -61,7 +62,7 @@ class MemoryLearner:
     world: ClassVar[World]
 
     def __init__(self, rank: int, settings: LearnerSettings) -> None:
-        self._rank, self._size = rank, settings.learner.world_size
+        self._rank, self._size, self._top_k = rank, settings.learner.world_size, settings.top_k
         self._heartbeat = Heartbeat()
         self._meeting: Meeting | None = None
         self._round = 0
@@ -88,7 +89,9 @@ class MemoryLearner:
     def collect(self, chunks: Sequence[Any], teacher: Sequence[Any], kept: Sequence[KeptRollout]) -> None:
         self._check_started()
         with self._heartbeat.busy("collect"):
-            self._rows = collect_samples(ray.get(list(chunks)), ray.get(list(teacher)), kept)
+            records = ray.get(list(chunks)), ray.get(list(teacher))
+            self.world.on_collect(*records)
+            self._rows = collect_samples(*records, kept)
 
     def learn(self, global_weight: float, policy_version: int) -> LearnerReport:
         if self._rows is None:
@@ -96,11 +99,13 @@ class MemoryLearner:
         rows, self._rows = self._rows, None
         with self._heartbeat.busy("learn"):
             own = sum(_number(row) for row in rows)
-            tokens = self._work(sum(int((row.weights > 0).sum()) for row in rows))  # those that have a KL
+            tokens = self._work(sum(map(_tokens, rows)))
             weight = self._work(sum(float(row.weights.sum(dtype=np.float64)) for row in rows))
+            weight = weight or float(any(row.policy for row in rows))
             self._weights = (self._weights * 31 + self._work(own)) % _PRIME
         assert weight == global_weight, (weight, global_weight)
-        fixed = dict.fromkeys(_FIGURES, 0.5) | dict.fromkeys(_NONE, 0.0)
+        fixed: dict[str, Any] = dict.fromkeys(_FIGURES, 0.5) | dict.fromkeys(_NONE, 0.0)
+        fixed["tail_mass"] = 0.0 if self._top_k else None
         return LearnerReport(
             policy_version, tokens=tokens, dropped_tokens=0, micro_batches=1, seconds=0.1, skipped=False, **fixed
         )
@@ -147,6 +152,12 @@ class MemoryLearner:
     def _check_started(self) -> None:
         if self._meeting is None:
             raise StateLost(f"learner {self._rank} was not started: its process is new")
+
+
+def _tokens(row: Any) -> int:
+    """In the loss: those that have a KL, or else an advantage."""
+    with_kl = int((row.weights > 0).sum())
+    return with_kl if with_kl or row.policy is None else int(row.policy.tokens)
 
 
 def _number(row: Any) -> int:

@@ -22,6 +22,12 @@ SINGLE = {
     "learner": {"world_size": 1},
     "evaluation": {"data": None},
 }
+# Rewards alone, with a teacher that cannot be read.
+ALONE = {
+    "teacher": {"path": "/no/such/teacher"},
+    "objective": {"opd": {"weight": 0.0}, "rl": {"weight": 1.0, "advantage": "dr_grpo"}},
+    "termination": {"rule": "none"},
+}
 PATIENT = {"max_restarts": 100, "hang_timeout": 10, "start_timeout": 180}
 QUICK = Engines(fast_stub_engine, stub_teacher, StubLearner)  # their tokens depend on the rollout alone
 

@@ -24,6 +24,7 @@ from actors.cluster.samplers import Engines, ModelPaths
 from actors.cluster.signals import Preempted, StopRequest
 from actors.driver.preparation import Prepared
 from actors.driver.training_run import TrainingRun
+from kat_ray.cluster.roles import roles_of
 from kat_ray.config import Config
 from kat_ray.data.golds import TrainingGolds
 from kat_ray.data.prompts import PromptSet
@@ -62,7 +63,8 @@ def config_of(changes: Mapping[str, Mapping[str, Any]] | None = None) -> Config:
     """The small run, with these fields changed."""
     sections = dict(PLAIN)
     for name, values in (changes or {}).items():
-        sections[name] = dict(values) if "rule" in values else {**sections.get(name, {}), **values}
+        whole = values is None or "rule" in values
+        sections[name] = values if whole else {**sections.get(name, {}), **values}
     return Config.model_validate(sections)
 
 
@@ -93,6 +95,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
     held: dict[str, int] = field(default_factory=dict)
     error: BaseException | None = None
+    roles: frozenset[str] = frozenset()  # that the configuration asks for
 
     @property
     def finished(self) -> bool:
@@ -157,6 +160,7 @@ class Run:
     def go(self) -> Result:
         """Run it to its end, whatever that is; raises what is no documented end."""
         result = Result(self.cluster, self.records, self.checkpoints, self.notes, self.held)
+        result.roles = frozenset(roles_of(self.config))
         with ExitStack() as stack:
             for where, what in self._replaced().items():
                 stack.enter_context(mock.patch(where, what))
@@ -179,13 +183,10 @@ class Run:
         """The run of today's classes."""
         config = self.config
         paths = ModelPaths("student", "teacher", (1,), (1,), (1,), vocabulary=64, max_model_len=64)
-        numbers = {
-            "sampler": config.sampler.replicas, "scorer": config.scorer.replicas, "monitor": config.monitor.shards,
-            "learner": config.learner.world_size,
-        }  # fmt: skip
+        numbers = {name: role.replicas for name, role in roles_of(config).items()}
         model = SimpleNamespace(parameters=1)
         tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids[-1] % 2))
-        facts = SimpleNamespace(tokenizer=tokenizer, student=model, teacher=model)
+        facts = SimpleNamespace(tokenizer=tokenizer, student=model, models={"student": model})
         progress = SimpleNamespace(
             phase=lambda _: None, training=lambda: None, note=self.notes.append, step=lambda _: None,
             finish=lambda *_: None,
@@ -212,6 +213,7 @@ class Run:
         }
 
 
+ALONE = "without a teacher"
 # Runs of other shapes than the plain one.
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
@@ -221,6 +223,14 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "rewards": {
         "objective": {"rl": {"weight": 1.0}},
         "rollout": {"temperature": 1.0, "top_p": 1.0},
+    },
+    ALONE: {
+        "teacher": None,
+        "objective": {"opd": {"weight": 0.0}, "rl": {"weight": 1.0}},
+        "rollout": {"temperature": 1.0, "top_p": 1.0},
+        "termination": {"rule": "none"},
+        "sampler": {"replicas": 3},
+        "learner": {"world_size": 2},
     },
     "sampled ahead": {"rollout": {"staleness": 1}, "run": {"checkpoint_every": 1}},
     "imputed cuts": {
@@ -302,6 +312,8 @@ def compare(result: Result, plain: Mapping[str, Any]) -> None:
 
 def check(result: Result) -> None:
     """What holds of every run, however it ended."""
+    made = {actor.name.partition(":")[0] for actor in result.cluster.actors} - {"teacher-sampler"}
+    assert made <= result.roles, f"the run asks for {result.roles}, and there was a {made - result.roles}"
     assert not result.cluster.unfinished, f"left behind: {result.cluster.unfinished}"
     assert not any(result.held.values()), f"rollouts are still held: {result.held}"
     if result.finished:

@@ -13,7 +13,7 @@ from actors.sampler.student_sampler import StudentSampler
 from kat_ray.errors import UserError
 from kat_ray.types.records import GenerateRequest, RolloutSpec
 from tests.support.quick_engines import make_engine
-from tests.support.scenarios import LAYOUTS, ROLES, Run, check, check_schedule, config_of, finish, small
+from tests.support.scenarios import ALONE, LAYOUTS, ROLES, Run, check, check_schedule, config_of, finish, small
 
 # --- what all others are compared with ---------------------------------------------------------------------------
 
@@ -29,7 +29,7 @@ def test_the_plain_run_has_rollouts_of_every_kind(changes):
     assert min(ended[reason] for reason in ("trapped", "eos", "max_tokens")) >= 3
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", sorted({*LAYOUTS} - {ALONE}))
 def test_one_death_of_each_role_in_each_layout(layout):
     for role in ("sampler:0", "scorer:0", "monitor:0", "learner:0"):
         run = Run(1, LAYOUTS[layout])

@@ -85,21 +85,21 @@ def check_of(monkeypatch):
     """The check of a run with so many samplers and scorers, which are lost at the calls named."""
     monkeypatch.setattr(ray, "kill", lambda _: None)
 
-    def make(samplers, scorers):
+    def make(samplers, scorers, config=None):
         weights = Weights()
         learner = Actor(weights)
         model = SimpleNamespace(edges={}, vocabulary=50)
         prepared = SimpleNamespace(
-            facts=SimpleNamespace(student=model, teacher=model, tokenizer=range(50)),
+            facts=SimpleNamespace(models={"student": model, "teacher": model}, tokenizer=range(50)),
             paths=SimpleNamespace(max_model_len=64), train=SimpleNamespace(prompts=[]),
         )  # fmt: skip
         actors = SimpleNamespace(
             samplers=Group("sampler", [Actor(weights, dies) for dies in samplers]),
-            teachers={"default": Group("scorer", [Actor(weights, dies) for dies in scorers])},
+            teachers={"default": Group("scorer", [Actor(weights, dies) for dies in scorers])} if scorers else {},
             learners=SimpleNamespace(on_all=lambda request, _: [request(learner)()]),
             publish=weights.publish,
         )  # fmt: skip
-        return AgreementCheck(make_config("s", "t"), prepared, actors)
+        return AgreementCheck(config or make_config("s", "t"), prepared, actors)
 
     return make
 
@@ -113,6 +113,12 @@ def compared(check):
 def test_all_are_compared(check_of):
     each = {"sampler:0": 6, "sampler:1": 6, "scorer:0": 1, "scorer:1": 1, "the": 1}
     assert compared(check_of((0, 0), (0, 0))) == each
+
+
+def test_without_a_teacher_samplers_and_learner_are_compared_all_the_same(check_of):
+    rl = {"opd": {"weight": 0.0}, "rl": {"weight": 1.0}}
+    config = make_config("s", "t", objective=rl, rollout={"rollouts_per_prompt": 2, "top_p": 1.0})
+    assert compared(check_of((0, 0), (), config)) == {"sampler:0": 6, "sampler:1": 6, "the": 1}
 
 
 @pytest.mark.parametrize(("call", "comparisons"), [(1, 0), (2, 1), (6, 5)])

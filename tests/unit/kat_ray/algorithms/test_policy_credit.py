@@ -109,6 +109,16 @@ def test_what_is_left_out_moves_neither_baseline_nor_mask_nor_denominator(advant
     assert found.advantages == expected.advantages
 
 
+def test_without_a_teacher_no_token_has_a_kl_and_what_has_no_reward_is_not_handed_over():
+    whole = [rollout(0, 3), rollout(1, 6), rollout(2, 5)]
+    rl = PolicyObjective(weight=1.0, advantage="dr_grpo")
+    rewards = {0: Reward(1.0), 2: Reward(0.0)}
+    kept = PolicyOptimization(rl, LONGEST, distils=False).credit(whole, SPECS, rewards, 0.0).kept
+    assert [(k.rollout_id, k.kept, k.policy.advantage) for k in kept] == [(0, 3, 0.5), (2, 5, -0.5)]
+    assert all((k.weights == 0).all() and k.weight == 0 for k in kept)
+    assert {k.policy.weight for k in kept} == {1 / 8}
+
+
 def test_a_failed_rollout_has_nothing():
     failed = [*GROUP[:3], rollout(3, 2, StopReason.FAILED)]
     assert [k.rollout_id for k in credit(failed, {0: 1.0, 2: 0.0}).kept] == [0, 1, 2]

@@ -162,6 +162,8 @@ def test_arithmetic_by_hand():
     assert parts == pytest.approx(
         {"tflop_sampling": 1e-9 * 1000, "tflop_scoring": 2e-9 * 980, "tflop_learning": 1e-9 * 2400}
     )
+    alone = SUMMARY | {"parameters": {"student": 1000}, "scored_tokens": 0}
+    assert tflop_parts(alone, Path("s")) == parts | {"tflop_scoring": 0.0}, "a run without a teacher"
     with pytest.raises(UserError, match=r"s: parameters .* are None and 2000"):
         tflop_parts(SUMMARY | {"parameters": {"student": None, "teacher": 2000}}, Path("s"))
 

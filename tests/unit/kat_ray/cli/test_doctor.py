@@ -13,7 +13,7 @@ from kat_ray.cli.checks import ClusterSeen, resources, same_ray
 from kat_ray.cli.doctor import GIB, Check, disk_verdict, vllm_verdict
 from kat_ray.cli.gpu_driver import driver_check, driver_version
 from kat_ray.cluster.roles import Node
-from tests.support.configs import make_config
+from tests.support.configs import ALONE, make_config
 from tests.support.models import make_model
 from tests.support.paths import ROOT
 from tests.support.tokenizers import make_tokenizer
@@ -68,6 +68,15 @@ def test_models_and_data_that_fit(files):
     }  # fmt: skip
     assert "1 prompts, the longest 4 tokens; 1 are too long" in text(checks, "data")
     assert "vocabulary 200, 256 tokens" in text(checks, "student")
+
+
+def test_without_a_teacher_the_student_is_looked_at_alone(files):
+    alone = config(files, **ALONE)
+    checks = list(doctor._models_and_data(alone))
+    assert [*levels(checks)] == ["student", "teacher", "stop ids", "memory", "data", "held-out data"]
+    assert levels(checks)["teacher"] == "ok" and "is not read" in text(checks, "teacher")
+    checks = list(doctor._models_and_data(alone.model_copy(update={"teacher": None})))
+    assert text(checks, "teacher") == "none is asked: rewards alone are learnt from"
 
 
 def test_models_and_data_that_fail(files, tmp_path):

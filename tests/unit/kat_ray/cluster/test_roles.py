@@ -3,7 +3,7 @@
 import pytest
 
 from kat_ray.cluster.roles import Node, cpus_asked, place, roles_of
-from tests.support.configs import make_config
+from tests.support.configs import ALONE, make_config
 
 
 def gpu_node(name, role=None, gpus=1, **more):
@@ -118,3 +118,10 @@ def test_the_largest_is_placed_first_and_fullest_nodes_are_filled_first():
     nodes = [gpu_node("big", gpus=4), gpu_node("small", gpus=1)]
     found = places(nodes, learner={"num_gpus": 4}, sampler={"num_gpus": 1})
     assert found["learner"].nodes == {"big": 1} and found["sampler"].nodes == {"small": 1}
+
+
+def test_where_nobody_asks_a_teacher_there_are_neither_scorers_nor_monitors_to_be_placed():
+    assert [*roles_of(make_config("a", "b", **ALONE, scorer={"num_gpus": 8}))] == ["learner", "sampler"]
+    for asks in ({"objective": {"opd": {"weight": 0.1}}}, {"termination": {"rule": "random"}}):
+        config = make_config("a", "b", **{**ALONE, **asks})
+        assert [*roles_of(config)] == ["learner", "sampler", "scorer", "monitor"]

@@ -7,7 +7,7 @@ import pytest
 from actors.cluster.placement import environments
 from kat_ray.cluster.machine import own_cores
 from kat_ray.cluster.threads import threads_of
-from tests.support.configs import make_config
+from tests.support.configs import ALONE, make_config
 
 
 def threads(cores, **sections):
@@ -66,3 +66,9 @@ def test_every_process_is_told_its_threads():
     assert {name: env["OMP_NUM_THREADS"] for name, env in told.items()} == {
         "learner": "5", "sampler": "4", "scorer": "3", "monitor": "1",
     }  # fmt: skip
+
+
+def test_without_a_teacher_samplers_have_the_cores_of_its_scorers():
+    config = make_config("s", "t", **ALONE)
+    assert threads_of(config, 16) == {"learner": 16, "sampler": 16}
+    assert [*environments(config, threads_of(config, 16))] == ["learner", "sampler"]

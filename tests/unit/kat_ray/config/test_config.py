@@ -265,8 +265,48 @@ def test_several_mistakes_one_line_each(write):
 def test_missing_sections_are_named(write):
     assert refusal(write("data: {path: c}\n", extra="")).splitlines() == [
         "F: student is missing: a section with fields",
-        "F: teacher is missing: a section with fields",
     ]
+
+
+ALONE = ["teacher=null", "objective.opd.weight=0", "objective.rl.weight=1", "rollout.rollouts_per_prompt=4",
+         "rollout.top_p=1", "termination.rule=none"]  # fmt: skip
+
+
+def test_rewards_alone_need_no_teacher_and_read_none(write):
+    config = load_config(write(""), ALONE)
+    assert (config.teacher, config.used_teacher, config.compared_tokens) == (None, None, 0)
+    again = load_config(write(""), ALONE[1:])
+    assert again.teacher is not None and again.used_teacher is None, "one that is named is not read"
+
+
+@pytest.mark.parametrize(
+    ("changes", "who"),
+    [
+        (["objective.opd.weight=0.3"], "objective.opd.weight = 0.3 needs one"),
+        (["termination.rule=kat"], "termination.rule = 'kat' needs one"),
+        (["termination.rule=random", "objective.opd.weight=1"],
+         "objective.opd.weight = 1 and termination.rule = 'random' need one"),
+    ],
+)  # fmt: skip
+def test_who_needs_a_teacher_is_named_where_it_is_missing(write, changes, who):
+    (line,) = refusal(write(""), [*ALONE, *changes]).splitlines()
+    assert line == (
+        f"F: teacher is missing: {who}; name it with teacher.path. Rewards alone need none: objective.opd.weight = "
+        "0 with termination.rule = none"
+    )
+    assert load_config(write(""), [*ALONE[1:], *changes]).used_teacher is not None
+
+
+@pytest.mark.parametrize("section", ["data", "evaluation.data"])
+def test_no_template_is_taken_from_a_teacher_that_is_not_read(write, section):
+    changes = [*ALONE[1:], f"{section}.path=x.jsonl", f"{section}.chat_template=teacher"]
+    assert f"{section}.chat_template = 'teacher': no teacher is read" in refusal(write(""), changes)
+
+
+def test_a_configuration_without_a_teacher_is_written_and_read_again(write, tmp_path):
+    config = load_config(write(""), ALONE)
+    save_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config
 
 
 # Forty lines that stand for 2^40 values.

@@ -198,3 +198,25 @@ def test_the_tail_is_what_the_top_k_leave(mass, tail):
         logprobs = np.log(np.array([mass]))
     assert tail_logprobs(logprobs)[0] == pytest.approx(np.log(tail), abs=1e-5)
     assert np.isnan(tail_logprobs(np.array([[np.nan, -1.0]]))).all() and tail_logprobs(np.zeros((0, 2))).size == 0
+
+
+def test_without_a_teacher_a_sample_has_its_tokens_and_one_event():
+    """A rollout that nobody scores is one chunk, made when it has ended, without a top k."""
+    rollout = PendingRollout(7, (5, 6), scorer=0, block=100)
+    for i, token in enumerate((9, 4, 2)):
+        assert not rollout.has_news, "nothing is sent before its end"
+        rollout.add([token], np.array([[token]], np.int32), np.array([[-0.5 - i]], np.float32))
+    rollout.end = EngineEnd.EOS
+    chunk = build_chunk([rollout], (), attempt=1, top_k=0, vocabulary=2**17)
+    assert chunk.tokens == 3 and chunk.topk_ids().shape == (3, 0) and (chunk.tail_logprobs == 0).all()
+    (sample,) = collect_samples([chunk], [], [KeptRollout(7, 2, 2)])
+    assert sample.prompt_ids.tolist() == [5, 6] and sample.token_ids.tolist() == [9, 4]
+    assert sample.sampled_logprobs.tolist() == [-0.5, -1.5]
+    assert sample.teacher_topk.shape == sample.topk_ids.shape == (2, 0)
+    assert np.exp(sample.teacher_tail).tolist() == [1, 1] and np.exp(sample.teacher_stop).tolist() == [0, 0]
+
+
+def test_a_chunk_that_was_to_be_scored_is_not_learnt_without_its_scores():
+    chunks, _ = stream({0: ([5], [6])}, 2)
+    with pytest.raises(AssertionError, match="sampled to be scored"):
+        collect_samples(chunks, [], [KeptRollout(0, 1, 1)])

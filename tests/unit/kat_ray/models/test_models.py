@@ -8,8 +8,9 @@ import pytest
 from kat_ray.config import ModelConfig
 from kat_ray.errors import ConfigError, ModelError
 from kat_ray.models.inspect import check_models, inspect_model, load_tokenizer, resolve_model
+from kat_ray.models.revisions import pinned
 from kat_ray.models.tokenizers import compare_tokenizers
-from tests.support.configs import make_config
+from tests.support.configs import ALONE, make_config
 from tests.support.models import make_model
 from tests.support.tokenizers import make_tokenizer
 
@@ -250,3 +251,24 @@ def test_hub_models_come_from_the_cache_when_offline(originals, tmp_path, monkey
     assert (info.path, info.vocabulary) == ("org/tiny", 200)
     assert info.parameters is not None
     assert tokenizer("a")["input_ids"] == [3]
+
+
+def test_where_nobody_asks_a_teacher_none_is_read(pair):
+    """Its directory is gone, and its stop ids are nobody's."""
+    shutil.rmtree(pair / "teacher")
+    alone = {"objective": ALONE["objective"], "rollout": ALONE["rollout"]}
+    facts = check_models(config(pair, **alone))
+    student, _ = inspect_model(config(pair, **alone).student)
+    assert facts.teacher is None and facts.models == {"student": student} and facts.stop_ids == student.stop_ids
+    assert facts.max_length == student.max_length
+    (said,) = facts.warnings
+    assert said.startswith(f"teacher.path = '{pair}/teacher' is not read")
+    named = config(pair, **alone).model_copy(update={"teacher": None})
+    assert check_models(named).warnings == () and pinned(named) == named
+    with pytest.raises(ModelError, match="the tokens that the student takes"):
+        check_models(config(pair, objective=ALONE["objective"], rollout={**ALONE["rollout"], "max_tokens": 9999}))
+
+
+def test_a_small_vocabulary_has_no_top_k_to_hold_without_a_teacher(pair):
+    rollout = {**ALONE["rollout"], "top_k_logprobs": 5000}
+    assert check_models(config(pair, objective=ALONE["objective"], rollout=rollout)).teacher is None

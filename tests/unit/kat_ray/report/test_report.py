@@ -123,6 +123,26 @@ def test_a_run_without_rule_probes_or_end_still_has_a_page(tmp_path):
     assert "metrics.jsonl:2 is damaged" in html and "the rule was never active" in html
 
 
+def test_a_run_without_a_teacher_has_a_page_and_nothing_to_replay(tmp_path, capsys):
+    unscored = dict(probe=False, threshold=None, minimum=None, features=None, correct=True)
+    ids = np.arange(9, dtype=np.int32) + 2
+    alone = ["termination.rule=none", "objective.opd.weight=0", "objective.rl.weight=1", "rollout.top_p=1",
+             "rollout.rollouts_per_prompt=3", "teacher=null"]  # fmt: skip
+    run = write_run(tmp_path / "run", [[row(i, [], token_ids=ids, **unscored) for i in range(3)]], alone)
+    (run / "metrics.jsonl").write_text('{"step": 1, "learner/loss": 0.1, "rl/loss": 0.1}\n')
+    assert cli.main(["report", str(run)]) == 0
+    html = (run / "report" / "report.html").read_text()
+    assert "from rewards alone, rule none" in html and "the rule was never active" in html
+    assert [len(r["ids"]) if "ids" in r else 9 for r in page_data(run)] == [9, 9, 9]
+    for command, message in (
+        (["replay", str(run)], "none of its tokens was scored"),
+        (["report", str(run), "--gradients"], "--gradients: "),
+    ):
+        capsys.readouterr()
+        assert cli.main(command) == 2
+        assert message in (said := capsys.readouterr().err) and "Traceback" not in said
+
+
 def test_other_settings_divide_the_rollouts_of_any_run(tmp_path):
     plain = dict(probe=False, threshold=None, minimum=None)
     steps = [[row(10 * s + i, STAGES, step=s, **plain) for i in range(4)] for s in range(3)]

@@ -212,6 +212,8 @@ def test_verdicts_and_formats_beside_functions(file):
     assert scored.metrics["reward/part/format"] == 0.8
     with scorer(functions, pattern="^<b>.*</b>$", threshold=1.0) as made:
         assert values(made.score(given)) == [1.0, 1.0, 0.0, None, None]
+        ungraded = {i: Answer("text", "<b>2</b>", ()) for i in range(2)}
+        assert values(made.score(ungraded)) == [None, None], "no gold answer is not a format alone"
     with scorer({"integer": 3.0}) as made:  # no child is started
         assert values(made.score({0: given[0], 1: given[2]})) == [3.0, 0.0]
         assert not made._pool._children
@@ -246,6 +248,8 @@ def score(completions, **kwargs):
         if what == "forks and hangs": time.sleep(1000)
     if what == "returns twice":
         os.fork()
+    if what == "who":
+        return [float(os.getpid())]
     return [0.25]
 """
 NASTIEST = {
@@ -286,6 +290,12 @@ def test_what_hangs_dies_forks_prints_or_eats_costs_its_own_reward_alone(file):
     while any(map(is_alive, pids)) and time.monotonic() < until:
         time.sleep(0.01)
     assert not any(map(is_alive, pids))
+
+
+def test_a_process_that_a_function_forked_answers_nothing(file):
+    with scorer({file(NASTY): 1.0}) as made:
+        rewards = made.score(answers("who", "returns twice", *["who"] * 30)).rewards
+        assert {r.value for i, r in rewards.items() if i != 1} == {float(made._pool._children[0]._child.pid)}
 
 
 def test_answers_that_are_not_reached_in_a_step_are_late_and_the_next_step_is_graded(file):

@@ -43,7 +43,12 @@ def test_weights_of_the_losses_are_metrics_where_they_change():
     assert not any(name.startswith("objective/") for name in a_step().to_metrics())
 
 
-def test_a_step_without_chunks_says_nothing_of_decisions():
-    times = StepTimes.of([a_report(0, 0.0, 0)], [], 0.0, **CLOCK)
-    assert times.decisions is None and "time/decision_mean" not in times.to_metrics()
-    assert (times.scorer.busy, times.scorer.tokens_per_second) == (0.0, 0.0)
+def test_a_step_that_nobody_scored_says_nothing_of_scores_and_decisions():
+    times = StepTimes.of([a_report(0, 0.0, 20)], [], 0.0, **CLOCK)
+    assert times.decisions is None and times.scorer is None
+    absent = {"time/decision_mean", "time/score_wait", "time/scorer_busy", "time/monitor", "throughput/scorer"}
+    assert (
+        not absent & times.to_metrics().keys()
+        and absent - {"time/decision_mean"} <= a_step().times.to_metrics().keys()
+    )
+    assert a_step(times=times).idle_share == 0.5, "the sampler was busy for 5 of 10 seconds"
