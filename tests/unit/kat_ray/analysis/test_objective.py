@@ -15,7 +15,7 @@ from kat_ray.config.load import load_config
 from kat_ray.records.traces import SCHEMA
 from kat_ray.termination import RunFacts
 from tests.support.rewarded import RULE, with_rewards, written
-from tests.support.scenarios import Run
+from tests.support.scenarios import ALONE, LAYOUTS, Run
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,14 @@ def test_what_a_run_gave_its_rollouts_comes_out_again_to_the_bit(tmp_path, rl):
         )
     if cut_reward == "probe_weighted":
         assert {1 / RULE["probe_share"]} < {c.reward_weight for c in values}
+
+
+def test_a_run_without_a_teacher_is_replayed_as_well(tmp_path, capsys):
+    run = Run(0, LAYOUTS[ALONE])
+    assert run.go().error is None
+    assert cli.main(["replay", str(written(run, tmp_path / "run")), "--objective"]) == 0
+    count = sum(len(rows) for rows in run.records.traces.values())
+    assert f"gives the credit of all {count} rollouts to the bit" in capsys.readouterr().out
 
 
 def test_traces_hold_what_the_learner_was_given(recorded):
