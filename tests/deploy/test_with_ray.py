@@ -40,6 +40,7 @@ RUN = (
     "termination.min_steps=1", "termination.min_samples=16", "termination.probe_share=0.4",
     "sampler.kv_cache_gib=0.1", "sampler.max_replicas=2", "scorer.max_replicas=2", "pools.grow_after=100000",
     "pools.shrink_after=100000", "learner.threads=1", "guards.max_tokens_share=0", "guards.patience=1",
+    "guards.constant_groups=null",
 )  # fmt: skip
 REPORTS = {"RAY_metrics_report_interval_ms": "5000"}  # instead of 10 s
 KEPT = 20  # seconds after which what was set once must still be there; Ray alone forgets it after 10 to 15
