@@ -9,7 +9,7 @@ from kat_ray.errors import UserError
 from kat_ray.records.traces import read_traces
 from tests.support.runs import QUICK, SINGLE, stub_config
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_local")]
+pytestmark = [pytest.mark.integration, pytest.mark.nightly, pytest.mark.usefixtures("ray_local")]
 
 STEPS = 4
 CODE = '''

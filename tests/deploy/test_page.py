@@ -49,11 +49,12 @@ def test_every_path_exists():
         assert list(ROOT.glob(path)) if "*" in path else (ROOT / path).exists(), path
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", TEXT):
         assert link.startswith("http") or (ROOT / "docs" / link).exists(), link
-    for anchor in re.findall(r"\]\((?:[^)#]*)#([^)]+)\)", TEXT.replace("architecture.md#", "x")):
+    for page, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", TEXT):
+        text = (ROOT / "docs" / page).read_text() if page else TEXT
         titles = {
-            re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in re.findall(r"^#+ (.*)$", TEXT, re.M)
+            re.sub(r"[^a-z0-9 -]", "", t.lower()).replace(" ", "-") for t in re.findall(r"^#+ (.*)$", text, re.M)
         }
-        assert anchor in titles, anchor
+        assert anchor in titles, f"{page}#{anchor}"
 
 
 def helm_values(words):

@@ -59,13 +59,13 @@ def checked(count, layout, *kinds):
 
 
 def test_deaths():
-    checked(400, "plain", "kill")
+    checked(300, "plain", "kill")
 
 
 def test_deaths_freezes_lost_nodes_and_the_end():
-    checked(400, "plain", "kill", "kill", "freeze", "lose", "terminate")
+    checked(300, "plain", "kill", "kill", "freeze", "lose", "terminate")
 
 
 @pytest.mark.parametrize("layout", sorted({*LAYOUTS} - {"plain"}))
 def test_all_of_it_in_other_layouts(layout):
-    checked(200, layout, "kill", "kill", "freeze", "lose", "terminate")
+    checked(175, layout, "kill", "kill", "freeze", "lose", "terminate")

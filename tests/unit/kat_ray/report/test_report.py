@@ -19,7 +19,7 @@ from kat_ray.report.page import embedded_json
 from kat_ray.report.phases import lens_of, phase_means, phase_table, phases_of, teacher_tokens
 from kat_ray.report.run_records import read_run
 from kat_ray.report.style import figure, percent, plain, thousands
-from kat_ray.rewards import math_grader
+from kat_ray.rewards import child
 from kat_ray.termination.settings import KatSettings
 from kat_ray.types.records import StopReason
 from tests.support.reports import APPLIED, OWN, RULE, STAGES, row, small_run, write_run
@@ -198,7 +198,7 @@ def test_mathematical_answers(monkeypatch):
     texts = ["so it is $\\boxed{\\frac{1}{2}}$", "no answer", r"\boxed{9^{9^{9^9}}}", "I think 7"]
     half, none, _, seven = answers_of(texts, "math")
     assert "frac{1}{2}" in half and none is None and seven == "7"
-    monkeypatch.setattr(math_grader.sys, "executable", "false")  # a child that says nothing, as without the package
+    monkeypatch.setattr(child.sys, "executable", "false")  # a child that says nothing, as without the package
     assert answers_of(["", " so 7 ", "x" * 100], "math") == [None, "so 7", "…" + "x" * 60]
 
 
@@ -293,13 +293,13 @@ RULES = [
     ["termination.rule=progressive", "termination.start=16"],
     ["termination.rule=length_matched", "termination.run=runs/kat"],
     ["termination.rule=repetition"],
-    ["termination.rule=random"],
-    ["termination.rule=fixed_prefix", "termination.n=8"],
+    pytest.param(["termination.rule=random"], marks=pytest.mark.nightly),  # a page as that of repetition
+    pytest.param(["termination.rule=fixed_prefix", "termination.n=8"], marks=pytest.mark.nightly),
     [*OWN, "run.trace_features=false"],
 ]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=[" ".join(rule) for rule in RULES])
+@pytest.mark.parametrize("rule", RULES, ids=" ".join)
 def test_every_rule_has_a_page(tmp_path, rule):
     own = any("kat" in part and "rule" in part for part in rule) or "run.trace_features=false" in rule
     cuts = any(name in rule[0] for name in ("prune", "length", "repetition", "random", "fixed"))
