@@ -66,6 +66,7 @@ def test_deaths_freezes_lost_nodes_and_the_end():
     checked(300, "plain", "kill", "kill", "freeze", "lose", "terminate")
 
 
+@pytest.mark.integration  # two minutes in all
 @pytest.mark.parametrize("layout", sorted({*LAYOUTS} - {"plain"}))
 def test_all_of_it_in_other_layouts(layout):
     checked(175, layout, "kill", "kill", "freeze", "lose", "terminate")

@@ -15,6 +15,7 @@ import pytest
 from tests.support.paths import ROOT
 
 PAGES = sorted((ROOT / "docs/howto").glob("*.md"))
+SLOW = {"teacher-backend", "loss-term"}  # their commands and tests import torch and transformers, several times
 TREE = ("kat_ray", "actors", "tests", "docs/configuration.md", "pyproject.toml")
 
 
@@ -109,7 +110,9 @@ def in_shell(line, folder):
     return done.stdout
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [pytest.param(p, id=p.stem, marks=[pytest.mark.integration] * (p.stem in SLOW)) for p in PAGES]
+)
 def test_a_page_works_as_written(page, tmp_path):
     asked = list(steps(page.read_text(encoding="utf-8")))
     if any(kind == "edit" for kind, _ in asked):

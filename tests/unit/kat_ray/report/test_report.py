@@ -286,16 +286,21 @@ def test_the_threshold_stands_beside_minima_that_no_cut_hid(tmp_path):
     assert "threshold, applied afterwards" in [line.get_label() for line in axes.lines]
 
 
+def with_mark(mark, *rule):
+    """The pages of rules are much alike: some are made in each tier."""
+    return pytest.param([*rule], marks=mark)
+
+
 RULES = [
     ["termination.rule=none"],
     [*OWN, "termination.rule=kat_stages"],
     ["termination.rule=prune_opd"],
-    ["termination.rule=progressive", "termination.start=16"],
-    ["termination.rule=length_matched", "termination.run=runs/kat"],
-    ["termination.rule=repetition"],
-    pytest.param(["termination.rule=random"], marks=pytest.mark.nightly),  # a page as that of repetition
-    pytest.param(["termination.rule=fixed_prefix", "termination.n=8"], marks=pytest.mark.nightly),
-    [*OWN, "run.trace_features=false"],
+    with_mark(pytest.mark.integration, "termination.rule=progressive", "termination.start=16"),
+    with_mark(pytest.mark.integration, "termination.rule=length_matched", "termination.run=runs/kat"),
+    with_mark(pytest.mark.integration, "termination.rule=repetition"),
+    with_mark(pytest.mark.nightly, "termination.rule=random"),
+    with_mark(pytest.mark.nightly, "termination.rule=fixed_prefix", "termination.n=8"),
+    with_mark(pytest.mark.integration, *OWN, "run.trace_features=false"),
 ]
 
 
