@@ -238,7 +238,8 @@ def test_rewards_and_the_teacher_in_one_loss(ray_local, files, tmp_path):
     rl = {"weight": 1.0, "advantage": "dr_grpo", "loss": "reinforce", "correction": "truncate"}
     config = config_of(
         files, tmp_path, run={"steps": 3}, objective={"opd": {"weight": 0.3}, "rl": rl},
-        rollout={"prompts_per_step": 4, "rollouts_per_prompt": 6, "top_p": 1.0},
+        student={"path": "demo:student"}, teacher={"path": "demo:teacher"}, data={"path": "demo:train"},
+        rollout={"prompts_per_step": 4, "rollouts_per_prompt": 6, "top_p": 1.0, "max_tokens": 96},
         **SINGLE | {"evaluation": {"data": None, "verifier": "integer"}},
     )  # fmt: skip
     path = job.train(config)
@@ -256,10 +257,13 @@ def test_rewards_and_the_teacher_in_one_loss(ray_local, files, tmp_path):
         tokens = sum(len(t["token_ids"]) if t["cut"] is None else t["confirmed"] for t in rows)
         assert m["rl/tokens"] == tokens >= m["learner/tokens"]
         assert m["rl/ratio_mean"] == pytest.approx(1.0, abs=1e-3) and m["rl/effective_share"] > 0.999
+        loss = 0.0
         for row in rows:
-            assert (
-                len(row["sampled_logprobs"]) == len(row["token_ids"]) and np.isfinite(row["sampled_logprobs"]).all()
-            )
+            logprobs = np.array(row["sampled_logprobs"])
+            assert len(logprobs) == len(row["token_ids"]) and np.isfinite(logprobs).all()
+            loss -= row["policy_weight"] * row["advantage"] * logprobs[: row["policy_tokens"]].sum()
+        assert m["rl/loss"] == pytest.approx(loss, rel=1e-3, abs=1e-5)
+    assert any(t["advantage"] for t in traces), "some answers to a prompt are right, others are not"
     assert any(t["cut"] is not None for t in traces)
     recorded, notes = recorded_steps(path, config)
     assert differences(recorded, replayed(recorded, config)) == notes == [] and len(recorded) == 3
