@@ -10,10 +10,11 @@ from actors.driver.evaluator import Evaluator
 from kat_ray.config import Config, DataConfig, RunConfig
 from kat_ray.data.golds import TrainingGolds, training_golds
 from kat_ray.data.prompts import PromptSet, load_prompts
+from kat_ray.errors import UserError
 from kat_ray.models.inspect import ModelFacts, check_models, resolve_model
 from kat_ray.rewards.verifiers import check_golds
 from kat_ray.run.checkpoint import Checkpoints
-from kat_ray.run.reward_functions import has_functions, needs_golds
+from kat_ray.run.reward_functions import check_golds_for_rewards, has_functions, needs_golds
 from kat_ray.termination import RunFacts, make_rule
 
 
@@ -49,7 +50,15 @@ def prepare(config: Config) -> Prepared:
     """Check models and data; `UserError` names what is wrong."""
     facts = check_models(config)
     # A rule that cannot be made says so now, not in the monitor.
-    make_rule(config.termination, RunFacts(config.run.seed, config.rollout.max_tokens))
+    rule, cuts = (
+        make_rule(config.termination, RunFacts(config.run.seed, config.rollout.max_tokens)),
+        config.objective.rl,
+    )
+    if cuts.weight and cuts.cut_reward.startswith("probe") and rule.budget is not None:
+        raise UserError(
+            f"objective.rl.cut_reward = {cuts.cut_reward!r}: termination.rule = {config.termination.rule!r} bounds "
+            "lengths, and does not say which probes it would have ended; use 'failure' or 'exclude'"
+        )
 
     def prompts(data: DataConfig, max_tokens: int, graded: bool, with_tasks: bool = False) -> PromptSet:
         longest, teacher = facts.max_prompt_tokens(max_tokens), facts.teacher_tokenizer
@@ -58,6 +67,7 @@ def prepare(config: Config) -> Prepared:
     verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
     train = prompts(config.data, config.rollout.max_tokens, False, has_functions(config))
     golds = training_golds(config.data, train, verifier, limits, rewards_need_them=needs_golds(config))
+    check_golds_for_rewards(config, train, golds)
     heldout = None
     longest = train.longest + config.rollout.max_tokens
     if config.evaluation.data is not None:

@@ -110,6 +110,8 @@ class Steps:
         scored: list[ScoredChunk] = self._actors.supervisor.wait(_given(c.scored for c in chunks), "scores")
         rollouts = join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes)
         graded = self._grade(rollouts, sampling.specs)
+        if graded is not None:
+            self._actors.supervisor.check(True)  # it may have taken a minute
         rewards = {} if graded is None else graded.rewards
         share = sampling.step_start.probe_share
         if share is None:
@@ -161,6 +163,8 @@ class Steps:
             collect = remote(rank, Learner.collect)
             pending.append(collect([c.chunk for c in needed], _given(c.teacher for c in needed), share))
         learners.wait(pending, "the batch to reach the learner")
+        if not self._config.objective.weights_at(sampled.step)["opd"] and not any(k.policy for k in kept):
+            return 0.0  # nothing is in the loss: no pass, and no optimiser step that momentum alone would make
         # Without a token that has a KL the policy may have some: its weights have their denominator already.
         return sum(k.weight for k in kept) or float(any(k.policy for k in kept))
 

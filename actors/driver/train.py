@@ -90,6 +90,8 @@ def _notes(config: Config, prepared: Prepared) -> Iterator[str]:
     for split in (prepared.train, prepared.heldout):
         if split is not None and split.skipped_too_long:
             yield f"{split.source}: {split.skipped_too_long} prompts are too long and were skipped"
+    if config.reward.functions and not config.objective.rl.weight:
+        yield "reward.functions is not used: objective.rl.weight = 0"
     if prepared.golds.note:
         yield prepared.golds.note
     if (note := dtype_note(config.student.dtype, config.learner.dtype)) is not None:

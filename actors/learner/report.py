@@ -25,9 +25,9 @@ class OptimizerStep:
 
 
 def policy_report(step: OptimizerStep) -> PolicyReport | None:
-    """What the policy's loss came to; None where there is none."""
+    """What the policy's loss came to; None where no token is in it, unless it is all there is."""
     sums = step.sums
-    if "policy_tokens" not in sums:
+    if not sums.get("policy_tokens") and "kl" in sums:
         return None
     count = max(sums["policy_tokens"], 1.0)
     ratio, squared = sums["ratio"] / count, sums["ratio_squared"] / count

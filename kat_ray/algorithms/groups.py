@@ -47,7 +47,8 @@ class Graded:
 class Treatment:
     """What becomes of rollouts without an answer.
 
-    `failure`: a cut rollout has reward 0. `probe_mean`: it has the mean reward of probes that would have been cut.
+    `failure`: a cut rollout is as the worst answer of its step, and no better than 0. `probe_mean`: it has the mean
+    reward of probes that would have been cut, and is a failure where that is not known.
     `probe_weighted`: it counts nothing, and a probe that would have been cut counts 1 / `probe_share` times, which
     is unbiased: a probe is drawn without a look at what it says (Horvitz and Thompson, 1952). `exclude`: it leaves
     its group, for comparison.
@@ -56,7 +57,7 @@ class Treatment:
     cut: CutReward = "failure"
     truncated: Truncated = "grade"
     probe_share: float = 0.0
-    probe_mean: float = 0.0  # reward of recent probes that would have been cut
+    probe_mean: float | None = None  # reward of recent probes that would have been cut
 
     def __post_init__(self) -> None:
         if self.cut == "probe_weighted" and not 0.0 < self.probe_share <= 1.0:
@@ -86,7 +87,9 @@ class Members:
 def members(rollouts: Sequence[Graded], treatment: Treatment) -> Members:
     """Rewards and weights by the treatment; groups are by prompt, never by position."""
     numbers: dict[Hashable, int] = {}
-    rows = [_reward_and_weight(rollout, treatment) for rollout in rollouts]
+    # Where rewards lie below 0, 0 would be the best that a rollout could come to: it would learn to be cut.
+    worst = min([0.0, *(r.reward for r in rollouts if r.reward is not None and math.isfinite(r.reward))])
+    rows = [_reward_and_weight(rollout, treatment, worst) for rollout in rollouts]
     left_out = Counter(reason for _, weight, reason in rows if not weight)
     weight = np.array([weight for _, weight, _ in rows], dtype=np.float64)
     answered = weight * [r.ending in (Ending.ANSWERED, Ending.TRUNCATED) for r in rollouts] > 0
@@ -101,16 +104,16 @@ def members(rollouts: Sequence[Graded], treatment: Treatment) -> Members:
     )
 
 
-def _reward_and_weight(rollout: Graded, treatment: Treatment) -> tuple[float, float, str]:
-    """The third is why, where the weight is 0."""
+def _reward_and_weight(rollout: Graded, treatment: Treatment, worst: float) -> tuple[float, float, str]:
+    """`worst` is the reward of a failure. The third is why, where the weight is 0."""
     if rollout.ending is Ending.FAILED:
         return 0.0, 0.0, "failed"
     if rollout.ending is Ending.CUT:
         match treatment.cut:
             case "failure":
-                return 0.0, 1.0, ""
+                return worst, 1.0, ""
             case "probe_mean":
-                return treatment.probe_mean, 1.0, ""
+                return worst if treatment.probe_mean is None else treatment.probe_mean, 1.0, ""
             case _:
                 return 0.0, 0.0, "cut"
     if rollout.ending is Ending.TRUNCATED and treatment.truncated == "exclude":
@@ -118,7 +121,7 @@ def _reward_and_weight(rollout: Graded, treatment: Treatment) -> tuple[float, fl
     weighs = treatment.cut == "probe_weighted" and rollout.would_cut
     weight = 1.0 / treatment.probe_share if weighs else 1.0
     if rollout.ending is Ending.TRUNCATED and treatment.truncated == "zero":
-        return 0.0, weight, ""
+        return worst, weight, ""
     if rollout.reward is None or not math.isfinite(rollout.reward):
         return 0.0, 0.0, "not graded"
     return rollout.reward, weight, ""

@@ -43,7 +43,7 @@ class PolicyOptimization:
         ]
         weighs = rule.cut_reward == "probe_weighted" and probe_share > 0
         cut = rule.cut_reward if rule.cut_reward != "probe_weighted" or weighs else "exclude"
-        imputed = _mean(probe_rewards) if len(probe_rewards) >= rule.probe_min else 0.0
+        imputed = _mean(probe_rewards) if len(probe_rewards) >= rule.probe_min else None
         graded_ones = members(graded, Treatment(cut, rule.truncated, probe_share if weighs else 0.0, imputed))
         found = without_constant_groups(graded_ones) if rule.filter_constant_groups else graded_ones
         tokens = np.array([_policy_tokens(r) for r in rollouts], dtype=np.int64)
@@ -61,7 +61,7 @@ class PolicyOptimization:
             advantages={i: float(a) for i, (_, w, a) in values.items() if w > 0},
             metrics=_reward_metrics(graded_ones, found.left_out)
             | _advantage_metrics(found, advantage, tokens)
-            | ({"probe/q": imputed} if cut == "probe_mean" else {}),
+            | ({"probe/q": imputed} if cut == "probe_mean" and imputed is not None else {}),
             probe_rewards=self._newest((*probe_rewards, *_would_cut(graded, graded_ones))),
             reward_weights={i: float(w) for i, (_, w, _) in values.items()},
         )
@@ -129,16 +129,18 @@ def _reward_metrics(found: Members, left_out: Mapping[str, int]) -> dict[str, fl
     figures = {f"reward/left_out_{why.replace(' ', '_')}": float(n) for why, n in left_out.items()}
     if not counts.any():
         return figures
-    constant = constant_groups(found)
-    mean = np.bincount(found.group[counts], (found.reward - found.penalty)[counts], found.groups)
+    there = np.unique(found.group[counts])  # groups in which somebody counts
+    constant = constant_groups(found)[there]
+    best = np.full(found.groups, -np.inf)
+    np.maximum.at(best, found.group[counts], (found.reward - found.penalty)[counts])
     return figures | {
         "reward/overlong": float(found.penalty[counts].mean()),
         "reward/mean": float(found.reward[counts].mean()),
         "reward/std": float(found.reward[counts].std()),
         "group/constant_share": float(constant.mean()),
-        "group/all_wrong_share": float((constant & (mean <= 0)).mean()),
-        "group/std": float(deviations(found)[np.unique(found.group[counts])].mean()),
-        "group/size_min": float(np.bincount(found.group[counts], minlength=found.groups).min()),
+        "group/all_wrong_share": float((constant & (best[there] <= 0)).mean()),
+        "group/std": float(deviations(found)[there].mean()),
+        "group/size_min": float(np.bincount(found.group[counts], minlength=found.groups)[there].min()),
     }
 
 

@@ -325,7 +325,7 @@ def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> tuple[Check
     from kat_ray.data.golds import training_golds
     from kat_ray.data.prompts import load_prompts
     from kat_ray.rewards.verifiers import check_golds
-    from kat_ray.run.reward_functions import has_functions, needs_golds
+    from kat_ray.run.reward_functions import check_golds_for_rewards, has_functions, needs_golds
 
     heldout = data is config.evaluation.data
     name, max_tokens = ("held-out data", config.eval_max_tokens) if heldout else ("data", config.rollout.max_tokens)
@@ -340,7 +340,9 @@ def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> tuple[Check
         if heldout:
             check_golds(found.prompts, verifier, limits)
         else:
-            note = training_golds(data, found, verifier, limits, rewards_need_them=needs_golds(config)).note
+            golds = training_golds(data, found, verifier, limits, rewards_need_them=needs_golds(config))
+            check_golds_for_rewards(config, found, golds)
+            note = golds.note
         facts.check_roles(config, found.longest + max_tokens)
     except UserError as error:
         return fail(name, str(error)), None

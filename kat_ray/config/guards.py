@@ -30,9 +30,11 @@ class GuardsConfig(Section):
     """Upper limit of rollout/max_tokens_share, from the first step on; without effect where the rule sets a budget.
     null switches it off."""
     kl_rise: float | None = Field(3.0, gt=1)
-    """Upper limit of kl/mean, as a multiple of its first mean; null switches it off."""
+    """Upper limit of kl/mean, as a multiple of its first mean; without effect where objective.opd.weight is 0.
+    null switches it off."""
     kl_fall: float | None = Field(0.02, gt=0, lt=1)
-    """Lower limit of kl/mean, as a share of its first mean; null switches it off."""
+    """Lower limit of kl/mean, as a share of its first mean; without effect where objective.opd.weight is 0. null
+    switches it off."""
     logprob_diff: float | None = Field(1.0, gt=0)
     """Upper limit of learner/logprob_diff_mean and learner/logprob_diff_max, as a multiple of what rounding
     explains with the data types of sampler and learner (docs/numbers.md), in steps sampled from the learner's own
@@ -47,8 +49,8 @@ class GuardsConfig(Section):
     """`action` of `tail_mass`."""
     ratio: float | None = Field(1.0, gt=0)
     """Upper limit of |rl/ratio_mean - 1| and of rl/log_ratio_max, as a multiple of what rounding explains with the
-    data types of sampler and learner (0.001 with float32 on both), in steps sampled from the learner's own weights.
-    The mean's acts at its first step, without `patience`. null switches it off."""
+    data types of sampler and learner (with float32 on both 0.001, and 0.01 for a single token), in steps sampled
+    from the learner's own weights. The mean's acts at its first step, without `patience`. null switches it off."""
     ratio_action: Literal["warn", "stop"] = "stop"
     """`action` of `ratio`."""
     ratio_max: float | None = Field(100.0, gt=1)
@@ -57,4 +59,5 @@ class GuardsConfig(Section):
     """Upper limit of group/constant_share; null switches it off."""
     held_out_fall: float | None = Field(0.05, gt=0, lt=1)
     """How far avg@k of one evaluation may lie below that of the one before, where the mean reward of the steps
-    between rose; acts at once. null switches it off."""
+    between rose. Needs evaluations along the run (evaluation.every), and acts with the step after the third of them
+    or a later one, without `patience`. null switches it off."""

@@ -93,15 +93,17 @@ class PolicyObjective(_Weighted):
     """How the losses of tokens become one: their mean over the batch; the mean of the rollouts' means, or of their
     sums; or of their sums divided by rollout.max_tokens. With loss = `gspo` it is `sequence_mean`."""
     cut_reward: Literal["failure", "probe_mean", "probe_weighted", "exclude"] = "failure"
-    """What a rollout counts that its rule cut before its answer (docs/rl.md): as wrong; as the mean of recent
-    probes that would have been cut; nothing, while such probes count 1 / termination.probe_share times, which is
-    unbiased; or nothing at all."""
+    """What a rollout counts that its rule cut before its answer (docs/rl.md): as wrong, that is 0, or as the worst
+    answer of its step where that is below 0; as the mean of recent probes that would have been cut; nothing, while
+    such probes count 1 / termination.probe_share times, which is unbiased; or nothing at all. The two by probes are
+    refused with rules that bound lengths."""
     probe_buffer: int = Field(256, ge=1)
     """Newest probes that the rule would have cut, whose mean reward `probe_mean` gives to those that it cuts."""
     probe_min: int = Field(20, ge=1)
-    """Such probes before it gives anything but 0."""
+    """Such probes before it does; until then a cut is a `failure`."""
     truncated: Literal["grade", "zero", "exclude"] = "grade"
-    """A rollout that ran to rollout.max_tokens is graded as any other, has reward 0, or counts nothing."""
+    """A rollout that ran to rollout.max_tokens is graded as any other, counts as a `failure` does (less its penalty
+    for length), or counts nothing."""
     overlong: OverlongPenalty = OverlongPenalty()
     """Penalty on long answers: over the last `buffer` tokens of rollout.max_tokens (0 sets none) it grows to
     `factor`, in units of the reward."""

@@ -62,7 +62,7 @@ class RewardConfig(Section):
             )
         try:
             re.compile(self.format_pattern or "", re.DOTALL)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"format_pattern = {self.format_pattern!r}: is no regular expression: {error}"
             ) from error

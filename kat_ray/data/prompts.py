@@ -135,8 +135,16 @@ def _prompt_id(row: Row, stem: str, seen: dict[str, str]) -> str:
 
 def _task(row: Row, data: DataConfig, text: str) -> Task:
     answer = None if data.answer_column is None else row.value(data.answer_column)
+    if isinstance(answer, float) and math.isnan(answer):  # what pandas makes of a gap
+        answer = None
+    prompt = row.value(data.prompt_column)
+    if not is_plain(prompt):
+        raise DataError(
+            f"{row.where}: {data.prompt_column} holds what reward functions cannot be told of (no JSON): leave it "
+            "out of the messages, or make text of it"
+        )
     columns = plain_columns(row.columns, (data.prompt_column,))
-    return Task(row.value(data.prompt_column), text, answer if is_plain(answer) else None, columns, data.path)
+    return Task(prompt, text, answer if is_plain(answer) else None, columns, data.path)
 
 
 def _answer(row: Row, data: DataConfig, graded: bool, anything: bool = False) -> str | None:

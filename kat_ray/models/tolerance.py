@@ -52,12 +52,6 @@ def logprob_tolerance(sampler_dtype: str, learner_dtype: str) -> LogprobDifferen
     )
 
 
-def ratio_tolerance(sampler_dtype: str, learner_dtype: str) -> LogprobDifference:
-    """Bounds on |mean ratio of learner to sampler - 1| and on the largest |log ratio|, of the same weights."""
-    measured = measured_difference(sampler_dtype, learner_dtype)
-    return LogprobDifference(*(max(_ROOM * value, _LEAST.mean) for value in measured))
-
-
 def dtype_note(sampler_dtype: str, learner_dtype: str) -> str | None:
     """What it costs that student.dtype, the sampler's, and learner.dtype differ; None where they do not."""
     if sampler_dtype == learner_dtype:

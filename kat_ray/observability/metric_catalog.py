@@ -62,7 +62,7 @@ METRICS = {
         Metric("reward/timeouts", "rollouts", "without a reward: a function took too long, or was not reached"),
         Metric("reward/seconds", "s", "that reward functions took for the step, before it is learnt"),
         Metric("group/constant_share", "share", "prompts whose rollouts all have one reward, penalties aside"),
-        Metric("group/all_wrong_share", "share", "prompts none of whose rollouts has a reward above 0"),
+        Metric("group/all_wrong_share", "share", "prompts whose rollouts all have one reward, 0 or less"),
         Metric(
             "group/std", "reward", "standard deviation of the rewards of a prompt's rollouts, mean over prompts"
         ),

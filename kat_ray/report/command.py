@@ -43,6 +43,10 @@ def report(
     settings, own = _rule_of(records, rule)
     tokenizer = load_tokenizer(records.config.student)
     phases, trouble = _phases(records, settings, own)
+    if records.config.used_teacher is None:
+        trouble = (
+            "the run had no teacher (objective.opd.weight = 0, termination.rule = none), and so no KL to look at"
+        )
     lens = lens_of(records, settings, own, phases)
     sections = [*_step_sections(records, phases, lens), *_rollout_sections(records, lens)]
     if not len(records.traces.d):  # no teacher was asked

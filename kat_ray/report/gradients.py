@@ -64,11 +64,6 @@ def gradient_evidence(records: RunRecords, phases: Phases, first: Path, last: Pa
     The first ones, because they were sampled nearest to the first checkpoint.
     """
     config = records.config
-    if config.used_teacher is None:
-        raise UserError(
-            "--gradients: the run had no teacher (objective.opd.weight = 0, termination.rule = none), and so no KL "
-            "whose gradient could be measured"
-        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = check_models(config)
     found = load_prompts(config.data, facts.tokenizer, None, teacher=facts.teacher_tokenizer)
@@ -76,6 +71,7 @@ def gradient_evidence(records: RunRecords, phases: Phases, first: Path, last: Pa
     student = load_causal_lm(config.student, str(first), "float32", "the first checkpoint").to(device)
     after = load_causal_lm(config.student, str(last), "float32", "the last checkpoint")
     named = config.used_teacher
+    assert named is not None, "without a teacher there are no phases"
     teacher = load_causal_lm(named, resolve_model(named), named.dtype, "teacher").to(device)
     bases = bases_of(dict(student.named_parameters()), dict(after.named_parameters()))
     candidates = np.flatnonzero(phases.trapped)

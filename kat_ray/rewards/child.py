@@ -47,11 +47,12 @@ class GradingChild:
         `UserError` where the child cannot load what is to grade.
         """
         end = time.monotonic() + within
+        late = Reply(fault=Fault.NOT_REACHED, error=f"not reached within {self._limits.words('step_seconds')}")
         if not self.start(within):
-            return Reply(fault=Fault.NOT_REACHED)
+            return late
         left = end - time.monotonic()
         if left <= 0:
-            return Reply(fault=Fault.NOT_REACHED)
+            return late
         self._asked += 1
         seconds = self._limits.seconds
         request = json.dumps([self._asked, seconds, call.grader, call.arguments]).encode() + b"\n"

@@ -97,6 +97,7 @@ class RewardScorer:
         """
         task = self._tasks[prompt_id]
         text = _NO_GOLD if task.answer is None else str(task.answer)
+        self._pool.start(len(self._asked))  # what the files import is no part of a step's time
         replies = self._pool.ask([Call(name, task.arguments(text, encode(text))) for name in self._asked])
         for name, reply in zip(self._asked, replies, strict=True):
             if reply.fault is not None:
@@ -140,7 +141,7 @@ class RewardScorer:
         if not found:
             return {}
         late = sum(any(reply.is_late for reply in parts.values()) for parts in found)
-        failed = sum(any(reply.error for reply in parts.values()) for parts in found)
+        failed = sum(any(reply.fault is not None for reply in parts.values()) for parts in found)
         figures = {
             "reward/errors": float(failed - late),
             "reward/timeouts": float(late),
@@ -176,6 +177,6 @@ def _silent(prompt_ids: Sequence[str], found: Sequence[Mapping[str, Reply]]) -> 
     quiet: dict[str, set[str]] = {p: set() for p in prompt_ids}
     for prompt_id, parts in zip(prompt_ids, found, strict=True):
         for name, reply in parts.items():
-            if not reply.error and name not in VERIFIERS:
+            if reply.fault is None and name not in VERIFIERS:
                 (quiet if reply.value is None else spoke)[prompt_id].add(name)
     return {p: frozenset(quiet[p] - spoke[p]) for p in spoke}

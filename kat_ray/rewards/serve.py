@@ -23,6 +23,7 @@ from kat_ray.rewards import math_grader, signatures
 
 Grader = Callable[[Mapping[str, Any]], Any]  # from a call's arguments to its value
 
+_LOAD_SECONDS = 120.0  # for which the parent waits
 _ORPHAN_SECONDS = 10.0  # after a call's time, in which the parent ends the child if it is there
 _LONGEST_TEXT = 4000  # characters of an error
 _FRAMES = 12  # of a traceback, the last ones
@@ -54,11 +55,13 @@ def main() -> None:
             os._exit(0)
         print(json.dumps(what), file=replies, flush=True)
 
+    signal.setitimer(signal.ITIMER_REAL, _LOAD_SECONDS + _ORPHAN_SECONDS)
     for name in names:
         try:
             graders[name] = load(name, pattern)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # whatever it is, the parent is to say it
             return say("failed", name, _words(error))
+    signal.setitimer(signal.ITIMER_REAL, 0)
     say("ready", "", "")
     for line in requests:
         number, seconds, name, arguments = json.loads(line)
@@ -76,7 +79,7 @@ def _answer(grader: Grader, arguments: Mapping[str, Any]) -> tuple[str, Any]:
         return "value", grader(arguments)
     except MemoryError:
         return "memory", ""
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # such as the CancelledError of an async function
         return "error", _words(error)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Literal
 
-from kat_ray.models.tolerance import logprob_tolerance, ratio_tolerance
+from kat_ray.models.tolerance import logprob_tolerance
 from kat_ray.run.step_result import PolicyReport, StepResult
 
 
@@ -99,7 +99,7 @@ def _ratio(kind: Literal["mean", "max"], metric: str, figure: Callable[[PolicyRe
 
     return Guard(
         "ratio", metric, value, True, _share, _OTHER_MODEL.replace("logprob_diff", "ratio"),
-        tolerance=lambda *dtypes: getattr(ratio_tolerance(*dtypes), kind), at_once=kind == "mean",
+        tolerance=lambda *dtypes: getattr(logprob_tolerance(*dtypes), kind), at_once=kind == "mean",
         name=f"ratio_off_{kind}",
     )  # fmt: skip
 

@@ -65,8 +65,8 @@ class RolloutGrader:
         correct = dict(zip(known, verdicts.right, strict=True))
         if verdicts.ran_out:
             log.warning(
-                "%d of %d graded rollouts took too much time or memory to grade and count as wrong "
-                "(evaluation.grading_seconds, grading_step_seconds, grading_memory_gib)",
+                "%d of %d graded rollouts took too much time or memory to grade: they count as wrong, and have no "
+                "reward (evaluation.grading_seconds, grading_step_seconds, grading_memory_gib)",
                 verdicts.ran_out, len(correct),
             )  # fmt: skip
         outcomes = dict(zip(known, verdicts.outcomes, strict=True))

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
 from kat_ray.config import Config
+from kat_ray.data.golds import TrainingGolds
 from kat_ray.data.prompts import PromptSet
+from kat_ray.errors import DataError
 from kat_ray.rewards.scoring import RewardScorer
 from kat_ray.rewards.source import check_source, file_and_name
 
@@ -19,6 +21,16 @@ def has_functions(config: Config) -> bool:
 def needs_golds(config: Config) -> bool:
     """Whether gold answers of training must be such as `evaluation.verifier` can use."""
     return not has_functions(config) or bool(config.reward.verifiers)
+
+
+def check_golds_for_rewards(config: Config, prompts: PromptSet, golds: TrainingGolds) -> None:
+    """`DataError` where no rollout could ever have a reward."""
+    if config.objective.rl.weight and needs_golds(config) and not golds.answers:
+        raise DataError(
+            f"{prompts.source}: objective.rl.weight = {config.objective.rl.weight:g}, and no prompt has a gold "
+            f"answer to grade rollouts by in column {config.data.answer_column!r} (data.answer_column chooses "
+            "another; reward.functions need none)"
+        )
 
 
 def check_sources(config: Config) -> None:

@@ -26,7 +26,10 @@ class StepGuards:
     def __init__(self, config: Config, run_dir: Path, note: Callable[[str], None]) -> None:
         self._dumps = run_dir / "dumps"
         self._note = note  # shows a line that stays
-        self._guards = CollapseGuards(config.guards, (config.student.dtype, config.learner.dtype))
+        guards = config.guards
+        if not config.objective.opd.weight:  # a student that learns from rewards alone may leave the teacher
+            guards = guards.model_copy(update={"kl_rise": None, "kl_fall": None})
+        self._guards = CollapseGuards(guards, (config.student.dtype, config.learner.dtype))
         self._tail = TailReport(config.rollout.top_k_logprobs)
         self._held_out = HeldOutWatch()
         self._skips = SkipGuard(config.learner.max_skipped_steps)

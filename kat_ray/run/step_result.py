@@ -59,6 +59,8 @@ class LearnerReport:
         elsewhere = ("policy_version", "policy", "weights")
         figures = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         policy = {} if self.policy is None else {f"rl/{name}": float(v) for name, v in asdict(self.policy).items()}
+        if self.policy is not None and not self.policy.tokens:  # means of nothing
+            policy = {name: policy[name] for name in ("rl/loss", "rl/tokens")}
         return (
             {f"learner/{name}": float(value) for name, value in figures.items() if value is not None}
             | {f"objective/{name}_weight": weight for name, weight in (self.weights or {}).items()}

@@ -11,12 +11,18 @@ from actors.driver import train as train_module
 from actors.driver.checkpointing import CheckpointWriter
 from actors.driver.evaluation import EvaluationSchedule
 from actors.driver.prefetch import Prefetch
+from actors.driver.preparation import prepare
+from actors.driver.steps import Steps
+from kat_ray.algorithms.base import Credit
 from kat_ray.config import RunConfig
+from kat_ray.config.load import load_config
 from kat_ray.config.sections import EvaluationConfig
+from kat_ray.errors import UserError
 from kat_ray.models.inspect import ModelFacts, ModelInfo
 from kat_ray.models.shape import ModelShape
 from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.checkpoint import Checkpoints, FileDigest
+from kat_ray.types.records import KeptRollout, PolicyCredit
 from tests.support.configs import make_config
 
 LOST = ObjectLostError("0" * 56, "nowhere", "here")
@@ -199,3 +205,30 @@ def test_a_run_begins_with_what_differs_what_is_slow_and_what_will_not_fit(monke
     assert notes(10**6, **mixed) == ["student.dtype", "learner.dtype", "memory:"]
     joined = {"cluster": {"address": "auto"}}
     assert notes(10**6, **mixed, **joined) == ["student.dtype"], "the models are loaded elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("opd", "policy", "weight"),
+    [(1.0, None, 3.0), (0.0, None, 0.0), (0.0, PolicyCredit(0.5, 3, 0.1), 3.0)],
+    ids=["the KL", "nothing is in the loss", "the policy"],
+)
+def test_a_batch_weighs_nothing_where_none_of_it_is_in_the_loss(opd, policy, weight):
+    """The KL of a rule's tokens is measured, and no part of the loss: momentum alone would move the weights."""
+    config = make_config(
+        "s", "t", objective={"opd": {"weight": opd}, "rl": {"weight": 1.0}},
+        rollout={"rollouts_per_prompt": 2, "top_p": 1.0},
+    )  # fmt: skip
+    rank = SimpleNamespace(collect=SimpleNamespace(remote=lambda *_: None))
+    learners = SimpleNamespace(replicas=[0], handles=[rank], wait=lambda *_: None)
+    steps = object.__new__(Steps)
+    steps._config, steps._actors = config, SimpleNamespace(learners=learners)
+    kept = [KeptRollout(0, 2, 3, None, policy)]
+    assert steps.hand_over(SimpleNamespace(step=0, chunks=[], credit=Credit(kept))) == weight
+
+
+def test_probes_cannot_stand_for_what_a_bound_on_length_ends():
+    """Such a rule does not say which probes it would have ended."""
+    config = load_config("demo-rl", ["termination.rule=progressive", "objective.rl.cut_reward=probe_weighted",
+                                     "termination.start=16"])  # fmt: skip
+    with pytest.raises(UserError, match=r"cut_reward = 'probe_weighted': termination\.rule = 'progressive' bounds"):
+        prepare(config)

@@ -66,7 +66,7 @@ def imputed(before, **changes):
 
 def test_what_was_cut_is_given_the_mean_of_recent_probes_that_would_have_been():
     first = imputed(())
-    assert first.metrics["probe/q"] == 0 and first.advantages[1] == -0.5, "rewards 1, 0 (cut), 1, 0"
+    assert "probe/q" not in first.metrics and first.advantages[1] == -0.5, "rewards 1, 0 (cut), 1, 0"
     assert first.probe_rewards == (1.0,), "for the next step, not for this one"
     later = imputed((0.0, 1.0, 0.0, 0.0))
     assert later.metrics["probe/q"] == 0.25 and later.metrics["reward/mean"] == 2.25 / 4
@@ -179,3 +179,22 @@ def test_what_a_step_came_to():
     same = credit(rewards={0: 0.0, 2: 0.0, 3: 0.0}).metrics
     assert same["group/constant_share"] == same["group/all_wrong_share"] == same["advantage/zero_share"] == 1.0
     assert credit([], {}, []).metrics == {}
+
+
+def test_where_rewards_lie_below_zero_a_cut_is_as_the_worst_answer_of_its_step():
+    """With 0 it would be the best of all, and a policy would learn to be cut."""
+    rewards = {0: -0.5, 2: -1.5, 3: -1.0}
+    assert credit(rewards=rewards).advantages[1] == min(credit(rewards=rewards).advantages.values()) < 0
+    assert credit(rewards=rewards).metrics["reward/mean"] == (-0.5 - 1.5 - 1.5 - 1.0) / 4
+    imputed = credit(rewards=rewards, cut_reward="probe_mean", probe_min=9)
+    assert imputed.advantages[1] == min(imputed.advantages.values()) and "probe/q" not in imputed.metrics
+    long = [*GROUP[:3], rollout(3, LONGEST, StopReason.MAX_TOKENS)]
+    assert credit(long, rewards, truncated="zero").metrics["reward/mean"] == (-0.5 - 1.5 - 1.5 - 1.5) / 4
+
+
+def test_a_group_in_which_nobody_counts_is_neither_constant_nor_wrong():
+    specs = [RolloutSpec(i, "p" if i < 2 else "q", (7, 8), 0, False, LONGEST) for i in range(4)]
+    whole = [rollout(i, 3) for i in range(4)]
+    metrics = credit(whole, {0: 1.0, 1: 0.0}, specs).metrics
+    assert metrics["group/constant_share"] == metrics["group/all_wrong_share"] == 0.0
+    assert metrics["group/size_min"] == 2

@@ -68,7 +68,7 @@ def test_what_a_run_gave_its_rollouts_comes_out_again_to_the_bit(tmp_path, rl):
     cut_reward = rl.get("cut_reward", "failure")
     assert any(not c.reward_weight for c in values) == (cut_reward in ("exclude", "probe_weighted"))
     if cut_reward == "probe_mean":
-        assert any(c.metrics["probe/q"] > 0 for c in credits), (
+        assert any(c.metrics.get("probe/q", 0) > 0 for c in credits), (
             "what earlier steps' probes were worth is taken along"
         )
     if cut_reward == "probe_weighted":

@@ -35,6 +35,7 @@ def load(tmp_path, text, data="{path: c.jsonl}"):
         ("reward: {functions: {'r.py:f': .inf}}", "reward.functions.r.py:f = Infinity: must be a number"),
         ("reward: {functions: {'r.py:f': 0}}", "reward.functions: every weight is 0"),
         ("reward: {functions: {format: 1}}", "reward.functions.format: needs format_pattern"),
+        ("reward: {format_pattern: 'a{99999999999999}'}", "is no regular expression"),
         ("reward: {format_pattern: '(a'}", "reward.format_pattern = '(a': is no regular expression: missing )"),
         ("reward: {workers: 0}", "reward.workers = 0: must be a whole number >= 1"),
         ("reward: {max_error_share: 2}", "reward.max_error_share = 2: must be a number >= 0 and <= 1"),

@@ -1,5 +1,6 @@
 """Prompts: what is read, and what is refused by file and line."""
 
+import datetime
 import json
 
 import pyarrow as pa
@@ -393,3 +394,14 @@ def test_gold_answers_that_only_functions_use_need_no_verifier(jsonl):
     data = DataConfig(path=path, answer_column="gold")
     golds = training_golds(data, load_prompts(data, PLAIN, None), "integer", rewards_need_them=False)
     assert (golds.answers, golds.note) == ({"p:2": "3"}, None)
+
+
+def test_what_reward_functions_cannot_be_told_of_is_named(tmp_path):
+    message = {"role": "user", "content": "a", "sent": datetime.datetime(2026, 1, 1)}
+    path = str(tmp_path / "chats.parquet")
+    pq.write_table(pa.table({"prompt": [[message]], "answer": [float("nan")]}), path)
+    data = DataConfig(path=path, chat_template=True)
+    with pytest.raises(DataError, match="prompt holds what reward functions cannot be told of"):
+        load_prompts(data, CHAT, None, with_tasks=True)
+    pq.write_table(pa.table({"prompt": ["a"], "answer": [float("nan")]}), path)
+    assert load_prompts(DataConfig(path=path), PLAIN, None, with_tasks=True).tasks["chats:1"].answer is None

@@ -10,8 +10,8 @@ import pytest
 
 from kat_ray.errors import UserError
 from kat_ray.rewards.child import GradingChild
-from kat_ray.rewards.limits import Call, Fault, GradingLimits, Outcome
-from kat_ray.rewards.scoring import Answer, RewardRules, RewardScorer
+from kat_ray.rewards.limits import Call, Fault, GradingLimits, Outcome, Reply
+from kat_ray.rewards.scoring import Answer, RewardRules, RewardScorer, _silent
 from kat_ray.rewards.task import Task
 
 CHAT = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "2+2?"}]
@@ -138,6 +138,7 @@ BAD = {
     "word": ("return 'yes'", "returned 'yes': a list with a number"),
     "few": ("return []", "returned 0 values for 1 completion: []"),
     "many": ("return [1, 2]", "returned 2 values for 1 completion: [1, 2]"),
+    "cancelled": ("raise __import__('asyncio').CancelledError", "CancelledError"),
     "nested": ("return [[1.0]]", "returned [1.0], which is no number"),
 }
 
@@ -401,3 +402,13 @@ def test_a_request_that_the_child_does_not_read_costs_its_time_alone(file):
         reply = child.ask(Call(file(code), TASKS["text"].arguments("x" * 5_000_000, ())))
         assert reply.fault is Fault.TIME
         assert child.ask(Call(file(code), TASKS["text"].arguments("x", ()))).value == 1.0
+
+
+def test_what_is_not_reached_says_so_and_is_no_silence(file):
+    """A child that is still starting: else its function would have nothing to say, and the others would count."""
+    slow = file("import time\ntime.sleep(60)\ndef score(completions):\n    return [1.0]\n")
+    with GradingChild(GradingLimits(1, 30.0, 0.5, fields="reward."), (slow,)) as child:
+        reply = child.ask(Call(slow, TASKS["text"].arguments("four", ())), within=0.1)
+    assert reply.fault is Fault.NOT_REACHED and reply.error == "not reached within reward.step_seconds = 0.5"
+    found = [{slow: reply, "format": Reply(1.0)}] * 2
+    assert _silent(["text", "text"], found) == {"text": frozenset()}

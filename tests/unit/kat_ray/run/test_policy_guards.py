@@ -48,10 +48,10 @@ def test_a_ratio_that_rounding_does_not_explain_ends_the_run_at_once(dtypes, bou
 
 
 def test_a_ratio_of_one_token_ends_the_run_where_it_stays():
-    verdicts = watch([step(i, log_ratio_max=1.01e-3) for i in range(3)])
+    verdicts = watch([step(i, log_ratio_max=1.01e-2) for i in range(3)])
     assert [v.stop is not None for v in verdicts] == [False, False, True]
-    assert "rl/log_ratio_max is 0.00101" in verdicts[-1].stop
-    assert not any(v.fired for v in watch([step(i, log_ratio_max=0.99e-3) for i in range(5)]))
+    assert "rl/log_ratio_max is 0.0101" in verdicts[-1].stop
+    assert not any(v.fired for v in watch([step(i, log_ratio_max=0.99e-2) for i in range(5)]))
 
 
 def test_a_ratio_of_older_weights_says_nothing_unless_it_is_huge():
@@ -124,3 +124,16 @@ def test_a_run_whose_rewards_are_hacked_is_told_once_and_can_end(tmp_path):
         assert done == 4 and fired == 1.0
         if action == "warn":
             assert sum("held_out_fall" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(("opd", "notes"), [(1.0, 1), (0.0, 0)])
+def test_a_student_that_learns_from_rewards_alone_may_leave_the_teacher(tmp_path, opd, notes):
+    config = make_config(
+        "s", "t", objective={"opd": {"weight": opd}, "rl": {"weight": 1.0}},
+        rollout={"rollouts_per_prompt": 2, "top_p": 1.0}, guards={"reference_steps": 1, "patience": 1},
+    )  # fmt: skip
+    said = []
+    guards = StepGuards(config, tmp_path, said.append)
+    for number, kl in enumerate((0.1, 1.0)):
+        guards.check(step(number, recorded={"kl/mean": kl}))
+    assert len([text for text in said if "kl/mean" in text]) == notes

@@ -7,13 +7,21 @@ from contextlib import closing
 import pytest
 
 from kat_ray.config.load import load_config
+from kat_ray.data.golds import TrainingGolds
 from kat_ray.data.prompts import PromptSet, load_prompts
 from kat_ray.errors import UserError
 from kat_ray.observability.metric_catalog import METRICS, check_names
 from kat_ray.rewards.scoring import Answer, RewardRules, RewardScorer
 from kat_ray.rewards.task import Task
 from kat_ray.run.probes import RolloutGrader, grading_metrics
-from kat_ray.run.reward_functions import check_sources, make_scorer, needs_golds, reward_files, try_functions
+from kat_ray.run.reward_functions import (
+    check_golds_for_rewards,
+    check_sources,
+    make_scorer,
+    needs_golds,
+    reward_files,
+    try_functions,
+)  # fmt: skip
 from kat_ray.types.records import Prompt
 from tests.support.configs import make_config
 from tests.support.paths import ROOT
@@ -101,3 +109,16 @@ def test_the_path_of_the_documentation(tmp_path, monkeypatch):
         first = prompts.prompts[0].prompt_id
         rewards = scorer.score({0: Answer(first, "It rains.", (1,)), 1: Answer(first, "a b c d e f", (1,))}).rewards
     assert [r.value for r in rewards.values()] == pytest.approx([-10 / 12 + 0.1, -0.5])
+
+
+def test_a_run_that_could_never_have_a_reward_is_refused(tmp_path):
+    nothing, some = TrainingGolds({}, None), TrainingGolds({"a": "42"}, None)
+    with pytest.raises(
+        UserError, match=r"d: objective\.rl\.weight = 1, and no prompt has a gold answer .*'answer'"
+    ):
+        check_golds_for_rewards(config(), PROMPTS, nothing)
+    check_golds_for_rewards(config(), PROMPTS, some)
+    check_golds_for_rewards(config(0.0), PROMPTS, nothing)
+    check_golds_for_rewards(config(**{"no.py:f": 1}), PROMPTS, nothing)
+    with pytest.raises(UserError, match="no prompt has a gold answer"):
+        check_golds_for_rewards(config(integer=1), PROMPTS, nothing)

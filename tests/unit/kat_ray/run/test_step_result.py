@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from actors.learner.report import OptimizerStep, policy_report
 from kat_ray.observability.metric_catalog import check_names
 from kat_ray.run.step_result import StepTimes
 from tests.support.step_results import CLOCK, REPORT, a_report, a_step
@@ -52,3 +53,17 @@ def test_a_step_that_nobody_scored_says_nothing_of_scores_and_decisions():
         and absent - {"time/decision_mean"} <= a_step().times.to_metrics().keys()
     )
     assert a_step(times=times).idle_share == 0.5, "the sampler was busy for 5 of 10 seconds"
+
+
+def test_a_policy_without_a_token_has_no_ratio():
+    """Neither means of nothing nor a report: a ratio of 0 would be drawn as two models that differ."""
+    sums = dict.fromkeys(
+        ("policy_tokens", "policy_loss", "ratio", "ratio_squared", "clipped_low", "clipped_high"), 0.0
+    )
+    sums |= {"masked": 0.0, "policy_entropy": 0.0}
+    step = OptimizerStep(0.0, sums, {"ratio": 0.0, "log_ratio": 0.0}, 0.0, 1e-3, 1)
+    alone = policy_report(step)
+    metrics = replace(REPORT, policy=alone).to_metrics()
+    assert {name for name in metrics if name.startswith("rl/")} == {"rl/loss", "rl/tokens"}
+    assert policy_report(replace(step, sums=sums | {"kl": 1.0})) is None
+    assert policy_report(replace(step, sums=sums | {"kl": 1.0, "policy_tokens": 2.0})) is not None
