@@ -132,7 +132,7 @@ def test_a_run_without_a_teacher_has_a_page_and_nothing_to_replay(tmp_path, caps
     (run / "metrics.jsonl").write_text('{"step": 1, "learner/loss": 0.1, "rl/loss": 0.1}\n')
     assert cli.main(["report", str(run)]) == 0
     html = (run / "report" / "report.html").read_text()
-    assert "from rewards alone, rule none" in html and "the rule was never active" in html
+    assert "from rewards alone, rule none" in html and "the run had no teacher" in html
     assert [len(r["ids"]) if "ids" in r else 9 for r in page_data(run)] == [9, 9, 9]
     for command, message in (
         (["replay", str(run)], "none of its tokens was scored"),
