@@ -80,8 +80,13 @@ class LocalCluster:
         labels: Mapping[str, str] | None = None,
         **environment: str,
     ) -> None:
-        """Start a node that joins the head."""
-        self._start(name, [f"--address={self.address}"], cpus, gpus, resources, labels, environment)
+        """Start a node that joins the head.
+
+        In a folder of its own, as on a machine of its own: nodes that unpack a job's files in one folder each
+        remove first what is there, and one that has just unpacked them may find nothing.
+        """
+        own = [f"--address={self.address}", f"--temp-dir={self.folder / name}"]
+        self._start(name, own, cpus, gpus, resources, labels, environment)
 
     def processes(self, node: str | None = None) -> list[psutil.Process]:
         """All that live on a node, or on any: those that bear its mark, and what they started.
