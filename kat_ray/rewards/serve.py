@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kat_ray.rewards import math_grader, signatures
+from kat_ray.rewards.child import START_SECONDS
 
 Grader = Callable[[Mapping[str, Any]], Any]  # from a call's arguments to its value
 
-_LOAD_SECONDS = 120.0  # for which the parent waits
 _ORPHAN_SECONDS = 10.0  # after a call's time, in which the parent ends the child if it is there
 _LONGEST_TEXT = 4000  # characters of an error
 _FRAMES = 12  # of a traceback, the last ones
@@ -55,7 +55,7 @@ def main() -> None:
             os._exit(0)
         print(json.dumps(what), file=replies, flush=True)
 
-    signal.setitimer(signal.ITIMER_REAL, _LOAD_SECONDS + _ORPHAN_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, START_SECONDS + _ORPHAN_SECONDS)
     for name in names:
         try:
             graders[name] = load(name, pattern)
