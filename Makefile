@@ -25,7 +25,7 @@ gpu-check: setup ## check what is computed on a GPU (8 minutes at most); without
 	@$(BIN)/python -m actors.acceptance $(ARGS)
 
 test: setup ## run the tests: no cluster, 5 to 7 minutes on 2 cores
-	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-integration: setup ## run those on a real Ray and with real engines (20 minutes)
 	@$(BIN)/python -m pytest -n $(LANES) --dist loadgroup -m "integration and not nightly" $(ARGS)

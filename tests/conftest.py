@@ -11,6 +11,7 @@ import ray
 import torch
 
 from tests.deploy.ray_process import agent_port_of_its_own
+from tests.order import place
 from tests.support.models import make_model, write_job_files
 
 
@@ -22,6 +23,10 @@ def pytest_xdist_make_scheduler(config, log):
     from tests.lanes import Lanes
 
     return Lanes(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: place(item.nodeid.split("::")[0]))
 
 
 @pytest.fixture(scope="session", autouse=True)
