@@ -3,6 +3,7 @@
 from collections import Counter
 
 from tests.lanes import ROOT, group_of
+from tests.order import LONGEST, place
 
 
 def test_every_file_has_one_group():
@@ -19,3 +20,9 @@ def test_whoever_starts_a_ray_says_so():
         text, file = path.read_text(), path.relative_to(ROOT).as_posix()
         if path.name != "test_lanes.py" and any(word in text for word in starts):
             assert group_of(file) == "own", f"{file}: its tests take the fixture own_ray"
+
+
+def test_the_longest_come_first(request):
+    assert [file for file in LONGEST if not (ROOT / file).is_file()] == []
+    files = [item.nodeid.split("::")[0] for item in request.session.items]
+    assert files == sorted(files, key=place)
