@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from kat_ray.config import Config
-from kat_ray.config.load import load_config, yaml_value
+from kat_ray.config.load import load_config, refuse_flags, yaml_value
 from kat_ray.errors import UserError
 from kat_ray.termination import RULES, Effect, RunFacts, TerminationConfig, make_rule
 from kat_ray.termination.settings import KatParameters, with_threshold_of
@@ -112,10 +112,13 @@ def config_of(base: Config, arm: Arm, seed: int, out: Path) -> Config:
     named = with_threshold_of(arm.fields) if issubclass(settings, KatParameters) else arm.fields
     try:
         rule = TypeAdapter(TerminationConfig).validate_python({**fields, **named})
+        refuse_flags(named, rule)
     except ValidationError as error:
         raise UserError(
             f"--rules {arm.label}: {error.errors()[0]['loc'][-1]}: {error.errors()[0]['msg']}"
         ) from error
+    except UserError as error:
+        raise UserError(f"--rules {arm.label}: {error}") from error
     run = base.run.model_copy(
         update={"dir": str(out / arm.label), "name": f"seed-{seed}", "seed": seed, "overwrite": True}
     )

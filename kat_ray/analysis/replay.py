@@ -17,6 +17,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
 from kat_ray.config import Config
+from kat_ray.config.load import refuse_flags
 from kat_ray.data.prompts import is_probe
 from kat_ray.errors import UserError
 from kat_ray.records.traces import read_rows
@@ -376,7 +377,9 @@ def with_changes(base: Settings, changes: Mapping[str, Any]) -> Settings:
     """`base` with other values; `UserError` names the one that is not allowed."""
     taken = with_threshold_of(changes) if isinstance(base, KatParameters) else changes
     try:
-        return type(base).model_validate({**base.model_dump(), **taken})
+        changed_one = type(base).model_validate({**base.model_dump(), **taken})
+        refuse_flags(taken, changed_one)
+        return changed_one
     except ValidationError as error:
         changed = ", ".join(f"{name} = {value!r}" for name, value in changes.items())
         first = error.errors()[0]

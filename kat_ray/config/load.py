@@ -217,7 +217,7 @@ def _validate(tree: Mapping[str, Any], source: _Source) -> Config:
     except ValidationError as error:
         lines = dict.fromkeys(_message(e, source) for e in error.errors())
         raise ConfigError("\n".join(lines)) from None
-    if flags := list(_flags_as_numbers(tree, config, ())):
+    if flags := flags_as_numbers(tree, config):
         raise ConfigError("\n".join(_wrong(path, value, source) for path, value in flags))
     return config
 
@@ -252,17 +252,24 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _flags_as_numbers(raw: Any, parsed: Any, path: Path_) -> list[tuple[Path_, Any]]:
-    """Values given as true or false that became numbers: pydantic reads true as 1."""
+def flags_as_numbers(raw: Any, parsed: Any, path: Path_ = ()) -> list[tuple[Path_, Any]]:
+    """Values given as true or false that became numbers, with their places: pydantic reads true as 1."""
     if isinstance(raw, bool) and not isinstance(parsed, bool):
         return [(path, raw)]
+    pairs: list[tuple[str | int, Any, Any]] = []
     if isinstance(raw, Mapping) and isinstance(parsed, BaseModel):
-        return [w for k, v in raw.items() for w in _flags_as_numbers(v, getattr(parsed, k), (*path, k))]
-    if isinstance(raw, list) and isinstance(parsed, tuple):
-        return [
-            w for i, (r, p) in enumerate(zip(raw, parsed, strict=True)) for w in _flags_as_numbers(r, p, (*path, i))
-        ]
-    return []
+        pairs = [(name, value, getattr(parsed, name)) for name, value in raw.items()]
+    elif isinstance(raw, Mapping) and isinstance(parsed, Mapping):  # names of the user's
+        pairs = [(name, value, parsed[name]) for name, value in raw.items()]
+    elif isinstance(raw, list) and isinstance(parsed, tuple):
+        pairs = [(i, *both) for i, both in enumerate(zip(raw, parsed, strict=True))]
+    return [found for name, r, p in pairs for found in flags_as_numbers(r, p, (*path, name))]
+
+
+def refuse_flags(raw: Mapping[str, Any], parsed: BaseModel) -> None:
+    """`ConfigError` names the fields of a section that were given true or false in place of a number."""
+    if flags := flags_as_numbers(raw, parsed):
+        raise ConfigError("; ".join(f"{_dotted(path)} = {_shown(flag)}: must be a number" for path, flag in flags))
 
 
 def _message(error: Any, source: _Source) -> str:

@@ -41,6 +41,8 @@ def test_runs_differ_in_the_rule_and_nothing_else(tmp_path):
     assert copy.termination.probe_share == BASE.termination.probe_share
     with pytest.raises(UserError, match="eta"):
         config_of(BASE, parse_arm("kat:eta=2"), 0, tmp_path)
+    with pytest.raises(UserError, match="--rules kat-window=True: window = true: must be a number"):
+        config_of(BASE, parse_arm("kat:window=true"), 0, tmp_path)
 
 
 def test_length_matched_comes_after_the_run_it_copies(tmp_path):

@@ -266,7 +266,7 @@ def test_the_command_prints_a_table_and_leaves_a_plot(tmp_path, capsys):
     [
         (["eta=2"], "eta = 2"), (["width=3"], "FIELD=VALUE"), (["eta"], "FIELD=VALUE"),
         (["eta=["], "not valid YAML"),
-        (["min_samples=[1, 999]"], "min_samples"),
+        (["min_samples=[1, 999]"], "min_samples"), (["window=true"], "window = true: must be a number"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_message(tmp_path, capsys, arguments, message):

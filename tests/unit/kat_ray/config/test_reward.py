@@ -33,6 +33,8 @@ def load(tmp_path, text, data="{path: c.jsonl}"):
         ("reward: {functions: {'s3://b/r.py:f': 1}}", "is the address of an object store or server"),
         ("reward: {functions: {'r.py:f': much}}", 'reward.functions.r.py:f = "much": must be a number'),
         ("reward: {functions: {'r.py:f': .inf}}", "reward.functions.r.py:f = Infinity: must be a number"),
+        ("reward: {functions: {'r.py:f': true}}", "reward.functions.r.py:f = true: must be a number"),
+        ("sampler: {resources: {TPU: true}}", "sampler.resources.TPU = true: must be a number"),
         ("reward: {functions: {'r.py:f': 0}}", "reward.functions: every weight is 0"),
         ("reward: {functions: {format: 1}}", "reward.functions.format: needs format_pattern"),
         ("reward: {format_pattern: 'a{99999999999999}'}", "is no regular expression"),
