@@ -7,10 +7,10 @@ Stands alone: it imports trl, torch and transformers, nothing of this project. W
 reverse KL (`beta=1`) over the whole vocabulary. Without one: GRPOTrainer, groups of `--group`, advantages by the
 group's standard deviation, token mean over the batch, ratio within 0.2 and 0.28 of 1, reward 1 where the last
 number of a completion is the prompt's answer. Strictly on-policy (the trainer generates every completion itself,
-once per optimiser step), float32, all cores. Gradient checkpointing, which the trainer switches on by default, is
-off: memory is not what is short here. The rollouts of a step are generated as one batch; `--micro-batch` of them go
-through one forward and backward pass, padded to the longest of the step. Threads that wait do not spin, as in
-kat-ray.
+once per optimiser step), float32, all cores, the learning rate of every step as kat-ray has it. Gradient
+checkpointing, which the trainer switches on by default, is off: memory is not what is short here. The rollouts of a
+step are generated as one batch; `--micro-batch` of them go through one forward and backward pass, padded to the
+longest of the step. Threads that wait do not spin, as in kat-ray.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -106,6 +107,7 @@ def _environment(args: argparse.Namespace) -> None:
 
 def _trainer(args: argparse.Namespace, folder: str) -> tuple[Any, Any]:
     from datasets import Dataset
+    from torch.optim.lr_scheduler import LambdaLR
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DistillationTrainer, GRPOTrainer
 
@@ -140,6 +142,11 @@ def _trainer(args: argparse.Namespace, folder: str) -> tuple[Any, Any]:
             clock.generated += sum(map(len, result[1]))
             return result
 
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            factor = functools.partial(lr_factor, steps=num_training_steps, warm_up=args.warm_up)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            return self.lr_scheduler
+
     if args.repair:
         generation: Any = importlib.import_module("trl.generation.vllm_generation")
         generation.LLM = functools.partial(generation.LLM, dtype="float32")
@@ -160,6 +167,17 @@ def _trainer(args: argparse.Namespace, folder: str) -> tuple[Any, Any]:
     if args.repair:
         trainer.vllm_generation.sync_weights = lambda: _reload(trainer)
     return trainer, clock
+
+
+def lr_factor(step: int, steps: int, warm_up: int) -> float:
+    """Share of the peak learning rate at 0-based `step`: kat-ray's schedule.
+
+    The trainer's own cosine begins its warm-up at 0, one step later: its first step learns nothing.
+    """
+    if step < warm_up:
+        return (step + 1) / warm_up
+    progress = min(1.0, (step - warm_up) / max(1, steps - warm_up))
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def last_number_is_right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -203,8 +221,6 @@ def _common(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         gradient_accumulation_steps=args.rollouts // args.micro_batch,
         max_steps=args.steps,
         learning_rate=args.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=args.warm_up,
         adam_beta2=0.95,
         weight_decay=0.0,
         max_grad_norm=1.0,

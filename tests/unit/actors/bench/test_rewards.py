@@ -1,9 +1,14 @@
 """The arithmetic of the comparison on rewards; nothing is timed here."""
 
+import math
+
 import pytest
 
 from actors.bench import rewards
+from actors.bench.peer import trl_train
 from actors.bench.sides import Step
+from actors.learner import schedule
+from kat_ray.config import LearnerConfig
 
 
 def run(seconds, *values):
@@ -33,3 +38,12 @@ def test_a_side_that_failed_leaves_its_figures_empty_and_says_why():
     assert slow.met and slower.value is None and slower.note == "no engine" and reward.met
     figures = rewards.figures({}, {"kat-ray": "no disk"}, rewards.SIZE)
     assert [(f.value, f.note) for f in figures] == [(None, "no disk")] * 3
+
+
+@pytest.mark.parametrize("steps", [1, 51, 200])
+def test_both_sides_have_the_same_learning_rate_in_every_step(steps):
+    ratio, least = LearnerConfig().warmup_ratio, LearnerConfig().min_lr_ratio
+    warm_up = math.ceil(ratio * steps)  # what the peer is told
+    ours = [schedule.lr_factor(step, steps, ratio, least) for step in range(steps)]
+    assert [trl_train.lr_factor(step, steps, warm_up) for step in range(steps)] == pytest.approx(ours)
+    assert ours[0] > 0
