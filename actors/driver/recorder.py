@@ -50,6 +50,7 @@ class StepRecorder:
             config.evaluation.verifier,
             config.evaluation.grading_limits,
             scorer,
+            config.reward.max_error_share if config.objective.rl.weight else None,
         )
 
     @property

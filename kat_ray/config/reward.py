@@ -34,8 +34,8 @@ class RewardConfig(Section):
     memory_gib: Resumable[float] = Field(1.0, ge=0.25)
     """Memory of one child process, GiB, with all that the functions' files import."""
     max_error_share: Resumable[float] = Field(0.05, ge=0, le=1)
-    """Share of a step's answers that may fail, by an error or a timeout, before the run ends; a single one ends it
-    only where this is 0."""
+    """Share of a step's answers that may have no reward, by an error or a timeout of a function or a verifier,
+    before the run ends; a single one ends it only where this is 0."""
     threshold: float | None = None
     """The weighted sum becomes 1 where it is at least this, and 0 elsewhere; null takes the sum as it is."""
 

@@ -122,20 +122,15 @@ class RewardScorer:
         return Reward(float(value), shown)
 
     def _check_errors(self, found: Sequence[Mapping[str, Reply]]) -> None:
-        """One error alone ends no run, however few answers a step has, unless none is allowed."""
-        failed = [{n: r for n, r in parts.items() if r.fault is not None and n not in VERIFIERS} for parts in found]
+        failed = [{n: r for n, r in parts.items() if r.fault is not None} for parts in found]
         failed = [parts for parts in failed if parts]
         if not failed:
             return
         raised = [(n, r) for parts in failed for n, r in parts.items() if r.fault is Fault.RAISED]
         name, reply = (raised or list(failed[0].items()))[0]
-        said = f"{len(failed)} of {len(found)} answers of a step could not be rewarded"
         first = f"the first error, of {name}: {reply.error}"
-        share = self._rules.max_error_share
-        if len(failed) <= (max(1.0, share * len(found)) if share else 0):
-            log.warning("%s; %s", said, first)
-            return
-        raise RewardError(f"{said}, more than reward.max_error_share = {share:g} allows; {first}")
+        check_failed(len(failed), len(found), self._rules.max_error_share, first)
+        log.warning("%d of %d answers of a step could not be rewarded; %s", len(failed), len(found), first)
 
     def _metrics(self, found: Sequence[Mapping[str, Reply]], seconds: float) -> dict[str, float]:
         if not found:
@@ -152,6 +147,18 @@ class RewardScorer:
             if values:
                 figures[f"reward/part/{label}"] = float(np.mean(values))
         return figures
+
+
+def check_failed(failed: int, answers: int, share: float, first: str) -> None:
+    """`RewardError` where more of a step's answers have no reward than `share` (`max_error_share`) of them.
+
+    A single one ends no run, however few answers a step has, unless none is allowed. `first` says why there is none.
+    """
+    if failed > (max(1.0, share * answers) if share else 0):
+        raise RewardError(
+            f"{failed} of {answers} answers of a step could not be rewarded, more than reward.max_error_share = "
+            f"{share:g} allows; {first}"
+        )
 
 
 def _last_line(error: str) -> str:

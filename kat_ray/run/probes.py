@@ -12,13 +12,15 @@ import numpy as np
 from kat_ray.data.accounting import FinishedRollout
 from kat_ray.rewards.grader_pool import GraderPool
 from kat_ray.rewards.limits import GradingLimits, Outcome
-from kat_ray.rewards.scoring import Answer, RewardScorer, Scored
+from kat_ray.rewards.scoring import Answer, RewardScorer, Scored, check_failed
 from kat_ray.rewards.verifiers import Verifier, grade
 from kat_ray.termination import RULES
 from kat_ray.termination.settings import RuleSettings
 from kat_ray.types.records import FloatArray, Reward, RolloutOutcome, StopReason
 
 log = logging.getLogger("kat_ray.probes")
+
+_BOUNDS = "(evaluation.grading_seconds, grading_step_seconds, grading_memory_gib)"
 
 
 @dataclass(frozen=True)
@@ -42,21 +44,24 @@ class RolloutGrader:
         verifier: Verifier,
         limits: GradingLimits | None = None,
         scorer: RewardScorer | None = None,
+        max_error_share: float | None = None,
     ) -> None:
         """`golds` by prompt id; `limits` bound what one step's grading may take.
 
-        `scorer` rewards rollouts, with or without a gold answer; without it the verdict is their reward.
+        `scorer` rewards rollouts, with or without a gold answer; without it the verdict is their reward, and
+        `max_error_share` of a step's may lack one. None: as many as like, since nothing is learnt from them.
         """
         self._golds = golds
         self._decode = decode
         self._verifier: Verifier = verifier
         self._pool = GraderPool(limits)
         self._scorer = scorer
+        self._max_error_share = max_error_share
 
     def grade(self, rollouts: Mapping[int, tuple[str, Sequence[int]]]) -> Graded:
         """Grade rollouts, given as (prompt id, token ids) by id; those without a gold answer get no verdict.
 
-        `UserError` where reward functions fail too often.
+        `RewardError` where too many have no reward (`reward.max_error_share`).
         """
         started = time.monotonic()
         texts = {i: self._decode(ids) for i, (p, ids) in rollouts.items() if self._scorer or p in self._golds}
@@ -66,11 +71,13 @@ class RolloutGrader:
         if verdicts.ran_out:
             log.warning(
                 "%d of %d graded rollouts took too much time or memory to grade: they count as wrong, and have no "
-                "reward (evaluation.grading_seconds, grading_step_seconds, grading_memory_gib)",
-                verdicts.ran_out, len(correct),
+                "reward %s", verdicts.ran_out, len(correct), _BOUNDS,
             )  # fmt: skip
         outcomes = dict(zip(known, verdicts.outcomes, strict=True))
         if self._scorer is None:
+            if self._max_error_share is not None:
+                why = f"grading them took too much time or memory {_BOUNDS}"
+                check_failed(verdicts.ran_out, len(known), self._max_error_share, why)
             scored = Scored({i: _reward(self._verifier, outcome) for i, outcome in outcomes.items()}, {})
         else:
             answers = {i: Answer(p, texts[i], ids, outcomes.get(i)) for i, (p, ids) in rollouts.items()}

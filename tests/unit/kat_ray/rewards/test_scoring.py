@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kat_ray.errors import UserError
+from kat_ray.errors import RewardError, UserError
 from kat_ray.rewards.child import GradingChild
 from kat_ray.rewards.limits import Call, Fault, GradingLimits, Outcome, Reply
 from kat_ray.rewards.scoring import Answer, RewardRules, RewardScorer, _silent
@@ -196,7 +196,7 @@ def test_none_on_purpose_is_not_graded_and_no_error(file):
 def test_verdicts_and_formats_beside_functions(file):
     """A verifier without a gold answer, or without a verdict, leaves an answer ungraded."""
     functions = {"math": 1.0, "format": 0.5}
-    with scorer(functions, pattern="^<b>.*</b>$", max_error_share=0.0) as made:
+    with scorer(functions, pattern="^<b>.*</b>$") as made:
         given = {
             i: Answer("text", text, (), verdict)
             for i, (text, verdict) in enumerate(
@@ -324,6 +324,17 @@ def test_too_many_errors_end_the_run_with_the_first_traceback(file):
     assert 'my_rewards.py", line 2, in score' in said and said.endswith("ZeroDivisionError: float division by zero")
     with scorer({file(code): 1.0}, max_error_share=0.0) as made, pytest.raises(UserError, match="1 of 2 answers"):
         made.score(answers("", "a"))
+
+
+def test_a_verifier_that_runs_out_of_time_counts_among_the_errors(file):
+    given = answers("2", verdict=Outcome.RAN_OUT) | {1: Answer("text", "2", (), Outcome.RIGHT)}
+    with scorer({"math": 1.0}) as made:
+        assert values(made.score(given)) == [None, 1.0], "a single one ends no run"
+        two = given | {2: Answer("text", "2", (), Outcome.NOT_REACHED)}
+        with pytest.raises(
+            RewardError, match=r"2 of 3 answers .*max_error_share = 0.05 .* of math: grading ran out$"
+        ):
+            made.score(two)
 
 
 GOOD = "def score(completions, **kw): return [1.0]\n"

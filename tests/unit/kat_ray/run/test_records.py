@@ -14,6 +14,7 @@ import pytest
 
 from kat_ray.config import RunConfig
 from kat_ray.data.accounting import count_tokens, join_outcomes, kept_rows, traces_of
+from kat_ray.errors import RewardError
 from kat_ray.observability.metric_catalog import METRICS, check_names
 from kat_ray.records.traces import SCHEMA, PolicyTrace, TraceRow, read_rows, read_traces, write_traces
 from kat_ray.rewards.limits import GradingLimits
@@ -325,6 +326,17 @@ def test_rollouts_whose_grading_runs_out_are_wrong_and_counted(caplog):
     assert graded.correct == {0: True, 1: False} and graded.ran_out == 1
     assert grading_metrics(graded)["probe/ran_out"] == 1
     assert "1 of 2 graded rollouts took too much time or memory" in caplog.text
+
+
+def test_a_verifier_that_gives_most_answers_no_reward_ends_a_run_that_learns_from_it():
+    def ran_out(share):
+        limits = GradingLimits(total_seconds=0.0)  # no time for anything; no child is started
+        grader = RolloutGrader({"a": "4"}, lambda ids: "$4$", "math", limits, max_error_share=share)
+        return grader.grade({0: ("a", [0]), 1: ("a", [1]), 2: ("b", [2])}).ran_out
+
+    assert ran_out(None) == ran_out(1.0) == 2
+    with pytest.raises(RewardError, match=r"2 of 2 answers .* reward.max_error_share = 0.05 allows; grading them"):
+        ran_out(0.05)
 
 
 def test_what_a_run_ran_on():
