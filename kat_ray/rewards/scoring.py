@@ -152,7 +152,7 @@ class RewardScorer:
 def check_failed(failed: int, answers: int, share: float, first: str) -> None:
     """`RewardError` where more of a step's answers have no reward than `share` (`max_error_share`) of them.
 
-    A single one ends no run, however few answers a step has, unless none is allowed. `first` says why there is none.
+    A single one ends no run, however few answers a step has, unless none is allowed. `first` says why one failed.
     """
     if failed > (max(1.0, share * answers) if share else 0):
         raise RewardError(

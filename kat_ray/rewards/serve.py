@@ -3,8 +3,9 @@
 It limits its own memory, loads its graders, and says `["ready", "", ""]`, or `["failed", grader, reason]`. Then it
 reads `[number, seconds, grader, arguments]` and writes `[number, "value", value]`, `[number, "error", text]` or
 `[number, "memory", ""]`, one JSON line each. The pipes are taken from standard input and output before anything is
-loaded: what a function prints or reads goes nowhere. A child whose parent is gone ends with its input, or by an
-alarm that it sets itself.
+loaded: what a function prints or reads goes nowhere. A child whose parent is gone ends at once, with all that it
+forked: a process beside it sees to that. Where there is no such process it ends with its input, or by an alarm that
+it sets itself.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -45,6 +47,8 @@ def load(name: str, pattern: str) -> Grader:
 def main() -> None:
     """Serve until the input ends."""
     limit, names, pattern = json.loads(sys.argv[1])
+    if os.getpgrp() == os.getpid():
+        _end_group_with(os.getppid(), os.getpid())
     requests, replies = _own_pipes()
     _limit_memory(limit)
     own = os.getpid()
@@ -72,6 +76,35 @@ def main() -> None:
         say(number, *what)
     if os.getpgrp() == own:  # what functions left running
         os.killpg(own, signal.SIGKILL)
+
+
+def _end_group_with(*pids: int) -> None:
+    """Start a process that kills this process group once one of these processes has ended.
+
+    It does so whatever a function is in: an alarm would end this process and nothing that it forked, and a thread
+    might not get its turn. It is no child of this process: a function that waits for all its children shall not
+    wait for it.
+    """
+    try:
+        ends = [os.pidfd_open(pid) for pid in pids]
+    except (AttributeError, OSError):  # another system than Linux, or an old one
+        return
+    if first := os.fork():
+        for end in ends:
+            os.close(end)
+        os.waitpid(first, 0)
+        return
+    if os.fork():
+        os._exit(0)
+    # The pipes would tell the parent that this process is alive.
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nothing, descriptor)
+    poll = select.poll()
+    for end in ends:
+        poll.register(end, select.POLLIN)
+    poll.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def _answer(grader: Grader, arguments: Mapping[str, Any]) -> tuple[str, Any]:

@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -273,6 +275,13 @@ def is_alive(pid):
         return False
 
 
+def wait_until(what, seconds=60.0):
+    until = time.monotonic() + seconds
+    while not what() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert what()
+
+
 def test_what_hangs_dies_forks_prints_or_eats_costs_its_own_reward_alone(file):
     """And nothing of it is left running. A good answer follows each bad one."""
     name = file(NASTY)
@@ -287,10 +296,36 @@ def test_what_hangs_dies_forks_prints_or_eats_costs_its_own_reward_alone(file):
     assert scored.metrics["reward/part/score"] < 0.25
     pids = list(map(int, Path(name.removesuffix(":score") + ".pids").read_text().split()))
     assert len(pids) == 2
-    until = time.monotonic() + 60
-    while any(map(is_alive, pids)) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert not any(map(is_alive, pids))
+    wait_until(lambda: not any(map(is_alive, pids)))
+
+
+def test_nothing_is_left_running_of_a_driver_that_was_killed(file):
+    """A function may hang with what it forked, and no one is left to end it; an alarm would not reach all of it."""
+    name = file(NASTY)
+    code = (
+        "import sys\n"
+        "from kat_ray.rewards.child import GradingChild\n"
+        "from kat_ray.rewards.limits import Call, GradingLimits\n"
+        "from kat_ray.rewards.task import Task\n"
+        "child = GradingChild(GradingLimits(seconds=900.0), [sys.argv[1]])\n"
+        "assert child.start(60.0)\n"
+        "print(child._child.pid, flush=True)\n"
+        "child.ask(Call(sys.argv[1], Task('p', 'p').arguments('forks and hangs', ())), 900.0)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, name], stdout=subprocess.PIPE, text=True) as driver:
+        grader = int(driver.stdout.readline())
+        pids = Path(name.removesuffix(":score") + ".pids")
+        wait_until(lambda: pids.exists() and pids.read_text().endswith("\n"))
+        driver.kill()
+    wait_until(lambda: not any(map(is_alive, [grader, int(pids.read_text())])))
+
+
+def test_a_function_that_waits_for_all_its_children_waits_for_none_of_ours(file):
+    code = "import os\n\ndef score(completions, **kwargs): return [float(os.wait()[0])]\n"
+    with scorer({file(code): 1.0}, seconds=20.0) as made:
+        assert (
+            made.score(answers("a")).rewards[0].error == "score: ChildProcessError: [Errno 10] No child processes"
+        )
 
 
 def test_a_process_that_a_function_forked_answers_nothing(file):
@@ -331,9 +366,7 @@ def test_a_verifier_that_runs_out_of_time_counts_among_the_errors(file):
     with scorer({"math": 1.0}) as made:
         assert values(made.score(given)) == [None, 1.0], "a single one ends no run"
         two = given | {2: Answer("text", "2", (), Outcome.NOT_REACHED)}
-        with pytest.raises(
-            RewardError, match=r"2 of 3 answers .*max_error_share = 0.05 .* of math: grading ran out$"
-        ):
+        with pytest.raises(RewardError, match=r"2 of 3 answers .* = 0.05 .* of math: grading ran out$"):
             made.score(two)
 
 
