@@ -149,6 +149,7 @@ class RunHistory:
             watch=self.guards.state(),
             seconds=self.seconds(),
             prompts={section: prompts.digest for section, prompts in self._prepared.prompt_sets().items()},
+            reward_files=dict(self._prepared.reward_files),
         )
 
     def _go_back(self, loaded: Loaded | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from actors.cluster.samplers import ModelPaths
@@ -14,7 +15,7 @@ from kat_ray.errors import UserError
 from kat_ray.models.inspect import ModelFacts, check_models, resolve_model
 from kat_ray.rewards.verifiers import check_golds
 from kat_ray.run.checkpoint import Checkpoints
-from kat_ray.run.reward_functions import check_golds_for_rewards, has_functions, needs_golds
+from kat_ray.run.reward_functions import check_golds_for_rewards, file_digests, has_functions, needs_golds
 from kat_ray.termination import RunFacts, make_rule
 
 
@@ -27,6 +28,7 @@ class Prepared:
     golds: TrainingGolds  # of `train`
     heldout: PromptSet | None
     paths: ModelPaths
+    reward_files: Mapping[str, str] = field(default_factory=dict)  # digests, by path
 
     def prompt_sets(self) -> dict[str, PromptSet]:
         """What the run reads prompts from, by the section of the configuration that names it."""
@@ -84,4 +86,4 @@ def prepare(config: Config) -> Prepared:
         vocabulary=facts.student.vocabulary,
         max_model_len=longest,
     )
-    return Prepared(facts, train, golds, heldout, paths)
+    return Prepared(facts, train, golds, heldout, paths, file_digests(config))

@@ -34,7 +34,7 @@ from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.checkpoint import Loaded, unread
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.resume import check_prompts, run_config, unfinished_run
-from kat_ray.run.reward_functions import check_sources, has_functions, try_functions
+from kat_ray.run.reward_functions import changed_files, check_sources, has_functions, try_functions
 
 log = logging.getLogger("kat_ray.run")
 
@@ -79,7 +79,8 @@ def _newest(run: Path, config: Config, prepared: Prepared) -> tuple[Loaded | Non
     if loaded is None:
         return None, [*notes, f"{run}: no checkpoint yet, starting anew"]
     check_prompts(run, loaded.state.get("prompts", {}), prepared.prompt_sets())
-    notes = [*notes, f"resuming {run} after step {loaded.step}"]
+    changed = changed_files(loaded.state.get("reward_files", {}), prepared.reward_files)
+    notes = [*notes, f"resuming {run} after step {loaded.step}", *changed]
     if (note := schedule_note(load_config(run / "config.yaml", []), config, loaded.step)) is not None:
         notes.append(note)
     return loaded, notes

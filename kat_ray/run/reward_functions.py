@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import PurePath
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 
 from kat_ray.config import Config
 from kat_ray.data.golds import TrainingGolds
@@ -45,6 +46,23 @@ def reward_files(config: Config) -> list[str]:
     parts = [file_and_name(name) for name in config.reward.functions] if has_functions(config) else []
     paths = [PurePath(path) for path, _ in filter(None, parts)]
     return [path.as_posix() for path in paths if not path.is_absolute() and path.parts[0] not in ("..", "~")]
+
+
+def file_digests(config: Config) -> dict[str, str]:
+    """SHA-256 of each file of reward functions, by its path in the configuration; what it imports is not in it."""
+    parts = [file_and_name(name) for name in config.reward.functions] if has_functions(config) else []
+    paths = dict.fromkeys(path for path, _ in filter(None, parts))
+    return {path: hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() for path in paths}
+
+
+def changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    """What to say of files that are not those of the run so far; an older checkpoint has no digests."""
+    for path, digest in now.items():
+        if (then := before.get(path, digest)) != digest:
+            yield (
+                f"reward.functions: {path} has changed since the checkpoint (sha256 {then[:12]}, now {digest[:12]}); "
+                "the rewards from here on are those of the new one"
+            )
 
 
 def make_scorer(config: Config, prompts: PromptSet) -> RewardScorer | None:

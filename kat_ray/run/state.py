@@ -89,6 +89,7 @@ class RunState(_Saved):
     watch: WatchState = WatchState()
     seconds: Seconds = 0.0  # that the run has taken, all its processes together
     prompts: dict[str, str] = {}  # digests, by the section of the configuration that names the file
+    reward_files: dict[str, str] = {}  # digests of the files of reward functions, by path
 
     @classmethod
     def of(cls, loaded: Loaded | None) -> RunState:

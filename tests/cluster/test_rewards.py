@@ -57,6 +57,7 @@ def test_a_run_learns_from_a_function_and_goes_on_when_that_is_mended(files, tmp
 
     (tmp_path / "my_rewards.py").write_text(CODE.replace("BREAKS", "False"))
     path = job.train(config, resume=tmp_path / "r", engines=QUICK)
+    assert f"reward.functions: {tmp_path}/my_rewards.py has changed since" in (path / "run.log").read_text()
     steps = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     steps = [m for m in steps if "learner/loss" in m]
     assert [m["step"] for m in steps] == [1, 2, 3, 4]

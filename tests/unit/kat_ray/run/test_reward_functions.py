@@ -15,13 +15,16 @@ from kat_ray.rewards.scoring import Answer, RewardRules, RewardScorer
 from kat_ray.rewards.task import Task
 from kat_ray.run.probes import RolloutGrader, grading_metrics
 from kat_ray.run.reward_functions import (
+    changed_files,
     check_golds_for_rewards,
     check_sources,
+    file_digests,
     make_scorer,
     needs_golds,
     reward_files,
     try_functions,
 )  # fmt: skip
+from kat_ray.run.state import RunState
 from kat_ray.types.records import Prompt
 from tests.support.configs import make_config
 from tests.support.paths import ROOT
@@ -109,6 +112,21 @@ def test_the_path_of_the_documentation(tmp_path, monkeypatch):
         first = prompts.prompts[0].prompt_id
         rewards = scorer.score({0: Answer(first, "It rains.", (1,)), 1: Answer(first, "a b c d e f", (1,))}).rewards
     assert [r.value for r in rewards.values()] == pytest.approx([-10 / 12 + 0.1, -0.5])
+
+
+def test_another_file_under_the_same_path_is_told_at_a_resume(tmp_path):
+    path = tmp_path / "my_rewards.py"
+    path.write_text(CODE + "other = score\n")
+    given = config(**{f"{path}:score": 1.0, f"{path}:other": 1.0, "integer": 1.0})
+    before = file_digests(given)
+    assert list(before) == [str(path)] and list(changed_files(before, before)) == []
+    path.write_text(CODE + "other = score  # mended\n")
+    (said,) = changed_files(RunState(reward_files=before).reward_files, file_digests(given))
+    assert said.startswith(
+        f"reward.functions: {path} has changed since the checkpoint (sha256 {before[str(path)][:12]}"
+    )
+    assert list(changed_files(RunState().reward_files, before)) == [], "a checkpoint from before this was kept"
+    assert file_digests(config(0.0, **{"no.py:f": 1.0})) == {}
 
 
 def test_a_run_that_could_never_have_a_reward_is_refused(tmp_path):

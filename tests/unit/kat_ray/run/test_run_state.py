@@ -49,7 +49,7 @@ def test_a_checkpoint_without_a_version_is_read_whole(tmp_path):
     before = AT_3AA4268["evaluations"]["before"] | {"ran_out": 0}
     evaluations = AT_3AA4268["evaluations"] | {"before": before}
     assert state.to_json() == AT_3AA4268 | {
-        "version": 1, "watch": watch, "evaluations": evaluations, "probe_rewards": [],
+        "version": 1, "watch": watch, "evaluations": evaluations, "probe_rewards": [], "reward_files": {},
     }  # fmt: skip
 
 
