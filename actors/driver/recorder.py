@@ -105,6 +105,7 @@ class StepRecorder:
             books=[r.counts for r in sampled.rollouts],
             scored_tokens=sum(int(c.offsets[-1]) for c in sampled.scored),
             prompt_tokens=sum(len(s.prompt_ids) for s in sampled.specs),
+            learnt_tokens=sum(k.kept for k in sampled.credit.kept),
         )
         return (
             {"policy_version": float(sampled.version)}

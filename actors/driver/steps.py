@@ -20,7 +20,7 @@ from actors.driver.dispatcher import RolloutDispatcher
 from actors.driver.monitor_group import MonitorGroup
 from actors.driver.unmonitored import Unmonitored
 from actors.learner.learner import Learner
-from kat_ray.algorithms.base import Credit
+from kat_ray.algorithms.base import Credit, EndedStep
 from kat_ray.algorithms.choice import algorithm_of
 from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, join_outcomes
@@ -117,7 +117,8 @@ class Steps:
         if share is None:
             share = getattr(self._config.termination, "probe_share", 0.0)
         step = sampling.step
-        credit = self._algorithm.credit(rollouts, sampling.specs, rewards, share, self._probe_rewards[step])
+        ended = EndedStep(rollouts, sampling.specs, rewards, share, self._probe_rewards[step])
+        credit = self._algorithm.credit(ended)
         # The step before may still be learnt: its checkpoint holds what this step began with, and where its
         # records are lost it is sampled again.
         kept = {s: r for s, r in self._probe_rewards.items() if s >= step - 1}

@@ -18,7 +18,6 @@ from kat_ray.losses.policy import (
     sequence_mask_weight,
     truncated_weight,
 )
-from kat_ray.losses.sequence import RolloutRatio
 from kat_ray.losses.statistics import StudentStatistics
 from kat_ray.losses.term import LossTerm
 
@@ -38,10 +37,8 @@ def make_term(settings: LearnerSettings, step: int = 0) -> LossTerm:
 
 def sequence_pass(settings: LearnerSettings) -> SequencePass | None:
     """What has to be known of whole rollouts before their tokens have a loss; None where nothing has."""
-    rl = settings.objective.rl
-    ratios: dict[str, RolloutRatio] = {"gspo": "mean", "geometric_mask": "mean", "sequence_mask": "sum"}
-    kind = ratios.get(rl.loss) or ratios.get(rl.correction)
-    return SequencePass(kind, settings.stop_ids) if rl.weight and kind else None
+    kind = settings.objective.rl.rollout_ratio
+    return SequencePass(kind, settings.stop_ids) if kind else None
 
 
 def _loss(rl: PolicyObjective) -> PolicyLoss:

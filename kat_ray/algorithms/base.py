@@ -10,6 +10,18 @@ from kat_ray.data.accounting import FinishedRollout
 from kat_ray.types.records import KeptRollout, Reward, RolloutSpec
 
 
+@dataclass(frozen=True)
+class EndedStep:
+    """A step's rollouts, each at its end, and what is known of their worth."""
+
+    rollouts: Sequence[FinishedRollout]
+    specs: Sequence[RolloutSpec]  # that they were made from
+    rewards: Mapping[int, Reward] = field(default_factory=dict)  # by rollout id, of those that were graded
+    probe_share: float = 0.0  # chance with which a rollout was a probe
+    # `Credit.probe_rewards` of the step before: of earlier probes that the rule would have cut, the newest last.
+    probe_rewards: Sequence[float] = ()
+
+
 class RolloutCredit(NamedTuple):
     """What a rollout has in the policy's loss."""
 
@@ -47,17 +59,5 @@ class Algorithm(Protocol):
     Its counterpart at the learner is `kat_ray.losses.term.LossTerm`, which makes a loss of credit and targets.
     """
 
-    def credit(
-        self,
-        rollouts: Sequence[FinishedRollout],
-        specs: Sequence[RolloutSpec],
-        rewards: Mapping[int, Reward],
-        probe_share: float,
-        probe_rewards: Sequence[float] = (),
-    ) -> Credit:
-        """Of whose first tokens the loss is made, and how much each weighs.
-
-        `specs` are those that the step's rollouts were made from, `rewards` are by rollout id, of those that were
-        graded. A rollout was a probe with chance `probe_share`. `probe_rewards` are those of earlier steps' probes
-        that the rule would have cut, the newest last: `Credit.probe_rewards` of the step before.
-        """
+    def credit(self, ended: EndedStep) -> Credit:
+        """Of whose first tokens the loss is made, and how much each weighs."""

@@ -10,12 +10,12 @@ import numpy as np
 
 from kat_ray.algorithms.advantages import advantages, constant_groups, deviations, without_constant_groups
 from kat_ray.algorithms.aggregation import token_weights
-from kat_ray.algorithms.base import Credit
+from kat_ray.algorithms.base import Credit, EndedStep
 from kat_ray.algorithms.groups import Ending, Floats, Graded, Members, Treatment, members
 from kat_ray.algorithms.shaping import overlong_penalty
 from kat_ray.config import PolicyObjective
 from kat_ray.data.accounting import FinishedRollout
-from kat_ray.types.records import FloatArray, KeptRollout, PolicyCredit, Reward, RolloutSpec, StopReason
+from kat_ray.types.records import FloatArray, KeptRollout, PolicyCredit, Reward, StopReason
 
 
 @dataclass(frozen=True)
@@ -26,25 +26,16 @@ class PolicyOptimization:
     longest: int  # tokens of a rollout
     distils: bool = True  # its tokens have a KL, too
 
-    def credit(
-        self,
-        rollouts: Sequence[FinishedRollout],
-        specs: Sequence[RolloutSpec],
-        rewards: Mapping[int, Reward],
-        probe_share: float,
-        probe_rewards: Sequence[float] = (),
-    ) -> Credit:
+    def credit(self, ended: EndedStep) -> Credit:
         """See `Algorithm`; rollouts without a token are in no group's loss, and in its baseline all the same."""
-        by_id = {spec.rollout_id: spec for spec in specs}
+        rollouts, by_id = ended.rollouts, {spec.rollout_id: spec for spec in ended.specs}
         rule, penalty = self.objective, self._penalties(rollouts)
         graded = [
-            _graded(r, by_id[r.rollout_id].prompt_id, rewards.get(r.rollout_id), float(p))
+            _graded(r, by_id[r.rollout_id].prompt_id, ended.rewards.get(r.rollout_id), float(p))
             for r, p in zip(rollouts, penalty, strict=True)
         ]
-        weighs = rule.cut_reward == "probe_weighted" and probe_share > 0
-        cut = rule.cut_reward if rule.cut_reward != "probe_weighted" or weighs else "exclude"
-        imputed = _mean(probe_rewards) if len(probe_rewards) >= rule.probe_min else None
-        graded_ones = members(graded, Treatment(cut, rule.truncated, probe_share if weighs else 0.0, imputed))
+        treatment = self._treatment(ended)
+        graded_ones = members(graded, treatment)
         found = without_constant_groups(graded_ones) if rule.filter_constant_groups else graded_ones
         tokens = np.array([_policy_tokens(r) for r in rollouts], dtype=np.int64)
         advantage = advantages(rule.advantage, found, tokens, rule.min_std)
@@ -61,10 +52,19 @@ class PolicyOptimization:
             advantages={i: float(a) for i, (_, w, a) in values.items() if w > 0},
             metrics=_reward_metrics(graded_ones, found.left_out)
             | _advantage_metrics(found, advantage, tokens)
-            | ({"probe/q": imputed} if cut == "probe_mean" and imputed is not None else {}),
-            probe_rewards=self._newest((*probe_rewards, *_would_cut(graded, graded_ones))),
+            | ({} if treatment.probe_mean is None else {"probe/q": treatment.probe_mean}),
+            probe_rewards=self._newest((*ended.probe_rewards, *_would_cut(graded, graded_ones))),
             reward_weights={i: float(w) for i, (_, w, _) in values.items()},
         )
+
+    def _treatment(self, ended: EndedStep) -> Treatment:
+        """What becomes of this step's cut rollouts; without probes there are none that could stand for them."""
+        rule, known = self.objective, len(ended.probe_rewards) >= self.objective.probe_min
+        if rule.cut_reward == "probe_weighted" and not ended.probe_share > 0:
+            return Treatment("exclude", rule.truncated)
+        share = ended.probe_share if rule.cut_reward == "probe_weighted" else 0.0
+        q = _mean(ended.probe_rewards) if rule.cut_reward == "probe_mean" and known else None
+        return Treatment(rule.cut_reward, rule.truncated, share, q)
 
     def _kept(self, rollout: FinishedRollout, prompt_length: int, policy: PolicyCredit) -> KeptRollout:
         """The tokens of both losses; those past the cut have no KL, and none has where there is no teacher."""

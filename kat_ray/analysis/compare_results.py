@@ -41,7 +41,8 @@ _BOOKS = (
 MEANING = (
     "Tokens are sums over a run; kept tokens / rollout is over all rollouts, including probes, which are "
     "never cut. TFLOP: 2 per parameter and token forward, 6 with the backward pass. Student sampling: prompts and "
-    "generated tokens; teacher scoring: prompts and scored tokens; learning: prompts and kept tokens. Attention "
+    "generated tokens; teacher scoring: prompts and scored tokens; learning: prompts and kept tokens, with rewards "
+    "up to where a cut was confirmed, and 2 more for losses that need a pass without gradient first. Attention "
     "over the past, padding and evaluation are left out. Training seconds are the sum of the steps' durations, "
     "without start, loading and evaluation, on the machine as it was: compare them only where it was idle."
 )
@@ -174,21 +175,21 @@ def read_finished(folder: Path) -> FinishedRun:
     if summary["eval_after"] is None or config.evaluation.data is None:
         raise UserError(f"{folder}: it was not evaluated; a comparison needs held-out problems")
     seconds, notes = _training_seconds(folder, config.run.steps)
-    measures = _measures(summary, file) | {"training_seconds": seconds}
+    measures = _measures(summary, file, config) | {"training_seconds": seconds}
     evaluations = folder / "evaluations.jsonl"
     lines, damage = read_json_lines(evaluations, EVALUATION)
     if damage:
         raise UserError(damage[0])
     right = _right(evaluations, lines, summary)
     parameters = {"parameters": summary["parameters"]}
-    curve, trouble = curve_of(lines, lambda line: sum(tflop_parts({**line, **parameters}, file).values()))
+    curve, trouble = curve_of(lines, lambda line: sum(tflop_parts({**line, **parameters}, file, config).values()))
     if trouble is not None:
         notes = (*notes, f"{evaluations}: {trouble}; the run is left out at equal cost")
     return FinishedRun(folder, config, summary, measures, right, notes, curve)
 
 
-def _measures(summary: Mapping[str, Any], file: Path) -> dict[str, float]:
-    evaluation, parts = summary["eval_after"], tflop_parts(summary, file)
+def _measures(summary: Mapping[str, Any], file: Path, config: Config) -> dict[str, float]:
+    evaluation, parts = summary["eval_after"], tflop_parts(summary, file, config)
     books = {name: float(summary[name]) for name in (*MEASURES, *PARTS) if name in summary}
     return books | {
         "avg_at_k": evaluation["avg_at_k"],
@@ -199,10 +200,11 @@ def _measures(summary: Mapping[str, Any], file: Path) -> dict[str, float]:
     }
 
 
-def tflop_parts(summary: Mapping[str, Any], file: Path) -> dict[str, float]:
+def tflop_parts(summary: Mapping[str, Any], file: Path, config: Config) -> dict[str, float]:
     """Arithmetic of a run in TFLOP, as `MEANING` says.
 
-    The learner's forward pass takes all kept tokens, also those of weight 0, which are not trained on.
+    The learner's forward pass takes all that it was handed, also tokens of weight 0, which are not trained on. An
+    earlier version did not record how many those were.
     """
     student = summary["parameters"].get("student")
     teacher = summary["parameters"].get("teacher", 0)  # a run without one does not name it
@@ -211,11 +213,13 @@ def tflop_parts(summary: Mapping[str, Any], file: Path) -> dict[str, float]:
             f"{file}: parameters of student and teacher are {student} and {teacher}: the size of a model is "
             "known only if its weights are safetensors, and a comparison counts arithmetic by it: fill them in"
         )
-    prompts = summary["prompt_tokens"]
+    prompts, learnt = summary["prompt_tokens"], summary.get("learnt_tokens")
+    learnt = summary["kept_tokens"] if learnt is None else learnt
+    passes = 8e-12 if config.objective.rl.rollout_ratio else 6e-12
     return {
         "tflop_sampling": 2e-12 * student * (prompts + summary["generated_tokens"]),
         "tflop_scoring": 2e-12 * teacher * (prompts + summary["scored_tokens"]),
-        "tflop_learning": 6e-12 * student * (prompts + summary["kept_tokens"]),
+        "tflop_learning": passes * student * (prompts + learnt),
     }
 
 

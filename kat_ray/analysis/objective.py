@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from kat_ray.algorithms.base import Credit, RolloutCredit
+from kat_ray.algorithms.base import Credit, EndedStep, RolloutCredit
 from kat_ray.algorithms.choice import algorithm_of
 from kat_ray.analysis.replay import load_table, with_changes
 from kat_ray.config import Config
@@ -35,10 +35,7 @@ class RecordedStep:
     """A step as its driver had it before the algorithm was asked, and what the algorithm made of it then."""
 
     step: int
-    rollouts: list[FinishedRollout]
-    specs: list[RolloutSpec]
-    rewards: dict[int, Reward]
-    probe_share: float
+    ended: EndedStep  # but for its `probe_rewards`, which the steps before it give
     written: dict[int, RolloutCredit]
 
 
@@ -100,8 +97,7 @@ def recorded_steps(run_dir: Path, config: Config) -> tuple[list[RecordedStep], l
 def _recorded_step(step: int, table: pa.Table, longest: int) -> RecordedStep:
     rows = table.select([f.name for f in table.schema if not pa.types.is_list(f.type)]).to_pylist()
     tokens, logprobs = (_values(table, name) for name in ("token_ids", "sampled_logprobs"))
-    return RecordedStep(
-        step=step,
+    ended = EndedStep(
         rollouts=[_finished(*parts) for parts in zip(rows, tokens, logprobs, strict=True)],
         specs=[RolloutSpec(r["rollout_id"], r["prompt_id"], (), 0, r["probe"], longest) for r in rows],
         rewards={
@@ -110,7 +106,9 @@ def _recorded_step(step: int, table: pa.Table, longest: int) -> RecordedStep:
             if r["reward"] is not None or r["reward_error"] is not None
         },
         probe_share=rows[0]["probe_share"],
-        written={r["rollout_id"]: RolloutCredit(*(r[name] for name in RolloutCredit._fields)) for r in rows},
+    )
+    return RecordedStep(
+        step, ended, {r["rollout_id"]: RolloutCredit(*(r[name] for name in RolloutCredit._fields)) for r in rows}
     )
 
 
@@ -141,7 +139,7 @@ def replayed(steps: Sequence[RecordedStep], config: Config) -> list[Credit]:
     credits: list[Credit] = []
     for step in steps:
         earlier = credits[-1].probe_rewards if credits else ()
-        credits.append(algorithm.credit(step.rollouts, step.specs, step.rewards, step.probe_share, earlier))
+        credits.append(algorithm.credit(replace(step.ended, probe_rewards=earlier)))
     return credits
 
 

@@ -73,7 +73,7 @@ def _grid(settings: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _reproduction(steps: Sequence[RecordedStep], found: Sequence[Difference]) -> str:
-    count = sum(len(step.rollouts) for step in steps)
+    count = sum(len(step.ended.rollouts) for step in steps)
     if not found:
         return f"the run's own objective, computed again, gives the credit of all {count:,} rollouts to the bit"
     first, wrong = found[0], len({(d.step, d.rollout_id) for d in found})

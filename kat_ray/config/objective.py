@@ -113,6 +113,18 @@ class PolicyObjective(_Weighted):
     advantage_clip: float | None = Field(None, gt=0)
     """Largest size of an advantage; null sets no limit."""
 
+    @property
+    def rollout_ratio(self) -> Literal["mean", "sum"] | None:
+        """What a token's loss needs of the ratios of its rollout, hence a pass without gradient before its own.
+
+        Their geometric mean or their product; None where it needs neither, or nothing is learnt from rewards.
+        """
+        if not self.weight:
+            return None
+        if self.loss == "gspo" or self.correction == "geometric_mask":
+            return "mean"
+        return "sum" if self.correction == "sequence_mask" else None
+
     @model_validator(mode="before")
     @classmethod
     def _has_the_mean_of_its_loss(cls, values: Any) -> Any:

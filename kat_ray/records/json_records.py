@@ -45,6 +45,7 @@ class Evaluation(Record):
     kept_tokens: Count | None = None
     scored_tokens: Count | None = None
     trained_tokens: Count | None = None
+    learnt_tokens: Count | None = None
 
 
 class Summary(Record):
@@ -57,6 +58,7 @@ class Summary(Record):
     kept_tokens: Count = 0
     scored_tokens: Count = 0
     trained_tokens: Count = 0
+    learnt_tokens: Count | None = None
     overshoot_tokens: Count = 0
     wall_seconds: Annotated[float, Field(ge=0, le=1e12)] = 0.0
     eval_before: Figures | None = None

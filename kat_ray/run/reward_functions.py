@@ -60,8 +60,8 @@ def changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator
     for path, digest in now.items():
         if (then := before.get(path, digest)) != digest:
             yield (
-                f"reward.functions: {path} has changed since the checkpoint (sha256 {then[:12]}, now {digest[:12]}); "
-                "the rewards from here on are those of the new one"
+                f"reward.functions: {path} has changed since the checkpoint (sha256 {then[:12]}, now "
+                f"{digest[:12]}): the rewards from here on are those of the new one"
             )
 
 

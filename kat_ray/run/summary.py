@@ -28,6 +28,8 @@ PACKAGES = (
     "pyarrow",
 )
 
+_TOKENS = ("prompt", "generated", "kept", "overshoot", "cut_back", "scored", "trained", "learnt")
+
 
 class Totals:
     """Counts over all steps. Every rollout and every token is in them exactly once."""
@@ -36,9 +38,7 @@ class Totals:
         self.steps = 0
         self.started = 0
         self.ended: Counter[StopReason] = Counter()
-        self.tokens: Counter[str] = Counter(
-            dict.fromkeys(("prompt", "generated", "kept", "overshoot", "cut_back", "scored", "trained"), 0)
-        )
+        self.tokens: Counter[str] = Counter(dict.fromkeys(_TOKENS, 0))
 
     def add_step(
         self,
@@ -48,8 +48,12 @@ class Totals:
         books: Sequence[TokenCounts],
         scored_tokens: int,
         prompt_tokens: int,
+        learnt_tokens: int,
     ) -> None:
-        """Add one step's rollouts. Both balances must hold."""
+        """Add one step's rollouts. Both balances must hold.
+
+        `learnt_tokens` are those that the learner's passes took: with rewards up to a cut's confirmation.
+        """
         self.steps += 1
         self.started += started
         self.ended.update(ended)
@@ -57,7 +61,7 @@ class Totals:
             self.tokens.update(
                 generated=book.generated, kept=book.kept, overshoot=book.overshoot, cut_back=book.cut_back
             )
-        self.tokens.update(scored=scored_tokens, prompt=prompt_tokens)
+        self.tokens.update(scored=scored_tokens, prompt=prompt_tokens, learnt=learnt_tokens)
         t = self.tokens
         assert self.started == self.ended.total(), f"{self.started} rollouts started, {self.ended.total()} ended"
         assert t["generated"] == t["kept"] + t["overshoot"] + t["cut_back"], f"tokens do not balance: {dict(t)}"
@@ -77,7 +81,8 @@ class Totals:
         totals = cls()
         totals.steps, totals.started = state["steps"], state["started"]
         totals.ended.update({StopReason(reason): count for reason, count in state["ended"].items()})
-        totals.tokens.update(state["tokens"])
+        tokens = state["tokens"]  # an earlier version counted what is learnt as what is kept
+        totals.tokens.update({"learnt": tokens.get("kept", 0)} | tokens)
         return totals
 
     def as_dict(self) -> dict[str, Any]:

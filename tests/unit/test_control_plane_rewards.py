@@ -52,3 +52,12 @@ def test_what_was_learnt_is_kept_and_the_run_goes_on(staleness, fails_at):
     check(result)
     assert result.finished and mended.asked == 3 - done, "no step that was done is rewarded again"
     compare(result, whole.fingerprint())
+
+
+def test_what_is_learnt_is_counted_up_to_the_confirmation():
+    result = RewardedRun(Scorer(), LAYOUTS["rewards"]).go()
+    rows = [row for step in result.run.traces.values() for row in step]
+    lengths = [len(row.token_ids) if row.cut is None else row.confirmed for row in rows]
+    cuts = sum(row.confirmed - row.cut for row in rows if row.cut is not None)
+    summary = result.run.summary
+    assert cuts > 0 and summary["learnt_tokens"] == sum(lengths) == summary["kept_tokens"] + cuts

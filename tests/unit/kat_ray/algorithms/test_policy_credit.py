@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from kat_ray.algorithms.base import EndedStep
 from kat_ray.algorithms.policy import PolicyOptimization
 from kat_ray.config import PolicyObjective
 from kat_ray.data.accounting import FinishedRollout, count_tokens
@@ -33,7 +34,7 @@ SPECS = [RolloutSpec(i, "p", (7, 8), 0, i == 2, LONGEST) for i in range(4)]
 def credit(rollouts=GROUP, rewards=REWARDS, specs=SPECS, share=0.1, **changes):
     rl = PolicyObjective(weight=1.0, advantage="dr_grpo", **changes)
     return PolicyOptimization(rl, LONGEST).credit(
-        rollouts, specs, {i: Reward(r) for i, r in rewards.items()}, share
+        EndedStep(rollouts, specs, {i: Reward(r) for i, r in rewards.items()}, share)
     )
 
 
@@ -61,7 +62,7 @@ def imputed(before, **changes):
         weight=1.0, advantage="dr_grpo", cut_reward="probe_mean", probe_min=4, probe_buffer=5, **changes
     )
     rewards = {i: Reward(r) for i, r in (REWARDS | {2: 1.0}).items()}
-    return PolicyOptimization(rl, LONGEST).credit(GROUP, SPECS, rewards, 0.1, before)
+    return PolicyOptimization(rl, LONGEST).credit(EndedStep(GROUP, SPECS, rewards, 0.1, before))
 
 
 def test_what_was_cut_is_given_the_mean_of_recent_probes_that_would_have_been():
@@ -103,8 +104,8 @@ def test_what_is_left_out_moves_neither_baseline_nor_mask_nor_denominator(advant
     graded = rewards | ({4: Reward(1.0)} if left_out.outcome.stop_reason is StopReason.MAX_TOKENS else {})
     specs = [RolloutSpec(i, "p", (7, 8), 0, False, LONGEST) for i in range(5)]
     algorithm = PolicyOptimization(rl, LONGEST)
-    expected = algorithm.credit(alone, specs, rewards, 0.1)
-    found = algorithm.credit([*alone, left_out], specs, graded, 0.1)
+    expected = algorithm.credit(EndedStep(alone, specs, rewards, 0.1))
+    found = algorithm.credit(EndedStep([*alone, left_out], specs, graded, 0.1))
     assert [k.policy for k in found.kept if k.policy] == [k.policy for k in expected.kept]
     assert found.advantages == expected.advantages
 
@@ -113,7 +114,7 @@ def test_without_a_teacher_no_token_has_a_kl_and_what_has_no_reward_is_not_hande
     whole = [rollout(0, 3), rollout(1, 6), rollout(2, 5)]
     rl = PolicyObjective(weight=1.0, advantage="dr_grpo")
     rewards = {0: Reward(1.0), 2: Reward(0.0)}
-    kept = PolicyOptimization(rl, LONGEST, distils=False).credit(whole, SPECS, rewards, 0.0).kept
+    kept = PolicyOptimization(rl, LONGEST, distils=False).credit(EndedStep(whole, SPECS, rewards, 0.0)).kept
     assert [(k.rollout_id, k.kept, k.policy.advantage) for k in kept] == [(0, 3, 0.5), (2, 5, -0.5)]
     assert all((k.weights == 0).all() and k.weight == 0 for k in kept)
     assert {k.policy.weight for k in kept} == {1 / 8}

@@ -14,6 +14,7 @@ from kat_ray.analysis.compare import check_same, config_of, differences, order_o
 from kat_ray.analysis.compare_results import read_results, tflop_parts
 from kat_ray.analysis.compare_table import Compared, difference_table, paired, table, write_results
 from kat_ray.cli import main as cli
+from kat_ray.config import PolicyObjective
 from kat_ray.config.load import load_config, save_config
 from kat_ray.errors import UserError
 from tests.support.comparisons import BASE, SUMMARY, changed, finish, finish_rule
@@ -160,14 +161,28 @@ def test_baselines_are_known_by_their_rule(tmp_path):
 def test_arithmetic_by_hand():
     # Student 1000: 2 x (100 + 400) sampling and 6 x (100 + 300) learning; teacher 2000: 2 x (100 + 390). The
     # learner runs all 300 kept tokens, also the 10 of weight 0 that are not trained on.
-    parts = tflop_parts(SUMMARY, Path("s"))
+    parts = tflop_parts(SUMMARY, Path("s"), BASE)
     assert parts == pytest.approx(
         {"tflop_sampling": 1e-9 * 1000, "tflop_scoring": 2e-9 * 980, "tflop_learning": 1e-9 * 2400}
     )
     alone = SUMMARY | {"parameters": {"student": 1000}, "scored_tokens": 0}
-    assert tflop_parts(alone, Path("s")) == parts | {"tflop_scoring": 0.0}, "a run without a teacher"
+    assert tflop_parts(alone, Path("s"), BASE) == parts | {"tflop_scoring": 0.0}, "a run without a teacher"
     with pytest.raises(UserError, match=r"s: parameters .* are None and 2000"):
-        tflop_parts(SUMMARY | {"parameters": {"student": None, "teacher": 2000}}, Path("s"))
+        tflop_parts(SUMMARY | {"parameters": {"student": None, "teacher": 2000}}, Path("s"), BASE)
+
+
+@pytest.mark.parametrize(
+    ("rl", "factor"),
+    [
+        ({"weight": 1.0}, 6), ({"weight": 1.0, "loss": "gspo"}, 8), ({"weight": 0.0, "loss": "gspo"}, 6),
+        ({"weight": 1.0, "loss": "reinforce", "correction": "sequence_mask"}, 8),
+        ({"weight": 1.0, "loss": "reinforce", "correction": "truncate"}, 6),
+    ],
+)  # fmt: skip
+def test_with_rewards_what_is_learnt_goes_on_to_the_confirmation_and_some_losses_look_twice(rl, factor):
+    config = changed(BASE, "objective", rl=PolicyObjective(**rl))
+    parts = tflop_parts(SUMMARY | {"learnt_tokens": 320}, Path("s"), config)
+    assert parts["tflop_learning"] == pytest.approx(factor * 1e-9 * (100 + 320))
 
 
 def test_the_table_is_saved_in_three_forms(tmp_path):

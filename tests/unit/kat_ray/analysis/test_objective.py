@@ -145,8 +145,8 @@ def test_figures_of_a_setting_by_hand(recorded):
     sizes = []
     for step in steps:
         by_group = {}
-        for spec in step.specs:
-            by_group.setdefault(spec.prompt_id, []).append(step.rewards.get(spec.rollout_id))
+        for spec in step.ended.specs:
+            by_group.setdefault(spec.prompt_id, []).append(step.ended.rewards.get(spec.rollout_id))
         means = {g: sum(r.value for r in rewards if r) / len(rewards) for g, rewards in by_group.items()}
         values = [abs((r.value if r else 0.0) - means[g]) for g, rewards in by_group.items() for r in rewards]
         sizes.append(sum(values) / len(values))

@@ -196,13 +196,18 @@ def test_every_rollout_is_counted_once():
 def test_totals_balance_or_say_so():
     totals = Totals()
     books = [count_tokens(outcome(0, StopReason.TRAPPED, 8, cut=3, confirmed=8), 11)]
-    totals.add_step(started=1, ended=[StopReason.TRAPPED], books=books, scored_tokens=9, prompt_tokens=4)
+    totals.add_step(
+        started=1, ended=[StopReason.TRAPPED], books=books, scored_tokens=9, prompt_tokens=4, learnt_tokens=8
+    )
     totals.add_trained(3)
     summary = totals.as_dict()
     assert summary["rollouts_ended"] == {"eos": 0, "max_tokens": 0, "trapped": 1, "failed": 0}
     assert (summary["generated_tokens"], summary["cut_back_tokens"], summary["trained_tokens"]) == (11, 5, 3)
+    assert summary["learnt_tokens"] == 8
     with pytest.raises(AssertionError, match="3 rollouts started, 2 ended"):
-        totals.add_step(started=2, ended=[StopReason.EOS], books=[], scored_tokens=0, prompt_tokens=0)
+        totals.add_step(
+            started=2, ended=[StopReason.EOS], books=[], scored_tokens=0, prompt_tokens=0, learnt_tokens=0
+        )
 
 
 def test_traces_and_masks_follow_the_chunks():
