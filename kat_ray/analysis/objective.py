@@ -7,7 +7,7 @@ hold. Steps are taken in order, by one algorithm, as the driver took them, for w
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,9 +107,8 @@ def _recorded_step(step: int, table: pa.Table, longest: int) -> RecordedStep:
         },
         probe_share=rows[0]["probe_share"],
     )
-    return RecordedStep(
-        step, ended, {r["rollout_id"]: RolloutCredit(*(r[name] for name in RolloutCredit._fields)) for r in rows}
-    )
+    written = {r["rollout_id"]: RolloutCredit(*(r[name] for name in RolloutCredit._fields)) for r in rows}
+    return RecordedStep(step, ended, written)
 
 
 def _values(table: pa.Table, name: str) -> list[np.ndarray | None]:
@@ -134,19 +133,46 @@ def _finished(row: Mapping[str, Any], tokens: np.ndarray | None, logprobs: np.nd
 
 
 def replayed(steps: Sequence[RecordedStep], config: Config) -> list[Credit]:
-    """What the configuration's algorithm makes of each step; `steps` are all of a run, in their order."""
+    """What the configuration's algorithm makes of each step; `steps` are those of a run that are whole, in order.
+
+    After one that is missing nothing is known of earlier probes.
+    """
     algorithm = algorithm_of(config)
     credits: list[Credit] = []
+    following = 0
     for step in steps:
-        earlier = credits[-1].probe_rewards if credits else ()
+        earlier = credits[-1].probe_rewards if credits and step.step == following else ()
         credits.append(algorithm.credit(replace(step.ended, probe_rewards=earlier)))
+        following = step.step + 1
     return credits
 
 
-def differences(steps: Sequence[RecordedStep], credits: Sequence[Credit]) -> list[Difference]:
+def without_history(steps: Sequence[RecordedStep], credits: Sequence[Credit], config: Config) -> dict[int, int]:
+    """Steps that cannot be held against the traces, each with the missing step that it depends on.
+
+    With `probe_mean` the reward of a cut rollout is that of the probes before it. All of them are known again once
+    the steps since have filled the buffer.
+    """
+    rule = config.objective.rl
+    found: dict[int, int] = {}
+    missing, following, known = None, 0, 0
+    for step, credit in zip(steps, credits, strict=True):
+        if step.step != following:
+            missing, known = following, 0
+        if missing is not None and known < rule.probe_buffer and rule.cut_reward == "probe_mean":
+            found[step.step] = missing
+        following, known = step.step + 1, len(credit.probe_rewards)
+    return found
+
+
+def differences(
+    steps: Sequence[RecordedStep], credits: Sequence[Credit], leave_out: Collection[int] = ()
+) -> list[Difference]:
     """Where the traces hold other bits than were computed; in the order of steps and rollouts."""
     found = []
     for step, credit in zip(steps, credits, strict=True):
+        if step.step in leave_out:
+            continue
         own = credit.by_rollout()
         for rollout_id, written in step.written.items():
             for column, was, computed in zip(RolloutCredit._fields, written, own[rollout_id], strict=True):

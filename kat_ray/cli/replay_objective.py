@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from kat_ray.analysis.objective import (
     recorded_steps,
     replayed,
     with_objective,
+    without_history,
     worth,
 )
 from kat_ray.cli.replay import grid_of, run_config, terminal
@@ -45,7 +46,8 @@ def replay_objective(run_dir: Path, settings: Sequence[str], out: Path | None) -
     for note in notes:
         console.print(f"warning: {note}", markup=False)
     own = replayed(steps, config)
-    console.print(_reproduction(steps, differences(steps, own)), markup=False)
+    unknown = without_history(steps, own, config)
+    console.print(_reproduction(steps, differences(steps, own, unknown), unknown), markup=False)
     mine = config.objective.rl.model_dump()
     results = [worth({name: mine[name] for name in grid}, own, own)]
     for values in itertools.product(*grid.values()) if grid else ():
@@ -72,15 +74,25 @@ def _grid(settings: Sequence[str]) -> dict[str, list[Any]]:
     return grid_of(tuple(known), settings)
 
 
-def _reproduction(steps: Sequence[RecordedStep], found: Sequence[Difference]) -> str:
-    count = sum(len(step.ended.rollouts) for step in steps)
+def _reproduction(steps: Sequence[RecordedStep], found: Sequence[Difference], unknown: Mapping[int, int]) -> str:
+    """`unknown` are steps that are not compared, each with the missing one that it depends on."""
+    count = sum(len(step.ended.rollouts) for step in steps if step.step not in unknown)
+    aside = ""
+    if unknown:
+        first_step, missing = next(iter(unknown.items()))
+        aside = (
+            f"; {len(unknown)} step{'s' * (len(unknown) > 1)} from {first_step} on cannot be compared: with "
+            f"cut_reward = probe_mean they depend on the probes of step {missing}, which is missing or not whole"
+        )
     if not found:
-        return f"the run's own objective, computed again, gives the credit of all {count:,} rollouts to the bit"
+        return (
+            f"the run's own objective, computed again, gives the credit of all {count:,} rollouts to the bit{aside}"
+        )
     first, wrong = found[0], len({(d.step, d.rollout_id) for d in found})
     return (
         f"warning: the run's own objective, computed again, differs in {wrong:,} of {count:,} rollouts; the first: "
         f"{first.column} of rollout {first.rollout_id} in step {first.step} is {_exact(first.written)} in the "
-        f"traces, and {_exact(first.computed)} computed"
+        f"traces, and {_exact(first.computed)} computed{aside}"
     )
 
 

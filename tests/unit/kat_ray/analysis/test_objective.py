@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kat_ray.analysis.objective import differences, recorded_steps, replayed, with_objective, worth
+from kat_ray.analysis.objective import differences, recorded_steps, replayed, with_objective, without_history, worth
 from kat_ray.analysis.replay import load_table, traces_from, uncensored
 from kat_ray.analysis.replay_rules import sweep
 from kat_ray.cli import main as cli
@@ -160,6 +160,26 @@ def test_a_step_that_is_not_whole_is_left_out_and_said(recorded, tmp_path, capsy
     text = capsys.readouterr().out
     assert "warning: left out 1 steps whose rewards are not all there: 0" in text
     assert "of all 48 rollouts to the bit" in text
+
+
+def test_after_a_step_that_is_not_whole_imputed_rewards_are_not_held_against_the_traces(tmp_path, capsys):
+    """They are once as many newer probes are known as the buffer holds."""
+    imputed = {"cut_reward": "probe_mean", "probe_min": 1, "advantage": "dr_grpo"}
+    run = Run(1, {**with_rewards(**imputed, probe_buffer=2), "run": {"steps": 6}})
+    assert run.go().finished
+    whole = written(run, tmp_path / "whole")
+    damaged = altered(whole, tmp_path / "damaged", 1, lambda table: table.slice(0, 20))
+    config = load_config(damaged / "config.yaml")
+    steps, _ = recorded_steps(damaged, config)
+    credits = replayed(steps, config)
+    unknown = without_history(steps, credits, config)
+    assert unknown and set(unknown.values()) == {1} and 0 not in unknown and 5 not in unknown
+    assert differences(steps, credits) and not differences(steps, credits, unknown)
+    assert cli.main(["replay", str(damaged), "--objective"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"gives the credit of all {24 * (5 - len(unknown))} rollouts to the bit; " in text
+    assert "from 2 on cannot be compared: with cut_reward = probe_mean they depend on the probes of step 1" in text
+    assert without_history(steps, credits, with_objective(config, {"cut_reward": "failure"})) == {}
 
 
 @pytest.mark.parametrize(
