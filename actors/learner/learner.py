@@ -163,10 +163,11 @@ class Learner:
         started = time.monotonic()
         with self._heartbeat.busy("learn"):
             trainer, objective = self._ready().trainer, self._settings.objective
-            weights = objective.weights_at(trainer.steps_taken) if objective.is_annealed else None
+            weights = objective.weights_at(trainer.steps_taken)
             result = trainer.step(batches, global_weight)
         seconds = collect_seconds + time.monotonic() - started
-        return report_of(result, policy_version, seconds, weights)
+        shown = weights if objective.is_annealed else None
+        return report_of(result, policy_version, seconds, shown, distils=weights["opd"] > 0)
 
     def train_step(
         self,

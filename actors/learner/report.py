@@ -46,9 +46,16 @@ def policy_report(step: OptimizerStep) -> PolicyReport | None:
 
 
 def report_of(
-    step: OptimizerStep, policy_version: int, seconds: float, weights: Mapping[str, float] | None = None
+    step: OptimizerStep,
+    policy_version: int,
+    seconds: float,
+    weights: Mapping[str, float] | None = None,
+    distils: bool = True,
 ) -> LearnerReport:
-    """The means of a step of `Distillation`, and of the policy beside it; `weights` of both, where they change."""
+    """The means of a step of `Distillation`, and of the policy beside it; `weights` of both, where they change.
+
+    Without `distils` the KL is measured, and no part of the loss: nor are its tokens.
+    """
     sums, skipped = step.sums, not math.isfinite(step.grad_norm)
     if "kl" not in sums:
         return _of_the_policy(step, policy_version, seconds, weights)
@@ -60,7 +67,7 @@ def report_of(
         loss=math.nan if skipped and not sums["tokens"] else kl / max(sums["weight"], 1e-9),
         grad_norm=step.grad_norm,
         lr=step.lr,
-        tokens=int(sums["tokens"]),
+        tokens=int(sums["tokens"] if distils else sums["policy_tokens"]),
         dropped_tokens=int(sums["dropped"]),
         logprob_diff_mean=sums["logprob_diff"] / count,
         logprob_diff_max=step.maxima["logprob_diff"],
