@@ -8,7 +8,20 @@ import numpy as np
 
 from kat_ray.report.phases import Lens, Phases
 from kat_ray.report.run_records import RunRecords
-from kat_ray.report.style import APPLIED, CUT, GREY, KEPT, SCALE, STOPS, WOULD, figure, percent, plain, smooth
+from kat_ray.report.style import (
+    APPLIED,
+    CUT,
+    GREY,
+    KEPT,
+    SCALE,
+    STOPS,
+    WOULD,
+    figure,
+    percent,
+    plain,
+    smooth,
+    stacked,
+)
 from kat_ray.types.records import FloatArray, IntArray
 
 
@@ -68,16 +81,8 @@ def _pass_at_k(records: RunRecords) -> tuple[list[int], list[float]]:
 def stops(records: RunRecords) -> Any:
     """Shares of rollouts by how they ended, over the steps."""
     fig, ((axes,),) = figure(1, 1)
-    steps, shares = stop_shares(records)
-    width = max(1, len(steps) // 25)
-    if steps:
-        axes.stackplot(
-            steps, *(smooth(values, width) for values in shares.values()), labels=list(shares),
-            colors=[STOPS[reason] for reason in shares], alpha=0.8,
-        )  # fmt: skip
-        axes.set_xlim(min(steps), max(*steps, min(steps) + 1))
-    axes.set(title="How rollouts ended", xlabel="step", ylim=(0, 1))
-    percent(axes.yaxis)
+    stacked(axes, *stop_shares(records), STOPS)
+    axes.set(title="How rollouts ended", xlabel="step")
     legend(axes, loc="lower left", ncols=4, facecolor="white", frameon=True)
     return fig
 

@@ -8,7 +8,7 @@ from typing import Any
 from kat_ray.report.curves import draw, legend, line
 from kat_ray.report.page import Card, Section, png_of
 from kat_ray.report.run_records import RunRecords
-from kat_ray.report.style import APPLIED, CUT, GREY, KEPT, SCALE, STOPS, WOULD, figure, percent, smooth
+from kat_ray.report.style import APPLIED, CUT, GREY, KEPT, SCALE, STOPS, WOULD, figure, percent, smooth, stacked
 
 _PARTS = "reward/part/"  # metrics of single reward functions
 _PART_COLOURS = (SCALE, WOULD, APPLIED, STOPS["max_tokens"])
@@ -84,16 +84,8 @@ def _parts(records: RunRecords) -> Sequence[str]:
 
 
 def _groups(axes: Any, records: RunRecords) -> None:
-    steps, shares = group_shares(records)
-    width = max(1, len(steps) // 25)
-    if steps:
-        axes.stackplot(
-            steps, *(smooth(values, width) for values in shares.values()), labels=list(shares),
-            colors=[GROUPS[name] for name in shares], alpha=0.8,
-        )  # fmt: skip
-        axes.set_xlim(min(steps), max(*steps, min(steps) + 1))
-    axes.set(title="Groups, by their answers", ylim=(0, 1))
-    percent(axes.yaxis)
+    stacked(axes, *group_shares(records), GROUPS)
+    axes.set(title="Groups, by their answers")
     legend(axes, loc="lower left", ncols=3, facecolor="white", frameon=True)
 
 

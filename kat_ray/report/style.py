@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -44,6 +45,17 @@ def smooth(values: list[float], width: int) -> list[float]:
 def percent(axis: Any) -> None:
     """Label an axis of shares in per cent; a tick at 2.5 % is not called 2 %."""
     axis.set_major_formatter(lambda value, _: f"{100 * value:.6g}%")
+
+
+def stacked(axes: Any, steps: Sequence[int], shares: Mapping[str, list[float]], colours: Mapping[str, str]) -> None:
+    """Shares that sum to 1 over the steps, one above the other, each in the colour of its name."""
+    width = max(1, len(steps) // 25)
+    if steps:
+        smoothed = [smooth(values, width) for values in shares.values()]
+        axes.stackplot(steps, *smoothed, labels=list(shares), colors=[colours[name] for name in shares], alpha=0.8)
+        axes.set_xlim(min(steps), max(*steps, min(steps) + 1))
+    axes.set(ylim=(0, 1))
+    percent(axes.yaxis)
 
 
 def thousands(axis: Any) -> None:
