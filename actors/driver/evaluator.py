@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -71,4 +72,5 @@ class Evaluator:
             verifier=evaluation.verifier,
             limits=evaluation.grading_limits,
             within=self._config.cluster.step_timeout,
+            check=partial(samplers.supervisor.check, True),
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ray.exceptions import ObjectLostError
@@ -110,8 +111,6 @@ class Steps:
         scored: list[ScoredChunk] = self._actors.supervisor.wait(_given(c.scored for c in chunks), "scores")
         rollouts = join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes)
         graded = self._grade(rollouts, sampling.specs)
-        if graded is not None:
-            self._actors.supervisor.check(True)  # it may have taken a minute
         rewards = {} if graded is None else graded.rewards
         share = sampling.step_start.probe_share
         if share is None:
@@ -146,7 +145,8 @@ class Steps:
         prompt_ids = {s.rollout_id: s.prompt_id for s in specs}
         failed = StopReason.FAILED
         ended = [r for r in rollouts if r.outcome.cut is None and r.outcome.stop_reason is not failed]
-        return self._grader.grade({r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in ended})
+        answers = {r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in ended}
+        return self._grader.grade(answers, partial(self._actors.supervisor.check, True))
 
     def hand_over(self, sampled: SampledStep) -> float:
         """Bring the step's kept tokens to the learner's ranks; returns their weight in all.

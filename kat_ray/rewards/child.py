@@ -103,6 +103,13 @@ class GradingChild:
         self._child, self._ready, self._read_so_far = None, False, b""
         return code
 
+    def interrupt(self) -> None:
+        """Kill the process from another thread than the one that asks it, whose call then ends."""
+        child = self._child
+        if child is not None and child.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+
     def __enter__(self) -> GradingChild:
         return self
 

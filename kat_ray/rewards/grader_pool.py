@@ -5,15 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 
 from kat_ray.rewards.child import START_SECONDS, GradingChild
 from kat_ray.rewards.limits import Call, Fault, GradingLimits, Reply, Verdicts
 from kat_ray.rewards.math_grader import question, verdict
 
+_SLICE = 1.0  # seconds between two checks of everything else while waiting
 _WORTH_A_CHILD = 4  # answers; a child of mathematics takes a second or more to start
+
+
+Check = Callable[[], object]
+
+
+def nothing() -> None:
+    """There is nothing to look at while waiting."""
 
 
 class GraderPool:
@@ -28,17 +36,22 @@ class GraderPool:
         self._worth_a_child = _WORTH_A_CHILD if self._graders == ("math",) else 1  # of a step after another
         self._children: list[GradingChild] = []
 
-    def grade(self, texts: Sequence[str], golds: Sequence[str], within: float | None = None) -> Verdicts:
-        """Grade each text's mathematics against its gold answer; `within` as for `ask`.
+    def grade(
+        self, texts: Sequence[str], golds: Sequence[str], within: float | None = None, check: Check = nothing
+    ) -> Verdicts:
+        """Grade each text's mathematics against its gold answer; `within` and `check` as for `ask`.
 
         An answer that is not reached in time is wrong, as is one that takes too long or too much memory.
         """
         assert len(texts) == len(golds), f"{len(texts)} texts, {len(golds)} gold answers"
         asked = [question(text, gold) for text, gold in zip(texts, golds, strict=True)]
-        return Verdicts(tuple(map(verdict, self.ask(asked, within))))
+        return Verdicts(tuple(map(verdict, self.ask(asked, within, check))))
 
-    def ask(self, calls: Sequence[Call], within: float | None = None) -> list[Reply]:
-        """The replies to all calls, in their order, in at most `within` seconds; None: those of a step."""
+    def ask(self, calls: Sequence[Call], within: float | None = None, check: Check = nothing) -> list[Reply]:
+        """The replies to all calls, in their order, in at most `within` seconds; None: those of a step.
+
+        `check` is called every second meanwhile. What it raises ends the calls, with their processes.
+        """
         end = time.monotonic() + (self._limits.total_seconds if within is None else within)
         late = Reply(fault=Fault.NOT_REACHED, error=f"not reached within {self._limits.words('step_seconds')}")
         replies = [late] * len(calls)
@@ -53,16 +66,36 @@ class GraderPool:
                 replies[i] = child.ask(calls[i], left)
 
         if calls:
-            children = self._of(len(calls))
-            with ThreadPoolExecutor(len(children), "grader") as threads:
-                list(threads.map(work, children))
+            self._on_each(self._of(len(calls)), work, check, todo)
         return replies
 
-    def start(self, calls: int) -> None:
+    def start(self, calls: int, check: Check = nothing) -> None:
         """Wait until the children that so many calls get are ready; `UserError` where one cannot be."""
-        children = self._of(calls)
+        self._on_each(self._of(calls), lambda child: child.start(START_SECONDS), check, deque())
+
+    def _on_each(
+        self,
+        children: Sequence[GradingChild],
+        work: Callable[[GradingChild], object],
+        check: Check,
+        todo: deque[int],
+    ) -> None:
+        """Do the work with all children at the same time, each in a thread that takes from `todo`."""
         with ThreadPoolExecutor(len(children), "grader") as threads:
-            list(threads.map(lambda child: child.start(START_SECONDS), children))
+            left = {threads.submit(work, child) for child in children}
+            while left:
+                done, left = wait(left, _SLICE)
+                try:
+                    for future in done:
+                        future.result()
+                    if left:
+                        check()
+                except BaseException:
+                    todo.clear()
+                    while wait(left, _SLICE / 10).not_done:
+                        for child in children:
+                            child.interrupt()
+                    raise
 
     def _of(self, calls: int) -> list[GradingChild]:
         count = max(1, min(self._limits.processes, math.ceil(calls / self._worth_a_child)))

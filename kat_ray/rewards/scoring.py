@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kat_ray.errors import RewardError
-from kat_ray.rewards.grader_pool import GraderPool
+from kat_ray.rewards.grader_pool import Check, GraderPool, nothing
 from kat_ray.rewards.limits import Call, Fault, GradingLimits, Outcome, Reply
 from kat_ray.rewards.source import VERIFIERS, labels
 from kat_ray.rewards.task import Task
@@ -68,18 +68,21 @@ class RewardScorer:
         self._pool = GraderPool(rules.limits, self._asked, rules.pattern)
         self._first = True
 
-    def score(self, answers: Mapping[int, Answer]) -> Scored:
-        """Reward the answers of a step, by rollout; `RewardError` where too many failed (`max_error_share`)."""
+    def score(self, answers: Mapping[int, Answer], check: Check = nothing) -> Scored:
+        """Reward the answers of a step, by rollout; `RewardError` where too many failed (`max_error_share`).
+
+        `check` is as for `GraderPool.ask`.
+        """
         calls = [
             Call(name, self._tasks[answer.prompt_id].arguments(answer.text, answer.token_ids))
             for answer in answers.values()
             for name in self._asked
         ]
         if self._first and calls:  # what the files import is no part of a step's time
-            self._pool.start(len(calls))
+            self._pool.start(len(calls), check)
             self._first = False
         started = time.monotonic()
-        replies = iter(self._pool.ask(calls))
+        replies = iter(self._pool.ask(calls, check=check))
         found = [
             {name: _given(name, answer, replies) for name in self._rules.weights} for answer in answers.values()
         ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kat_ray.errors import DataError
-from kat_ray.rewards.grader_pool import GraderPool
+from kat_ray.rewards.grader_pool import Check, GraderPool, nothing
 from kat_ray.rewards.integers import extract_integer, gold_integer
 from kat_ray.rewards.limits import GradingLimits, Outcome, Verdicts
 from kat_ray.rewards.math_grader import as_latex
@@ -59,17 +59,23 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def grade(
-    texts: Sequence[str], golds: Sequence[str], verifier: Verifier, pool: GraderPool, within: float | None = None
+    texts: Sequence[str],
+    golds: Sequence[str],
+    verifier: Verifier,
+    pool: GraderPool,
+    within: float | None = None,
+    check: Check = nothing,
 ) -> Verdicts:
     """Whether each text answers with its gold answer. What cannot be read is wrong.
 
-    What needs a child process is graded in `pool`, in at most `within` seconds; None: those of its limits.
+    What needs a child process is graded in `pool`, in at most `within` seconds; None: those of its limits. `check`
+    is as for `GraderPool.ask`.
     """
     assert len(texts) == len(golds), f"{len(texts)} texts, {len(golds)} gold answers"
     if verifier == "integer":
         right = [extract_integer(text) == gold_integer(gold) for text, gold in zip(texts, golds, strict=True)]
         return Verdicts.of(right)
-    return pool.grade(texts, golds, within)
+    return pool.grade(texts, golds, within, check)
 
 
 def evaluate_answers(
@@ -82,18 +88,19 @@ def evaluate_answers(
     verifier: Verifier,
     limits: GradingLimits | None = None,
     within: float | None = None,
+    check: Check = nothing,
 ) -> EvalResult:
     """Grade k answers to each problem. `texts`, `lengths` (tokens) and `finished` hold problem after problem.
 
     `finished` is false for an answer that ended at the token limit. `within` bounds the seconds of grading them
-    all.
+    all; `check` is called every second meanwhile, and may raise.
     """
     assert len(texts) == len(lengths) == len(finished) == len(golds) * k, "k answers to each problem"
     given = [gold for gold in golds if gold is not None]
     if len(given) < len(golds):
         raise DataError(f"{len(golds) - len(given)} of {len(golds)} held-out problems have no gold answer")
     with GraderPool(limits) as pool:
-        verdicts = grade(texts, [gold for gold in given for _ in range(k)], verifier, pool, within)
+        verdicts = grade(texts, [gold for gold in given for _ in range(k)], verifier, pool, within, check)
     right = verdicts.right
     correct = [right[i : i + k] for i in range(0, len(right), k)]
     passed = sum(pass_at_k(k, sum(row), k) for row in correct)

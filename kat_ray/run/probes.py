@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kat_ray.data.accounting import FinishedRollout
-from kat_ray.rewards.grader_pool import GraderPool
+from kat_ray.rewards.grader_pool import Check, GraderPool, nothing
 from kat_ray.rewards.limits import GradingLimits, Outcome
 from kat_ray.rewards.scoring import Answer, RewardScorer, Scored, check_failed
 from kat_ray.rewards.verifiers import Verifier, grade
@@ -58,15 +58,16 @@ class RolloutGrader:
         self._scorer = scorer
         self._max_error_share = max_error_share
 
-    def grade(self, rollouts: Mapping[int, tuple[str, Sequence[int]]]) -> Graded:
+    def grade(self, rollouts: Mapping[int, tuple[str, Sequence[int]]], check: Check = nothing) -> Graded:
         """Grade rollouts, given as (prompt id, token ids) by id; those without a gold answer get no verdict.
 
-        `RewardError` where too many have no reward (`reward.max_error_share`).
+        `RewardError` where too many have no reward (`reward.max_error_share`). `check` is called every second
+        meanwhile; what it raises ends the grading.
         """
         started = time.monotonic()
         texts = {i: self._decode(ids) for i, (p, ids) in rollouts.items() if self._scorer or p in self._golds}
         known = {i: self._golds[p] for i, (p, _) in rollouts.items() if p in self._golds}
-        verdicts = grade([texts[i] for i in known], list(known.values()), self._verifier, self._pool)
+        verdicts = grade([texts[i] for i in known], list(known.values()), self._verifier, self._pool, check=check)
         correct = dict(zip(known, verdicts.right, strict=True))
         if verdicts.ran_out:
             log.warning(
@@ -81,7 +82,7 @@ class RolloutGrader:
             scored = Scored({i: _reward(self._verifier, outcome) for i, outcome in outcomes.items()}, {})
         else:
             answers = {i: Answer(p, texts[i], ids, outcomes.get(i)) for i, (p, ids) in rollouts.items()}
-            scored = self._scorer.score(answers)
+            scored = self._scorer.score(answers, check)
         seconds = time.monotonic() - started
         return Graded(correct, verdicts.ran_out, seconds, scored.rewards, scored.metrics)
 

@@ -344,6 +344,23 @@ def test_answers_that_are_not_reached_in_a_step_are_late_and_the_next_step_is_gr
         assert values(made.score(answers("good"))) == [0.25]
 
 
+def test_what_ends_a_run_ends_its_grading_long_before_the_step_s_time(file):
+    """With the processes in the middle of a call, or still importing what grades."""
+
+    def check():
+        raise KeyboardInterrupt
+
+    slow = "import time; time.sleep(1000)\n" + GOOD
+    for code, start in ((NASTY, True), (slow, False)):
+        with scorer({file(code): 1.0}, processes=2, seconds=900.0, total_seconds=900.0) as made:
+            if start:
+                made._pool.start(2)
+            children = list(made._pool._of(2))
+            with pytest.raises(KeyboardInterrupt):
+                made.score(answers(*["hangs"] * 6), check)
+            assert not any(child._child is not None for child in children), "nobody works on"
+
+
 def test_too_many_errors_end_the_run_with_the_first_traceback(file):
     code = "def score(completions, **kw):\n    return [1.0 / len(completions[0])]\n"
     with scorer({file(code): 1.0}) as made:
