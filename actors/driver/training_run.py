@@ -144,6 +144,7 @@ class TrainingRun:
                 history.save_if_due()
                 self._save_if_draining()
                 if history.done == self._config.run.steps:
+                    history.guards.last_evaluation(history.done)
                     return history.writer.finish()
                 self._stop.check()
                 self._step(history.done)
@@ -265,7 +266,7 @@ class TrainingRun:
 
     def _evaluated(self, done: int, result: EvalResult) -> None:
         """What came out, and what training had cost until then; with staleness 1 not what is sampled ahead."""
-        self._history.guards.evaluated(result.avg_at_k)
+        self._history.guards.evaluated(result)
         self._trackers.evaluation(done, asdict(result) | self._history.totals.token_fields())
 
     def _summarise(self) -> None:

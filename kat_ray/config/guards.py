@@ -58,6 +58,7 @@ class GuardsConfig(Section):
     constant_groups: float | None = Field(0.9, gt=0, lt=1)
     """Upper limit of group/constant_share; null switches it off."""
     held_out_fall: float | None = Field(0.05, gt=0, lt=1)
-    """How far avg@k of one evaluation may lie below that of the one before, where the mean reward of the steps
-    between rose. Needs evaluations along the run (evaluation.every), and acts with the step after the third of them
-    or a later one, without `patience`. null switches it off."""
+    """How far avg@k of one evaluation may lie below that of the one before, beyond what chance explains (twice the
+    standard error of the difference, paired by problem), where the mean reward of the steps between rose. Needs
+    evaluations along the run (evaluation.every), and acts with the step after the third of them or a later one,
+    without `patience`; of the evaluation after the last step it says a line. null switches it off."""

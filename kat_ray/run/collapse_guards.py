@@ -76,6 +76,15 @@ class CollapseGuards:
         fields = tuple(dict.fromkeys(stops.values()))
         return Verdict(tuple(notes), fired, "; ".join(stops) if stops else None, fields)
 
+    def judge(self, field: str, done: int, value: float) -> str | None:
+        """What the guard of this field says of a value after the last step; None where it is within its limit."""
+        (guard,) = (g for g in GUARDS if g.field == field)
+        limit = self._limit(guard)
+        if limit is None or not (value > limit if guard.above else value < limit):
+            return None
+        self._beyond[guard.key] += 1
+        return self._message(guard, done, value, limit)
+
     def state(self) -> dict[str, Any]:
         """What has been seen so far, as JSON."""
         names = ("first", "beyond", "within", "said")

@@ -208,7 +208,7 @@ GUARDS = (
     ),
     Guard(
         "held_out_fall",
-        "fall of avg@k",
+        "fall of avg@k beyond chance",
         attrgetter("held_out_fall"),
         True,
         lambda setting, _: setting,

@@ -59,7 +59,7 @@ class HeldOutState(_Saved):
     total: float = 0.0
     steps: Count = 0
     reward: float | None = None
-    accuracy: float | None = None
+    shares: list[float] = []
     fall: float | None = None
 
 

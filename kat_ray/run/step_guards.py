@@ -12,6 +12,7 @@ from typing import Any
 
 from kat_ray.config import Config
 from kat_ray.errors import UserError
+from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.batch_dump import StepBatch, dump_batch
 from kat_ray.run.collapse_guards import CollapseGuards
 from kat_ray.run.held_out import HeldOutWatch
@@ -59,9 +60,15 @@ class StepGuards:
         self._stop, self._stop_fields = verdict.stop, verdict.stop_fields
         return {"guards/fired": float(verdict.fired)}
 
-    def evaluated(self, accuracy: float) -> None:
-        """Take an evaluation's avg@k; what it shows is judged with the next step."""
-        self._held_out.evaluated(accuracy)
+    def evaluated(self, result: EvalResult) -> None:
+        """Take an evaluation; what it shows is judged with the next step, or by `last_evaluation`."""
+        self._held_out.evaluated([right / result.k for right in result.right])
+
+    def last_evaluation(self, done: int) -> None:
+        """Say what the evaluation after the last step showed: no step follows it, and there is none to end."""
+        fall = self._held_out.take()
+        if fall is not None and (text := self._guards.judge("held_out_fall", done, fall)) is not None:
+            self._note(text)
 
     def end_if_due(self, batch: Callable[[], StepBatch | None], save: Callable[[], object]) -> None:
         """UserError if the run has to end after this step.

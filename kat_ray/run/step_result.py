@@ -177,7 +177,7 @@ class StepResult:
     restarts: int  # actors lost since the step before
     recorded: Mapping[str, float] = field(default_factory=dict)  # metrics of the rollouts and their scores
     store: Mapping[str, float] = field(default_factory=dict)  # and of the object stores
-    held_out_fall: float | None = None  # `HeldOutWatch`; None where nothing was evaluated before this step
+    held_out_fall: float | None = None  # of `HeldOutWatch.take`; None: nothing was evaluated before it
 
     @property
     def kl_mean(self) -> float | None:

@@ -6,9 +6,10 @@ import pytest
 
 from kat_ray.config import GuardsConfig
 from kat_ray.errors import UserError
+from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.collapse_guards import CollapseGuards
 from kat_ray.run.guard_list import GUARDS
-from kat_ray.run.held_out import HeldOutWatch
+from kat_ray.run.held_out import HeldOutWatch, fall_beyond_chance
 from kat_ray.run.state import RunState
 from kat_ray.run.step_guards import StepGuards
 from kat_ray.run.step_result import PolicyReport
@@ -84,7 +85,8 @@ def test_the_policys_entropy_is_held_against_its_start():
     assert not any(v.fired for v in within)
 
 
-# Mean rewards of the steps before each evaluation, and its accuracy; what the evaluation says of the one before.
+# Mean rewards of the steps before each evaluation, and the share of right answers to each of its problems; what the
+# evaluation says of the one before.
 @pytest.mark.parametrize(
     ("history", "expected"),
     [
@@ -97,15 +99,46 @@ def test_the_policys_entropy_is_held_against_its_start():
 )
 def test_rewards_up_and_held_out_answers_down(history, expected):
     watched = HeldOutWatch()
-    for rewards, accuracy in history:
+    for rewards, share in history:
         for reward in rewards:
             watched.observe(reward)
-        watched.evaluated(accuracy)
+        watched.evaluated([share] * 3)
     resumed = HeldOutWatch()
     resumed.load_state(RunState(watch={"held_out": watched.state()}).watch.held_out.model_dump())
     assert resumed.state() == watched.state()
     for each in (watched, resumed):
         assert each.take() == (None if expected is None else pytest.approx(expected)) and each.take() is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fall"),
+    [
+        # Falls of 1, 0, 0, 0: a mean of 1/4, a standard deviation of 1/2, an error of 1/4: 1/4 - 2/4 is nothing.
+        ((1, 1, 0, 0), (0, 1, 0, 0), 0.0),
+        # Falls of 1, 1, 1, 0: 3/4, 1/2, 1/4, so 1/4 is left.
+        ((1, 1, 1, 0), (0, 0, 0, 0), 0.25),
+        # The same fall over four times as many problems: sqrt(0.2) / 4 is the error.
+        ((1, 1, 1, 0) * 4, (0,) * 16, 0.75 - 2 * 0.2**0.5 / 4),
+        # Every problem falls by as much: no chance is in it.
+        ((1.0, 0.75, 0.5), (0.75, 0.5, 0.25), 0.25),
+        ((0, 0), (1, 1), 0.0),
+        ((1,), (0,), 0.0),  # of one problem nothing is known
+    ],
+)
+def test_what_chance_explains_of_a_fall_does_not_count(before, after, fall):
+    assert fall_beyond_chance(before, after) == pytest.approx(fall)
+
+
+def test_a_checkpoint_of_before_has_nothing_to_compare_problem_by_problem():
+    watched, old = HeldOutWatch(), {"total": 0.5, "steps": 1, "reward": 0.2, "accuracy": 0.9, "fall": None}
+    watched.load_state(RunState(watch={"held_out": old}).watch.held_out.model_dump())
+    watched.evaluated([0.0, 0.0])
+    assert watched.take() is None
+
+
+def evaluation(share, problems=4):
+    right = (round(share * 10),) * problems
+    return EvalResult(share, 1.0, 10, problems, 8.0, 0.0, right)
 
 
 def test_a_run_whose_rewards_are_hacked_is_told_once_and_can_end(tmp_path):
@@ -116,14 +149,27 @@ def test_a_run_whose_rewards_are_hacked_is_told_once_and_can_end(tmp_path):
         for done, (reward, accuracy) in enumerate([(0.2, 0.5), (0.4, 0.5), (0.6, 0.4), (0.6, 0.4)], 1):
             fired = watched.check(step(done, recorded={"reward/mean": reward}))["guards/fired"]
             if action == "stop" and fired:
-                with pytest.raises(UserError, match=r"guards.held_out_fall = 0.05: fall of avg@k is 0.1"):
+                with pytest.raises(UserError, match=r"held_out_fall = 0.05: fall of avg@k beyond chance is 0.1"):
                     watched.end_if_due(lambda: None, lambda: None)
                 break
             watched.end_if_due(lambda: None, lambda: None)
-            watched.evaluated(accuracy)
+            watched.evaluated(evaluation(accuracy))
         assert done == 4 and fired == 1.0
         if action == "warn":
             assert sum("held_out_fall" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(("last", "said"), [(0.4, 1), (0.5, 0)])
+def test_the_evaluation_after_the_last_step_is_judged_too(tmp_path, last, said):
+    lines = []
+    watched = StepGuards(make_config("s", "t", guards={"action": "stop"}), tmp_path, lines.append)
+    for done, (reward, accuracy) in enumerate([(0.2, 0.5), (0.4, 0.5), (0.6, last)], 1):
+        watched.check(step(done, recorded={"reward/mean": reward}))
+        watched.evaluated(evaluation(accuracy))
+    watched.last_evaluation(3)
+    assert sum("fall of avg@k beyond chance is 0.1 at step 3, above 0.05" in line for line in lines) == said
+    watched.last_evaluation(3)
+    assert len(lines) == said
 
 
 @pytest.mark.parametrize(("opd", "notes"), [(1.0, 1), (0.0, 0)])
