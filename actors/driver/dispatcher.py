@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,9 @@ from actors.cluster.revival import ReplicaRevival
 from actors.cluster.run_actors import RunActors, shard_of
 from actors.cluster.waiting import ACTOR_LOST, SLICE, Limit, get, ready
 from actors.driver.dispatch import Abandon, Assign, CountRecordLoss, Dispatch, Drop, Instruction, Revive
+from actors.driver.ended import EndedRollouts
 from actors.sampler.student_sampler import StudentSampler
-from kat_ray.types.records import GenerateRequest, RolloutSpec, SamplerReport, StepStart
+from kat_ray.types.records import EndedRollout, GenerateRequest, RolloutSpec, SamplerReport, StepStart
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ class RolloutDispatcher:
         step_start: StepStart,
         rule_state: Mapping[str, Any],
         attempts: Iterator[int],
+        take_ended: Callable[[Sequence[EndedRollout]], object] | None = None,
     ) -> None:
-        """Set all samplers going."""
+        """Set all samplers going. `take_ended` is told of ended rollouts, while `finish` waits for the others."""
         self.step, self.specs, self.step_start = step, specs, step_start
         self.version, self.rule_state = actors.samplers.version, rule_state
         self._actors = actors
@@ -52,6 +54,7 @@ class RolloutDispatcher:
         self._requests: dict[int, GenerateRequest] = {}  # by attempt
         self._revivals: dict[int, ReplicaRevival] = {}
         self._completed: list[CompletedRequest] = []
+        self._ended = None if take_ended is None else EndedRollouts(take_ended)
         self._dispatch = Dispatch(specs, list(self._replicas), attempts)
         self._carry_out(self._dispatch.begin())
 
@@ -86,6 +89,9 @@ class RolloutDispatcher:
 
     def _tick(self) -> None:
         self._actors.supervisor.check(interruptible=True)
+        if self._ended is not None:
+            working = [(self._replicas[sampler].handle, r.attempt) for sampler, r in self._running.values()]
+            self._ended.tick(working)
         if self._revivals:
             expendable = [r.number for r in self._actors.samplers.expendable_lost()]
             self._carry_out(self._dispatch.tick(expendable))

@@ -32,7 +32,15 @@ from kat_ray.run.batch_dump import StepBatch
 from kat_ray.run.probes import Graded, RolloutGrader
 from kat_ray.run.step_result import LearnerReport
 from kat_ray.termination import RunFacts, make_rule
-from kat_ray.types.records import ChunkRefs, RolloutSpec, SamplerReport, ScoredChunk, StepStart, StopReason
+from kat_ray.types.records import (
+    ChunkRefs,
+    EndedRollout,
+    RolloutSpec,
+    SamplerReport,
+    ScoredChunk,
+    StepStart,
+    StopReason,
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,8 @@ class Steps:
         start = self._monitors.start_step(step, rule_state)
         specs = rollout_specs(self._order, self._config, step, start.probe_share)
         specs = [s if s.probe else replace(s, max_tokens=_within(start.budget, s.max_tokens)) for s in specs]
-        return RolloutDispatcher(self._actors, step, specs, start, rule_state, self._attempts)
+        begin = None if self._grader is None else partial(self._begin_grading, self._grader, _prompts(specs))
+        return RolloutDispatcher(self._actors, step, specs, start, rule_state, self._attempts, begin)
 
     def finish_sampling(self, sampling: RolloutDispatcher) -> SampledStep:
         """Wait until every rollout of a step has ended and is scored, where anybody scores; count its tokens."""
@@ -142,11 +151,17 @@ class Steps:
         """Verdicts on all that have an answer, where the algorithm learns from them."""
         if self._grader is None:
             return None
-        prompt_ids = {s.rollout_id: s.prompt_id for s in specs}
+        prompt_ids = _prompts(specs)
         failed = StopReason.FAILED
         ended = [r for r in rollouts if r.outcome.cut is None and r.outcome.stop_reason is not failed]
         answers = {r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in ended}
         return self._grader.grade(answers, partial(self._actors.supervisor.check, True))
+
+    def _begin_grading(
+        self, grader: RolloutGrader, prompt_ids: Mapping[int, str], ended: Sequence[EndedRollout]
+    ) -> None:
+        """Of rollouts that a decision may cut still: what is found of those is not asked for."""
+        grader.begin({r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in ended})
 
     def hand_over(self, sampled: SampledStep) -> float:
         """Bring the step's kept tokens to the learner's ranks; returns their weight in all.
@@ -183,7 +198,7 @@ class Steps:
                 teacher=wait(_given(c.teacher for c in sampled.chunks), "the batch"),
                 scored=sampled.scored,
                 kept=sampled.credit.kept,
-                prompt_ids={s.rollout_id: s.prompt_id for s in sampled.specs},
+                prompt_ids=_prompts(sampled.specs),
             )
         except ObjectLostError:
             return None
@@ -201,6 +216,11 @@ class Steps:
             except ACTOR_LOST:
                 continue
         return drained
+
+
+def _prompts(specs: Iterable[RolloutSpec]) -> dict[int, str]:
+    """Prompt ids by rollout."""
+    return {s.rollout_id: s.prompt_id for s in specs}
 
 
 def _given(references: Iterable[Any]) -> list[Any]:

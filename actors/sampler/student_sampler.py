@@ -28,6 +28,8 @@ from kat_ray.errors import StateLost
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
 from kat_ray.types.records import (
+    EndedRollout,
+    EngineEnd,
     EngineRows,
     GenerateRequest,
     SampleCheck,
@@ -91,6 +93,7 @@ class StudentSampler:
         self._timeline = Timeline()
         self._heartbeat = Heartbeat()
         self._index, self._samplers = 0, 1
+        self._generation: _Generation | None = None  # the newest
         started = time.monotonic()
         self._engine = make_engine(settings)
         self._load_seconds = time.monotonic() - started
@@ -134,7 +137,18 @@ class StudentSampler:
                 f"{self._name} holds version {self._version}, not {request.version}: its process is new"
             )
         with self._heartbeat.busy("generate"):
-            return _Generation(self, request, self._teachers).run()
+            self._generation = _Generation(self, request, self._teachers)
+            return self._generation.run()
+
+    def ended(self, attempt: int, since: int) -> list[EndedRollout]:
+        """Rollouts of a request that the engine has ended, in that order, but for the first `since` of them.
+
+        Answered while `generate` is at work, in another thread; empty where nothing is learnt from rewards.
+        """
+        generation = self._generation
+        if generation is None or generation.attempt != attempt:
+            return []
+        return generation.ended[since:]
 
     def complete(
         self, prompts: Sequence[tuple[int, ...]], seeds: Sequence[int], settings: SamplingSettings, version: int
@@ -208,6 +222,8 @@ class _Generation:
         self._rollout = sampler._settings.rollout
         self._request = request
         self._control_seconds = 0.0
+        self.attempt = request.attempt
+        self.ended: list[EndedRollout] = []  # appended to and never changed: another thread reads it
         specs = request.specs
         # Without a teacher nobody asks for other tokens than the sampled one, nor for a rollout before its end: no
         # block is full earlier.
@@ -295,6 +311,8 @@ class _Generation:
                 assert rows.topk_ids is not None and rows.logprobs is not None
                 rollout.add(rows.token_ids, rows.topk_ids, rows.logprobs)
             rollout.end = rows.end
+            if rows.end in (EngineEnd.EOS, EngineEnd.MAX_TOKENS) and rollout.sampled is not None:
+                self.ended.append(EndedRollout(rollout.rollout_id, np.array(rollout.token_ids, dtype=np.int32)))
 
     def _flush(self) -> None:
         """Send new tokens and ends to the rollouts' scorers."""

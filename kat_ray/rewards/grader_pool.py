@@ -13,7 +13,7 @@ from kat_ray.rewards.child import START_SECONDS, GradingChild
 from kat_ray.rewards.limits import Call, Fault, GradingLimits, Reply, Verdicts
 from kat_ray.rewards.math_grader import question, verdict
 
-_SLICE = 1.0  # seconds between two checks of everything else while waiting
+SLICE = 1.0  # seconds between two checks of everything else while waiting
 _WORTH_A_CHILD = 4  # answers; a child of mathematics takes a second or more to start
 
 
@@ -84,7 +84,7 @@ class GraderPool:
         with ThreadPoolExecutor(len(children), "grader") as threads:
             left = {threads.submit(work, child) for child in children}
             while left:
-                done, left = wait(left, _SLICE)
+                done, left = wait(left, SLICE)
                 try:
                     for future in done:
                         future.result()
@@ -92,7 +92,7 @@ class GraderPool:
                         check()
                 except BaseException:
                     todo.clear()
-                    while wait(left, _SLICE / 10).not_done:
+                    while wait(left, SLICE / 10).not_done:
                         for child in children:
                             child.interrupt()
                     raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,10 +68,12 @@ class RewardScorer:
         self._pool = GraderPool(rules.limits, self._asked, rules.pattern)
         self._first = True
 
-    def score(self, answers: Mapping[int, Answer], check: Check = nothing) -> Scored:
-        """Reward the answers of a step, by rollout; `RewardError` where too many failed (`max_error_share`).
+    def ask(
+        self, answers: Mapping[int, Answer], check: Check = nothing, spent: float = 0.0
+    ) -> dict[int, dict[str, Reply]]:
+        """What the functions reply to answers, by rollout and name, but for verifiers.
 
-        `check` is as for `GraderPool.ask`.
+        `spent` seconds of those of a step are over; `check` is as for `GraderPool.ask`.
         """
         calls = [
             Call(name, self._tasks[answer.prompt_id].arguments(answer.text, answer.token_ids))
@@ -81,12 +83,27 @@ class RewardScorer:
         if self._first and calls:  # what the files import is no part of a step's time
             self._pool.start(len(calls), check)
             self._first = False
+        replies = iter(self._pool.ask(calls, self._rules.limits.total_seconds - spent, check))
+        return {i: {name: next(replies) for name in self._asked} for i in answers}
+
+    def score(
+        self,
+        answers: Mapping[int, Answer],
+        check: Check = nothing,
+        replies: Mapping[int, Mapping[str, Reply]] | None = None,
+        seconds: float = 0.0,
+    ) -> Scored:
+        """Reward the answers of a step, by rollout; `RewardError` where too many failed (`max_error_share`).
+
+        `replies` are what `ask` gave, for which the step waited `seconds`; None asks now.
+        """
         started = time.monotonic()
-        replies = iter(self._pool.ask(calls, check=check))
+        given = self.ask(answers, check) if replies is None else replies
+        seconds += time.monotonic() - started
         found = [
-            {name: _given(name, answer, replies) for name in self._rules.weights} for answer in answers.values()
+            {name: given[i][name] if name in given[i] else _verdict(answer) for name in self._rules.weights}
+            for i, answer in answers.items()
         ]
-        seconds = time.monotonic() - started
         self._check_errors(found)
         prompt_ids = [answer.prompt_id for answer in answers.values()]
         silent = _silent(prompt_ids, found)
@@ -169,10 +186,8 @@ def _last_line(error: str) -> str:
     return error.rpartition("\n")[2]
 
 
-def _given(name: str, answer: Answer, replies: Iterator[Reply]) -> Reply:
-    """The next reply, or for a verifier the verdict that is there already."""
-    if name not in VERIFIERS:
-        return next(replies)
+def _verdict(answer: Answer) -> Reply:
+    """That of a verifier, which is there already, as a reply."""
     if answer.verdict is None or answer.verdict in _VERDICTS:
         return Reply(None if answer.verdict is None else _VERDICTS[answer.verdict])
     return Reply(fault=Fault.TIME, error=f"grading {answer.verdict.value}")

@@ -11,9 +11,10 @@ import numpy as np
 
 from kat_ray.data.accounting import FinishedRollout
 from kat_ray.rewards.grader_pool import Check, GraderPool, nothing
-from kat_ray.rewards.limits import GradingLimits, Outcome
+from kat_ray.rewards.limits import GradingLimits, Outcome, Reply, Verdicts
 from kat_ray.rewards.scoring import Answer, RewardScorer, Scored, check_failed
 from kat_ray.rewards.verifiers import Verifier, grade
+from kat_ray.run.grading_ahead import Ended, Found, GradingAhead
 from kat_ray.termination import RULES
 from kat_ray.termination.settings import RuleSettings
 from kat_ray.types.records import FloatArray, Reward, RolloutOutcome, StopReason
@@ -54,9 +55,15 @@ class RolloutGrader:
         self._golds = golds
         self._decode = decode
         self._verifier: Verifier = verifier
-        self._pool = GraderPool(limits)
+        self._limits = limits or GradingLimits()
+        self._pool = GraderPool(self._limits)
         self._scorer = scorer
         self._max_error_share = max_error_share
+        self._ahead = GradingAhead(self._ask)
+
+    def begin(self, rollouts: Mapping[int, tuple[str, Sequence[int]]]) -> None:
+        """Begin to grade rollouts that have ended, for the next `grade`; never waits, and raises nothing."""
+        self._ahead.begin(self._ended(rollouts))
 
     def grade(self, rollouts: Mapping[int, tuple[str, Sequence[int]]], check: Check = nothing) -> Graded:
         """Grade rollouts, given as (prompt id, token ids) by id; those without a gold answer get no verdict.
@@ -65,32 +72,57 @@ class RolloutGrader:
         meanwhile; what it raises ends the grading.
         """
         started = time.monotonic()
-        texts = {i: self._decode(ids) for i, (p, ids) in rollouts.items() if self._scorer or p in self._golds}
-        known = {i: self._golds[p] for i, (p, _) in rollouts.items() if p in self._golds}
-        verdicts = grade([texts[i] for i in known], list(known.values()), self._verifier, self._pool, check=check)
-        correct = dict(zip(known, verdicts.right, strict=True))
+        ended = self._ended(rollouts)
+        found = self._ahead.take(ended, check)
+        left = {i: rollout for i, rollout in ended.items() if i not in found}
+        found |= self._ask(left, check, spent=time.monotonic() - started)
+        outcomes = {i: found[i].outcome for i, rollout in ended.items() if rollout.prompt_id in self._golds}
+        verdicts = Verdicts(tuple(outcome for outcome in outcomes.values() if outcome is not None))
+        correct = dict(zip(outcomes, verdicts.right, strict=True))
         if verdicts.ran_out:
             log.warning(
                 "%d of %d graded rollouts took too much time or memory to grade: they count as wrong, and have no "
                 "reward %s", verdicts.ran_out, len(correct), _BOUNDS,
             )  # fmt: skip
-        outcomes = dict(zip(known, verdicts.outcomes, strict=True))
         if self._scorer is None:
             if self._max_error_share is not None:
                 why = f"grading them took too much time or memory {_BOUNDS}"
-                check_failed(verdicts.ran_out, len(known), self._max_error_share, why)
-            scored = Scored({i: _reward(self._verifier, outcome) for i, outcome in outcomes.items()}, {})
+                check_failed(verdicts.ran_out, len(correct), self._max_error_share, why)
+            rewards = zip(outcomes, verdicts.outcomes, strict=True)
+            scored = Scored({i: _reward(self._verifier, outcome) for i, outcome in rewards}, {})
         else:
-            answers = {i: Answer(p, texts[i], ids, outcomes.get(i)) for i, (p, ids) in rollouts.items()}
-            scored = self._scorer.score(answers, check)
+            answers = {i: _answer(rollout, outcomes.get(i)) for i, rollout in ended.items()}
+            replies = {i: found[i].replies for i in answers}
+            scored = self._scorer.score(answers, check, replies, time.monotonic() - started)
         seconds = time.monotonic() - started
         return Graded(correct, verdicts.ran_out, seconds, scored.rewards, scored.metrics)
 
     def close(self) -> None:
         """End what grades."""
+        self._ahead.close()
         self._pool.close()
         if self._scorer is not None:
             self._scorer.close()
+
+    def _ended(self, rollouts: Mapping[int, tuple[str, Sequence[int]]]) -> dict[int, Ended]:
+        needed = {i: self._scorer is not None or p in self._golds for i, (p, _) in rollouts.items()}
+        return {i: Ended(p, ids, self._decode(ids) if needed[i] else "") for i, (p, ids) in rollouts.items()}
+
+    def _ask(self, rollouts: Mapping[int, Ended], check: Check, spent: float = 0.0) -> dict[int, Found]:
+        """The verdict on each that has a gold answer, and the replies to each; `spent` seconds are over."""
+        known = {i: self._golds[r.prompt_id] for i, r in rollouts.items() if r.prompt_id in self._golds}
+        texts, within = [rollouts[i].text for i in known], self._limits.total_seconds - spent
+        verdicts = grade(texts, list(known.values()), self._verifier, self._pool, within, check)
+        outcomes = dict(zip(known, verdicts.outcomes, strict=True))
+        replies: Mapping[int, Mapping[str, Reply]] = {}
+        if self._scorer is not None:
+            answers = {i: _answer(rollout, outcomes.get(i)) for i, rollout in rollouts.items()}
+            replies = self._scorer.ask(answers, check, spent)
+        return {i: Found(outcomes.get(i), replies.get(i, {})) for i in rollouts}
+
+
+def _answer(rollout: Ended, outcome: Outcome | None) -> Answer:
+    return Answer(rollout.prompt_id, rollout.text, rollout.token_ids, outcome)
 
 
 def _reward(verifier: Verifier, outcome: Outcome) -> Reward:

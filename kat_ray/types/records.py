@@ -357,6 +357,13 @@ class EngineRows(NamedTuple):
     prompt_logprobs: FloatArray | None = None  # [P - 1], once, with the first token, where they were asked for
 
 
+class EndedRollout(NamedTuple):
+    """A rollout that its engine has ended, of a step that goes on; a decision on its way may cut it still."""
+
+    rollout_id: int
+    token_ids: IntArray  # [T] int32
+
+
 @dataclass(frozen=True)
 class SampleCheck:
     """What an engine sampled for one prompt, to be compared with a plain forward; natural logs at temperature 1."""

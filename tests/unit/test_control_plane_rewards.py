@@ -2,10 +2,12 @@
 
 import pytest
 
+from kat_ray.cluster.roles import roles_of
 from kat_ray.errors import RewardError
 from kat_ray.rewards.scoring import Scored
+from kat_ray.run.grading_ahead import GradingAhead
 from kat_ray.types.records import Reward
-from tests.support.scenarios import LAYOUTS, Run, check, compare
+from tests.support.scenarios import ALONE, LAYOUTS, Run, check, compare, finish
 
 
 class Scorer:
@@ -14,7 +16,10 @@ class Scorer:
     def __init__(self, fails_at=None):
         self.fails_at, self.asked = fails_at, 0
 
-    def score(self, answers, check=None):
+    def ask(self, answers, check=None, spent=0.0):
+        return {i: {} for i in answers}
+
+    def score(self, answers, check=None, replies=None, seconds=0.0):
         self.asked += 1
         if self.asked == self.fails_at:
             raise RewardError("too many")
@@ -61,3 +66,42 @@ def test_what_is_learnt_is_counted_up_to_the_confirmation():
     cuts = sum(row.confirmed - row.cut for row in rows if row.cut is not None)
     summary = result.run.summary
     assert cuts > 0 and summary["learnt_tokens"] == sum(lengths) == summary["kept_tokens"] + cuts
+
+
+def slowed(run):
+    """Its engines take seconds for a rollout: some end while others go on."""
+    make = run.engine
+
+    def make_slow(settings):
+        engine = make(settings)
+        engine.set_rate(8.0)  # tokens a second, of all rollouts
+        return engine
+
+    run.engine = make_slow
+    return run
+
+
+@pytest.mark.parametrize("layout", ["rewards", ALONE, "imputed cuts"])
+@pytest.mark.parametrize("lost", [None, "sampler:0", "sampler:1", "scorer:0", "monitor:0"])
+def test_what_is_graded_while_others_are_sampled_changes_nothing(layout, lost, monkeypatch):
+    """Rollouts of a sampler that is lost, and such as a decision cuts after their end, are begun with, too."""
+    begun, used = [], []
+    begin, take = GradingAhead.begin, GradingAhead.take
+
+    def noted_begin(self, rollouts):
+        begun.extend(rollouts)
+        begin(self, rollouts)
+
+    def noted_take(self, rollouts, check):
+        found = take(self, rollouts, check)
+        used.extend(found)
+        return found
+
+    monkeypatch.setattr(GradingAhead, "begin", noted_begin)
+    monkeypatch.setattr(GradingAhead, "take", noted_take)
+    run = slowed(Run(0, LAYOUTS[layout]))
+    if lost is not None and lost.partition(":")[0] in roles_of(run.config):
+        run.cluster.when("sampler", "ended", lambda: run.cluster.kill(lost), nth=2)
+    result = finish(run)
+    assert begun and used and len(used) == len(set(used)), "each is taken once"
+    assert set(used) <= {row.rollout_id for rows in result.run.traces.values() for row in rows if row.cut is None}
