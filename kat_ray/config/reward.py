@@ -30,7 +30,8 @@ class RewardConfig(Section):
     seconds: Resumable[float] = Field(5.0, gt=0)
     """Seconds after which a call about one answer is ended, with its process; the answer is not graded."""
     step_seconds: Resumable[float] = Field(60.0, gt=0)
-    """Seconds that all calls of one step may take; answers that are not reached are not graded."""
+    """Seconds that all calls of one step may take once its rollouts have ended; answers that are not reached are
+    not graded."""
     memory_gib: Resumable[float] = Field(1.0, ge=0.25)
     """Memory of one child process, GiB, with all that the functions' files import."""
     max_error_share: Resumable[float] = Field(0.05, ge=0, le=1)

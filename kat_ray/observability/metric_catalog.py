@@ -60,7 +60,7 @@ METRICS = {
         Metric("reward/overlong", "reward", "mean penalty for length (objective.rl.overlong), within reward/mean"),
         Metric("reward/errors", "rollouts", "without a reward: a function raised, or gave no number"),
         Metric("reward/timeouts", "rollouts", "without a reward: a function took too long, or was not reached"),
-        Metric("reward/seconds", "s", "that reward functions took for the step, before it is learnt"),
+        Metric("reward/seconds", "s", "that the step waited for reward functions after its rollouts had ended"),
         Metric("group/constant_share", "share", "prompts whose rollouts all have one reward, penalties aside"),
         Metric("group/all_wrong_share", "share", "prompts whose rollouts all have one reward, 0 or less"),
         Metric(
@@ -157,7 +157,9 @@ METRICS = {
         Metric("time/decision_mean", "s", "from building a chunk to applying the decision on it, mean"),
         Metric("time/decision_max", "s", "the slowest decision of the step"),
         Metric("time/learn", "s", "optimiser step; the books are kept meanwhile"),
-        Metric("time/grade", "s", "grading the step's rollouts; without rewards, while the learner works"),
+        Metric(
+            "time/grade", "s", "grading after all rollouts have ended; without rewards, while the learner works"
+        ),
         Metric("time/publish", "s", "weights to all samplers"),
         Metric("time/checkpoint", "s", "that the run stood still for checkpoints since the step before"),
         Metric("pool/restarts", "deaths", "actors that died since the last step, as those noticed who needed them"),

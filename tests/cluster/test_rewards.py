@@ -1,5 +1,6 @@
 """A run that learns from a reward function of the user's: on a real Ray, with stub engines and a stub learner."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from actors.driver import train as job
 from kat_ray.errors import UserError
 from kat_ray.records.traces import read_traces
+from kat_ray.run.grading_ahead import GradingAhead
+from tests.support.quick_engines import make_engine
 from tests.support.runs import QUICK, SINGLE, stub_config
 
 pytestmark = [pytest.mark.integration, pytest.mark.nightly, pytest.mark.usefixtures("ray_local")]
@@ -80,3 +83,29 @@ def test_a_function_that_cannot_work_is_refused_before_anything_starts(files, tm
     with pytest.raises(UserError, match=r"defines no 'score'; it defines scores"):
         job.train(missing, engines=QUICK)
     assert not (tmp_path / "r").exists(), "no run was begun"
+
+
+def slow_engine(settings):
+    """Answers of different lengths, some seconds for all of a step."""
+    engine = make_engine(True, settings)
+    engine.set_rate(40.0)
+    return engine
+
+
+def test_rollouts_that_have_ended_are_graded_while_others_are_sampled(files, tmp_path, monkeypatch):
+    used, take = [], GradingAhead.take
+
+    def noted(self, rollouts, check):
+        found = take(self, rollouts, check)
+        used.append(len(found))
+        return found
+
+    monkeypatch.setattr(GradingAhead, "take", noted)
+    config = config_of(files, tmp_path, CODE.replace("BREAKS", "False"))
+    path = job.train(config, engines=dataclasses.replace(QUICK, sampler=slow_engine))
+    assert len(used) == STEPS and sum(used) > 0
+    rows = [t for t in read_traces(path).to_pylist() if t["cut"] is None]
+    for row in rows:
+        ids = row["token_ids"]
+        assert dict(row["rewards"])["score"] == (None if ids[0] % 5 == 0 else len(set(ids)) / len(ids))
+    assert (tmp_path / "calls").stat().st_size == len(rows) + 1, "each once, and the first of them to try"
