@@ -59,9 +59,11 @@ def own_logprobs(engine: Any, collator: Collator, sequences: Sequences, top_k: i
     return [found[i] for i in range(len(sequences))]
 
 
-def reference_logprobs(engine: Any, student: StudentModel, sequences: Sequences) -> list[FloatArray]:
-    """Those of a plain forward pass, a sequence at a time."""
-    return [plain_logprobs(student.network, prompt, answer, engine.device) for prompt, answer in sequences]
+def reference_logprobs(
+    engine: Any, student: StudentModel, sequences: Sequences, wide: bool = False
+) -> list[FloatArray]:
+    """Those of a plain forward pass, a sequence at a time; `wide`: see `plain_logprobs`."""
+    return [plain_logprobs(student.network, *pair, engine.device, wide) for pair in sequences]
 
 
 @contextmanager

@@ -201,7 +201,7 @@ class Learner:
         loaded, settings = self._ready(), self._settings
         with self._heartbeat.busy("agreement"):
             if plain:
-                return reference_logprobs(loaded.engine, loaded.student, sequences)
+                return reference_logprobs(loaded.engine, loaded.student, sequences, settings.fp32_output)
             return own_logprobs(loaded.engine, self._collator, sequences, settings.top_k)
 
     def change_weights(self, scale: float) -> None:

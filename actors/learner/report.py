@@ -42,6 +42,7 @@ def policy_report(step: OptimizerStep) -> PolicyReport | None:
         masked_share=sums["masked"] / count,
         log_ratio_max=step.maxima["log_ratio"],
         entropy=sums["policy_entropy"] / count,
+        grad_share=sums["policy_pull"] / (sums["policy_pull"] + sums["kl_pull"]) if sums["kl_pull"] else None,
     )
 
 

@@ -23,6 +23,7 @@ class LearnerSettings:
     steps: int  # of the whole run: the learning rate goes by them
     objective: ObjectiveConfig
     max_model_len: int | None = None  # longest prompt and answer together
+    fp32_output: bool = False  # `numerics.fp32_output_layer`: of the plain pass; the loss has it in any case
 
     @classmethod
     def from_config(
@@ -39,5 +40,6 @@ class LearnerSettings:
             seed=config.run.seed,
             steps=config.run.steps,
             max_model_len=max_model_len,
+            fp32_output=config.numerics.fp32_output_layer,
             objective=config.objective,
         )

@@ -23,6 +23,7 @@ class SamplerSettings:
     deterministic: bool
     seed: int
     cache_block: int = 1  # tokens of a block of the scorers' prefix caches
+    fp32_output: bool = False  # `numerics.fp32_output_layer`
     record_logprobs: bool = False  # every rollout comes with the log-probabilities of its tokens
 
     @classmethod
@@ -48,5 +49,6 @@ class SamplerSettings:
             deterministic=config.run.deterministic,
             seed=config.run.seed,
             cache_block=config.scorer.chunk_block,
+            fp32_output=config.numerics.fp32_output_layer,
             record_logprobs=config.objective.rl.weight > 0,
         )

@@ -77,6 +77,7 @@ def vllm_engine(settings: SamplerSettings) -> Engine:
         max_model_len=settings.max_model_len,
         top_k=settings.rollout.top_k_logprobs,
         seed=settings.seed,
+        fp32_output=settings.fp32_output,
     )
 
 

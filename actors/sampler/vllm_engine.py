@@ -21,6 +21,7 @@ from kat_ray.cluster.devices import device_of
 from kat_ray.config import ModelConfig
 from kat_ray.config.cluster import SamplerConfig
 from kat_ray.errors import ModelError, UserError
+from kat_ray.models.fp32_output import output_dtypes, require_fp32_output, vllm_arguments
 from kat_ray.types.records import EngineEnd, EngineRows, SamplingSettings, WeightUpdate
 
 _ENDS = {FinishReason.STOP: EngineEnd.EOS, FinishReason.LENGTH: EngineEnd.MAX_TOKENS}
@@ -40,6 +41,7 @@ class VllmEngine:
         max_model_len: int,
         top_k: int,
         seed: int,
+        fp32_output: bool = False,
     ) -> None:
         device = device_of(sampler.num_gpus, "sampler").type
         check_build(device)
@@ -60,12 +62,15 @@ class VllmEngine:
             disable_log_stats=True,
             seed=seed,
             **_memory(sampler, max_model_len, device),
+            **vllm_arguments(fp32_output),
         )
         if device == "cpu" and args.create_model_config().has_inner_state:
             args.enable_prefix_caching = False  # states are cached at a block's end, where vLLM splits prompts
         self._model_path = model.path
         self._engine = LLMEngine.from_engine_args(args)
         self._core = self._engine.engine_core
+        if fp32_output:
+            require_fp32_output(self._engine.collective_rpc(output_dtypes), f"{model.path!r}")
         self._tasks = self._engine.get_supported_tasks()
         self._names: dict[str, str] = {}  # of the requests that run: the caller's by vLLM's
         self._numbers = itertools.count()

@@ -36,6 +36,6 @@ def logprobs_of_copy(settings: ScorerSettings, sequences: Sequences) -> list[Flo
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
         model = load_causal_lm(teacher, settings.teacher_dir, teacher.dtype, "teacher")
-        return [plain_logprobs(model, *pair, torch.device("cpu")) for pair in sequences]
+        return [plain_logprobs(model, *pair, torch.device("cpu"), settings.fp32_output) for pair in sequences]
     finally:
         torch.set_num_threads(threads)

@@ -20,6 +20,7 @@ class ScorerSettings:
     scorer: ScorerConfig
     rollout: RolloutConfig
     student_vocabulary: int = 0  # ids that chunks may hold; 0: those of the teacher
+    fp32_output: bool = False  # `numerics.fp32_output_layer`
     top_needed: bool = False  # the rule cannot do without the teacher's most likely ids
 
     @classmethod
@@ -40,5 +41,6 @@ class ScorerSettings:
             scorer=config.scorer,
             rollout=config.rollout,
             student_vocabulary=student_vocabulary,
+            fp32_output=config.numerics.fp32_output_layer,
             top_needed=bool({"overlap", "teacher_max"} & {*RULES[config.termination.rule].needs}),
         )

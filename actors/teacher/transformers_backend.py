@@ -90,6 +90,7 @@ class TransformersTeacher:
         self._cache = SlotCache(text.num_hidden_layers)
         self._budget = settings.scorer.max_batch_tokens
         self._stop_ids = settings.stop_ids
+        self._fp32_output = settings.fp32_output  # of the plain pass: scores have it in any case
         self._states: dict[int, _State] = {}
         self.run_tokens = 0
         with refused_by_name(self._name, type(self._model).__name__):
@@ -141,7 +142,7 @@ class TransformersTeacher:
         """By the model's own forward pass, with eager attention, which passes over no cap and no sink."""
         self._decoder.set_attn_implementation("eager")
         try:
-            return [plain_logprobs(self._model, *pair, self._device) for pair in sequences]
+            return [plain_logprobs(self._model, *pair, self._device, self._fp32_output) for pair in sequences]
         finally:
             self._decoder.set_attn_implementation(ATTENTION)
 

@@ -19,6 +19,7 @@ from vllm.transformers_utils.config import iter_rope_parameters
 from actors.teacher.backend import OVERLAP_TOP
 from actors.teacher.settings import ScorerSettings
 from kat_ray.errors import UserError
+from kat_ray.models.fp32_output import require_fp32_output, type_name, vllm_arguments
 
 _MAX_SEQS = 256  # requests that the engine runs at once, as vLLM's own default on most GPUs
 _ALLOW_LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
@@ -45,6 +46,7 @@ def engine_args(settings: ScorerSettings, **changes: Any) -> EngineArgs:
         enable_prefix_caching=True,
         block_size=scorer.cache_block,
         disable_log_stats=True,
+        **vllm_arguments(settings.fp32_output),
     )
     return EngineArgs(**arguments | changes)
 
@@ -62,9 +64,13 @@ def start_engine(settings: ScorerSettings, **changes: Any) -> LLMEngine:
         model = args.create_model_config()  # the longest rollout itself must be within the model's limit
         _check_rope(model.hf_config, settings.max_model_len, name)
         with _one_position_more():
-            return LLMEngine.from_engine_args(replace(args, max_model_len=settings.max_model_len + 1))
+            engine = LLMEngine.from_engine_args(replace(args, max_model_len=settings.max_model_len + 1))
     except ValueError as error:  # vLLM's own errors of validation, pydantic's among them
         raise UserError(f"{name}: vLLM cannot start it: {_reason(error)}") from error
+    if settings.fp32_output:
+        # By what its layers are made from: the engine is a process of its own, which takes no function of ours.
+        require_fp32_output([frozenset({type_name(engine.model_config.head_dtype)})], name)
+    return engine
 
 
 def check_runner(engine: LLMEngine) -> None:

@@ -117,6 +117,10 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             lines("Advantages", "none", "Their mean size.", "advantage/abs_mean"),
             lines(
+                "Share of rewards in the gradient", "percentunit", "At tokens' logits. The rest is the teacher's.",
+                "rl/grad_share",
+            ),
+            lines(
                 "Left out of their groups", "none", "Rollouts without a reward or a weight.",
                 "reward/left_out_cut", "reward/left_out_truncated", "reward/left_out_failed",
                 "reward/left_out_not_graded",

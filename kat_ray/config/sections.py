@@ -23,6 +23,7 @@ from kat_ray.config.cluster import (
 )
 from kat_ray.config.guards import GuardsConfig
 from kat_ray.config.local_paths import LocalPath
+from kat_ray.config.numerics import NumericsConfig
 from kat_ray.config.objective import ObjectiveConfig
 from kat_ray.config.reward import RewardConfig
 from kat_ray.rewards.limits import GradingLimits
@@ -35,16 +36,9 @@ _NOT_FROM_VLLM = ("teacher_entropy",)
 
 # Arguments of a chat template, or of the call that applies it, which are not the user's.
 _SET_BY_US = frozenset(
-    {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages", "padding"}
-    | {
-        "return_dict",
-        "return_tensors",
-        "return_assistant_tokens_mask",
-        "tokenize",
-        "tokenizer_kwargs",
-        "truncation",
-    }
-)
+    ("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "messages", "padding",
+     "return_dict", "return_tensors", "return_assistant_tokens_mask", "tokenize", "tokenizer_kwargs", "truncation")
+)  # fmt: skip
 
 
 class RunConfig(Section):
@@ -267,6 +261,7 @@ class Config(Section):
     monitor: Resumable[MonitorConfig] = MonitorConfig()
     pools: Resumable[PoolsConfig] = PoolsConfig()
     learner: LearnerConfig = LearnerConfig()
+    numerics: NumericsConfig = NumericsConfig()
     guards: Resumable[GuardsConfig] = GuardsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: Resumable[ClusterConfig] = ClusterConfig()

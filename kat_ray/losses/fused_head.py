@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kat_ray.losses.coverage import MassCurve
 from kat_ray.losses.output_layer import OutputLayer, add_outer_, product_with_weight
-from kat_ray.losses.term import LossTerm, StudentLogprobs, TermSums, TokenRows
+from kat_ray.losses.term import LossTerm, SeesGradient, StudentLogprobs, TermSums, TokenRows
 
 # Tokens of a call whose whole distribution is sorted: 0.17 s on a core for 49,152 entries each, beside seconds. Of
 # 8 tokens a call, in steps of one call, the k for 99 % of the mass scattered by a factor of 3.
@@ -170,6 +170,8 @@ def loss_and_gradient(logits_CV: Tensor, rows: TokenRows, term: LossTerm, *, gra
     d_topk = d.topk.masked_fill(torch.isneginf(picked_Ck), 0.0)
     d_tail, d_stop = d.tail.masked_fill(rest_C == 0, 0.0), d.stop.masked_fill(stop_C == 0, 0.0)
     d_sampled = d.sampled.masked_fill(torch.isneginf(sampled_C), 0.0)
+    if isinstance(term, SeesGradient):
+        result = term.with_gradient(result, student, StudentLogprobs(d_topk, d_tail, d_stop, d_sampled))
     share_C = -(d_topk.sum(dim=-1) + d_tail + d_stop + d_sampled) / total_C
     weights_CV *= (torch.where(rest_C > 0, d_tail / rest_C, 0.0) + share_C)[:, None]
     weights_CV.index_copy_(

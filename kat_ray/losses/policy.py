@@ -88,6 +88,22 @@ def sequence_mask_weight(sequence: Tensor, low: float, high: float) -> Tensor:
     return ((ratio >= low) & (ratio <= high)).to(ratio.dtype)
 
 
+def gradient_pulls(student: StudentLogprobs, derivatives: StudentLogprobs) -> tuple[Tensor, Tensor]:
+    """L1 norms [C] of the gradients in a token's logits, of the policy's loss and of the KL.
+
+    The policy's loss depends on log p of the sampled token alone, the KL on the other three, so derivatives in them
+    tell the two apart. With c = dL / dlog p(token) the policy's gradient in logit v is c (1{v = token} - p(v)), of
+    norm 2 |c| (1 - p(token)). Of the KL's, D the sum of its derivatives, an event has its own derivative - D times
+    its mass, which its ids share in proportion to their probability: so the sum over events is the sum over ids,
+    and takes no pass over the vocabulary.
+    """
+    policy = 2.0 * derivatives.sampled.abs() * -torch.expm1(student.sampled)
+    masses = torch.cat([student.topk, student.tail[:, None], student.stop[:, None]], dim=1).exp()
+    slopes = torch.cat([derivatives.topk, derivatives.tail[:, None], derivatives.stop[:, None]], dim=1)
+    kl = (slopes - slopes.sum(dim=1, keepdim=True) * masses).abs().sum(dim=1)
+    return policy, kl
+
+
 # The loss of a token from the learner's log-probability, the sampler's, the advantage, and the logarithm of its
 # rollout's ratio of learner to sampler. That is the token's own where no pass has been made for it.
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], TokenLoss]
@@ -109,6 +125,7 @@ class PolicyAndDistillation:
         "policy_loss", "policy_tokens", "ratio", "ratio_squared", "clipped_low", "clipped_high", "masked",
         "policy_entropy", "kl_loss",
     )  # fmt: skip
+    _of_gradient: ClassVar[tuple[str, ...]] = ("policy_pull", "kl_pull")
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -116,18 +133,19 @@ class PolicyAndDistillation:
 
     @property
     def sum_names(self) -> tuple[str, ...]:
-        return (*self.distillation.sum_names, *self._own)
+        return (*self.distillation.sum_names, *self._own, *self._of_gradient)
 
     @property
     def max_names(self) -> tuple[str, ...]:
         return (*self.distillation.max_names, "ratio", "log_ratio")
 
     def __call__(self, student: StudentLogprobs, rows: TokenRows) -> TermSums:
-        """See `LossTerm`."""
+        """See `LossTerm`; what is counted of the gradient is 0 until `with_gradient`."""
         kl = self.distillation(student, rows)
         kl_loss = kl.loss.detach().double()
+        unknown = kl.sums.new_zeros(len(self._of_gradient))
         if rows.advantages is None or rows.policy_weights is None:  # no rollout here is in the policy's loss
-            sums = torch.cat([kl.sums, kl.sums.new_zeros(len(self._own) - 1), kl_loss[None]])
+            sums = torch.cat([kl.sums, kl.sums.new_zeros(len(self._own) - 1), kl_loss[None], unknown])
             return TermSums(kl.loss * self.opd_weight, sums, torch.cat([kl.maxima, kl.maxima.new_zeros(2)]))
         counts = rows.policy_weights > 0
         log_ratio = (student.sampled - rows.sampled_logprobs).detach()
@@ -147,7 +165,13 @@ class PolicyAndDistillation:
             sizes = torch.stack([ratio, log_ratio.abs()], dim=1)
             largest = torch.cat([torch.where(counts[:, None], sizes, 0), sizes.new_zeros(1, 2)]).amax(dim=0)
         loss = self.opd_weight * kl.loss + self.rl_weight * policy
-        return TermSums(loss, torch.cat([kl.sums, own]), torch.cat([kl.maxima, largest.to(kl.maxima)]))
+        return TermSums(loss, torch.cat([kl.sums, own, unknown]), torch.cat([kl.maxima, largest.to(kl.maxima)]))
+
+    def with_gradient(self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs) -> TermSums:
+        """Counts how hard each of the two losses, with its weight, pulls at the logits: see `gradient_pulls`."""
+        pulls = torch.stack([pull.double().sum() for pull in gradient_pulls(student, derivatives)])
+        sums = torch.cat([result.sums[: -len(self._of_gradient)], pulls.to(result.sums)])
+        return result._replace(sums=sums)
 
     def _entropy(self, student: StudentLogprobs, rows: TokenRows) -> Tensor:
         """Of the top k, each on its own, and the rest as one: at most that of the whole distribution, [C].

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -67,3 +67,11 @@ class LossTerm(Protocol):
 
     def __call__(self, student: StudentLogprobs, rows: TokenRows) -> TermSums:
         """The term over C tokens; C may be 0."""
+
+
+@runtime_checkable
+class SeesGradient(Protocol):
+    """What a term may have besides: it is shown the gradient of its loss, where there is one."""
+
+    def with_gradient(self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs) -> TermSums:
+        """`result` with more counted; `derivatives` are those of its loss in each of `student`, 0 where none is."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from kat_ray.config import ModelConfig
 from kat_ray.errors import UserError
+from kat_ray.models.fp32_output import fp32_output
 from kat_ray.models.output_layer import output_layer, token_ids
 from kat_ray.models.text_model import text_decoder
 from kat_ray.types.records import FloatArray
@@ -65,16 +67,20 @@ def check_output_layer(model: Any, name: str) -> None:
 
 
 @torch.no_grad()
-def plain_logprobs(model: Any, prompt: Sequence[int], answer: Sequence[int], device: torch.device) -> FloatArray:
+def plain_logprobs(
+    model: Any, prompt: Sequence[int], answer: Sequence[int], device: torch.device, wide: bool = False
+) -> FloatArray:
     """Log-probabilities [tokens] float32 of an answer by the model's own forward pass.
 
-    One sequence, no padding, no cache: what every other way of computing them is compared with.
+    One sequence, no padding, no cache: what every other way of computing them is compared with. `wide` has the
+    output layer multiplied in float32 (`numerics.fp32_output_layer`).
     """
     ids = torch.tensor([[*prompt, *answer][:-1]], dtype=torch.long, device=device)
     # Of a long prompt the logits over the whole vocabulary would take gigabytes.
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     kept = {"logits_to_keep": len(answer)} if keeps else {}
-    logits = model(input_ids=ids, use_cache=False, **kept).logits[0, -len(answer) :]
+    with fp32_output(model) if wide else nullcontext():
+        logits = model(input_ids=ids, use_cache=False, **kept).logits[0, -len(answer) :]
     chosen = torch.tensor(list(answer), dtype=torch.long, device=device)
     values: FloatArray = torch.log_softmax(logits.float(), dim=-1).gather(-1, chosen[:, None])[:, 0].cpu().numpy()
     return values

@@ -125,6 +125,12 @@ METRICS = {
             "of the student's top k and the rest as one, mean over the policy's tokens; without a top k "
             "estimated from those that were sampled",
         ),
+        Metric(
+            "rl/grad_share",
+            "share",
+            "of the gradient in single tokens' logits (L1 norms, weights included), that the policy's loss has; "
+            "the KL has the rest",
+        ),
         Metric("rl/masked_share", "share", "tokens that objective.rl.correction leaves out of the loss"),
         Metric(
             "rl/length_right",

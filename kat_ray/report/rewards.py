@@ -37,9 +37,12 @@ def reward_sections(records: RunRecords) -> list[Section]:
     if drawn := [panel for names, panel in _POLICY.items() if any(records.series(name)[1] for name in names)]:
         text = (
             "A policy whose entropy goes to 0 no longer tries anything else: all rollouts of a group say the same. "
-            "Weights are drawn where the configuration lets them change."
+            "The gradient's share is taken at single tokens' logits, weights included: near 0 rewards, near 1 the "
+            "teacher could be left out. Weights are drawn where the configuration lets them change."
         )
-        found.append(Section("entropy", "Entropy and weights", text, png=png_of(_side_by_side(records, drawn))))
+        found.append(
+            Section("entropy", "Entropy, gradient and weights", text, png=png_of(_side_by_side(records, drawn)))
+        )
     return found
 
 
@@ -141,6 +144,12 @@ def _entropy(axes: Any, records: RunRecords) -> None:
     axes.set_ylim(bottom=0)
 
 
+def _gradient(axes: Any, records: RunRecords) -> None:
+    line(axes, records, "rl/grad_share", "", KEPT)
+    axes.set(title="Share of rewards in the gradient; the rest is the teacher's", xlabel="step", ylim=(0, 1))
+    percent(axes.yaxis)
+
+
 def _weights(axes: Any, records: RunRecords) -> None:
     line(axes, records, "objective/rl_weight", "rewards", KEPT, parts=10**6)
     line(axes, records, "objective/opd_weight", "teacher", SCALE, parts=10**6)
@@ -149,4 +158,8 @@ def _weights(axes: Any, records: RunRecords) -> None:
     legend(axes)
 
 
-_POLICY = {("rl/entropy",): _entropy, ("objective/rl_weight", "objective/opd_weight"): _weights}
+_POLICY = {
+    ("rl/entropy",): _entropy,
+    ("rl/grad_share",): _gradient,
+    ("objective/rl_weight", "objective/opd_weight"): _weights,
+}

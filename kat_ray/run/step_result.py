@@ -24,6 +24,7 @@ class PolicyReport:
     masked_share: float  # whose correction is 0
     log_ratio_max: float  # largest |log ratio|
     entropy: float  # nats, of the student's top k and the rest as one; without a top k an estimate
+    grad_share: float | None = None  # of the gradient in the logits; None where the policy's loss is all there is
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class LearnerReport:
         """All fields but the version, which other metrics give, and those that are not known."""
         elsewhere = ("policy_version", "policy", "weights")
         figures = {name: value for name, value in asdict(self).items() if name not in elsewhere}
-        policy = {} if self.policy is None else {f"rl/{name}": float(v) for name, v in asdict(self.policy).items()}
+        of_policy = {} if self.policy is None else asdict(self.policy)
+        policy = {f"rl/{name}": float(v) for name, v in of_policy.items() if v is not None}
         if self.policy is not None and not self.policy.tokens:  # means of nothing
             policy = {name: policy[name] for name in ("rl/loss", "rl/tokens")}
         return (

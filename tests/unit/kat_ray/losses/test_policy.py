@@ -8,19 +8,20 @@ import pytest
 import torch
 
 from kat_ray.losses.distillation import Distillation
-from kat_ray.losses.fused_head import head_loss
+from kat_ray.losses.fused_head import head_loss, loss_and_gradient
 from kat_ray.losses.output_layer import OutputLayer
 from kat_ray.losses.policy import (
     PolicyAndDistillation,
     cispo_loss,
     clip_loss,
+    gradient_pulls,
     gspo_loss,
     interval_weight,
     reinforce_loss,
     sequence_mask_weight,
     truncated_weight,
 )
-from kat_ray.losses.term import TokenRows
+from kat_ray.losses.term import StudentLogprobs, TokenRows
 
 LENGTHS = torch.tensor([2, 1, 3, 2])
 RHO = torch.tensor([1.5, 0.9, 0.5, 1.1, 1.0, 0.7, 1.25, 2.0], dtype=torch.float64)
@@ -185,8 +186,41 @@ def test_without_autograd_the_head_has_the_same_value_to_the_bit(chunk):
     found = head_loss(hidden, layer, rows, term, chunk)
     with torch.no_grad():
         alone = head_loss(hidden, layer, rows, term, chunk)
+    assert (alone.sums[-2:] == 0).all() and (found.sums[-2:] > 0).all(), "there is no gradient to be seen"
+    found = found._replace(sums=torch.cat([found.sums[:-2], torch.zeros(2)]))
     for own, other in zip(alone, found, strict=True):
         assert not own.requires_grad and torch.equal(own, other.detach())
+
+
+def test_the_pull_of_two_equal_tokens_by_hand():
+    """p = (1/2, 1/2): -log p of one asks for (-1/2, 1/2) in the logits; log 2 of KL a quarter of it either way."""
+    half = torch.full((1, 2), 0.5).log()
+    student = StudentLogprobs(half[:, :1], half[:, 1], torch.full((1,), -torch.inf), half[:, 0])
+    slopes = StudentLogprobs(torch.tensor([[0.25]]), torch.tensor([-0.25]), torch.zeros(1), torch.tensor([-1.0]))
+    policy, kl = gradient_pulls(student, slopes)
+    assert policy.tolist() == pytest.approx([1.0]) and kl.tolist() == pytest.approx([0.5])
+
+
+@pytest.mark.parametrize("eos", ["raw", "merged", "mask"])
+@pytest.mark.parametrize("chunk", [3, 8])
+def test_pulls_are_norms_of_the_two_gradients_in_all_logits(chunk, eos):
+    """Of each loss alone, by the same head; its own gradient is that of autograd (above)."""
+    hidden, weight, rows = rows_and_head()
+    assert 0 < (rows.topk_ids == rows.token_ids[:, None]).any(1).sum() < TOKENS, "some lie outside the top k"
+    stops, logits = (1, 5), hidden @ weight.T
+    rows = rows._replace(teacher_stop=rows.teacher_tail - 1.0)
+
+    def norm(opd, rl):
+        term = PolicyAndDistillation(Distillation(stops, eos), clip_of, None, opd, rl)
+        gradient = logits.clone()
+        loss_and_gradient(gradient, rows, term)
+        return gradient.abs().double().sum().item()
+
+    term = PolicyAndDistillation(Distillation(stops, eos), clip_of, None, 0.3, 2.0)
+    found = head_loss(hidden.requires_grad_(), layer_of(weight), rows, term, chunk)
+    sums = dict(zip(term.sum_names, found.sums.tolist(), strict=True))
+    assert sums["policy_pull"] == pytest.approx(norm(0.0, 2.0), rel=1e-5)
+    assert sums["kl_pull"] == pytest.approx(norm(0.3, 0.0), rel=1e-5)
 
 
 @pytest.mark.parametrize("k", [K, 0])

@@ -67,12 +67,16 @@ def test_entropy_and_weights_are_drawn_where_a_run_has_them(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
     assert [s.name for s in rewards.reward_sections(read_run(run))] == ["rewards", "ratios", "entropy"]
     lines = [m | {"objective/rl_weight": 1.0, "objective/opd_weight": 1 / m["step"]} for m in lines]
+    lines = [m | {"rl/grad_share": 0.25 * m["step"]} for m in lines]
     (run / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
     records = read_run(run)
     assert rewards.reward_sections(records)[-1].png
     axes = curves.figure(1, 1)[1][0][0]
     rewards._weights(axes, records)
     assert lines_of(axes) == {"rewards": [1, 1], "teacher": [1, 0.5]}
+    axes = curves.figure(1, 1)[1][0][0]
+    rewards._gradient(axes, records)
+    assert [list(values) for values in lines_of(axes).values()] == [[0.25, 0.5]]
 
 
 def test_the_page_has_them_where_there_were_rewards_and_only_there(run, tmp_path, capsys):

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 from actors.learner.report import OptimizerStep, policy_report
+from kat_ray.losses.policy import PolicyAndDistillation
+from kat_ray.losses.statistics import StudentStatistics
 from kat_ray.observability.metric_catalog import check_names
 from kat_ray.run.step_result import StepTimes
 from tests.support.step_results import CLOCK, REPORT, a_report, a_step
@@ -60,10 +62,21 @@ def test_a_policy_without_a_token_has_no_ratio():
     sums = dict.fromkeys(
         ("policy_tokens", "policy_loss", "ratio", "ratio_squared", "clipped_low", "clipped_high"), 0.0
     )
-    sums |= {"masked": 0.0, "policy_entropy": 0.0}
+    sums |= {"masked": 0.0, "policy_entropy": 0.0, "policy_pull": 0.0, "kl_pull": 0.0}
     step = OptimizerStep(0.0, sums, {"ratio": 0.0, "log_ratio": 0.0}, 0.0, 1e-3, 1)
     alone = policy_report(step)
     metrics = replace(REPORT, policy=alone).to_metrics()
     assert {name for name in metrics if name.startswith("rl/")} == {"rl/loss", "rl/tokens"}
     assert policy_report(replace(step, sums=sums | {"kl": 1.0})) is None
     assert policy_report(replace(step, sums=sums | {"kl": 1.0, "policy_tokens": 2.0})) is not None
+
+
+@pytest.mark.parametrize(("policy", "kl", "share"), [(3.0, 1.0, 0.75), (0.0, 1.0, 0.0), (2.0, 0.0, None)])
+def test_the_share_of_a_gradient_needs_two_losses(policy, kl, share):
+    sums = dict.fromkeys(PolicyAndDistillation(StudentStatistics(()), None, None, 1.0, 1.0).sum_names, 1.0)
+    step = OptimizerStep(
+        0.0, sums | {"policy_pull": policy, "kl_pull": kl}, {"ratio": 1.0, "log_ratio": 0.0}, 0.0, 1e-3, 1
+    )
+    found = policy_report(step)
+    assert found.grad_share == share
+    assert replace(REPORT, policy=found).to_metrics().get("rl/grad_share") == share
