@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from actors.learner.sequence_pass import SequencePass
 from actors.learner.settings import LearnerSettings
 from kat_ray.config import PolicyObjective
-from kat_ray.losses.distillation import Distillation
+from kat_ray.config.objective import DistillationObjective
+from kat_ray.losses.distillation import Distillation, Divergence
+from kat_ray.losses.divergence import forward_kl, generalised_jsd, reverse_kl
 from kat_ray.losses.policy import (
     Correction,
     PolicyAndDistillation,
@@ -29,7 +33,7 @@ def make_term(settings: LearnerSettings, step: int = 0) -> LossTerm:
     if not settings.top_k:
         statistics = StudentStatistics(settings.stop_ids)
         return PolicyAndDistillation(statistics, _loss(rl), _correction(rl), 0.0, weights["rl"])
-    distillation = Distillation(settings.stop_ids, settings.eos)
+    distillation = Distillation(settings.stop_ids, settings.eos, _divergence(opd))
     if not rl.weight and opd.weight == 1.0 and not settings.objective.is_annealed:
         return distillation
     return PolicyAndDistillation(distillation, _loss(rl), _correction(rl), weights["opd"], weights["rl"])
@@ -39,6 +43,16 @@ def sequence_pass(settings: LearnerSettings) -> SequencePass | None:
     """What has to be known of whole rollouts before their tokens have a loss; None where nothing has."""
     kind = settings.objective.rl.rollout_ratio
     return SequencePass(kind, settings.stop_ids) if kind else None
+
+
+def _divergence(opd: DistillationObjective) -> Divergence:
+    match opd.divergence:
+        case "reverse":
+            return reverse_kl
+        case "forward":
+            return forward_kl
+        case "jsd":
+            return partial(generalised_jsd, beta=opd.beta)
 
 
 def _loss(rl: PolicyObjective) -> PolicyLoss:

@@ -48,10 +48,26 @@ def _shown(value: float | None) -> str:
 
 
 class DistillationObjective(_Weighted):
-    """On-policy distillation: the exact reverse KL to the teacher, up to the cut."""
+    """On-policy distillation: an exact divergence from the teacher, up to the cut."""
 
     weight: float = Field(1.0, ge=0)
-    """Factor of the mean KL in the loss."""
+    """Factor of the mean divergence in the loss."""
+    divergence: Literal["reverse", "forward", "jsd"] = "reverse"
+    """What the loss takes of the two distributions: `reverse` KL(student || teacher), `forward`
+    KL(teacher || student), or `jsd`, the generalised Jensen-Shannon divergence; each over the student's top k and
+    the rest as one. Rules, traces and guards go by the reverse KL in any case."""
+    beta: float = Field(0.5, gt=0, lt=1)
+    """The teacher's share in the mixture that `jsd` holds both against: near 0 it goes the way of `forward`, near 1
+    that of `reverse`."""
+
+    @model_validator(mode="after")
+    def _mixes_for_jsd(self) -> DistillationObjective:
+        if self.beta != type(self).model_fields["beta"].default and self.divergence != "jsd":
+            raise ValueError(
+                f"beta = {self.beta:g}: is of divergence = 'jsd', and divergence is {self.divergence!r}; leave it "
+                "out, or set divergence = 'jsd'"
+            )
+        return self
 
 
 class OverlongPenalty(Section):

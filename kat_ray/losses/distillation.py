@@ -1,33 +1,40 @@
-"""On-policy distillation as a term of the loss: reverse KL with gradient through the student.
+"""On-policy distillation as a term of the loss: reverse KL or its like, with gradient through the student.
 
-The gradient flows through the (k + 1)-way KL itself. Putting the KL into a detached advantage, or
+The gradient flows through the (k + 1)-way divergence itself. Putting the KL into a detached advantage, or
 back-propagating the sampled token's log-ratio, has an expected gradient of zero.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from kat_ray.losses.coverage import coarser_kl
 from kat_ray.losses.divergence import entropy, event_logprobs, is_stop, log_add, reverse_kl, stop_logprob
 from kat_ray.losses.eos import EosMode
 from kat_ray.losses.term import StudentLogprobs, TermSums, TokenRows
 
+# Of student and teacher [N, E], log-probabilities of events: [N], in nats.
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
 
 @dataclass(frozen=True)
 class Distillation:
-    """Weighted sum of KL(student || teacher) over tokens, in nats.
+    """Weighted sum over tokens of KL(student || teacher), or of another divergence of the two, in nats.
 
-    A token whose KL is not finite leaves value and gradient by mask and is counted as dropped. `logprob_diff` is
-    |log p learner - log p sampler| of the sampled token; entropy and masses are the student's; the coarser KL and
-    tail mass are those of a quarter of the top k.
+    A token whose divergence is not finite leaves value and gradient by mask and is counted as dropped.
+    `logprob_diff` is |log p learner - log p sampler| of the sampled token; entropy and masses are the student's;
+    the KL that is counted is the reverse one whatever is learnt, the coarser KL and tail mass are those of a
+    quarter of the top k.
     """
 
     stop_ids: tuple[int, ...]
     eos: EosMode
+    divergence: Divergence = reverse_kl
 
     sum_names: ClassVar[tuple[str, ...]] = (
         "tokens", "weight", "dropped", "logprob_diff", "entropy", "tail_mass", "stop_mass", "kl", "coarser_kl",
@@ -41,8 +48,8 @@ class Distillation:
         own = event_logprobs(student.topk, student.tail, student.stop, stops, self.eos)
         teacher = event_logprobs(rows.teacher_topk, rows.teacher_tail, rows.teacher_stop, stops, self.eos)
         # A teacher's NaN must not meet the student's graph: 0 * NaN is NaN in the backward pass.
-        usable = torch.isfinite(reverse_kl(own.detach(), teacher))
-        kl = reverse_kl(own, torch.where(usable[:, None], teacher, own.detach()))
+        usable = torch.isfinite(self.divergence(own.detach(), teacher))
+        kl = self.divergence(own, torch.where(usable[:, None], teacher, own.detach()))
         counts = ~(rows.weights <= 0)  # a weight that is NaN counts: the loss shows it, and the step is skipped
         dropped, usable = ~usable & counts, usable & counts
         loss = torch.where(usable, rows.weights * kl, torch.zeros_like(kl)).sum()
@@ -53,6 +60,10 @@ class Distillation:
             stop = stop_logprob(student.topk, student.stop, stops).exp()
             given = (rows.teacher_topk, rows.teacher_tail, rows.teacher_stop)
             coarser = coarser_kl((student.topk, student.tail, student.stop), given, stops, self.eos)
+            if self.divergence is not reverse_kl:  # which need not be finite where another is
+                kl = reverse_kl(own, teacher)
+                seen = torch.isfinite(kl) & torch.isfinite(coarser[0])
+                kl, coarser = torch.where(seen, kl, 0), (torch.where(seen, coarser[0], 0), coarser[1])
             columns = (usable, rows.weights, diff, entropy(own), tail, stop, kl, *coarser)
             tokens, weight, *means = (torch.where(usable, c, 0).double().sum() for c in columns)
             sums = torch.stack([tokens, weight, dropped.double().sum(), *means])

@@ -1,8 +1,10 @@
-"""Reverse KL on the (k + 1)-way partition that the student's top k and one tail bucket make.
+"""Divergences on the (k + 1)-way partition that the student's top k and one tail bucket make; reverse KL above all.
 
 KL(p || q) = sum_e p(e) (log p(e) - log q(e)) in nats, over events e: the student's k most likely tokens, each
 on its own, and everything else as one. A partition coarsens the vocabulary, hence 0 <= this <= full-vocabulary
-KL, with equality where p and q agree in proportion within the tail (arXiv 2606.09471, section on top-k KL).
+KL, with equality where p and q agree in proportion within the tail (arXiv 2606.09471, section on top-k KL). The
+same holds of the forward KL and of the generalised Jensen-Shannon divergence, by the same inequality of data
+processing.
 
 Stop ids (`eos`): `raw` leaves them singletons. `merged` turns the stop ids of both models, where one of them is
 among the student's top k, into one STOP event on both sides; elsewhere they stay in the tail on both sides.
@@ -29,6 +31,7 @@ from kat_ray.losses.eos import EosMode
 
 # A tail made as 1 - sum(p) is, below fp32's resolution of 1, rounding noise, and its logarithm anything.
 LOG_FLOOR = math.log(2.0**-24)
+_ABSENT = -200.0  # stands for the logarithm of 0: exp of it is nothing beside any mass
 
 
 def dequantise(topk: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -156,6 +159,33 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     p = torch.where(present, student, torch.zeros_like(student))
     q = torch.where(present, teacher, torch.zeros_like(teacher))
     return torch.where(present, torch.exp(p) * (p - q), torch.zeros_like(p)).sum(dim=-1)
+
+
+def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) [N] in nats from event log-probabilities [N, E]; see `reverse_kl`.
+
+    Not finite where the student gives no mass to an event that the teacher has.
+    """
+    return reverse_kl(teacher, student)
+
+
+def generalised_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """The generalised Jensen-Shannon divergence (arXiv 2306.13649), [N] in nats from log-probabilities [N, E].
+
+    b KL(teacher || m) + (1 - b) KL(student || m) with m = b teacher + (1 - b) student and 0 < b = `beta` < 1;
+    differentiable in both. For b = 1/2 it is at most log 2, also where an event is absent on one side. Divided by
+    b, or by 1 - b, it tends to the forward KL as b goes to 0, and to the reverse KL as b goes to 1. A row with a
+    NaN is NaN.
+    """
+    # An absent event has no mass at exp(-200), and its differences are finite.
+    p, q = student.clamp_min(_ABSENT), teacher.clamp_min(_ABSENT)
+    gap = q - p
+    # log(m / p) where q <= p, log(m / q) where q > p: exactly 0 where both are equal, and no exponential overflows.
+    from_p = torch.log1p(beta * torch.expm1(gap.clamp(max=0.0)))
+    from_q = torch.log1p((1.0 - beta) * torch.expm1(-gap.clamp(min=0.0)))
+    over_p = torch.where(gap <= 0, from_p, from_q + gap)
+    over_q = torch.where(gap <= 0, from_p - gap, from_q)
+    return -(beta * q.exp() * over_q + (1.0 - beta) * p.exp() * over_p).sum(dim=-1)
 
 
 def entropy(event_logprobs_NE: Tensor) -> Tensor:

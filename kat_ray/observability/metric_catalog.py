@@ -85,8 +85,8 @@ METRICS = {
         Metric(
             "learner/loss",
             "nats",
-            "(weighted) mean reverse KL of the trained tokens in the learner's own forward pass; without a teacher "
-            "the policy's loss",
+            "(weighted) mean of objective.opd.divergence, by default the reverse KL, of the trained tokens in the "
+            "learner's own forward pass; without a teacher the policy's loss",
         ),
         Metric("learner/grad_norm", "norm", "before clipping; null where the step was skipped"),
         Metric("learner/skipped", "steps", "1 where loss or gradient was not finite: nothing was updated; else 0"),
