@@ -26,7 +26,7 @@ from kat_ray.run.probes import (
 from kat_ray.run.step_metrics import answer_metrics, rollout_metrics, score_metrics
 from kat_ray.run.summary import Totals
 from kat_ray.termination import RULES, Effect
-from kat_ray.types.records import Reward
+from kat_ray.types.records import FloatArray, Reward
 
 _UNSCORED = np.zeros(0, dtype=np.float32)  # the KL of a rollout that no teacher saw
 
@@ -62,13 +62,18 @@ class StepRecorder:
         """Nothing more is recorded."""
         self._grader.close()
 
-    def record(self, step: int, sampled: SampledStep, totals: Totals) -> dict[str, float]:
-        """Write the traces of a step, add to the totals, and return its metrics."""
+    def record(
+        self, step: int, sampled: SampledStep, totals: Totals, learner: Mapping[int, FloatArray] | None = None
+    ) -> dict[str, float]:
+        """Write the traces of a step, add to the totals, and return its metrics.
+
+        `learner` are the learner's log-probabilities, by rollout id, where they are recorded.
+        """
         kept = {r.rollout_id: r.counts.kept for r in sampled.rollouts}
         tokens = ScoredTokens(sampled.scored)
         traces = tokens.column("d")
         features = self._features(tokens) if sampled.scored else lambda rollout_id: None
-        policy = _policy(sampled)
+        policy = _policy(sampled, learner or {})
         prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
         active = is_active(self._config.termination, sampled.step_start.threshold)
         effect = RULES[self._config.termination.rule].effect
@@ -135,7 +140,9 @@ class StepRecorder:
         return lambda rollout_id: TokenFeatures(**{name: column[rollout_id] for name, column in columns.items()})
 
 
-def _policy(sampled: SampledStep) -> Callable[[FinishedRollout], PolicyTrace | None]:
+def _policy(
+    sampled: SampledStep, learner: Mapping[int, FloatArray]
+) -> Callable[[FinishedRollout], PolicyTrace | None]:
     """What is recorded of a rollout that was learnt from by its reward."""
     credit = sampled.credit.by_rollout()
     rewards = {} if sampled.graded is None else sampled.graded.rewards
@@ -151,6 +158,7 @@ def _policy(sampled: SampledStep) -> Callable[[FinishedRollout], PolicyTrace | N
             reward_error=reward.error or None,
             probe_share=sampled.probe_share,
             sampled_logprobs=rollout.sampled_logprobs,
+            learner_logprobs=learner.get(rollout.rollout_id),
             **own._asdict(),
         )
 

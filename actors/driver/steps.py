@@ -35,6 +35,7 @@ from kat_ray.termination import RunFacts, make_rule
 from kat_ray.types.records import (
     ChunkRefs,
     EndedRollout,
+    FloatArray,
     RolloutSpec,
     SamplerReport,
     ScoredChunk,
@@ -188,6 +189,13 @@ class Steps:
         """Start one optimiser step on what was handed over; returns the ranks' pending reports."""
         version = self._actors.samplers.version
         return [remote(rank, Learner.learn)(weight, version) for rank in self._actors.learners.handles]
+
+    def learner_logprobs(self) -> dict[int, FloatArray]:
+        """What the ranks made of the sampled tokens in the step that they have just learnt, by rollout id."""
+        of_ranks = self._actors.learners.on_all(
+            lambda rank: remote(rank, Learner.step_logprobs)(), "the learner's log-probabilities"
+        )
+        return {rollout_id: values for own in of_ranks for rollout_id, values in own.items()}
 
     def batch_of(self, sampled: SampledStep) -> StepBatch | None:
         """Fetch all that the learner was given of a step; None if records were lost since."""

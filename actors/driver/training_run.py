@@ -95,6 +95,7 @@ class TrainingRun:
         self._draining = DrainWatch(partial(draining_nodes, placement))
         self._timeline = Timeline()
         self._trace = ChromeTrace(run.path / "timeline.json") if config.run.profile else None
+        self._record_late = config.run.learner_logprobs
         self._furthest = 0  # step that this driver completed
         self._counted_restarts = 0  # in the metrics of a step
 
@@ -184,10 +185,14 @@ class TrainingRun:
         sampled_at = time.monotonic()
         pending = self._steps.learn(weight)
         store = self._store.sample()
+        record, late = partial(self._recorder.record, step, sampled, self._history.totals), self._record_late
         with self._timeline.span("record"):
-            recorded = self._recorder.record(step, sampled, self._history.totals)  # while the learner works
+            recorded = {} if late else record()  # while the learner works
         with self._timeline.span("learn"):
             report, *_ = self._actors.learners.wait(pending, "the learner")
+        if late:
+            with self._timeline.span("record"):
+                recorded = record(self._steps.learner_logprobs())
         learnt_at = time.monotonic()
         with self._timeline.span("sample ahead"):
             goes_on = self._prefetch.wait()

@@ -10,7 +10,6 @@ import logging
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from actors.learner.agreement import (
 )
 from actors.learner.collectives import rendezvous
 from actors.learner.engine import gathered, make_engine
+from actors.learner.logprob_log import LogprobLog
 from actors.learner.model import StudentModel, load_student
 from actors.learner.objective import make_term, sequence_pass
 from actors.learner.report import report_of
@@ -39,6 +39,7 @@ from kat_ray.data.batch import check_vocabulary, collect_samples
 from kat_ray.data.collate import Collator, MicroBatch, PaddedCollator
 from kat_ray.errors import StateLost
 from kat_ray.losses.coverage import MassCurve
+from kat_ray.losses.term import LossTerm
 from kat_ray.models.load import DTYPES
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
@@ -111,14 +112,20 @@ class Learner:
     def _load(self) -> _Loaded:
         settings, learner = self._settings, self._settings.learner
         student = load_student(settings.student, settings.student_dir, learner, settings.max_model_len)
-        term = make_term(settings)
+        logprobs = LogprobLog() if settings.record_logprobs else None
+
+        def term_at(step: int) -> LossTerm:
+            term = make_term(settings, step)
+            return term if logprobs is None else logprobs.watched(term)
+
+        term = term_at(0)
         curve = MassCurve(student.vocabulary) if settings.top_k else None
         engine = make_engine(student, term, learner, curve)
         (dummy,) = self._collator.micro_batches([dummy_sample(settings.top_k)])
         beat = self._heartbeat.beat
         trainer = StudentTrainer(
             engine, term, learner, settings.steps, dummy, self._timeline, beat, curve, sequence_pass(settings),
-            partial(make_term, settings) if settings.objective.is_annealed else None,
+            term_at if settings.objective.is_annealed else None, logprobs,
         )  # fmt: skip
         snapshots = Snapshots(engine, student, self._rank, settings)
         return _Loaded(engine, student, trainer, snapshots)
@@ -180,6 +187,14 @@ class Learner:
         """`collect` and `learn` in one, from records instead of references to them."""
         self._take(chunks, teacher, kept)
         return self.learn(global_weight, policy_version)
+
+    def step_logprobs(self) -> dict[int, FloatArray]:
+        """Of the tokens that this rank was given in its last step, [T] by rollout id, as they were before it.
+
+        Once; empty where `run.learner_logprobs` is off, and where the step made no pass.
+        """
+        logprobs = self._ready().trainer.logprobs
+        return {} if logprobs is None else logprobs.take()
 
     def weights(self, policy_version: int) -> tuple[WeightUpdate | None, int]:
         """The whole student as the samplers take it, and its version; None on ranks other than 0.

@@ -24,6 +24,7 @@ class LearnerSettings:
     objective: ObjectiveConfig
     max_model_len: int | None = None  # longest prompt and answer together
     fp32_output: bool = False  # `numerics.fp32_output_layer`: of the plain pass; the loss has it in any case
+    record_logprobs: bool = False  # `run.learner_logprobs`
 
     @classmethod
     def from_config(
@@ -41,5 +42,6 @@ class LearnerSettings:
             steps=config.run.steps,
             max_model_len=max_model_len,
             fp32_output=config.numerics.fp32_output_layer,
+            record_logprobs=config.run.learner_logprobs,
             objective=config.objective,
         )

@@ -15,6 +15,7 @@ from torch import nn
 
 from actors.learner.collectives import max_over_ranks, sum_over_ranks
 from actors.learner.engine import clips_itself, complete_gradients
+from actors.learner.logprob_log import LogprobLog
 from actors.learner.report import OptimizerStep
 from actors.learner.schedule import learning_rate
 from actors.learner.sequence_pass import SequencePass
@@ -41,10 +42,12 @@ class StudentTrainer:
         curve: MassCurve | None = None,
         sequence: SequencePass | None = None,
         term_at: Callable[[int], LossTerm] | None = None,
+        logprobs: LogprobLog | None = None,
     ) -> None:
         """`sequence` is made before each pass with a gradient; `term_at` gives the term after so many steps, where
-        it changes with them.
+        it changes with them. `logprobs` watches the terms.
         """
+        self.logprobs = logprobs
         self.steps_taken = 0  # skipped ones too: the schedule goes by the steps of the run
         self._engine = engine
         self._term = term
@@ -62,6 +65,8 @@ class StudentTrainer:
     def step(self, batches: Sequence[MicroBatch], global_weight: float) -> OptimizerStep:
         """One step on this rank's micro-batches; all ranks call it, with the same `global_weight`."""
         lr = self._set_lr()
+        if self.logprobs is not None:
+            self.logprobs.take()  # what nobody asked for
         if self._term_at is not None:
             self._term = self._term_at(self.steps_taken)
             self._engine.module.use_term(self._term)
@@ -118,6 +123,8 @@ class StudentTrainer:
             rows = self._sequence(self._engine, batch, rows)
         result: TermSums = self._engine(model_arguments(batch, device), positions, rows)
         self._engine.backward(result.loss * scale)
+        if self.logprobs is not None:
+            self.logprobs.end_pass(() if batch is self._dummy else batch.samples)
         return result._replace(loss=result.loss.detach())
 
     def _update(self, loss: float, sums: Mapping[str, float], global_weight: float) -> float:

@@ -45,6 +45,7 @@ class StubLearner:
         self._weights: NDArray[np.uint64] | None = None  # [_SIZE], once it is started
         self._steps = 0
         self._rows: list[TrainingSample] | None = None
+        self._logprobs: dict[int, NDArray[np.float32]] = {}
         self._timeline = Timeline()
         self._heartbeat = Heartbeat()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -81,6 +82,7 @@ class StubLearner:
         rows, self._rows = self._rows, None
         with self._timeline.span("learn"), self._heartbeat.busy("learn"):
             added, loss, tokens = _learnt(rows)
+            self._logprobs = {row.rollout_id: row.sampled_logprobs for row in rows}
             self._weights = self._started() * _STEP + added
             self._steps += 1
         return LearnerReport(
@@ -90,6 +92,10 @@ class StubLearner:
             stop_mass=0.01, micro_batches=len(rows),
             seconds=time.monotonic() - started, skipped=False,
         )  # fmt: skip
+
+    def step_logprobs(self) -> dict[int, NDArray[np.float32]]:
+        """The sampler's own: the two are one model."""
+        return self._logprobs
 
     def weights(self, policy_version: int) -> tuple[WeightUpdate, int]:
         """All there is, and its version."""

@@ -37,6 +37,7 @@ class RecordedStep:
     step: int
     ended: EndedStep  # but for its `probe_rewards`, which the steps before it give
     written: dict[int, RolloutCredit]
+    learner_logprobs: dict[int, FloatArray]  # of a rollout's first tokens, by its id, where they are recorded
 
 
 class Difference(NamedTuple):
@@ -96,7 +97,8 @@ def recorded_steps(run_dir: Path, config: Config) -> tuple[list[RecordedStep], l
 
 def _recorded_step(step: int, table: pa.Table, longest: int) -> RecordedStep:
     rows = table.select([f.name for f in table.schema if not pa.types.is_list(f.type)]).to_pylist()
-    tokens, logprobs = (_values(table, name) for name in ("token_ids", "sampled_logprobs"))
+    names = ("token_ids", "sampled_logprobs", "learner_logprobs")
+    tokens, logprobs, learner = (_values(table, name) for name in names)
     ended = EndedStep(
         rollouts=[_finished(*parts) for parts in zip(rows, tokens, logprobs, strict=True)],
         specs=[RolloutSpec(r["rollout_id"], r["prompt_id"], (), 0, r["probe"], longest) for r in rows],
@@ -108,7 +110,8 @@ def _recorded_step(step: int, table: pa.Table, longest: int) -> RecordedStep:
         probe_share=rows[0]["probe_share"],
     )
     written = {r["rollout_id"]: RolloutCredit(*(r[name] for name in RolloutCredit._fields)) for r in rows}
-    return RecordedStep(step, ended, written)
+    by_learner = {r["rollout_id"]: own for r, own in zip(rows, learner, strict=True) if own is not None}
+    return RecordedStep(step, ended, written, by_learner)
 
 
 def _values(table: pa.Table, name: str) -> list[np.ndarray | None]:

@@ -23,6 +23,7 @@ from kat_ray.analysis.objective import (
     without_history,
     worth,
 )
+from kat_ray.analysis.ratios import policy_ratios, ratio_words
 from kat_ray.cli.replay import grid_of, run_config, terminal
 from kat_ray.config import PolicyObjective
 from kat_ray.errors import UserError, writing
@@ -38,6 +39,8 @@ _FIGURES = {
 def replay_objective(run_dir: Path, settings: Sequence[str], out: Path | None) -> list[Path]:
     """Say whether the traces hold what the run's objective gives, print what each setting would; write a CSV.
 
+    Of a run that recorded them, also how the ratios of learner to sampler were.
+
     A setting is FIELD=VALUE or FIELD=[VALUE, ...] with a field of `objective.rl`. Returns the files.
     """
     console, config = terminal(), run_config(run_dir)
@@ -48,6 +51,8 @@ def replay_objective(run_dir: Path, settings: Sequence[str], out: Path | None) -
     own = replayed(steps, config)
     unknown = without_history(steps, own, config)
     console.print(_reproduction(steps, differences(steps, own, unknown), unknown), markup=False)
+    if len(ratios := policy_ratios(steps)):
+        console.print(ratio_words(ratios, config.objective.rl.clip), markup=False)
     mine = config.objective.rl.model_dump()
     results = [worth({name: mine[name] for name in grid}, own, own)]
     for values in itertools.product(*grid.values()) if grid else ():

@@ -59,6 +59,9 @@ class RunConfig(Section):
     trace_features: bool = True
     """Record, beside the KL of every scored token, the teacher's top token and the health features: about
     14 bytes a token before compression. The report's pictures of phases need them."""
+    learner_logprobs: bool = False
+    """With rewards: record the learner's log-probabilities of the sampled tokens beside the sampler's, 4 bytes a
+    token, of which `kat-ray replay --objective` shows the ratio. Traces are then written after a step is learnt."""
     deterministic: bool = False
     """Decisions of the rule take hold at fixed tokens instead of as soon as they arrive: on the same machine,
     without a GPU, the same command then gives the same bits. Costs waiting and overshoot; needs rollout.staleness =
@@ -313,6 +316,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _rewards_can_teach(self) -> Config:
         if not self.objective.rl.weight:
+            if self.run.learner_logprobs:
+                raise ValueError("run.learner_logprobs = true: needs objective.rl.weight > 0, as the sampler's do")
             return self
         rollout, needs = self.rollout, f"objective.rl.weight = {self.objective.rl.weight:g}: needs "
         if rollout.rollouts_per_prompt < 2:

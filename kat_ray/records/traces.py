@@ -49,6 +49,7 @@ SCHEMA = pa.schema(
         ("policy_weight", pa.float64()),
         ("probe_share", pa.float64()),
         ("sampled_logprobs", pa.list_(pa.float32())),
+        ("learner_logprobs", pa.list_(pa.float32())),
     ]
 )
 _GROUPS = 8  # row groups of a file: what a damaged one can be read in
@@ -75,7 +76,9 @@ class PolicyTrace:
     parts by the name of what gave them. `reward_weight` is what it counts in the group of its step and prompt: 1,
     0, or 1 / `probe_share`, the chance with which a rollout of its step was a probe. `advantage` is None where it
     counts nothing. The policy's loss has its first `policy_tokens` tokens, each with `policy_weight`, in which the
-    loss's denominator is. `sampled_logprobs` are log p at generation time, of all generated tokens.
+    loss's denominator is. `sampled_logprobs` are log p at generation time, of all generated tokens;
+    `learner_logprobs` the learner's before its step, of the first ones, those that it was given; None where they
+    are not recorded, or it was given none.
     """
 
     reward: float | None
@@ -87,6 +90,7 @@ class PolicyTrace:
     policy_weight: float
     probe_share: float
     sampled_logprobs: FloatArray
+    learner_logprobs: FloatArray | None = None
 
 
 _POLICY = tuple(f.name for f in fields(PolicyTrace))
@@ -189,8 +193,9 @@ def _contradiction(table: pa.Table) -> str | None:
     tokens = pc.list_value_length(table.column("token_ids"))
     if _any(pc.greater(pc.list_value_length(table.column("d")), tokens)):
         return "more tokens were scored than generated"
-    if _any(pc.greater(pc.list_value_length(table.column("sampled_logprobs")), tokens)):
-        return "more log-probabilities were sampled than tokens"
+    for name in ("sampled_logprobs", "learner_logprobs"):
+        if _any(pc.greater(pc.list_value_length(table.column(name)), tokens)):
+            return f"{name} are of more tokens than were generated"
     for name in ("cut", "would_cut", "confirmed", "policy_tokens"):
         place = table.column(name)
         if _any(pc.less(place, 0)) or _any(pc.greater(place, tokens)):

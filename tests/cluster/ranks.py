@@ -6,7 +6,7 @@ then does what a rank does here: each is a new process. Whole runs have them as 
 
 import multiprocessing
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 
 import numpy as np
@@ -131,7 +131,8 @@ class Rank:
 class Group:
     """All ranks of a learner."""
 
-    def __init__(self, models, world_size, *, stop_ids=(1,), objective=None, **learner):
+    def __init__(self, models, world_size, *, stop_ids=(1,), objective=None, told=None, **learner):
+        """`told`: other values of `LearnerSettings`."""
         given = {"world_size": world_size, "lr": 1e-3, "micro_batch_tokens": 64, "logits_chunk_tokens": 16}
         rewarded = {
             "objective": objective,
@@ -143,6 +144,7 @@ class Group:
             **(rewarded if objective else {}),
         )  # fmt: skip
         settings = LearnerSettings.from_config(self.config, models["student"][0], stop_ids)
+        settings = replace(settings, **(told or {}))
         self.ranks = [Rank(r, settings) for r in range(world_size)]
         try:
             self.all("start", *self.ranks[0].call("address"))

@@ -293,7 +293,8 @@ def test_a_model_whose_logits_are_nan_is_refused_for_that(models, tmp_path):
 def test_training_computes_the_model_and_a_change_is_taken_back_to_the_bit(models, world_size, learner):
     pairs = [([5, 6, 7], [9, 4, 2]), (list(range(100, 140)), [8] * 12), ([3], [1])]
     rough = learner.get("dtype") == "bfloat16"
-    with Group(models, world_size, **learner) as group:
+    told = {"fp32_output": rough, "record_logprobs": True}
+    with Group(models, world_size, told=told, **learner) as group:
 
         def logprobs(plain):
             first, *others = group.all("logprobs", pairs, plain)
@@ -312,4 +313,12 @@ def test_training_computes_the_model_and_a_change_is_taken_back_to_the_bit(model
         group.all("change_weights", 0.0)
         np.testing.assert_array_equal(logprobs(True), plain)
         assert group.everything() == before
-        group.step(*step_of(models, random_rollouts(7, seed=1)))  # and training goes on
+        rollouts = random_rollouts(7, seed=1)
+        step = step_of(models, rollouts)
+        given = [(prompt, tokens[: k.kept]) for (prompt, tokens), k in zip(rollouts.values(), step[2], strict=True)]
+        wanted = group.all("logprobs", given, False)[0]
+        group.step(*step)  # and training goes on
+        found = {i: values for own in group.all("step_logprobs") for i, values in own.items()}
+        for i, values in enumerate(wanted):  # the ranks' micro-batches are others
+            np.testing.assert_allclose(found[i], values, atol=0.1 if rough else 1e-5)
+        assert group.all("step_logprobs") == [{}] * world_size

@@ -68,6 +68,7 @@ class MemoryLearner:
         self._round = 0
         self._weights = 0
         self._rows: list[Any] | None = None
+        self._logprobs: dict[int, Any] = {}
         self._written: tuple[str, int] | None = None
 
     def spans(self) -> tuple[()]:
@@ -97,6 +98,7 @@ class MemoryLearner:
         if self._rows is None:
             raise StateLost("no batch is held")
         rows, self._rows = self._rows, None
+        self._logprobs = {row.rollout_id: row.sampled_logprobs + np.float32(0.25) for row in rows}
         with self._heartbeat.busy("learn"):
             own = sum(_number(row) for row in rows)
             tokens = self._work(sum(map(_tokens, rows)))
@@ -109,6 +111,10 @@ class MemoryLearner:
         return LearnerReport(
             policy_version, tokens=tokens, dropped_tokens=0, micro_batches=1, seconds=0.1, skipped=False, **fixed
         )
+
+    def step_logprobs(self) -> dict[int, Any]:
+        self._work()
+        return self._logprobs
 
     def weights(self, policy_version: int) -> tuple[WeightUpdate | None, int]:
         self._work()

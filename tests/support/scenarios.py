@@ -117,6 +117,8 @@ def _row(row: Any) -> tuple[Any, ...]:
     if policy is not None:
         rewarded = {f.name: getattr(policy, f.name) for f in fields(policy)}
         rewarded["sampled_logprobs"] = tuple(policy.sampled_logprobs[: policy.policy_tokens].tolist())
+        learner = policy.learner_logprobs
+        rewarded["learner_logprobs"] = None if learner is None else tuple(learner.tolist())
     return (
         row.rollout_id, str(row.stop_reason), row.cut, row.confirmed, row.threshold, row.minimum, row.probe,
         row.would_cut, tuple(row.token_ids[:kept].tolist()), tuple(row.d[:kept].tolist()), rewarded,

@@ -105,3 +105,25 @@ def test_what_is_graded_while_others_are_sampled_changes_nothing(layout, lost, m
     result = finish(run)
     assert begun and used and len(used) == len(set(used)), "each is taken once"
     assert set(used) <= {row.rollout_id for rows in result.run.traces.values() for row in rows if row.cut is None}
+
+
+@pytest.mark.parametrize("layout", ["rewards", ALONE])
+def test_the_learners_log_probabilities_are_recorded_whoever_dies(layout):
+    """They come from the ranks after a step: of a step that is taken again, those of the last time."""
+    changes = {**LAYOUTS[layout], "run": {"learner_logprobs": True}}
+    plain = Run(0, {**changes, "run": {**changes["run"], "checkpoint_every": 1}}).go()
+    rows = [row.policy for rows in plain.run.traces.values() for row in rows]
+    own = [p for p in rows if p.learner_logprobs is not None]
+    assert own and all(len(p.learner_logprobs) >= p.policy_tokens for p in own)
+    assert all((p.learner_logprobs == p.sampled_logprobs[: len(p.learner_logprobs)] + 0.25).all() for p in own)
+    for switch in range(150, 1500, 150):
+        run = Run(switch, changes).disturb([(switch, "kill", "learner:0")])
+        result = run.go()
+        check(result)
+        assert result.finished and result.error is None
+        compare(result, plain.fingerprint())
+
+
+def test_without_rewards_there_is_nothing_to_hold_them_against():
+    with pytest.raises(ValueError, match=r"run\.learner_logprobs = true: needs objective\.rl\.weight > 0"):
+        Run(0, {"run": {"learner_logprobs": True}})

@@ -2,12 +2,15 @@
 
 import csv
 import json
+import math
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from kat_ray.analysis.objective import differences, recorded_steps, replayed, with_objective, without_history, worth
+from kat_ray.analysis.ratios import policy_ratios, ratio_words
 from kat_ray.analysis.replay import load_table, traces_from, uncensored
 from kat_ray.analysis.replay_rules import sweep
 from kat_ray.cli import main as cli
@@ -235,3 +238,36 @@ def test_verdicts_on_rollouts_that_the_rule_let_pass_say_nothing_of_its_cuts(rec
     metrics = json.loads((recorded / "metrics.jsonl").read_text().splitlines()[step])
     last = [r["correct"] for r in own if r["step"] == step]
     assert metrics["probe/right_share"] == pytest.approx(sum(last) / len(last)), "of probes"
+
+
+def test_the_ratio_of_learner_to_sampler_is_shown_where_both_are_recorded(recorded, tmp_path, capsys):
+    """The learner of these runs has log p + 1/4 of every token."""
+    run = Run(0, with_rewards() | {"run": {"learner_logprobs": True}})
+    assert run.go().error is None
+    path = written(run, tmp_path / "run")
+    steps, _ = recorded_steps(path, load_config(path / "config.yaml"))
+    ratios = policy_ratios(steps)
+    rows = [row for step in range(3) for row in rows_of(path, step)]
+    assert len(ratios) == sum(row["policy_tokens"] for row in rows)
+    assert ratios == pytest.approx(math.exp(0.25), rel=1e-6)
+    for row in rows:
+        kept = max(row["policy_tokens"], len(row["token_ids"]) if row["cut"] is None else row["cut"])
+        assert len(row["learner_logprobs"]) == kept, "all that it was given, and nothing of the rest"
+    assert cli.main(["replay", str(path), "--objective"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"sampler, {len(ratios):,} tokens of the policy's loss: mean 1.28403" in text
+    assert "below 0.8: 0.00%, above 1.28: 100.00%" in text
+    own = rows_of(recorded, 0)
+    assert all(row["learner_logprobs"] is None for row in own)
+    others = [{k: v for k, v in row.items() if k != "learner_logprobs"} for row in rows_of(path, 0)]
+    assert others == [{k: v for k, v in row.items() if k != "learner_logprobs"} for row in own]
+    assert cli.main(["replay", str(recorded), "--objective"]) == 0
+    assert "ratio of learner" not in capsys.readouterr().out
+
+
+def test_a_distribution_of_ratios_by_hand():
+    ratios = np.array([0.5, 1.0, 1.0, 1.5, 2.0])
+    assert ratio_words(ratios, (0.2, 0.5)) == (
+        "ratio of learner to sampler, 5 tokens of the policy's loss: mean 1.2, 1% below 0.52, 50% below 1, "
+        "99% below 1.98, the largest 2; below 0.8: 20.00%, above 1.5: 20.00%"
+    )

@@ -124,7 +124,8 @@ def test_traces_of_before_rewards_are_read(run):
     ("changes", "said"),
     [
         ({"policy_tokens": 4}, "policy_tokens lies outside of the rollout"),
-        ({"sampled_logprobs": np.zeros(4, np.float32)}, "more log-probabilities were sampled than tokens"),
+        ({"sampled_logprobs": np.zeros(4, np.float32)}, "sampled_logprobs are of more tokens than were generated"),
+        ({"learner_logprobs": np.zeros(4, np.float32)}, "learner_logprobs are of more tokens than were generated"),
         ({"probe_share": 1.5}, "probe_share is no share"),
         ({"probe_share": math.nan}, "probe_share is no share"),
     ],
