@@ -1,9 +1,9 @@
-"""Keys and values of live rollouts in slots, and ragged attention over them, without padding or copies.
+"""Keys and values of live rollouts in slots, and ragged attention over them.
 
 A forward pass takes the new tokens of some slots, one after the other, as one row of T tokens with their positions.
 All layers but attention treat tokens independently. The cache layer stores new keys and values in the slots; the
-attention, registered with transformers under `ATTENTION`, then runs rollout by rollout on views of the slots: to
-gather and pad the pasts of all rollouts took half of the scoring time of a small model (docs/log.md).
+attention, registered with transformers under `ATTENTION`, then runs rollout by rollout on views of the slots, or on
+a GPU for many rollouts at once (`slot_groups.py`).
 
 Which keys a token sees is what the model asks transformers' mask interface for (`slot_masks.py`). What a model asks
 of its attention beyond that is done, or refused by name: nothing is passed over.
@@ -12,6 +12,8 @@ of its attention beyond that is done, or refused by name: nothing is passed over
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -20,7 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from actors.teacher.slot_masks import ATTENTION, Selection, SlotMask, Span, View
+from actors.teacher.slot_groups import Pass, SpanGroup
+from actors.teacher.slot_masks import ATTENTION, SlotMask, Span, View
 from kat_ray.errors import UserError
 
 # Keywords of transformers' attention functions that change nothing here: positions are in the keys already, lengths
@@ -36,7 +39,7 @@ class _SlotLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, shared: Selection) -> None:
+    def __init__(self, shared: Pass) -> None:
         super().__init__()
         self._shared = shared
 
@@ -74,22 +77,29 @@ class _SlotLayer(CacheLayerMixin):
         self, query: Tensor, mask: SlotMask, scale: float | None, cap: float | None, sinks: Tensor | None
     ) -> Tensor:
         """Attention of queries [1, heads, T, width] over each span's own slot; [1, T, heads, width]."""
-        heads = self.keys.shape[2]
+        heads, shared = self.keys.shape[2], self._shared
         # Query heads that share a key head are adjacent: [key heads, sharers, T, width].
         queries = query[0].unflatten(0, (heads, -1))
-        sinks = None if sinks is None else sinks.reshape(heads, -1, 1, 1)
-        parts = []
-        for view, own in zip(mask.views(self._shared), queries.split(self._shared.counts, dim=2), strict=True):
-            keys, values = (self._view(stored, view, own.shape[1]) for stored in (self.keys, self.values))
-            if cap is None and sinks is None:
-                parts.append(
-                    scaled_dot_product_attention(
-                        own, keys, values, view.mask, is_causal=view.is_causal, scale=scale
-                    )
-                )
-            else:
-                parts.append(_attention(own, keys, values, view, scale, cap, sinks))
-        return torch.cat(parts, dim=2).flatten(0, 1).transpose(0, 1)[None].contiguous()
+        scoring = _Scoring(scale, cap, None if sinks is None else sinks.reshape(heads, -1, 1, 1))
+        plan, views = shared.plan(mask), mask.views(shared)
+        if not plan.groups:
+            parts = [
+                self._alone(own, view, scoring)
+                for view, own in zip(views, queries.split(shared.counts, dim=2), strict=True)
+            ]
+            return torch.cat(parts, dim=2).flatten(0, 1).transpose(0, 1)[None].contiguous()
+        result = query.new_empty(query.shape[2], query.shape[1], self.values.shape[3])
+        starts = list(accumulate(shared.counts, initial=0))
+        for i in plan.alone:
+            rows = slice(starts[i], starts[i + 1])
+            result[rows] = self._alone(queries[:, :, rows], views[i], scoring).flatten(0, 1).transpose(0, 1)
+        for group in plan.groups:
+            group.attend(queries, self.keys, self.values, scoring.of_group, result)
+        return result[None]
+
+    def _alone(self, query: Tensor, view: View, scoring: _Scoring) -> Tensor:
+        keys, values = (self._view(stored, view, query.shape[1]) for stored in (self.keys, self.values))
+        return scoring.of_view(query, keys, values, view)
 
     @staticmethod
     def _view(stored: Tensor, view: View, sharers: int) -> Tensor:
@@ -113,32 +123,56 @@ class _SlotLayer(CacheLayerMixin):
         return -1
 
 
-def _attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    view: View,
-    scale: float | None,
-    cap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """Attention with a soft cap on its scores (arXiv 2408.00118) or sinks (arXiv 2309.17453), step by step.
+@dataclass(frozen=True)
+class _Scoring:
+    """Attention as a model asks for it; `sinks` are [key heads, sharers, 1, 1]."""
 
-    A sink is a score that takes its share of the softmax and has no value.
-    """
-    scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if cap is not None:
-        scores = torch.tanh(scores / cap) * cap
-    mask = view.mask
-    if view.is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    scores = scores.float()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], dim=-1)
-    shares = scores.softmax(dim=-1)[..., : keys.shape[-2]]
-    return shares.to(values.dtype) @ values
+    scale: float | None
+    cap: float | None
+    sinks: Tensor | None
+
+    @property
+    def _is_plain(self) -> bool:
+        return self.cap is None and self.sinks is None
+
+    def of_view(self, query: Tensor, keys: Tensor, values: Tensor, view: View) -> Tensor:
+        """Of one span: [key heads, sharers, new, width] each, keys as many as the view has."""
+        mask = view.mask
+        if self._is_plain:
+            return scaled_dot_product_attention(
+                query, keys, values, mask, is_causal=view.is_causal, scale=self.scale
+            )
+        if view.is_causal:
+            mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device).tril()
+        return self._step_by_step(query, keys, values, mask, self.sinks)
+
+    def of_group(self, query: Tensor, keys: Tensor, values: Tensor, group: SpanGroup) -> Tensor:
+        """Of several spans, whose sharers follow one another: [n, key heads, sharers x N, width]."""
+        new = group.seen.shape[1]
+        sharers = query.shape[2] // new
+        if self._is_plain:
+            mask = group.added(sharers, query.dtype)
+            return scaled_dot_product_attention(query, keys, values, mask, scale=self.scale)
+        sinks = None if self.sinks is None else self.sinks.expand(-1, -1, new, 1).flatten(1, 2)
+        return self._step_by_step(query, keys, values, group.folded(sharers), sinks)
+
+    def _step_by_step(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        """With a soft cap on scores (arXiv 2408.00118) or sinks (arXiv 2309.17453).
+
+        A sink is a score that takes its share of the softmax and has no value.
+        """
+        scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if self.scale is None else self.scale)
+        if self.cap is not None:
+            scores = torch.tanh(scores / self.cap) * self.cap
+        scores = scores.float()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], dim=-1)
+        shares = scores.softmax(dim=-1)[..., : keys.shape[-2]]
+        return shares.to(values.dtype) @ values
 
 
 def _slot_attention(
@@ -183,8 +217,9 @@ AttentionInterface.register(ATTENTION, _slot_attention)
 class SlotCache(Cache):
     """Slots for rollouts: taken, written by forward passes, freed."""
 
-    def __init__(self, layers: int) -> None:
-        self._selection = Selection()
+    def __init__(self, layers: int, grouped: bool = False) -> None:
+        """`grouped`: short spans of a pass are attended to together (`slot_groups.py`)."""
+        self._selection = Pass(grouped=grouped)
         super().__init__(layers=[_SlotLayer(self._selection) for _ in range(layers)])
         self._free: list[int] = []
 
@@ -209,6 +244,7 @@ class SlotCache(Cache):
                 s.capacity *= 2
             self._fit()
         s.spans, s.counts = spans, [span.new for span in spans]
+        s.plans.clear()
         slots, pasts, counts = torch.tensor(spans, dtype=torch.long).unbind(1)
         within = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         positions_T = pasts.repeat_interleave(counts) + within

@@ -76,13 +76,17 @@ class SlotMask:
             self._views = _causal(selection) if self.is_plain else self._evaluate(selection)
         return self._views
 
+    def seen(self, query_nN: Tensor, key_nK: Tensor) -> Tensor:
+        """Which keys these queries see, bool [n, N, K], by their positions in n sequences."""
+        zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=query_nN.device)
+        table = self._function(zero, zero, query_nN[:, None, :, None], key_nK[:, None, None, :])
+        return table.expand(len(query_nN), 1, query_nN.shape[1], key_nK.shape[1])[:, 0]
+
     def _evaluate(self, selection: Selection) -> Sequence[View]:
         """One table of all tokens and all positions, of which each span gets its part."""
         spans, query_T = selection.spans, selection.positions_T
         key_K = torch.arange(max(s.past + s.new for s in spans), device=query_T.device)
-        zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=query_T.device)
-        table = self._function(zero, zero, query_T[None, None, :, None], key_K[None, None, None, :])
-        seen_TK = table.expand(1, 1, len(query_T), len(key_K))[0, 0].contiguous()
+        seen_TK = self.seen(query_T[None], key_K[None])[0].contiguous()
         bounds = torch.stack([seen_TK.view(torch.uint8).argmax(dim=1), seen_TK.sum(dim=1)], dim=1).tolist()
         views, row = [], 0
         for span in spans:

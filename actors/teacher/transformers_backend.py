@@ -19,6 +19,7 @@ from actors.teacher.backend import Sequences, TeacherColumns, columns_of
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.slot_cache import SlotCache, run_spans
 from actors.teacher.slot_check import check_slots, refused_by_name
+from actors.teacher.slot_groups import takes_together
 from actors.teacher.slot_masks import ATTENTION, Span
 from kat_ray.cluster.devices import device_of
 from kat_ray.errors import StateLost
@@ -87,7 +88,7 @@ class TransformersTeacher:
         text = self._decoder.config
         self._own_vocabulary = int(text.vocab_size)
         self._vocabulary = max(self._own_vocabulary, settings.student_vocabulary)
-        self._cache = SlotCache(text.num_hidden_layers)
+        self._cache = SlotCache(text.num_hidden_layers, takes_together(self._device))
         self._budget = settings.scorer.max_batch_tokens
         self._stop_ids = settings.stop_ids
         self._fp32_output = settings.fp32_output  # of the plain pass: scores have it in any case

@@ -4,6 +4,7 @@
 """
 
 import tempfile
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -78,14 +79,18 @@ def scored_in_pieces(teacher, path):
 
 @torch.no_grad()
 def scorer_error(path):
-    """Largest |log q - log q of a plain pass| of the transformers backend; `UserError` where it refuses."""
+    """Largest |log q - log q of a plain pass| of the transformers backend, with rollouts one by one and together,
+    as on a GPU; `UserError` where it refuses.
+    """
     config = make_config(str(path), str(path), rollout={"top_k_logprobs": _TOP_K})
-    teacher = TransformersTeacher(ScorerSettings.from_config(config, str(path), (1,), LONGEST))
-    scored, reference = scored_in_pieces(teacher, path), plain(path)
-    return max(
-        float((topk - plain_logprobs(reference, *rollouts()[i]).gather(-1, ids)).abs().max())
-        for i, (topk, ids) in scored.items()
-    )
+    settings, reference, errors = ScorerSettings.from_config(config, str(path), (1,), LONGEST), plain(path), []
+    for together in (False, True):
+        with patch("actors.teacher.transformers_backend.takes_together", return_value=together):
+            scored = scored_in_pieces(TransformersTeacher(settings), path)
+        for i, (topk, ids) in scored.items():
+            expected = plain_logprobs(reference, *rollouts()[i]).gather(-1, ids)
+            errors.append((topk - expected).abs().max())
+    return float(torch.stack(errors).max())
 
 
 def _samples():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from actors.driver.preparation import prepare
 from kat_ray.errors import ModelError
 from kat_ray.models.inspect import check_models
 from kat_ray.models.support import check_roles, refusal
@@ -62,6 +63,29 @@ def test_what_an_actor_refuses_is_refused_before_a_run_starts(tmp_path):
             check_models(pair)
         if config.get_text_config().max_position_embeddings > verdicts.LONGEST:  # else refused for that already
             assert str(folder) in str(error.value) and reasons[0] in str(error.value), family.name
+
+
+def test_lengths_that_only_the_data_tell_are_refused_before_a_run_starts(tmp_path):
+    """A prompt of 125 and an answer of 8: beyond an original length of 128, which no field of the run exceeds."""
+    folder, config = tmp_path / "model", config_of(BY_NAME["Phi-3, longrope"])
+    config.architectures = ["TinyForCausalLM"]
+    config.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    save_file({"x": np.zeros(1, dtype=np.float32)}, folder / "model.safetensors")
+    data = tmp_path / "prompts.jsonl"
+    pair = make_config(str(folder), str(folder), rollout={"max_tokens": 8}, data={"path": str(data)})
+    data.write_text('{"prompt": "%s"}\n' % ("a" * 120))
+    assert prepare(pair).paths.max_model_len == 128
+    data.write_text('{"prompt": "%s"}\n' % ("a" * 125))
+    with pytest.raises(ModelError, match=r"beyond 128 tokens changes .* prompt and answer may have 133"):
+        prepare(pair)
+
+
+def test_a_model_of_linear_layers_only_is_trained(tmp_path):
+    """transformers' cache of such a model knows no length, and asking for it is an error."""
+    make_family(BY_NAME["Qwen3.5"], tmp_path, layer_types=["linear_attention"] * 3)
+    logprobs, gradients = verdicts.learner_errors(tmp_path)
+    assert logprobs < 1e-3 and gradients < 1e-3
 
 
 @each

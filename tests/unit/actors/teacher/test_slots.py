@@ -16,7 +16,8 @@ from actors.teacher.scorer import TeacherScorer
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.slot_cache import SlotCache
 from actors.teacher.slot_check import refused_by_name
-from actors.teacher.slot_masks import ATTENTION, SlotMask, Span
+from actors.teacher.slot_groups import group_spans
+from actors.teacher.slot_masks import ATTENTION, SlotMask, Span, View
 from actors.teacher.transformers_backend import TransformersTeacher
 from kat_ray.errors import UserError
 from kat_ray.losses.divergence import LOG_FLOOR
@@ -116,6 +117,58 @@ def test_caps_and_sinks_by_the_formula(cap, sinks):
     extra = 0.0 if sinks is None else sinks.exp()[:, None]
     expected = torch.einsum("hqk,hkd->qhd", weights / (weights.sum(-1) + extra)[..., None], values[0])
     torch.testing.assert_close(got[0], expected)
+
+
+MASKS = {
+    "causal": causal_mask_function,
+    "sliding": sliding_window_causal_mask_function(4),
+    "chunked": chunked_causal_mask_function(4, torch.zeros(1)),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("cap, sinks", [(None, False), (2.0, False), (None, True)])
+def test_spans_taken_together_are_those_taken_one_by_one(mask, cap, sinks):
+    """Ragged spans, whose slots are no neighbours and hold NaN behind what is theirs; key heads that are shared."""
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    groups = 0
+    for _ in range(20):
+        slots = rng.permutation(12)[:9].tolist()
+        spans = [Span(slot, int(rng.integers(0, 40)), int(rng.integers(1, 6))) for slot in slots]
+        spans[0] = Span(slots[0], 0, 30)  # a prompt
+        both, tokens = [], sum(span.new for span in spans)
+        state = torch.randn(3, 1, 4, tokens, 8, generator=generator)
+        past = torch.randn(2, 16, 64, 2, 8, generator=generator)
+        for grouped in (False, True):
+            cache = SlotCache(1, grouped)
+            for _ in slots:
+                cache.take()
+            cache.select(spans, torch.device("cpu"))
+            keys, values = cache.update(state[1][:, :2], state[2][:, :2], 0)
+            for stored, content in zip((cache.layers[0].keys, cache.layers[0].values), past, strict=True):
+                stored[:] = content[: len(stored)]
+                for span in spans:
+                    stored[span.slot, span.past + span.new :] = torch.nan
+            keys, values = cache.update(state[1][:, :2], state[2][:, :2], 0)
+            options = {"softcap": cap, "s_aux": torch.tensor([0.5, -1.0, 0.0, 2.0]) if sinks else None}
+            slot_mask = SlotMask(MASKS[mask])
+            both.append(attention(SimpleNamespace(), state[0], keys, values, slot_mask, scaling=0.7, **options)[0])
+            groups += len(cache._selection.plan(slot_mask).groups)
+        assert both[0].isfinite().all()
+        torch.testing.assert_close(both[1], both[0], atol=2e-6, rtol=1e-5)
+    assert groups >= 20
+
+
+def test_which_spans_are_taken_together():
+    def views(*keys):
+        return [View(0, 0, n, None, False) for n in keys]
+
+    assert group_spans(views(100, 90, 60), [4, 4, 4]) == ([[0, 1, 2]], [])
+    assert group_spans(views(5, 100, 90), [4, 4, 4]) == ([[1, 2]], [0])  # 1,200 scores where 780 are asked for
+    assert group_spans(views(100, 100), [100, 4]) == ([], [0, 1])
+    assert group_spans(views(3000, 3000), [1000, 1000]) == ([], [0, 1])  # 6 million scores: large enough alone
+    assert group_spans(views(50_000, 50_000, 50_000), [1, 1, 1]) == ([[0, 1]], [2])  # keys that are copied
+    assert group_spans([], []) == ([], [])
 
 
 def test_a_model_that_looks_elsewhere_is_found_when_it_is_loaded(models, monkeypatch):

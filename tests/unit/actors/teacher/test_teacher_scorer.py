@@ -36,8 +36,11 @@ def score_in_pieces(scorer, student, rollouts, size):
     return {i: np.concatenate(parts) for i, parts in got.items()}
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_incremental_scores_equal_one_full_forward_of_both_models(models, size):
+def test_incremental_scores_equal_one_full_forward_of_both_models(models, size, together, monkeypatch):
+    """Also where rollouts are taken together, as on a GPU."""
+    monkeypatch.setattr("actors.teacher.transformers_backend.takes_together", lambda _: together)
     scorer = scorer_of(models, scorer={"max_batch_tokens": 64})
     student, teacher = models["student"][1], models["teacher"][1]
     rollouts = random_rollouts(7)
