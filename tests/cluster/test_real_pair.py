@@ -7,7 +7,7 @@ import pytest
 from actors.driver import train as job
 from kat_ray.config import Config
 from kat_ray.models.tolerance import logprob_tolerance
-from tests.support.smollm2 import NotToBeHad, write_pair
+from tests.support.real_models import NotToBeHad, write_pair
 
 pytestmark = pytest.mark.nightly
 

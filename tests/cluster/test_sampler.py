@@ -50,6 +50,23 @@ class Opened(StudentSampler):
             self._engine._names[own] = name
             self._engine.abort([str(i) for i in range(len(prompts))])
 
+    def fail_while_added(self, prompt):
+        """A request that vLLM took before its call failed; what is left of it after an abort, here and there."""
+        core, add = self._engine._core, self._engine._core.add_request
+
+        def fails(request):
+            add(request)
+            raise ConnectionError("the engine's socket is closed")
+
+        core.add_request = fails
+        try:
+            self._engine.add("0", prompt, 0, SamplingSettings(8, 1.0, 1.0, 0, ()))
+        except ConnectionError:
+            self._engine.abort(["0"])
+        finally:
+            core.add_request = add
+        return self._engine.running, core.engine_core.scheduler.get_request_counts()
+
     def check_build(self, device):
         from actors.sampler.vllm_engine import check_build
 
@@ -169,6 +186,10 @@ def test_aborted_requests_give_nothing_more(models, sampler):
 def test_tokens_after_an_abort_are_an_error(sampler):
     with pytest.raises(RuntimeError, match=r"tokens of requests that were aborted or had ended: 2#\d+;"):
         ray.get(sampler.forget_one.remote(PROMPTS, "2"), timeout=200)
+
+
+def test_a_request_that_failed_while_it_was_added_can_be_aborted(sampler):
+    assert ray.get(sampler.fail_while_added.remote(PROMPTS[1]), timeout=200) == (0, (0, 0))
 
 
 def test_a_cache_that_is_not_cleared_is_an_error(sampler):

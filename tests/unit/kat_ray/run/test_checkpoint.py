@@ -193,6 +193,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(folder, words
     assert loaded.step == 1 and str(folder / "step-2") in note and "\n" not in note
 
 
+def test_only_whoever_is_asked_reads_the_bytes(folder):
+    """The driver reads manifest and state; of a file that others find whole, nothing but the size."""
+    checkpoints, asked = Checkpoints(folder, 3, True), []
+    flip(write(checkpoints, 1) / "model.safetensors")
+    loaded, notes = checkpoints.newest(lambda path, files: asked.append((path, {*files})))
+    assert (loaded.step, notes, asked) == (1, [], [(folder / "step-1", {*FILES})])
+    loaded, (note,) = checkpoints.newest(lambda path, files: "config.json is damaged")
+    assert loaded is None and note == f"{folder / 'step-1'}: config.json is damaged"
+
+
 def test_nothing_is_found_where_all_are_damaged(folder):
     checkpoints = Checkpoints(folder, 3, True)
     for step in (1, 2):
