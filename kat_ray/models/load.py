@@ -20,10 +20,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 # Of the largest logit: our products are float32, the model's are in its own type.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+_SHOWN = 4  # names in a message
 
 
 def load_causal_lm(model: ModelConfig, directory: str, dtype: str, role: str) -> Any:
-    """The model of a directory or hub id; refused where its logits are not those of its output layer."""
+    """The model of a directory or hub id; refused where it lacks weights, or where its logits are not those of its
+    output layer.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(
@@ -31,15 +34,23 @@ def load_causal_lm(model: ModelConfig, directory: str, dtype: str, role: str) ->
     )
     # transformers' default attention passes over a cap on the scores (Gemma 2), without a word.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded, info = AutoModelForCausalLM.from_pretrained(
         directory,
         revision=model.revision,
         dtype=DTYPES[dtype],
         trust_remote_code=model.trust_remote_code,
         use_safetensors=None if model.allow_pickle else True,
         attn_implementation="eager" if capped else None,
-    ).eval()
-    check_output_layer(loaded, f"{role}.path = {model.path!r}")
+        output_loading_info=True,
+    )
+    name = f"{role}.path = {model.path!r}"
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise UserError(
+            f"{name}: its files have no weights for {', '.join(missing[:_SHOWN])}{more}, for which transformers "
+            "takes random numbers, with a warning; is a file missing, or config.json another model's?"
+        )
+    check_output_layer(loaded.eval(), name)
     return loaded
 
 
