@@ -12,6 +12,7 @@ from actors.cluster.handles import Handle, Ref, remote
 from actors.cluster.samplers import SamplerGroup
 from actors.sampler.student_sampler import StudentSampler
 from kat_ray.config import Config
+from kat_ray.rewards.grader_pool import GraderPool
 from kat_ray.rewards.verifiers import EvalResult, evaluate_answers
 from kat_ray.types.records import Prompt, SamplingSettings
 
@@ -29,8 +30,11 @@ class Evaluator:
     The seeds are drawn here, once, from the run's seed: an evaluation moves no random number of training.
     """
 
-    def __init__(self, config: Config, problems: Sequence[Prompt], tokenizer: Decoder) -> None:
-        self._config = config
+    def __init__(
+        self, config: Config, problems: Sequence[Prompt], tokenizer: Decoder, pool: GraderPool | None = None
+    ) -> None:
+        """`pool`: children that grade, and stay (`pool_of`); without it each evaluation has its own."""
+        self._config, self._pool = config, pool
         self._problems = tuple(problems)
         self._tokenizer = tokenizer
         shape = (len(self._problems), config.evaluation.k)
@@ -65,7 +69,7 @@ class Evaluator:
         texts = [self._tokenizer.decode(a, skip_special_tokens=True) for a in answers]
         return evaluate_answers(
             texts,
-            [p.answer for p in self._problems],
+            [p.gold for p in self._problems],
             k=k,
             lengths=[len(a) for a in answers],
             finished=[bool(a) and a[-1] in samplers.stop_ids for a in answers],
@@ -73,4 +77,5 @@ class Evaluator:
             limits=evaluation.grading_limits,
             within=self._config.cluster.step_timeout,
             check=partial(samplers.supervisor.check, True),
+            pool=self._pool,
         )

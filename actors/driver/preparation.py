@@ -13,6 +13,7 @@ from kat_ray.data.golds import TrainingGolds, training_golds
 from kat_ray.data.prompts import PromptSet, load_prompts
 from kat_ray.errors import UserError
 from kat_ray.models.inspect import ModelFacts, check_models, resolve_model
+from kat_ray.rewards.grader_pool import GraderPool
 from kat_ray.rewards.verifiers import check_golds
 from kat_ray.run.checkpoint import Checkpoints
 from kat_ray.run.reward_functions import check_golds_for_rewards, file_digests, has_functions, needs_golds
@@ -41,11 +42,11 @@ def checkpoints_of(run: Path, config: RunConfig) -> Checkpoints:
     return Checkpoints(run / "checkpoints", config.keep_checkpoints, config.keep_best)
 
 
-def make_evaluator(config: Config, prepared: Prepared) -> Evaluator | None:
-    """What evaluates on the held-out problems, if there are any."""
+def make_evaluator(config: Config, prepared: Prepared, pool: GraderPool | None = None) -> Evaluator | None:
+    """What evaluates on the held-out problems, if there are any; `pool` as for `Evaluator`."""
     if prepared.heldout is None:
         return None
-    return Evaluator(config, prepared.heldout.prompts, prepared.facts.tokenizer)
+    return Evaluator(config, prepared.heldout.prompts, prepared.facts.tokenizer, pool)
 
 
 def prepare(config: Config) -> Prepared:
@@ -64,7 +65,10 @@ def prepare(config: Config) -> Prepared:
 
     def prompts(data: DataConfig, max_tokens: int, graded: bool, with_tasks: bool = False) -> PromptSet:
         longest, teacher = facts.max_prompt_tokens(max_tokens), facts.teacher_tokenizer
-        return load_prompts(data, facts.tokenizer, longest, graded=graded, teacher=teacher, with_tasks=with_tasks)
+        return load_prompts(
+            data, facts.tokenizer, longest, graded=graded, teacher=teacher, with_tasks=with_tasks,
+            environment=config.environment,
+        )  # fmt: skip
 
     verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
     train = prompts(config.data, config.rollout.max_tokens, False, has_functions(config))

@@ -82,7 +82,7 @@ class TrainingRun:
         )
         self._resizing = Resizing(config, self._actors, placement, progress.note)
         self._store = StoreWatch(config.cluster.store_share, progress.note, config.rollout.staleness)
-        self._evaluator = make_evaluator(config, prepared)
+        self._evaluator = make_evaluator(config, prepared, self._recorder.grader.pool)
         checks = config.run.check_agreement and engines.are_real
         self._agreement = AgreementCheck(config, prepared, self._actors) if checks else None
         self._evaluation = EvaluationSchedule(

@@ -335,7 +335,7 @@ def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> tuple[Check
         longest = facts.max_prompt_tokens(max_tokens)
         found = load_prompts(
             data, facts.tokenizer, longest, graded=heldout, teacher=facts.teacher_tokenizer,
-            with_tasks=not heldout and has_functions(config),
+            with_tasks=not heldout and has_functions(config), environment=config.environment,
         )  # fmt: skip
         if heldout:
             check_golds(found.prompts, verifier, limits)

@@ -14,6 +14,7 @@ from kat_ray.config.cluster import (
     ScorerConfig,
     Section,
 )
+from kat_ray.config.environment import EnvironmentConfig
 from kat_ray.config.guards import GuardsConfig
 from kat_ray.config.objective import DistillationObjective, ObjectiveConfig, PolicyObjective
 from kat_ray.config.reward import RewardConfig
@@ -33,6 +34,7 @@ __all__ = [
     "DataConfig",
     "DistillationObjective",
     "Dtype",
+    "EnvironmentConfig",
     "EvaluationConfig",
     "GuardsConfig",
     "LearnerConfig",

@@ -93,6 +93,8 @@ def _allowed(schema: Schema) -> str:
         inner = list(dict.fromkeys(_allowed(item) for item in schema["prefixItems"]))
         return f"a list of {len(schema['prefixItems'])}: " + ", ".join(inner)
     kind = schema.get("type")
+    if kind == "array":
+        return f"a list of {_allowed_of(schema['items'])}"
     if kind == "null":
         return "null"
     if kind == "object":

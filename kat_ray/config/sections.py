@@ -21,6 +21,7 @@ from kat_ray.config.cluster import (
     ScorerConfig,
     Section,
 )
+from kat_ray.config.environment import EnvironmentConfig, check_environment
 from kat_ray.config.guards import GuardsConfig
 from kat_ray.config.local_paths import LocalPath
 from kat_ray.config.numerics import NumericsConfig
@@ -113,7 +114,8 @@ class DataConfig(Section):
     """Prompts of one split."""
 
     path: LocalPath = Field(min_length=1)
-    """A .jsonl or .parquet file, a Hugging Face data set id, or `demo:train` / `demo:heldout`."""
+    """A .jsonl or .parquet file, a Hugging Face data set id, `demo:train` / `demo:heldout`, or `environment:train`
+    / `environment:heldout`."""
     name: str | None = Field(None, min_length=1)
     """Configuration of a Hugging Face data set that has several, such as `main` of openai/gsm8k; not used for
     files."""
@@ -195,11 +197,11 @@ class EvaluationConfig(Section):
 
     data: DataConfig | None = None
     """Held-out problems; null switches evaluation off."""
-    verifier: Literal["integer", "math"] = "integer"
+    verifier: Literal["integer", "math", "environment"] = "integer"
     """`integer`: the last stated integer (`answer N`, `\\boxed{N}`, `#### N`, `**N**`), or else the last integer of
-    the text, exactly; `math`: math-verify (LaTeX)."""
+    the text, exactly; `math`: math-verify (LaTeX); `environment`: the scorer of what made the problem."""
     grading_processes: Resumable[int] = Field(4, ge=1)
-    """Child processes that grade at the same time, of a verifier that needs them (`math`)."""
+    """Child processes that grade at the same time, of a verifier that needs them (not `integer`)."""
     grading_seconds: Resumable[float] = Field(5.0, gt=0)
     """Seconds after which the grading of one answer is ended; the answer is wrong, and counted as `ran_out`."""
     grading_step_seconds: Resumable[float] = Field(60.0, gt=0)
@@ -255,6 +257,8 @@ class Config(Section):
     """May be left out, and is not read, where neither loss nor rule has a use for it: objective.opd.weight = 0 and
     termination.rule = none."""
     data: DataConfig
+    environment: EnvironmentConfig | None = None
+    """May be left out: only data that is named environment:... needs it."""
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     reward: RewardConfig = RewardConfig()
@@ -287,6 +291,13 @@ class Config(Section):
                         f"{name}.chat_template = 'teacher': no teacher is read with objective.opd.weight = 0 and "
                         "termination.rule = 'none'; use student, or the path of a template"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _environment_where_it_is_named(self) -> Config:
+        evaluation = self.evaluation
+        heldout = None if evaluation.data is None else evaluation.data.path
+        check_environment(self.environment, evaluation.verifier, self.data.path, heldout)
         return self
 
     @model_validator(mode="after")

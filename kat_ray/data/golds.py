@@ -15,7 +15,7 @@ from kat_ray.rewards.verifiers import Verifier, unmatchable
 class TrainingGolds:
     """Which prompts have a gold answer that a rollout can be graded by."""
 
-    answers: dict[str, str]  # by prompt id
+    answers: dict[str, str]  # by prompt id, as `Prompt.gold`
     note: str | None  # of those that are left out
 
 
@@ -35,7 +35,7 @@ def training_golds(
     """
     answered = [p for p in found.prompts if p.answer is not None]
     wrong = unmatchable(answered, verifier, limits)
-    answers = {p.prompt_id: p.answer for p in answered if p not in wrong and p.answer is not None}
+    answers = {p.prompt_id: p.gold for p in answered if p not in wrong and p.gold is not None}
     if not wrong:
         return TrainingGolds(answers, None)
     first, reason = next(iter(wrong.items()))

@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from kat_ray.config import Config, DataConfig
+from kat_ray.config import Config, DataConfig, EnvironmentConfig
+from kat_ray.config.environment import is_environment
 from kat_ray.data.chat import ChatTemplate, chat_template_of, messages_of
+from kat_ray.data.environment import PROBLEM
 from kat_ray.data.rows import BATCH, Row, kind, names_of, open_rows
 from kat_ray.errors import DataError
 from kat_ray.rewards.task import Task, is_plain, plain_columns
@@ -47,12 +49,13 @@ class PromptSet:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of every prompt's id, token ids and answer, in order, and of its columns where rewards may depend
-        on them. A resumed run must find the same.
+        """SHA-256 of every prompt's id, token ids, answer and problem, in order, and of its columns where rewards
+        may depend on them. A resumed run must find the same.
         """
         sums = hashlib.sha256()
         for p in self.prompts:
             sums.update(json.dumps([p.prompt_id, p.token_ids, p.answer]).encode())
+            sums.update((p.problem or "").encode())
             if (task := self.tasks.get(p.prompt_id)) is not None:
                 sums.update(json.dumps([task.answer, task.columns], sort_keys=True).encode())
         return sums.hexdigest()
@@ -66,16 +69,18 @@ def load_prompts(
     graded: bool = False,
     teacher: Any = None,
     with_tasks: bool = False,
+    environment: EnvironmentConfig | None = None,
 ) -> PromptSet:
     """Read, check and tokenise a split. If `graded`, every row must have an answer.
 
     Prompts with more than `max_prompt_tokens` tokens are skipped and counted, or refused (`data.too_long`); None
     sets no limit. `data.limit` counts rows of the source, before any is skipped. `teacher` is the teacher's
     tokenizer, for its chat template. `with_tasks` keeps what reward functions are told of each row; an answer may
-    then be anything, and one that is neither text nor number is theirs alone.
+    then be anything, and one that is neither text nor number is theirs alone. `environment` makes the rows where
+    `data.path` says so.
     """
     template = chat_template_of(data, tokenizer, teacher)
-    source, rows = open_rows(data)
+    source, rows = open_rows(data, environment)
     stem = Path(source).stem
     prompts: list[Prompt] = []
     tasks: dict[str, Task] = {}
@@ -97,7 +102,8 @@ def load_prompts(
                 skipped += 1
                 _refuse_too_long(data, row, len(ids), max_prompt_tokens)
             else:
-                prompts.append(Prompt(prompt_id, tuple(ids), answer))
+                problem = row.columns[PROBLEM] if is_environment(data.path) else None
+                prompts.append(Prompt(prompt_id, tuple(ids), answer, problem=problem))
                 if with_tasks:
                     tasks[prompt_id] = _task(row, data, text)
     if not count:

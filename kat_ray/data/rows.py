@@ -12,8 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from kat_ray.config import DataConfig
+from kat_ray.config import DataConfig, EnvironmentConfig
+from kat_ray.config.environment import PREFIX, is_environment
 from kat_ray.config.load import resolve_path
+from kat_ray.data.environment import columns_of
 from kat_ray.errors import DataError
 
 BATCH = 1000  # rows that are worked on at once
@@ -71,8 +73,12 @@ def kind(value: Any) -> str:
     )
 
 
-def open_rows(data: DataConfig) -> tuple[str, Iterator[Row]]:
-    """The name of the source, and its rows, read as they are asked for."""
+def open_rows(data: DataConfig, environment: EnvironmentConfig | None = None) -> tuple[str, Iterator[Row]]:
+    """The name of the source, and its rows, read as they are asked for, or made by the environment."""
+    if is_environment(data.path):
+        assert environment is not None, "what is read with a path of it has it, by its validator"
+        made = columns_of(environment, data.path.removeprefix(PREFIX))
+        return data.path, (Row(f"{data.path}, row {n}", n, columns) for n, columns in enumerate(made, 1))
     path = resolve_path(data.path)
     readers: dict[str, Callable[[Path, str], Iterator[Row]]] = {".jsonl": _jsonl, ".parquet": _parquet}
     if reader := readers.get(path.suffix):

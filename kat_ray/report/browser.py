@@ -46,7 +46,7 @@ def prompts_of(config: Config, tokenizer: Any) -> tuple[Mapping[str, Prompt], st
     try:
         named = config.used_teacher if config.data.chat_template == "teacher" else None
         teacher = None if named is None else load_tokenizer(named)
-        found = load_prompts(config.data, tokenizer, None, teacher=teacher)
+        found = load_prompts(config.data, tokenizer, None, teacher=teacher, environment=config.environment)
         return {p.prompt_id: p for p in found.prompts}, None
     except (UserError, OSError) as error:
         return {}, f"prompts are not shown: {str(error).splitlines()[0]}"
@@ -85,7 +85,9 @@ def rollouts_for(
     rows = records.table.take(chosen).to_pylist()
     # Tokens that came in after the cut (overshoot) are no part of the answer.
     kept = [tokenizer.decode(row["token_ids"][: row["cut"]], skip_special_tokens=True) for row in rows]
-    answers = answers_of(kept, records.config.evaluation.verifier)
+    environment = records.config.environment
+    reading = "stated" if environment is None else environment.answer
+    answers = answers_of(kept, records.config.evaluation.verifier, reading)
     shown = []
     for index, row, z, answer in zip(chosen.tolist(), rows, windows, answers, strict=True):
         prompt = prompts.get(row["prompt_id"])

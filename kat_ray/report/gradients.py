@@ -66,7 +66,9 @@ def gradient_evidence(records: RunRecords, phases: Phases, first: Path, last: Pa
     config = records.config
     device = "cuda" if torch.cuda.is_available() else "cpu"
     facts = check_models(config)
-    found = load_prompts(config.data, facts.tokenizer, None, teacher=facts.teacher_tokenizer)
+    found = load_prompts(
+        config.data, facts.tokenizer, None, teacher=facts.teacher_tokenizer, environment=config.environment
+    )
     prompts = {p.prompt_id: p.token_ids for p in found.prompts}
     student = load_causal_lm(config.student, str(first), "float32", "the first checkpoint").to(device)
     after = load_causal_lm(config.student, str(last), "float32", "the last checkpoint")

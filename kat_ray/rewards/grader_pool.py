@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ from kat_ray.rewards.limits import Call, Fault, GradingLimits, Reply, Verdicts
 from kat_ray.rewards.math_grader import question, verdict
 
 SLICE = 1.0  # seconds between two checks of everything else while waiting
-_WORTH_A_CHILD = 4  # answers; a child of mathematics takes a second or more to start
+_WORTH_A_CHILD = 4  # answers; a child of these takes a second or more to start
+_SLOW_STARTERS = (("math",), ("environment",))
 
 
 Check = Callable[[], object]
@@ -33,8 +35,9 @@ class GraderPool:
         """`graders` and `pattern` as for `GradingChild`."""
         self._limits = limits or GradingLimits()
         self._graders, self._pattern = tuple(graders), pattern
-        self._worth_a_child = _WORTH_A_CHILD if self._graders == ("math",) else 1  # of a step after another
+        self._worth_a_child = _WORTH_A_CHILD if self._graders in _SLOW_STARTERS else 1  # of a step after another
         self._children: list[GradingChild] = []
+        self._free = threading.Lock()  # steps are graded in a thread, evaluations in another, each child by one
 
     def grade(
         self, texts: Sequence[str], golds: Sequence[str], within: float | None = None, check: Check = nothing
@@ -81,6 +84,20 @@ class GraderPool:
         todo: deque[int],
     ) -> None:
         """Do the work with all children at the same time, each in a thread that takes from `todo`."""
+        while not self._free.acquire(timeout=SLICE):
+            check()
+        try:
+            self._with_each(children, work, check, todo)
+        finally:
+            self._free.release()
+
+    @staticmethod
+    def _with_each(
+        children: Sequence[GradingChild],
+        work: Callable[[GradingChild], object],
+        check: Check,
+        todo: deque[int],
+    ) -> None:
         with ThreadPoolExecutor(len(children), "grader") as threads:
             left = {threads.submit(work, child) for child in children}
             while left:

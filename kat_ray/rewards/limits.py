@@ -33,11 +33,15 @@ class Outcome(Enum):
     NOT_REACHED = "not reached"  # the time of all was over before it, or with it
 
 
+_WORTH = {Outcome.RIGHT: 1.0, Outcome.WRONG: 0.0}
+
+
 @dataclass(frozen=True)
 class Verdicts:
     """The outcomes of some answers, in their order."""
 
     outcomes: tuple[Outcome, ...]
+    scores: tuple[float | None, ...] = ()  # of a verifier that has more than right and wrong to say
 
     @classmethod
     def of(cls, right: list[bool]) -> Verdicts:
@@ -48,6 +52,11 @@ class Verdicts:
     def right(self) -> list[bool]:
         """Whether each answer is right; what ran out of time or memory is wrong."""
         return [o is Outcome.RIGHT for o in self.outcomes]
+
+    @property
+    def values(self) -> list[float | None]:
+        """What each answer is worth: 1 or 0, or its score; None where that was not found out."""
+        return [*self.scores] or [_WORTH.get(o) for o in self.outcomes]
 
     @property
     def ran_out(self) -> int:

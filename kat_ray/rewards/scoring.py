@@ -41,12 +41,13 @@ class RewardRules:
 
 @dataclass(frozen=True)
 class Answer:
-    """One to be rewarded; `verdict` is that of `evaluation.verifier`, None without a gold answer."""
+    """One to be rewarded; `verdict` and `worth` are of `evaluation.verifier`, None without a gold answer."""
 
     prompt_id: str
     text: str
     token_ids: Sequence[int]
     verdict: Outcome | None = None
+    worth: float | None = None  # where it is not the verdict's 1 or 0
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,8 @@ def _last_line(error: str) -> str:
 def _verdict(answer: Answer) -> Reply:
     """That of a verifier, which is there already, as a reply."""
     if answer.verdict is None or answer.verdict in _VERDICTS:
-        return Reply(None if answer.verdict is None else _VERDICTS[answer.verdict])
+        known = None if answer.verdict is None else _VERDICTS[answer.verdict]
+        return Reply(known if answer.worth is None else answer.worth)
     return Reply(fault=Fault.TIME, error=f"grading {answer.verdict.value}")
 
 

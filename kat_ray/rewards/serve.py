@@ -33,11 +33,15 @@ _OURS = (str(Path(__file__).parent), "<frozen importlib")
 
 
 def load(name: str, pattern: str) -> Grader:
-    """What grades under this name: `math`, `expression`, `format`, or `file.py:name`."""
+    """What answers to this name: `math`, `expression`, `environment`, `problems`, `format`, `file.py:name`."""
     if name == "math":
         return math_grader.load()
     if name == "expression":
         return math_grader.load_expression()
+    if name in ("environment", "problems"):
+        from kat_ray.rewards import families
+
+        return families.load_grader() if name == "environment" else families.load_maker()
     if name == "format":
         compiled = re.compile(pattern, re.DOTALL)
         return lambda arguments: float(compiled.search(arguments["text"]) is not None)

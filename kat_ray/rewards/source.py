@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kat_ray.errors import UserError
 
-VERIFIERS = ("integer", "math")  # graded against a gold answer, as `evaluation.verifier` grades
+VERIFIERS = ("integer", "math", "environment")  # graded against a gold answer, as `evaluation.verifier` grades
 BUILT_IN = (*VERIFIERS, "format")
 _NAME_RE = re.compile(r"(?P<path>.+\.py):(?P<name>[^\W\d]\w*)")
 

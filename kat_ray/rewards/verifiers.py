@@ -7,6 +7,7 @@ take, and some expressions (9^9^9) would never end without one, or take all memo
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -16,11 +17,13 @@ from typing import Literal
 from kat_ray.errors import DataError
 from kat_ray.rewards.grader_pool import Check, GraderPool, nothing
 from kat_ray.rewards.integers import extract_integer, gold_integer
-from kat_ray.rewards.limits import GradingLimits, Outcome, Verdicts
+from kat_ray.rewards.limits import Call, Fault, GradingLimits, Outcome, Reply, Verdicts
 from kat_ray.rewards.math_grader import as_latex
 from kat_ray.types.records import Prompt
 
-Verifier = Literal["integer", "math"]
+log = logging.getLogger("kat_ray.rewards")
+
+Verifier = Literal["integer", "math", "environment"]
 
 # What reads a gold answer, or refuses it, by verifier. One that is not here compares each with itself.
 _GOLDS: dict[str, Callable[[str], str]] = {"integer": gold_integer}
@@ -68,14 +71,41 @@ def grade(
 ) -> Verdicts:
     """Whether each text answers with its gold answer. What cannot be read is wrong.
 
-    What needs a child process is graded in `pool`, in at most `within` seconds; None: those of its limits. `check`
-    is as for `GraderPool.ask`.
+    What needs a child process is graded in `pool` (`pool_of`), in at most `within` seconds; None: those of its
+    limits. The gold answers of `environment` are problems, as JSON (`Prompt.gold`). `check` is as for
+    `GraderPool.ask`.
     """
     assert len(texts) == len(golds), f"{len(texts)} texts, {len(golds)} gold answers"
     if verifier == "integer":
         right = [extract_integer(text) == gold_integer(gold) for text, gold in zip(texts, golds, strict=True)]
         return Verdicts.of(right)
+    if verifier == "environment":
+        return _scored(texts, golds, pool, within, check)
     return pool.grade(texts, golds, within, check)
+
+
+def pool_of(verifier: Verifier, limits: GradingLimits | None = None) -> GraderPool:
+    """The child processes of a verifier; `integer` starts none."""
+    return GraderPool(limits, ("environment",) if verifier == "environment" else ("math",))
+
+
+def _scored(
+    texts: Sequence[str], problems: Sequence[str], pool: GraderPool, within: float | None, check: Check
+) -> Verdicts:
+    """Scores by what made the problems; 1 alone is right."""
+    asked = zip(texts, problems, strict=True)
+    calls = [Call("environment", {"problem": problem, "text": text}) for text, problem in asked]
+    replies = pool.ask(calls, within, check)
+    raised = [reply.error for reply in replies if reply.fault is Fault.RAISED]
+    if raised:
+        log.warning("%d of %d answers could not be graded; the first: %s", len(raised), len(replies), raised[0])
+    return Verdicts(tuple(map(_outcome, replies)), tuple(reply.value for reply in replies))
+
+
+def _outcome(reply: Reply) -> Outcome:
+    if reply.fault is not None:
+        return Outcome.NOT_REACHED if reply.fault is Fault.NOT_REACHED else Outcome.RAN_OUT
+    return Outcome.RIGHT if reply.value >= 1 else Outcome.WRONG
 
 
 def evaluate_answers(
@@ -89,18 +119,23 @@ def evaluate_answers(
     limits: GradingLimits | None = None,
     within: float | None = None,
     check: Check = nothing,
+    pool: GraderPool | None = None,
 ) -> EvalResult:
     """Grade k answers to each problem. `texts`, `lengths` (tokens) and `finished` hold problem after problem.
 
     `finished` is false for an answer that ended at the token limit. `within` bounds the seconds of grading them
-    all; `check` is called every second meanwhile, and may raise.
+    all; `check` is called every second meanwhile, and may raise. `pool` grades in place of one of its own.
     """
     assert len(texts) == len(lengths) == len(finished) == len(golds) * k, "k answers to each problem"
     given = [gold for gold in golds if gold is not None]
     if len(given) < len(golds):
         raise DataError(f"{len(golds) - len(given)} of {len(golds)} held-out problems have no gold answer")
-    with GraderPool(limits) as pool:
-        verdicts = grade(texts, [gold for gold in given for _ in range(k)], verifier, pool, within, check)
+    repeated = [gold for gold in given for _ in range(k)]
+    if pool is None:
+        with pool_of(verifier, limits) as own:
+            verdicts = grade(texts, repeated, verifier, own, within, check)
+    else:
+        verdicts = grade(texts, repeated, verifier, pool, within, check)
     right = verdicts.right
     correct = [right[i : i + k] for i in range(0, len(right), k)]
     passed = sum(pass_at_k(k, sum(row), k) for row in correct)
@@ -131,8 +166,10 @@ def unmatchable(
     """The problems whose gold answer no text could match, in their order, each with the reason.
 
     A mathematical answer is graded against itself; of a large data set the first 2,000 different ones are, as far
-    as the time of a step's grading (`limits`) allows.
+    as the time of a step's grading (`limits`) allows. Those of an environment were graded when they were made.
     """
+    if verifier == "environment":
+        return {}
     if (gold := _GOLDS.get(verifier)) is None:
         answers = list(dict.fromkeys(p.answer for p in problems if p.answer))
         # One at least is asked: that math-verify is missing is said before a run, not in its first step.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kat_ray.rewards.grader_pool import SLICE, Check
@@ -26,10 +26,13 @@ class Ended(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """What grading a rollout gave: the verdict on it, if it has a gold answer, and the replies by function."""
+    """What grading a rollout gave: the verdict on it with what it is worth, if it has a gold answer, and the replies
+    by function.
+    """
 
     outcome: Outcome | None
-    replies: Mapping[str, Reply]
+    worth: float | None = None
+    replies: Mapping[str, Reply] = field(default_factory=dict)
 
     @property
     def is_whole(self) -> bool:

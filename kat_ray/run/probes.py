@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from kat_ray.data.accounting import FinishedRollout
 from kat_ray.rewards.grader_pool import Check, GraderPool, nothing
-from kat_ray.rewards.limits import GradingLimits, Outcome, Reply, Verdicts
+from kat_ray.rewards.limits import GradingLimits, Verdicts
 from kat_ray.rewards.scoring import Answer, RewardScorer, Scored, check_failed
-from kat_ray.rewards.verifiers import Verifier, grade
+from kat_ray.rewards.verifiers import Verifier, grade, pool_of
 from kat_ray.run.grading_ahead import Ended, Found, GradingAhead
 from kat_ray.termination import RULES
 from kat_ray.termination.settings import RuleSettings
@@ -47,7 +47,7 @@ class RolloutGrader:
         scorer: RewardScorer | None = None,
         max_error_share: float | None = None,
     ) -> None:
-        """`golds` by prompt id; `limits` bound what one step's grading may take.
+        """`golds` by prompt id (`Prompt.gold`); `limits` bound what one step's grading may take.
 
         `scorer` rewards rollouts, with or without a gold answer; without it the verdict is their reward, and
         `max_error_share` of a step's may lack one. None: as many as like, since nothing is learnt from them.
@@ -56,10 +56,15 @@ class RolloutGrader:
         self._decode = decode
         self._verifier: Verifier = verifier
         self._limits = limits or GradingLimits()
-        self._pool = GraderPool(self._limits)
+        self._pool = pool_of(verifier, self._limits)
         self._scorer = scorer
         self._max_error_share = max_error_share
         self._ahead = GradingAhead(self._ask)
+
+    @property
+    def pool(self) -> GraderPool:
+        """The child processes that grade; ended by `close`."""
+        return self._pool
 
     def begin(self, rollouts: Mapping[int, tuple[str, Sequence[int]]]) -> None:
         """Begin to grade rollouts that have ended, for the next `grade`; never waits, and raises nothing."""
@@ -88,14 +93,20 @@ class RolloutGrader:
             if self._max_error_share is not None:
                 why = f"grading them took too much time or memory {_BOUNDS}"
                 check_failed(verdicts.ran_out, len(correct), self._max_error_share, why)
-            rewards = zip(outcomes, verdicts.outcomes, strict=True)
-            scored = Scored({i: _reward(self._verifier, outcome) for i, outcome in rewards}, {})
+            scored = Scored({i: self._reward(found[i]) for i in outcomes}, {})
         else:
-            answers = {i: _answer(rollout, outcomes.get(i)) for i, rollout in ended.items()}
+            answers = {i: _answer(rollout, found[i]) for i, rollout in ended.items()}
             replies = {i: found[i].replies for i in answers}
             scored = self._scorer.score(answers, check, replies, time.monotonic() - started)
         seconds = time.monotonic() - started
         return Graded(correct, verdicts.ran_out, seconds, scored.rewards, scored.metrics)
+
+    def _reward(self, found: Found) -> Reward:
+        """Nothing where grading took too much time or memory, since that says nothing of the answer."""
+        assert found.outcome is not None, "it has a gold answer"
+        value = found.worth
+        error = "" if value is not None else f"grading {found.outcome.value}"
+        return Reward(value, {self._verifier: value}, error)
 
     def close(self) -> None:
         """End what grades."""
@@ -113,22 +124,16 @@ class RolloutGrader:
         known = {i: self._golds[r.prompt_id] for i, r in rollouts.items() if r.prompt_id in self._golds}
         texts, within = [rollouts[i].text for i in known], self._limits.total_seconds - spent
         verdicts = grade(texts, list(known.values()), self._verifier, self._pool, within, check)
-        outcomes = dict(zip(known, verdicts.outcomes, strict=True))
-        replies: Mapping[int, Mapping[str, Reply]] = {}
-        if self._scorer is not None:
-            answers = {i: _answer(rollout, outcomes.get(i)) for i, rollout in rollouts.items()}
-            replies = self._scorer.ask(answers, check, spent)
-        return {i: Found(outcomes.get(i), replies.get(i, {})) for i in rollouts}
+        worth = dict(zip(known, zip(verdicts.outcomes, verdicts.values, strict=True), strict=True))
+        found = {i: Found(*worth.get(i, (None, None))) for i in rollouts}
+        if self._scorer is None:
+            return found
+        replies = self._scorer.ask({i: _answer(r, found[i]) for i, r in rollouts.items()}, check, spent)
+        return {i: replace(one, replies=replies.get(i, {})) for i, one in found.items()}
 
 
-def _answer(rollout: Ended, outcome: Outcome | None) -> Answer:
-    return Answer(rollout.prompt_id, rollout.text, rollout.token_ids, outcome)
-
-
-def _reward(verifier: Verifier, outcome: Outcome) -> Reward:
-    """1 or 0; nothing where grading took too much time or memory, since that says nothing of the answer."""
-    value = {Outcome.RIGHT: 1.0, Outcome.WRONG: 0.0}.get(outcome)
-    return Reward(value, {verifier: value}, "" if value is not None else f"grading {outcome.value}")
+def _answer(rollout: Ended, found: Found) -> Answer:
+    return Answer(rollout.prompt_id, rollout.text, rollout.token_ids, found.outcome, found.worth)
 
 
 def seen_to_the_end(rollouts: Sequence[FinishedRollout], cuts: bool) -> list[FinishedRollout]:

@@ -65,6 +65,12 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str | None = None
     teacher: str = DEFAULT_TEACHER  # the name of the one that scores its rollouts
+    problem: str | None = None  # of an environment, as JSON
+
+    @property
+    def gold(self) -> str | None:
+        """What answers are held against: the problem of an environment, or else the gold answer."""
+        return self.answer if self.problem is None else self.problem
 
 
 @dataclass(frozen=True)

