@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from kat_ray.rewards.extraction import extract_answer
-from kat_ray.rewards.problems import VERSION, Problem
+from kat_ray.rewards.problems import EVALUATES_ITS_OWN, VERSION, Problem
 from kat_ray.rewards.signatures import Unusable
 
 _KEPT = 2000  # problems that a child remembers: rollouts of one prompt are graded one after the other
@@ -200,7 +200,8 @@ class _Guard:
 
     def of(self, problem: Problem) -> _Guard:
         """Armed in a `with` block, unless the problem's family may execute text."""
-        self._armed, self._refused = not problem.unsafe, False
+        may = problem.unsafe or problem.family in EVALUATES_ITS_OWN
+        self._armed, self._refused = not may, False
         self._family = problem.family
         return self
 

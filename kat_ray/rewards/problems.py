@@ -27,6 +27,8 @@ UNSAFE = {
     "spiral_matrix": "eval",
     "string_insertion": "eval",
 }
+# Families whose scorer evaluates text of its own problem, never of the answer.
+EVALUATES_ITS_OWN = ("bitwise_arithmetic", "number_sorting")
 COMPOSITE = "composite"  # a mixture of families in one; ours is `environment.families`, where each is looked at
 
 
