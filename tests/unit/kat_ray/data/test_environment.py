@@ -8,12 +8,14 @@ from dataclasses import replace
 import pytest
 
 from kat_ray.config import Config, DataConfig, EnvironmentConfig
+from kat_ray.config.load import load_config
 from kat_ray.data import environment as rows_module
 from kat_ray.data.environment import columns_of
 from kat_ray.data.golds import training_golds
 from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import DataError
 from kat_ray.rewards.limits import Fault, Reply
+from tests.support.paths import ROOT
 from tests.support.tokenizers import TEMPLATE, make_tokenizer
 
 # Few different questions, so that those of both splits would meet.
@@ -74,6 +76,14 @@ def test_prompts_hold_their_problem(splits):
     assert replace(bare, prompts=(other, *bare.prompts[1:])).digest != bare.digest == replace(bare).digest
     few = load_prompts(DataConfig(path="environment:heldout", limit=3), tokenizer, None, environment=MADE)
     assert [p.prompt_id for p in few.prompts] == [row["id"] for row in splits["heldout"][:3]]
+
+
+def test_the_recipe_can_be_made():
+    config = load_config(ROOT / "docs/recipes/reasoning-gym.yaml")
+    environment = config.environment
+    assert config.used_teacher is None and environment is not None
+    assert len(columns_of(environment, "train")) == environment.train
+    assert len(columns_of(environment, "heldout")) == environment.heldout
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kat_ray.config import EnvironmentConfig
+from kat_ray.errors import UserError
 from kat_ray.rewards.child import GradingChild
 from kat_ray.rewards.limits import Call, Fault, GradingLimits, Outcome
 from kat_ray.rewards.problems import EVALUATES_ITS_OWN, UNSAFE, VERSION, Problem
@@ -112,6 +113,22 @@ def test_what_is_wrong_with_a_family(child, family, settings, said):
     problem = replace(BARE, family=family, settings=settings)
     reply = child.ask(Call("problems", {"problem": problem.to_json(), "count": 100}))
     assert reply.fault is Fault.RAISED and said in reply.error
+
+
+@pytest.mark.parametrize(
+    ("grader", "field"),
+    [("environment", "evaluation.verifier = environment"), ("problems", "environment.type = reasoning_gym")],
+)
+def test_the_library_is_missing(monkeypatch, tmp_path, grader, field):
+    (tmp_path / "reasoning_gym").mkdir()
+    (tmp_path / "reasoning_gym/__init__.py").write_text("raise ImportError('there is none')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    limits = GradingLimits(fields="environment.")
+    with GradingChild(limits, [grader]) as lacking, pytest.raises(UserError) as error:
+        lacking.start(60.0)
+    said = str(error.value)
+    assert said.startswith(f"{field}: reasoning-gym cannot be used here") and "there is none" in said
+    assert "pip install 'kat-ray[reasoning-gym]', and give it memory (environment.memory_gib = 1)" in said
 
 
 def test_verdicts_of_a_step_by_the_pool_of_the_verifier(made, monkeypatch, child):
