@@ -27,6 +27,7 @@ from kat_ray.config.local_paths import LocalPath
 from kat_ray.config.numerics import NumericsConfig
 from kat_ray.config.objective import ObjectiveConfig
 from kat_ray.config.reward import RewardConfig
+from kat_ray.rewards.extraction import Reading
 from kat_ray.rewards.limits import GradingLimits
 from kat_ray.termination import RULES, TerminationConfig
 from kat_ray.termination.settings import KatSettings
@@ -398,6 +399,11 @@ class Config(Section):
         """The teacher that rollouts are scored by; None where neither loss nor rule asks one."""
         asks = self.objective.opd.weight > 0 or self.termination.rule != "none"
         return self.teacher if asks else None
+
+    @property
+    def reading(self) -> Reading:
+        """Where an environment's answer stands in a text."""
+        return "stated" if self.environment is None else self.environment.answer
 
     @property
     def compared_tokens(self) -> int:

@@ -113,13 +113,18 @@ def load_prompts(
             f"{source}: every one of {count} prompts is longer than the {max_prompt_tokens} tokens the models take "
             "beside the longest answer; lower rollout.max_tokens, or use shorter prompts"
         )
-    answered = any(p.answer is not None for p in prompts) or any(t.answer is not None for t in tasks.values())
-    if data.names_answers and not answered:
+    found = PromptSet(tuple(prompts), skipped, source, tasks)
+    _refuse_unanswered(data, found, columns)
+    return found
+
+
+def _refuse_unanswered(data: DataConfig, found: PromptSet, columns: Mapping[str, None]) -> None:
+    answers = (*(p.answer for p in found.prompts), *(t.answer for t in found.tasks.values()))
+    if data.names_answers and all(answer is None for answer in answers):
         raise DataError(
-            f"{source}: no row has an answer in column {data.answer_column!r}; there are {names_of(columns)} "
+            f"{found.source}: no row has an answer in column {data.answer_column!r}; there are {names_of(columns)} "
             "(data.answer_column chooses; null where answers are not graded)"
         )
-    return PromptSet(tuple(prompts), skipped, source, tasks)
 
 
 def _refuse_too_long(data: DataConfig, row: Row, length: int, limit: int) -> None:

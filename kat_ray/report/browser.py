@@ -85,9 +85,7 @@ def rollouts_for(
     rows = records.table.take(chosen).to_pylist()
     # Tokens that came in after the cut (overshoot) are no part of the answer.
     kept = [tokenizer.decode(row["token_ids"][: row["cut"]], skip_special_tokens=True) for row in rows]
-    environment = records.config.environment
-    reading = "stated" if environment is None else environment.answer
-    answers = answers_of(kept, records.config.evaluation.verifier, reading)
+    answers = answers_of(kept, records.config.evaluation.verifier, records.config.reading)
     shown = []
     for index, row, z, answer in zip(chosen.tolist(), rows, windows, answers, strict=True):
         prompt = prompts.get(row["prompt_id"])
