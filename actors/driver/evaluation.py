@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from kat_ray.config.sections import EvaluationConfig
+from kat_ray.config import EvaluationConfig
 from kat_ray.rewards.verifiers import EvalResult
 
 

@@ -97,11 +97,11 @@ class SpanGroup:
         heads, sharers, _, width = query.shape
         own = query.index_select(2, self.query_rows).unflatten(2, (self.size, -1))
         own = own.permute(2, 0, 1, 3, 4).reshape(self.size, heads, -1, width)
-        past = (
+        past_keys, past_values = (
             stored.flatten(0, 1).index_select(0, self.key_rows).unflatten(0, (self.size, -1)).transpose(1, 2)
             for stored in (keys, values)
         )
-        found = attention(own, *past, self).unflatten(2, (sharers, -1))
+        found = attention(own, past_keys, past_values, self).unflatten(2, (sharers, -1))
         rows = found.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
         result.index_copy_(0, self.tokens, rows.index_select(0, self.real))
 

@@ -14,19 +14,12 @@ from kat_ray.config.cluster import (
     ScorerConfig,
     Section,
 )
+from kat_ray.config.data import DataConfig, EvaluationConfig
 from kat_ray.config.environment import EnvironmentConfig
 from kat_ray.config.guards import GuardsConfig
 from kat_ray.config.objective import DistillationObjective, ObjectiveConfig, PolicyObjective
 from kat_ray.config.reward import RewardConfig
-from kat_ray.config.sections import (
-    Config,
-    DataConfig,
-    Dtype,
-    EvaluationConfig,
-    ModelConfig,
-    RolloutConfig,
-    RunConfig,
-)
+from kat_ray.config.sections import Config, Dtype, ModelConfig, RolloutConfig, RunConfig
 
 __all__ = [
     "ClusterConfig",

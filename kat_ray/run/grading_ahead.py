@@ -26,7 +26,7 @@ class Ended(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """What grading a rollout gave: the verdict on it and its worth, if it has a gold answer, and replies by function."""
+    """What grading a rollout gave: the verdict and its worth, if it has a gold answer, and replies by function."""
 
     outcome: Outcome | None
     worth: float | None = None

@@ -14,9 +14,8 @@ from actors.driver.prefetch import Prefetch
 from actors.driver.preparation import prepare
 from actors.driver.steps import Steps
 from kat_ray.algorithms.base import Credit
-from kat_ray.config import RunConfig
+from kat_ray.config import EvaluationConfig, RunConfig
 from kat_ray.config.load import load_config
-from kat_ray.config.sections import EvaluationConfig
 from kat_ray.errors import UserError
 from kat_ray.models.inspect import ModelFacts, ModelInfo
 from kat_ray.models.shape import ModelShape
