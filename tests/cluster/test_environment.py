@@ -12,7 +12,7 @@ from kat_ray.records.traces import read_traces
 from kat_ray.rewards.extraction import extract_answer
 from kat_ray.run.resume import resumed_config
 from tests.support.paths import ROOT
-from tests.support.smollm2 import NotToBeHad, write_pair
+from tests.support.real_models import NotToBeHad, write_pair
 
 pytestmark = pytest.mark.nightly
 
