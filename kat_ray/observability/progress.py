@@ -32,6 +32,7 @@ class StepLine:
     trapped_share: float
     threshold: float | None
     tokens_per_second: float
+    reward: float | None = None  # mean of the rollouts that have one; None without rewards
 
 
 class Progress:
@@ -88,8 +89,9 @@ class Progress:
         left = sum(self._durations) / max(1, len(self._durations)) * (self._steps - line.step)
         kl = "-" if line.kl is None else f"{line.kl:.4f}"
         threshold = "-" if line.threshold is None else f"{line.threshold:.4f}"
+        reward = "" if line.reward is None else f"reward {line.reward:.3f}  "
         return (
-            f"step {line.step:>{len(str(self._steps))}}/{self._steps}  KL {kl}  "
+            f"step {line.step:>{len(str(self._steps))}}/{self._steps}  KL {kl}  {reward}"
             f"{line.generated_tokens:>6,} tokens  "
             f"trapped {line.trapped_share:>4.0%}  threshold {threshold}  "
             f"{line.tokens_per_second:>6,.0f} tok/s  ETA {int(left) // 60}:{int(left) % 60:02d}"

@@ -124,6 +124,7 @@ class ConsoleTracker(Tracker):
             StepLine(
                 step=done,
                 kl=metrics.get("kl/mean"),
+                reward=metrics.get("reward/mean"),
                 generated_tokens=int(metrics["rollout/generated_tokens"]),
                 trapped_share=metrics["rollout/trapped_share"],
                 threshold=metrics.get("kat/threshold"),

@@ -1,6 +1,7 @@
 """What a run shows, in a pipe and in a terminal."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 from kat_ray.observability.progress import Progress, StepLine
@@ -42,6 +43,12 @@ def test_time_left_comes_from_the_last_steps():
     progress._durations = [2.0, 4.0]
     assert progress.describe(LINE).endswith("ETA 4:39")  # 93 steps of 3 s
     assert "KL -" in progress.describe(StepLine(1, None, 0, 0.0, 0.5, 0.0))
+
+
+def test_rewards_are_shown_where_there_are_any():
+    progress = Progress(100, io.StringIO())
+    assert "reward" not in progress.describe(LINE)
+    assert "  KL 0.1234  reward -0.500   5,120 tokens  " in progress.describe(replace(LINE, reward=-0.5))
 
 
 def test_a_run_without_evaluation_still_ends_with_its_paths():
