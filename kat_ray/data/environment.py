@@ -39,7 +39,8 @@ def _splits(settings: str) -> dict[str, Sequence[Columns]]:
         child.start(START_SECONDS)
         end = time.monotonic() + seconds
         for name in environment.families:
-            # Those held out come first: they are the same however many there are for training.
+            # Those held out come first: they are the same however many there are for training, but of one that
+            # draws by its size (acre).
             heldout = counts["heldout"][name]
             rows = _made(child, environment, name, heldout + counts["train"][name], end)
             by_family["heldout"][name], by_family["train"][name] = rows[:heldout], rows[heldout:]

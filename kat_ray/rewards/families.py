@@ -11,6 +11,7 @@ import difflib
 import functools
 import importlib.util
 import math
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
@@ -82,7 +83,7 @@ def _usable(problem: Problem, seen: set[str]) -> Iterator[list[Any]]:
     for index in range(problem.size):
         if fruitless > _FRUITLESS:
             break
-        entry = dataset[index]
+        entry = _entry(dataset, problem, index)
         question, answer = entry["question"], entry["answer"]
         if index == _FIRST and not usable:
             raise Unusable(
@@ -153,7 +154,14 @@ def _made(problem: str) -> tuple[Any, Mapping[str, Any]]:
     """The problems of a family, and the one that is named."""
     named = Problem.from_json(problem)
     dataset = _family(dataclasses.replace(named, index=0, reading="tags", partial=False, unsafe=False).to_json())
-    return dataset, dataset[named.index]
+    return dataset, _entry(dataset, named, named.index)
+
+
+def _entry(dataset: Any, problem: Problem, index: int) -> Mapping[str, Any]:
+    """One problem of a family, the same in every process: `list_functions` draws from Python's own generator."""
+    random.seed(problem.seed + index)
+    entry: Mapping[str, Any] = dataset[index]
+    return entry
 
 
 @functools.cache

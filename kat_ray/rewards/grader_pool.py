@@ -112,6 +112,8 @@ class GraderPool:
                     while wait(left, SLICE / 10).not_done:
                         for child in children:
                             child.interrupt()
+                    for child in children:  # killed ones among them that nothing was asked of
+                        child.close()
                     raise
 
     def _of(self, calls: int) -> list[GradingChild]:

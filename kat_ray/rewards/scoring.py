@@ -82,7 +82,7 @@ class RewardScorer:
             for name in self._asked
         ]
         if self._first and calls:  # what the files import is no part of a step's time
-            self._pool.start(len(calls), check)
+            self._pool.start(max(len(calls), self._rules.limits.processes), check)
             self._first = False
         replies = iter(self._pool.ask(calls, self._rules.limits.total_seconds - spent, check))
         return {i: {name: next(replies) for name in self._asked} for i in answers}

@@ -148,6 +148,13 @@ def test_verdicts_of_a_step_by_the_pool_of_the_verifier(made, monkeypatch, child
     assert unmatchable([Prompt("p", (1,), "anything", problem=golds[0])], "environment") == {}
 
 
+def test_every_process_makes_the_same_of_a_family_that_draws_from_python_s_common_generator(made):
+    lists = Problem("list_functions", {}, 5, 300, 0, "tags", partial=False, unsafe=False)
+    with GradingChild(GradingLimits(1, 30.0, 60.0, 1.0), ["problems"]) as other:
+        reply = other.ask(Call("problems", {"problem": lists.to_json(), "count": 60}))
+    assert reply.value == made(lists, 60)
+
+
 def test_a_family_has_seeds_of_its_own():
     """Seed and index are added by the library: with neighbouring seeds held-out problems would be trained on."""
 

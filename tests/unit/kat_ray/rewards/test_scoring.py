@@ -357,8 +357,17 @@ def test_what_ends_a_run_ends_its_grading_long_before_the_step_s_time(file):
                 made._pool.start(2)
             children = list(made._pool._of(2))
             with pytest.raises(KeyboardInterrupt):
-                made.score(answers(*["hangs"] * 6), check)
+                made.score(answers("hangs", "" if start else "hangs"), check)
             assert not any(child._child is not None for child in children), "nobody works on"
+            if start:  # the run may go on, from an older step: one of the two had nothing to do when it was killed
+                assert values(made.score(answers("", ""))) == [0.25, 0.25]
+
+
+def test_all_processes_import_before_a_step_s_time_begins(file):
+    """The first answers may be few: those of the first rollouts that have ended."""
+    with scorer({file(GOOD): 1.0}, processes=2) as made:
+        made.score(answers("a"))
+        assert [child._ready for child in made._pool._of(2)] == [True, True]
 
 
 def test_too_many_errors_end_the_run_with_the_first_traceback(file):
