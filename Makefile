@@ -24,7 +24,7 @@ bench: setup ## run the benchmark, its peer included (an hour): make bench ARGS=
 gpu-check: setup ## check what is computed on a GPU (8 minutes at most); without one, tiny sizes on the CPU
 	@$(BIN)/python -m actors.acceptance $(ARGS)
 
-test: setup ## run the tests: no cluster, 5 to 7 minutes on 2 cores
+test: setup ## run the tests: no cluster, 6 to 7 minutes on 2 cores
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-integration: setup ## run those on a real Ray and with real engines (20 minutes)
