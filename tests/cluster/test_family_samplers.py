@@ -9,7 +9,6 @@ import torch
 
 from actors.cluster.placement import environments
 from actors.learner.model import load_student
-from actors.sampler.vllm_engine import VllmEngine
 from kat_ray.cluster.threads import threads_of
 from kat_ray.config import LearnerConfig
 from kat_ray.types.records import EngineEnd, SamplingSettings
@@ -25,6 +24,8 @@ WIDE = dict(hidden_size=128, head_dim=32, num_attention_heads=4)  # vLLM's atten
 @pytest.fixture
 def engine_of(monkeypatch):
     """Makes engines, in the environment that placement gives a sampler; ends them."""
+    from actors.sampler.vllm_engine import VllmEngine  # here: every tier collects this file, and vLLM takes seconds to import
+
     made = []
 
     def make(path):

@@ -62,6 +62,7 @@ def test_deaths():
     checked(300, "plain", "kill")
 
 
+@pytest.mark.integration  # 12 s
 def test_deaths_freezes_lost_nodes_and_the_end():
     checked(300, "plain", "kill", "kill", "freeze", "lose", "terminate")
 

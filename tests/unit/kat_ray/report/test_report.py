@@ -153,6 +153,7 @@ def test_other_settings_divide_the_rollouts_of_any_run(tmp_path):
     assert 'id="stages"' in html and not (run / "report").exists()
 
 
+@pytest.mark.integration
 def test_the_browser_shows_settings_applied_afterwards_beside_the_runs_own(tmp_path):
     # Each step has the minima 0 0 0 1 1 1: their 0.8 quantile is 1, and STAGES is below it from token 1 on.
     steps = [[row(10 * s + i, STAGES if i < 3 else [1.0] * 12, step=s, threshold=0.25) for i in range(6)]
@@ -293,11 +294,11 @@ def with_mark(mark, *rule):
 
 RULES = [
     ["termination.rule=none"],
-    [*OWN, "termination.rule=kat_stages"],
-    ["termination.rule=prune_opd"],
+    with_mark(pytest.mark.integration, *OWN, "termination.rule=kat_stages"),
+    with_mark(pytest.mark.integration, "termination.rule=prune_opd"),
     with_mark(pytest.mark.integration, "termination.rule=progressive", "termination.start=16"),
-    with_mark(pytest.mark.integration, "termination.rule=length_matched", "termination.run=runs/kat"),
-    with_mark(pytest.mark.integration, "termination.rule=repetition"),
+    with_mark(pytest.mark.nightly, "termination.rule=length_matched", "termination.run=runs/kat"),
+    with_mark(pytest.mark.nightly, "termination.rule=repetition"),
     with_mark(pytest.mark.nightly, "termination.rule=random"),
     with_mark(pytest.mark.nightly, "termination.rule=fixed_prefix", "termination.n=8"),
     with_mark(pytest.mark.integration, *OWN, "run.trace_features=false"),

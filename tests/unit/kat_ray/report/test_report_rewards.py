@@ -79,6 +79,7 @@ def test_entropy_and_weights_are_drawn_where_a_run_has_them(run):
     assert [list(values) for values in lines_of(axes).values()] == [[0.25, 0.5]]
 
 
+@pytest.mark.integration
 def test_the_page_has_them_where_there_were_rewards_and_only_there(run, tmp_path, capsys):
     assert cli.main(["report", str(run)]) == 0
     page = (run / "report" / "report.html").read_text()

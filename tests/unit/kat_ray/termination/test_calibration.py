@@ -6,6 +6,9 @@ import pytest
 from kat_ray.termination.simulation import SHORT_BUFFER, example, halved_at, simulate
 
 
+pytestmark = pytest.mark.integration  # 1,800 simulated steps
+
+
 @pytest.fixture(scope="module")
 def runs():
     """300 simulated steps under each source; the KL scale halves at step 100."""

@@ -243,6 +243,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.integration  # it installs a package
 def test_the_rule_of_the_documentation_works_once_it_is_installed(tmp_path):
     """As a stranger does it: the two blocks of the page, `pip install`, `termination.rule=patience`."""
     text = (ROOT / "docs" / "howto" / "termination-rule.md").read_text(encoding="utf-8")
