@@ -234,7 +234,21 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "sampler": {"replicas": 3},
         "learner": {"world_size": 2},
     },
-    "sampled ahead": {"rollout": {"staleness": 1}, "run": {"checkpoint_every": 1}},
+    "sampled ahead": {
+        "rollout": {"staleness": 1},
+        "run": {"checkpoint_every": 1},
+        "termination": {
+            "rule": "kat",
+            "window": 3,
+            "exempt": 0,
+            "consecutive": 2,
+            "min_samples": 4,
+            "buffer": 5,
+            "min_steps": 1,
+            "probe_share": 0.4,
+            "budget": 0.4,
+        },
+    },
     "imputed cuts": {
         "objective": {"rl": {"weight": 1.0, "cut_reward": "probe_mean", "probe_min": 1, "probe_buffer": 4}},
         "rollout": {"temperature": 1.0, "top_p": 1.0, "staleness": 1},

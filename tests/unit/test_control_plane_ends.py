@@ -7,7 +7,7 @@ import pytest
 
 from actors.cluster.signals import Preempted
 from kat_ray.errors import UserError
-from tests.support.scenarios import LAYOUTS, ROLES, Run, check, finish
+from tests.support.scenarios import LAYOUTS, ROLES, Run, check, finish, small
 
 
 def resumed(run, result):
@@ -58,6 +58,26 @@ def test_rewards_of_recent_probes_go_on_from_a_checkpoint(nth):
     run.cluster.when("learner", "learn", run.cluster.terminate, nth=nth)
     result = run.go()
     check(result)
+    assert isinstance(result.error, Preempted)
+    assert given(resumed(run, result)) == expected
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_budget_s_threshold_goes_on_whoever_dies_and_from_a_checkpoint(role):
+    changes = small("sampled ahead") | {"run": {"checkpoint_every": 1, "steps": 6}}
+
+    def given(result):
+        cuts = [row.cut for _, rows in sorted(result.run.traces.items()) for row in rows]
+        return cuts, [metrics.get("kat/threshold") for _, metrics in result.run.metrics]
+
+    cuts, thresholds = expected = given(Run(0, changes).go())
+    assert len({*thresholds}) >= 4 and sum(cut is not None for cut in cuts) > 3
+    run = Run(0, changes)
+    run.cluster.when("scorer", "score", lambda: run.cluster.kill(role), nth=14)
+    assert given(finish(run, f"kill:{role}")) == expected
+    run = Run(0, changes)
+    run.cluster.when("scorer", "score", run.cluster.terminate, nth=14)
+    result = run.go()
     assert isinstance(result.error, Preempted)
     assert given(resumed(run, result)) == expected
 
