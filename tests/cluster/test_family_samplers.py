@@ -24,7 +24,7 @@ WIDE = dict(hidden_size=128, head_dim=32, num_attention_heads=4)  # vLLM's atten
 @pytest.fixture
 def engine_of(monkeypatch):
     """Makes engines, in the environment that placement gives a sampler; ends them."""
-    from actors.sampler.vllm_engine import VllmEngine  # here: every tier collects this file, and vLLM takes seconds to import
+    from actors.sampler.vllm_engine import VllmEngine  # here: all tiers collect this file, and vLLM imports slowly
 
     made = []
 

@@ -5,7 +5,6 @@ import pytest
 
 from kat_ray.termination.simulation import SHORT_BUFFER, example, halved_at, simulate
 
-
 pytestmark = pytest.mark.integration  # 1,800 simulated steps
 
 
