@@ -345,7 +345,9 @@ def test_files_that_cannot_be_read(write, content, message):
 
 
 def test_missing_and_unreadable_files(tmp_path):
-    assert refusal(tmp_path / "no.yaml") == ("F: no such file; `demo` and `demo-rl` name embedded configurations")
+    assert refusal(tmp_path / "no.yaml") == (
+        "F: no such file; embedded configurations: `demo`, `demo-rl`, `demo-long`"
+    )
     assert refusal(tmp_path) == "F: cannot be read: Is a directory"
 
 
