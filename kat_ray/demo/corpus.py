@@ -38,8 +38,9 @@ class Mixture:
 
 STUDENT = Mixture(0.05, 0.51, 0.40, 0.04, wrong_rate=0.4, check_rate=0.15, learn_mistakes=True)
 TEACHER = Mixture(0.72, 0.10, 0.12, 0.06, wrong_rate=0.25, check_rate=0.15, learn_mistakes=False)
-# The long task: a rollout may be five times as long, and loops go over up to eight lines.
-LONG_STUDENT, LONG_TEACHER = (replace(m, loop_lines=150, cycles=(1, 2, 4, 8)) for m in (STUDENT, TEACHER))
+# The long task: a rollout may be five times as long. The teacher goes along with loops over up to eight lines.
+LONG_STUDENT = replace(STUDENT, loop_lines=150)
+LONG_TEACHER = replace(TEACHER, loop_lines=150, cycles=(1, 2, 4, 8))
 
 HONEST_CHECKS = 4  # a line is checked again with even chance, at most so often; more is a loop
 

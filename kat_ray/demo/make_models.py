@@ -63,7 +63,7 @@ _TEACHER = Recipe(TEACHER, steps=3000, hidden=128, intermediate=352, layers=4, h
 RECIPES = {
     "demo": {"student": _STUDENT, "teacher": _TEACHER},
     "demo-long": {
-        "student": _longer(_STUDENT, LONG_STUDENT, "demo:student", steps=300),
+        "student": _longer(_STUDENT, LONG_STUDENT, "demo:student", steps=700),
         "teacher": _longer(_TEACHER, LONG_TEACHER, "demo:teacher", steps=400),
     },
 }
