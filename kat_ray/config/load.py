@@ -34,10 +34,10 @@ DEMO_FILES = {
     **EMBEDDED,
     "demo:student": DEMO_DIR / "models" / "student",
     "demo:teacher": DEMO_DIR / "models" / "teacher",
-    "demo:long-student": DEMO_DIR / "long" / "student",
-    "demo:long-teacher": DEMO_DIR / "long" / "teacher",
     "demo:train": DEMO_DIR / "data" / "train.jsonl",
     "demo:heldout": DEMO_DIR / "data" / "heldout.jsonl",
+    "demo:long-student": DEMO_DIR / "long" / "student",
+    "demo:long-teacher": DEMO_DIR / "long" / "teacher",
 }
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes; Linux

@@ -404,7 +404,8 @@ def test_demo_names(write):
     assert resolve_path("demo:student") == DEMO_FILES["demo:student"]
     assert resolve_path("some/where") == Path("some/where")
     with pytest.raises(
-        ConfigError, match=r"demo:studnt.*there are demo:student, demo:teacher, demo:train, demo:heldout"
+        ConfigError,
+        match=r"demo:studnt.*there are demo:student, demo:teacher, demo:train, demo:heldout, demo:long-",
     ):
         resolve_path("demo:studnt")
 
