@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,7 +11,12 @@ from actors.acceptance.rows import Row
 from actors.bench import learner, sampler, teacher
 from actors.bench.pairs import make_pair
 
-STAGES = {"sampler": sampler.measure, "teacher": teacher.measure, "learner": learner.measure}
+STAGES = {
+    "sampler": sampler.measure,
+    "teacher": teacher.measure,
+    "learner": learner.measure,
+    "learner, packed": partial(learner.measure, batching="packed"),
+}
 
 
 def speed(stage: str, device: torch.device, folder: Path, pair_name: str) -> list[Row]:

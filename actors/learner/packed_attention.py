@@ -1,12 +1,12 @@
 """Attention over a packed micro-batch: sequences one after another in one row, none of which sees another.
 
-Everything else in a layer treats tokens alone, so only attention has to know where a sequence begins. Registered with
-transformers under `ATTENTION`. Which keys a token sees within its sequence is what the model asks transformers' mask
-interface for, as a function of positions (causal, sliding, chunked); what it asks of its attention beyond that is
-done, or refused by name.
+Everything else in a layer treats tokens alone, so only attention has to know where a sequence begins. It is
+registered with transformers under `ATTENTION`. Which keys a token sees within its sequence is what the model asks
+transformers' mask interface for, as a function of positions (causal, sliding, chunked); what it asks of its
+attention beyond that is done, or refused by name.
 
-A mask over the whole row would cost the square of its length. Here attention runs sequence by sequence, and on a GPU
-in 16 bits, where the mask is causal or a window, as one call of flash attention for ragged sequences.
+A mask over the whole row would cost the square of its length. Here attention runs sequence by sequence, and on a
+GPU in 16 bits, where the mask is causal or a window, as one call of flash attention for ragged sequences.
 """
 
 from __future__ import annotations
@@ -170,7 +170,9 @@ def _by_sequence(
         sinks = sinks.reshape(heads, -1, 1, 1)
     parts = []
     # Split, not sliced: the gradient of a slice is an array for the whole row.
-    for length, *own in zip(mask.lengths, *(t.split(mask.lengths, dim=2) for t in (queries, keys, values)), strict=True):
+    for length, *own in zip(
+        mask.lengths, *(t.split(mask.lengths, dim=2) for t in (queries, keys, values)), strict=True
+    ):
         seen = mask.of(length)
         if cap is None and sinks is None:
             part = scaled_dot_product_attention(*own, seen, is_causal=seen is None, scale=scale)

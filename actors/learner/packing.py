@@ -20,8 +20,8 @@ from kat_ray.models.support import refusal
 
 log = logging.getLogger("kat_ray.learner")
 
-# Of a hidden state's norm, at the median token behind the first sequence (experts may be chosen otherwise at a tie):
-# rounding gives 1e-6 in float32 and 1e-2 in 16 bits, a neighbour that is seen 0.1 and more.
+# Of a hidden state's norm, at the median token behind the first sequence (experts may be chosen otherwise at a
+# tie): rounding gives 1e-6 in float32 and 1e-2 in 16 bits, a neighbour that is seen 0.1 and more.
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 _LENGTHS = (9, 1, 13)
 
@@ -59,9 +59,7 @@ def packing_fault(student: StudentModel) -> str | None:
     tokens = [[(7 * i + 31 * r + 3) % student.vocabulary for i in range(n)] for r, n in enumerate(_LENGTHS)]
     try:
         with student.plain_attention():
-            alone = [
-                student.hidden_states({"input_ids": torch.tensor([ids], device=device)})[0] for ids in tokens
-            ]
+            alone = [student.hidden_states({"input_ids": torch.tensor([ids], device=device)})[0] for ids in tokens]
         row = torch.tensor([[i for ids in tokens for i in ids]], device=device)
         position_ids = torch.cat([torch.arange(n, device=device) for n in _LENGTHS])[None]
         packed = student.hidden_states(

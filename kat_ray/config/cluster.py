@@ -195,8 +195,9 @@ class LearnerConfig(PlacementConfig):
     micro_batch_tokens: Resumable[int] = Field(16384, ge=16)
     """Tokens of one micro-batch, prompt and padding included."""
     batching: Resumable[Literal["padded", "packed", "auto"]] = "padded"
-    """How a micro-batch is laid out. `padded`: a row for each rollout, as long as the longest. `packed`: all in one
-    row, without padding, for models that can (docs/models.md). `auto`: packed where the student can, else padded."""
+    """How a micro-batch is laid out. `padded`: a row for each rollout, as long as the longest. `packed`: all in
+    one row, without padding, for students that can (docs/models.md). `auto`: packed where the student can, else
+    padded."""
     logits_chunk_tokens: Resumable[int] = Field(1024, ge=1)
     """Tokens whose vocabulary log-softmax exists at once."""
     gradient_checkpointing: Resumable[bool] = False

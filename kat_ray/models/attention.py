@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Keywords of transformers' attention functions that change no output: positions are in the keys already, lengths are
-# known otherwise, and what is asked to be returned beside the output is not used.
+# Keywords of transformers' attention functions that change no output: positions are in the keys already, lengths
+# are known otherwise, and what is asked to be returned beside the output is not used.
 _HARMLESS = frozenset(
     {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
      "output_router_logits", "deterministic"}
@@ -17,7 +17,7 @@ _HARMLESS = frozenset(
 
 
 def requests_beyond(others: Mapping[str, Any], dropout: float, is_causal: bool | None) -> str:
-    """What a model asks its attention for that nobody here does, as part of a sentence; empty where it is nothing."""
+    """What a model asks its attention for that nobody here does, as part of a sentence; or nothing."""
     asked = {k: v for k, v in others.items() if k not in _HARMLESS and v is not None and v is not False}
     if dropout:
         asked["dropout"] = dropout

@@ -35,7 +35,7 @@ _OWN_ATTENTION: Mapping[str, str] = _OWN_MASKS | {
 # Families whose gradients are not finite in a padded batch, by the name of their text model's configuration.
 _NO_GRADIENTS: Mapping[str, str] = {
     "gemma3n_text": "its sparse activations have gradients that are NaN at the padding of a batch, so that every "
-    "step would be skipped",
+    "step would be skipped; set learner.batching to packed, which has no padding",
 }
 # Fields under which configurations of different families hold the number of experts.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")

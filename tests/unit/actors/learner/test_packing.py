@@ -37,8 +37,9 @@ KINDS = (
 
 def student_of(path, batching="packed", **changes):
     """A student and its collator, as a learner loads them."""
-    model, learner = make_config(str(path), str(path)).student, LearnerConfig(
-        dtype="float32", batching=batching, micro_batch_tokens=10**6, **changes
+    model, learner = (
+        make_config(str(path), str(path)).student,
+        LearnerConfig(dtype="float32", batching=batching, micro_batch_tokens=10**6, **changes),
     )
     student = load_student(model, str(path), learner, verdicts.LONGEST)
     return student, collator_for(student, learner, "student.path = 'x'")
@@ -95,7 +96,7 @@ def test_recomputed_activations_give_the_same_gradients(tmp_path):
         assert max(errors) < 1e-3
 
 
-# --- masks ---------------------------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------------------
 
 
 def mask(function, lengths=(7, 3), size=None):
@@ -134,7 +135,7 @@ def test_a_mask_of_a_size_is_causal_up_to_it_and_a_window_only_if_it_is_one(long
     assert found.window == (min(size, longest) if is_window else None)
 
 
-# --- the one call of a GPU -----------------------------------------------------------------------------------------
+# --- the one call of a GPU ------------------------------------------------------------------------------------
 
 
 def heads(count, tokens, width=16, seed=0, dtype=torch.float32):
@@ -149,7 +150,9 @@ def ragged_attention(query, key, value, starts, _, longest, __, *, scale, window
     left, right = window_size
     parts = []
     for a, b in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        q, k, v = (t[a:b].transpose(0, 1).repeat_interleave(query.shape[1] // t.shape[1], 0) for t in (query, key, value))
+        q, k, v = (
+            t[a:b].transpose(0, 1).repeat_interleave(query.shape[1] // t.shape[1], 0) for t in (query, key, value)
+        )
         i = torch.arange(b - a)
         seen = i[None] <= i[:, None] + right
         if left >= 0:
@@ -185,7 +188,7 @@ def test_torch_takes_the_call_and_its_gradient():
         assert [s.grad.shape for s in states] == [s.shape for s in states]
 
 
-# --- which students are packed -------------------------------------------------------------------------------------
+# --- which students are packed --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["Falcon", "Mamba 2", "Doge"])
@@ -204,7 +207,7 @@ def test_a_student_that_cannot_is_refused_padded_or_found_by_trying(name, tmp_pa
 def test_what_was_tried_in_vain_leaves_the_student_as_it_was(tmp_path, monkeypatch):
     make_model(tmp_path)
     monkeypatch.setattr("actors.learner.packing.packing_fault", lambda student: "it is not itself")
-    with pytest.raises(UserError, match=r"student.path = 'x': learner.batching = 'packed': it is not itself; set it"):
+    with pytest.raises(UserError, match=r"student.path = 'x': learner.batching = 'packed': it is not it"):
         student_of(tmp_path)
     student, collator = student_of(tmp_path, "auto")
     assert isinstance(collator, PaddedCollator)
