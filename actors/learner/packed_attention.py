@@ -170,16 +170,15 @@ def _by_sequence(
         sinks = sinks.reshape(heads, -1, 1, 1)
     parts = []
     # Split, not sliced: the gradient of a slice is an array for the whole row.
-    for length, *own in zip(
-        mask.lengths, *(t.split(mask.lengths, dim=2) for t in (queries, keys, values)), strict=True
-    ):
+    split = (states.split(mask.lengths, dim=2) for states in (queries, keys, values))
+    for length, q, k, v in zip(mask.lengths, *split, strict=True):
         seen = mask.of(length)
         if cap is None and sinks is None:
-            part = scaled_dot_product_attention(*own, seen, is_causal=seen is None, scale=scale)
+            part = scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=scale)
         else:
             if seen is None:
                 seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-            part = attention_by_steps(*own, seen, scale, cap, sinks)
+            part = attention_by_steps(q, k, v, seen, scale, cap, sinks)
         parts.append(part.permute(2, 0, 1, 3))
     return torch.cat(parts).flatten(1, 2)[None]
 
@@ -203,9 +202,9 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask,
 
     assert mask.window is not None
     past = -1 if mask.window >= mask.longest else mask.window - 1
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     result: Tensor = varlen_attn(
-        *(states[0].transpose(0, 1) for states in (query, key, value)),
-        mask.starts, mask.starts, mask.longest, mask.longest,
+        q, k, v, mask.starts, mask.starts, mask.longest, mask.longest,
         scale=scale, window_size=(past, 0), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return result[None]
