@@ -54,10 +54,8 @@ def test_what_an_actor_refuses_is_refused_before_a_run_starts(tmp_path):
         tokenizer.save_pretrained(folder)
         save_file({"x": np.zeros(1, dtype=np.float32)}, folder / "model.safetensors")
         longest = {"max_tokens": verdicts.LONGEST - 1}
-        of_learner = [refusal(config, role, verdicts.LONGEST) for role in ("learner", "learner-packed")]
-        for batching, own in dict(zip(("padded", "packed"), of_learner, strict=True)).items():
-            if batching == "packed" and own == of_learner[0]:
-                continue
+        padded, packed = (refusal(config, role, verdicts.LONGEST) for role in ("learner", "learner-packed"))
+        for batching, own in {"padded": padded, **({"packed": packed} if packed != padded else {})}.items():
             pair = make_config(
                 str(folder), str(folder), rollout=longest, sampler={"num_gpus": 1}, learner={"batching": batching}
             )
