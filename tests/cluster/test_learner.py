@@ -9,12 +9,12 @@ import torch
 
 from actors.learner.engine import StudentWithLoss
 from actors.learner.model import StudentModel, load_student, switch_dropout_off
-from actors.learner.packing import collator_for
 from actors.learner.schedule import lr_factor
 from actors.learner.settings import LearnerSettings
 from actors.learner.tensors import model_arguments, token_rows
 from kat_ray.algorithms.aggregation import token_weights
 from kat_ray.data.batch import assign_ranks, collect_samples
+from kat_ray.data.collate import PaddedCollator
 from kat_ray.losses.distillation import Distillation
 from kat_ray.losses.divergence import event_logprobs, is_stop, reverse_kl, tail_and_stop
 from kat_ray.models.load import check_output_layer
@@ -23,8 +23,8 @@ from tests.cluster.ranks import Group, step_of
 from tests.support.chunks import random_rollouts
 from tests.support.models import make_model
 
-# Ranks, stage, and by how much gradients may be off: between two ranks ZeRO 1, 2 and 3 sum in bfloat16.
-WIDE_SUMS = ((1, 3, 1e-6), (2, 0, 1e-3), (2, 1, 1e-1), (2, 2, 1e-1), (2, 3, 1e-1))
+# Ranks, stage, and by how much gradients may be off: between ranks ZeRO 1, 2 and 3 sum in bfloat16.
+WIDE_SUMS = ((1, 3, 1e-6), (2, 0, 1e-3), (2, 1, 3e-3), (2, 2, 2e-3), (2, 3, 2e-3))
 
 
 def train(models, world_size, steps=3, **learner):
@@ -207,28 +207,19 @@ def relative_error(found, exact):
         *(pytest.param(w, s, b, marks=pytest.mark.nightly) for w, s, b in WIDE_SUMS),
     ],
 )
-@pytest.mark.parametrize("batching", ["padded", "packed"])
-def test_gradients_of_many_micro_batches_are_summed_in_float32(models, world_size, stage, bound, batching):
+def test_gradients_of_many_micro_batches_are_summed_in_float32(models, world_size, stage, bound):
     # The reference has the same bfloat16 passes, each alone, summed in float64: 64 of them, off by 0.7 % if summed
     # in bfloat16. At stage 1 one rounding of the whole sum remains; and where autograd sums in float32 it adds the
     # two gradients of a tied weight in float32 too, which the reference does not.
     chunk, teacher, kept = step_of(models, random_rollouts(64))
     weight = float(sum(k.kept for k in kept))
-    learner = {
-        "zero_stage": stage,
-        "dtype": "bfloat16",
-        "micro_batch_tokens": 16,
-        "clip": 1e9,
-        "batching": batching,
-    }
+    learner = {"zero_stage": stage, "dtype": "bfloat16", "micro_batch_tokens": 16, "clip": 1e9}
     with Group(models, world_size, **learner) as group:
         shares = assign_ranks(kept, world_size)
         pieces = group.each("gradients", [([chunk], [teacher], share, weight, 0) for share in shares])
         settings = LearnerSettings.from_config(group.config, models["student"][0], (1,))
     student = load_student(settings.student, settings.student_dir, settings.learner)
-    batches = collator_for(student, settings.learner, "student").micro_batches(
-        collect_samples([chunk], [teacher], kept)
-    )
+    batches = PaddedCollator(16).micro_batches(collect_samples([chunk], [teacher], kept))
     assert len(batches) == 64
     exact, rounded = exact_gradients(student, batches, weight)
     found = {name: np.zeros(g.numel(), np.float32) for name, g in exact.items()}
