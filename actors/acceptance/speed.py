@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import torch
 
 from actors.acceptance.rows import Row
 from actors.bench import learner, sampler, teacher
-from actors.bench.pairs import make_pair
+from actors.bench.figure import Figure
+from actors.bench.pairs import Pair, make_pair
 
-STAGES = {
+STAGES: Mapping[str, Callable[[Pair, int, float], list[Figure]]] = {
     "sampler": sampler.measure,
     "teacher": teacher.measure,
     "learner": learner.measure,

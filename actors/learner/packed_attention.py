@@ -203,10 +203,11 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, mask: PackedMask,
     assert mask.window is not None
     past = -1 if mask.window >= mask.longest else mask.window - 1
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    result: Tensor = varlen_attn(
+    result = varlen_attn(
         q, k, v, mask.starts, mask.starts, mask.longest, mask.longest,
         scale=scale, window_size=(past, 0), enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
+    assert isinstance(result, Tensor)  # and not a pair: nothing else was asked for
     return result[None]
 
 

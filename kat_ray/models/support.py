@@ -29,7 +29,8 @@ _KEPT_KEYS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Families whose attention makes more of a mask than to pass it on, by the name of their configuration.
 _OWN_MASKS: Mapping[str, str] = {"doge": "its attention makes a mask of its own from the values"}
 # Families whose attention asks more of a cache than to keep what it stores, likewise.
-_OWN_ATTENTION: Mapping[str, str] = _OWN_MASKS | {
+_OWN_ATTENTION: Mapping[str, str] = {
+    **_OWN_MASKS,
     "diffllama": "its attention splits values after they are stored",
 }
 # Families whose gradients are not finite in a padded batch, by the name of their text model's configuration.
