@@ -180,6 +180,10 @@ class LearnerConfig(PlacementConfig):
     """DeepSpeed ZeRO stage."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of the forward and backward pass; the optimiser keeps fp32 master weights."""
+    reduce_dtype: Resumable[Literal["model", "float32"]] = "model"
+    """In which gradients of a bfloat16 student are summed over ranks at ZeRO 2 and 3, after every micro-batch.
+    `float32` sends twice the bytes, and rounds nothing. ZeRO 0 sums in float32 anyway, ZeRO 1 in bfloat16, once a
+    step (docs/numbers.md)."""
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
