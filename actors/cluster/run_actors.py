@@ -1,4 +1,4 @@
-"""The actors of a run: four groups, and what they know of one another."""
+"""The actors of a run in their groups, and what they know of one another."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from actors.monitor.trap_monitor import TrapMonitor
 from actors.sampler.student_sampler import StudentSampler
 from actors.teacher.scorer import TeacherScorer
 from actors.teacher.settings import ScorerSettings
-from kat_ray.config import Config
+from kat_ray.config import Config, ScorerGroup
 from kat_ray.termination import RunFacts
-from kat_ray.types.records import DEFAULT_TEACHER, GenerateRequest
+from kat_ray.types.records import GenerateRequest
 
 
 def shard_of(sampler: int, shards: int) -> int | None:
@@ -44,7 +44,7 @@ class RunActors:
 
     supervisor: Supervisor
     samplers: SamplerGroup
-    teachers: Mapping[str, ActorGroup[TeacherScorer]]  # scorers, by the teacher's name
+    teachers: Mapping[str, ActorGroup[TeacherScorer]]  # scorers, by the name of their group
     monitors: ActorGroup[TrapMonitor]
     learners: LearnerGroup
 
@@ -60,18 +60,18 @@ class RunActors:
         facts = RunFacts(config.run.seed, config.rollout.max_tokens)
         ranks = LearnerSettings.from_config(config, paths.student_dir, paths.stop_ids, paths.max_model_len)
 
-        def scorers() -> ActorGroup[TeacherScorer]:
+        def scorers(group: ScorerGroup) -> ActorGroup[TeacherScorer]:
             settings = ScorerSettings.from_config(
-                config, paths.teacher_dir, paths.stop_ids, paths.max_model_len, paths.vocabulary
+                config, paths.teacher_dirs[group.name], paths.stop_ids, paths.max_model_len, paths.vocabulary, group
             )
 
             def scorer(name: str, options: dict[str, Any]) -> Handle[TeacherScorer]:
                 return start(TeacherScorer, options, name, settings, engines.scorer)
 
-            return ActorGroup("scorer", supervisor, placement, scorer, config.scorer.bounds[0])
+            return ActorGroup(group.role, supervisor, placement, scorer, group.scorer.bounds[0])
 
         def monitor(name: str, options: dict[str, Any]) -> Handle[TrapMonitor]:
-            return start(TrapMonitor, options, config.termination, facts)
+            return start(TrapMonitor, options, config.termination, facts, tuple(config.used_teachers))
 
         def learner(name: str, options: dict[str, Any]) -> Handle[Learner]:
             return start(engines.learner, options, int(name.partition(":")[2]), ranks)
@@ -79,7 +79,7 @@ class RunActors:
         actors = cls(
             supervisor,
             SamplerGroup(config, paths, supervisor, placement, engines.sampler),
-            {} if config.used_teacher is None else {DEFAULT_TEACHER: scorers()},
+            {group.name: scorers(group) for group in config.scorer_groups},
             ActorGroup("monitor", supervisor, placement, monitor),
             LearnerGroup("learner", supervisor, placement, learner),
         )

@@ -61,7 +61,7 @@ class TeacherScorer:
         label_logs()
         self._name = name
         self._stop_ids = settings.stop_ids
-        self._teacher_name = f"teacher.path = {settings.teacher.path!r}"
+        self._teacher_name = settings.model_name
         self._eos: EosMode = settings.rollout.eos
         self._top_k = settings.rollout.top_k_logprobs
         self._teacher = make(settings)

@@ -78,9 +78,9 @@ class TransformersTeacher:
 
     def __init__(self, settings: ScorerSettings) -> None:
         teacher = settings.teacher
-        self._name = f"teacher.path = {teacher.path!r}"
+        self._name = settings.model_name
         require_directory(teacher, settings.teacher_dir, "scorer-transformers", self._name, settings.max_model_len)
-        self._model = load_causal_lm(teacher, settings.teacher_dir, teacher.dtype, "teacher")
+        self._model = load_causal_lm(teacher, settings.teacher_dir, teacher.dtype, settings.section)
         self._device = device_of(settings.scorer.num_gpus, "scorer")
         self._model.to(self._device)
         self._output_layer = output_layer(self._model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class PolicyOptimization:
     objective: PolicyObjective
     longest: int  # tokens of a rollout
     distils: bool = True  # its tokens have a KL, too
+    teacher_weights: Mapping[str, float] = field(default_factory=dict)  # by name, of those with another than 1
 
     def credit(self, ended: EndedStep) -> Credit:
         """See `Algorithm`; rollouts without a token are in no group's loss, and in its baseline all the same."""
@@ -75,7 +76,8 @@ class PolicyOptimization:
             weights = np.zeros(count, dtype=np.float32)
             own = rollout.outcome.weights
             weights[:with_kl] = 1.0 if own is None else own[:with_kl]
-        return KeptRollout(rollout.rollout_id, prompt_length, count, weights, policy if policy.weight else None)
+        credit, scale = policy if policy.weight else None, self.teacher_weights.get(rollout.outcome.teacher, 1.0)
+        return KeptRollout(rollout.rollout_id, prompt_length, count, weights, credit, scale)
 
     def _newest(self, rewards: tuple[float, ...]) -> tuple[float, ...]:
         """Those whose mean the next step's cut rollouts are given; none where they are given something else."""

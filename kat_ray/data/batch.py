@@ -119,9 +119,14 @@ def _join(
         teacher_tail=np.concatenate([teacher[c].tail_logprobs[s] for c, s in spans]),
         teacher_stop=np.concatenate([teacher[c].stop_logprobs[s] for c, s in spans]),
         sampled_logprobs=np.concatenate([chunks[c].sampled_logprobs[s] for c, s in spans]),
-        weights=np.ones(kept.kept, dtype=np.float32) if kept.weights is None else kept.weights,
+        weights=_weights(kept),
         policy=kept.policy,
     )
+
+
+def _weights(kept: KeptRollout) -> FloatArray:
+    weights = np.ones(kept.kept, dtype=np.float32) if kept.weights is None else kept.weights
+    return weights if kept.scale == 1.0 else weights * np.float32(kept.scale)
 
 
 def check_vocabulary(samples: Sequence[TrainingSample], vocabulary: int, model: str) -> None:

@@ -6,11 +6,12 @@ the choice of probes depend on (run seed, step, rollout id) alone, so that a run
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,12 +21,13 @@ import numpy as np
 
 from kat_ray.config import Config, DataConfig, EnvironmentConfig
 from kat_ray.config.environment import is_environment
+from kat_ray.config.teachers import section_of
 from kat_ray.data.chat import ChatTemplate, chat_template_of, messages_of
 from kat_ray.data.environment import PROBLEM
 from kat_ray.data.rows import BATCH, Row, kind, names_of, open_rows
 from kat_ray.errors import DataError
 from kat_ray.rewards.task import Task, is_plain, plain_columns
-from kat_ray.types.records import Prompt, RolloutSpec
+from kat_ray.types.records import DEFAULT_TEACHER, Prompt, RolloutSpec, StepStart
 
 ID_COLUMN = "id"
 
@@ -49,13 +51,15 @@ class PromptSet:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of every prompt's id, token ids, answer and problem, in order, and of its columns where rewards
-        may depend on them. A resumed run must find the same.
+        """SHA-256 of every prompt's id, token ids, answer, problem and teacher, in order, and of its columns where
+        rewards may depend on them. A resumed run must find the same.
         """
         sums = hashlib.sha256()
         for p in self.prompts:
             sums.update(json.dumps([p.prompt_id, p.token_ids, p.answer]).encode())
             sums.update((p.problem or "").encode())
+            if p.teacher != DEFAULT_TEACHER:  # digests of before there were several stay as they are
+                sums.update(json.dumps(["teacher", p.teacher]).encode())
             if (task := self.tasks.get(p.prompt_id)) is not None:
                 sums.update(json.dumps([task.answer, task.columns], sort_keys=True).encode())
         return sums.hexdigest()
@@ -70,6 +74,7 @@ def load_prompts(
     teacher: Any = None,
     with_tasks: bool = False,
     environment: EnvironmentConfig | None = None,
+    teachers: Collection[str] | None = None,
 ) -> PromptSet:
     """Read, check and tokenise a split. If `graded`, every row must have an answer.
 
@@ -77,8 +82,10 @@ def load_prompts(
     sets no limit. `data.limit` counts rows of the source, before any is skipped. `teacher` is the teacher's
     tokenizer, for its chat template. `with_tasks` keeps what reward functions are told of each row; an answer may
     then be anything, and one that is neither text nor number is theirs alone. `environment` makes the rows where
-    `data.path` says so.
+    `data.path` says so. `teachers` are the names that `data.teacher_column` may hold, each of which some prompt
+    must have; without any, nobody is asked, and no prompt is given to one.
     """
+    names = tuple(teachers or ()) if data.teacher_column is not None else ()
     template = chat_template_of(data, tokenizer, teacher)
     source, rows = open_rows(data, environment)
     stem = Path(source).stem
@@ -93,8 +100,9 @@ def load_prompts(
         columns |= dict.fromkeys(name for row in batch for name in row.columns)
         answers = [_answer(row, data, graded, anything=with_tasks) for row in batch]
         texts = [_text(row, data, template) for row in batch]
+        given_to = [_teacher(row, data, names) for row in batch]
         encoded = tokenizer(texts, add_special_tokens=template is None)["input_ids"]
-        for row, text, ids, answer in zip(batch, texts, encoded, answers, strict=True):
+        for row, text, ids, answer, name in zip(batch, texts, encoded, answers, given_to, strict=True):
             prompt_id = _prompt_id(row, stem, seen)
             if not ids:
                 raise DataError(f"{row.where}: the prompt gives no token")
@@ -103,7 +111,7 @@ def load_prompts(
                 _refuse_too_long(data, row, len(ids), max_prompt_tokens)
             else:
                 problem = row.columns[PROBLEM] if is_environment(data.path) else None
-                prompts.append(Prompt(prompt_id, tuple(ids), answer, problem=problem))
+                prompts.append(Prompt(prompt_id, tuple(ids), answer, name, problem))
                 if with_tasks:
                     tasks[prompt_id] = _task(row, data, text)
     if not count:
@@ -115,6 +123,7 @@ def load_prompts(
         )
     found = PromptSet(tuple(prompts), skipped, source, tasks)
     _refuse_unanswered(data, found, columns)
+    _refuse_unused(data, found, names)
     return found
 
 
@@ -125,6 +134,45 @@ def _refuse_unanswered(data: DataConfig, found: PromptSet, columns: Mapping[str,
             f"{found.source}: no row has an answer in column {data.answer_column!r}; there are {names_of(columns)} "
             "(data.answer_column chooses; null where answers are not graded)"
         )
+
+
+def _refuse_unused(data: DataConfig, found: PromptSet, names: Sequence[str]) -> None:
+    """Each teacher costs its scorers, whether or not it has anything to score."""
+    used = {p.teacher for p in found.prompts}
+    for name in names:
+        if name not in used:
+            who = (
+                f"lacks a teacher in column {data.teacher_column!r}"
+                if name == DEFAULT_TEACHER
+                else f"names it in column {data.teacher_column!r}"
+            )
+            left_out = f", of those that are not too long ({found.skipped_too_long} are)"
+            raise DataError(
+                f"{section_of(name)}: no row of {found.source} {who}{left_out if found.skipped_too_long else ''}: "
+                "leave that teacher out, or give it prompts (data.teacher_column chooses the column)"
+            )
+
+
+def _teacher(row: Row, data: DataConfig, names: Sequence[str]) -> str:
+    """Who scores the rollouts of a row's prompt."""
+    if not names:
+        return DEFAULT_TEACHER
+    column = data.teacher_column or ""
+    value = row.value(column)
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: what pandas makes of a gap
+        if DEFAULT_TEACHER in names:
+            return DEFAULT_TEACHER
+        raise DataError(
+            f"{row.where}: {row.lacks(column, 'data.teacher_column')}; the section `teacher` would score the rows "
+            "that name nobody, and there is none"
+        )
+    if not isinstance(value, str):
+        raise DataError(f"{row.where}: {column} is {kind(value)}; a teacher's name is text")
+    if value not in names:
+        close = difflib.get_close_matches(value, names, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise DataError(f"{row.where}: {column} = {value!r}: no such teacher, there are {', '.join(names)}{meant}")
+    return value
 
 
 def _refuse_too_long(data: DataConfig, row: Row, length: int, limit: int) -> None:
@@ -227,30 +275,41 @@ def _permutation(size: int, seed: int, shuffle: bool, epoch: int) -> list[int]:
 
 
 def rollout_specs(
-    order: PromptOrder, config: Config, step: int, probe_share: float | None = None
+    order: PromptOrder, config: Config, step: int, start: StepStart | None = None
 ) -> list[RolloutSpec]:
     """The rollouts of a step (from 0): those of one prompt are adjacent, ids are consecutive over the run.
 
-    Each rollout is a probe with probability `probe_share`, None for `termination.probe_share`, independently; a
-    larger share only adds probes.
+    Each rollout is a probe with the probability that its teacher's rule says in `start`, by default
+    `termination.probe_share`, independently; a larger share only adds probes. Others are no longer than its budget.
     """
     rollout, seed = config.rollout, config.run.seed
-    own = getattr(config.termination, "probe_share", 0.0)  # rule none has no probes
-    share = own if probe_share is None else probe_share
+    start = start or StepStart(None, None)
     prompts = order.batch(step, rollout.prompts_per_step)
     first = step * rollout.rollouts_per_step
-    return [
-        RolloutSpec(
-            rollout_id=rollout_id,
-            prompt_id=prompt.prompt_id,
-            prompt_ids=prompt.token_ids,
-            seed=_draw(seed, _SAMPLING, rollout_id) >> 1,  # 31 bits: a seed that every engine takes
-            probe=is_probe(seed, rollout_id, share),
-            max_tokens=rollout.max_tokens,
-            teacher=prompt.teacher,
+    specs = []
+    for rollout_id, prompt in enumerate((p for p in prompts for _ in range(rollout.rollouts_per_prompt)), first):
+        limits = start.of(prompt.teacher)
+        probe = is_probe(seed, rollout_id, probe_share(config, limits))
+        budget = None if probe else limits.budget
+        specs.append(
+            RolloutSpec(
+                rollout_id=rollout_id,
+                prompt_id=prompt.prompt_id,
+                prompt_ids=prompt.token_ids,
+                seed=_draw(seed, _SAMPLING, rollout_id) >> 1,  # 31 bits: a seed that every engine takes
+                probe=probe,
+                max_tokens=rollout.max_tokens if budget is None else max(1, min(budget, rollout.max_tokens)),
+                teacher=prompt.teacher,
+            )
         )
-        for rollout_id, prompt in enumerate((p for p in prompts for _ in range(rollout.rollouts_per_prompt)), first)
-    ]
+    return specs
+
+
+def probe_share(config: Config, start: StepStart) -> float:
+    """The chance with which a rollout under these limits is a probe."""
+    if start.probe_share is not None:
+        return start.probe_share
+    return getattr(config.termination, "probe_share", 0.0)  # rule none has no probes
 
 
 def is_probe(seed: int, rollout_id: int, share: float) -> bool:

@@ -222,6 +222,7 @@ class RolloutOutcome:
     would_cut: int | None
     weights: FloatArray | None = None
     evidence: Any = None
+    teacher: str = DEFAULT_TEACHER  # whose scores it was judged by
 
 
 @dataclass(frozen=True)
@@ -229,11 +230,17 @@ class StepStart:
     """The rule's limits for a step's rollouts: threshold in nats, longest rollout in tokens; None if not set.
 
     `probe_share` is the share of the step's rollouts that are probes, None for `termination.probe_share`.
+    Of several teachers each has limits of its own, and what is said of all is None.
     """
 
     threshold: float | None
     budget: int | None
     probe_share: float | None = None
+    by_teacher: Mapping[str, StepStart] = field(default_factory=dict)  # empty of one teacher
+
+    def of(self, teacher: str) -> StepStart:
+        """The limits of rollouts that this teacher scores."""
+        return self.by_teacher.get(teacher, self)
 
 
 @dataclass(frozen=True)
@@ -273,8 +280,9 @@ class PolicyCredit:
 class KeptRollout:
     """A rollout to train on: its first `kept` generated tokens.
 
-    `weights` [kept] float32 scales each token's KL; None weighs all alike. Tokens of weight 0 are left out.
-    `policy` is what they have in the policy's loss, None where there is none.
+    `weights` [kept] float32 scales each token's KL; None weighs all alike. Tokens of weight 0 are left out. `scale`
+    multiplies the KL beside that, and is in no denominator: the weight of the rollout's teacher. `policy` is what
+    they have in the policy's loss, None where there is none.
     """
 
     rollout_id: int
@@ -282,6 +290,7 @@ class KeptRollout:
     kept: int
     weights: FloatArray | None = None
     policy: PolicyCredit | None = None
+    scale: float = 1.0
 
     @property
     def weight(self) -> float:

@@ -68,6 +68,7 @@ class MemoryLearner:
         self._round = 0
         self._weights = 0
         self._rows: list[Any] | None = None
+        self._kept: Sequence[KeptRollout] = ()
         self._logprobs: dict[int, Any] = {}
         self._written: tuple[str, int] | None = None
 
@@ -93,6 +94,7 @@ class MemoryLearner:
             records = ray.get(list(chunks)), ray.get(list(teacher))
             self.world.on_collect(*records)
             self._rows = collect_samples(*records, kept)
+            self._kept = kept
 
     def learn(self, global_weight: float, policy_version: int) -> LearnerReport:
         if self._rows is None:
@@ -102,7 +104,9 @@ class MemoryLearner:
         with self._heartbeat.busy("learn"):
             own = sum(_number(row) for row in rows)
             tokens = self._work(sum(map(_tokens, rows)))
-            weight = self._work(sum(float(row.weights.sum(dtype=np.float64)) for row in rows))
+            weight = self._work(sum(k.weight for k in self._kept))
+            sums = [float(row.weights.sum(dtype=np.float64)) for row in rows]
+            assert sums == [k.weight * k.scale for k in self._kept], "the teachers' weights are in no denominator"
             weight = weight or float(any(row.policy for row in rows))
             self._weights = (self._weights * 31 + self._work(own)) % _PRIME
         assert weight == global_weight, (weight, global_weight)

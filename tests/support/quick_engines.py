@@ -67,6 +67,9 @@ class _Columns:
     d: np.ndarray
 
 
+SCALES = {"other": 1.5, "third": 0.5}  # of the KL, by the model that computes it
+
+
 class QuickTeacher:
     """The teacher of `actors.testing.stub_teacher` without torch, which would take half of the time."""
 
@@ -76,6 +79,7 @@ class QuickTeacher:
 
     def __init__(self, settings: ScorerSettings) -> None:
         self._horizon = settings.rollout.max_tokens
+        self._scale = SCALES.get(settings.teacher.path, 1.0)
         self._held: dict[int, int] = {}  # tokens of a rollout that it knows
 
     @property
@@ -93,7 +97,8 @@ class QuickTeacher:
             self._held[rollout] = start + len(chunk.new_tokens(i))
         counts = np.diff(chunk.offsets)
         position = np.arange(chunk.tokens) - np.repeat(chunk.offsets[:-1] - chunk.start, counts)
-        return _Columns(stub_kl(np.repeat(chunk.rollout_ids, counts), position, self._horizon))
+        own = stub_kl(np.repeat(chunk.rollout_ids, counts), position, self._horizon)
+        return _Columns((own * self._scale).astype(own.dtype))
 
     def release(self, rollout_ids: Sequence[int]) -> None:
         for rollout in rollout_ids:

@@ -1,0 +1,136 @@
+"""The models of a run: the student, and the teachers by name, each with its scorers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from kat_ray.config.cluster import Resumable, ScorerConfig, Section
+from kat_ray.config.local_paths import LocalPath
+from kat_ray.types.records import DEFAULT_TEACHER
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class ModelConfig(Section):
+    """One causal language model: a Hugging Face directory or hub id."""
+
+    path: LocalPath = Field(min_length=1)
+    """Directory with config.json and safetensors, or a hub id. A directory is taken when it exists;
+    `demo:student` and `demo:teacher` name the embedded models."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); null takes the default branch. A run resolves it once, at its start,
+    and its own config.yaml has the commit."""
+    dtype: Dtype = "bfloat16"
+    """Data type of the weights while sampling and scoring."""
+    trust_remote_code: bool = False
+    """Run Python code that the model directory brings. Off: such models are refused."""
+    allow_pickle: bool = False
+    """Accept weights that are not safetensors (pickle can run code). Off: they are refused."""
+
+
+class TeacherConfig(ModelConfig):
+    """A model that scores rollouts. Its scorers are those of the section `scorer`."""
+
+    weight: float = Field(1.0, gt=0)
+    """What the KL of its rollouts' tokens is multiplied by in the loss, which is divided by the kept tokens of all
+    teachers' rollouts."""
+
+
+class NamedTeacherConfig(TeacherConfig):
+    """A model that scores the rollouts of prompts whose `data.teacher_column` has its name."""
+
+    scorer: Resumable[ScorerConfig] = ScorerConfig()
+    """Its scorers: fields of the section `scorer`, from which those that are left out are taken. Names of one
+    checkpoint share their scorers."""
+
+
+@dataclass(frozen=True)
+class ScorerGroup:
+    """Scorers of one checkpoint, and the names of the teachers whose rollouts they score."""
+
+    teachers: tuple[str, ...]
+    model: TeacherConfig  # the first one's
+    scorer: ScorerConfig
+
+    @property
+    def name(self) -> str:
+        """Of the first of its teachers."""
+        return self.teachers[0]
+
+    @property
+    def section(self) -> str:
+        """Where the configuration names the model."""
+        return section_of(self.name)
+
+    @property
+    def scorer_section(self) -> str:
+        """Where the configuration describes the scorers."""
+        return "scorer" if self.name == DEFAULT_TEACHER else f"{self.section}.scorer"
+
+    @property
+    def role(self) -> str:
+        """What its scorers are called in placement groups, logs and pools."""
+        return "scorer" if self.name == DEFAULT_TEACHER else f"scorer-{self.name}"
+
+
+def section_of(teacher: str) -> str:
+    """Where the configuration names a teacher's model."""
+    return "teacher" if teacher == DEFAULT_TEACHER else f"teachers.{teacher}"
+
+
+def check_names(teachers: Mapping[str, NamedTeacherConfig]) -> None:
+    """ValueError where a name cannot be one: it stands in names of actors, metrics and fields."""
+    for name in teachers:
+        if name == DEFAULT_TEACHER:
+            raise ValueError(f"teachers.{name}: this one is the section `teacher`; write teacher.path")
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"teachers: {name!r} must be letters, digits, - and _, as in code-2")
+
+
+def with_common_scorer(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's tree in which the scorers of each named teacher have the fields of the section `scorer`."""
+    teachers, common = tree.get("teachers"), _fields(tree.get("scorer"))
+    if not isinstance(teachers, Mapping) or common is None:
+        return dict(tree)
+    return {**tree, "teachers": {name: _completed(one, common) for name, one in teachers.items()}}
+
+
+def _completed(teacher: Any, common: Mapping[str, Any]) -> Any:
+    """Whatever is of a wrong kind is left for the validation to refuse."""
+    if not isinstance(teacher, Mapping):
+        return teacher
+    own = _fields(teacher.get("scorer"))
+    return teacher if own is None else {**teacher, "scorer": {**common, **own}}
+
+
+def _fields(section: Any) -> Mapping[str, Any] | None:
+    """The fields that are given of a section; None where it is none."""
+    if isinstance(section, BaseModel):
+        return section.model_dump(exclude_unset=True)
+    return {} if section is None else section if isinstance(section, Mapping) else None
+
+
+def groups_of(teachers: Mapping[str, TeacherConfig], common: ScorerConfig) -> tuple[ScorerGroup, ...]:
+    """Teachers by the checkpoint that they are, in the order of their names; `common` are those of `default`.
+
+    ValueError where names of one checkpoint ask for different scorers.
+    """
+    found: dict[ModelConfig, ScorerGroup] = {}
+    for name, teacher in teachers.items():
+        scorer = teacher.scorer if isinstance(teacher, NamedTeacherConfig) else common
+        key = ModelConfig(**{field: getattr(teacher, field) for field in ModelConfig.model_fields})
+        group = found.get(key)
+        if group is not None and group.scorer != scorer:
+            raise ValueError(
+                f"{section_of(name)}.path = {teacher.path!r}: is the checkpoint of {group.section}, whose scorers "
+                f"both have: give {group.scorer_section} and {section_of(name)}.scorer the same fields"
+            )
+        names = (*group.teachers, name) if group else (name,)
+        found[key] = ScorerGroup(names, group.model if group else teacher, scorer)
+    return tuple(found.values())
