@@ -16,6 +16,7 @@ from kat_ray.config.cluster import (
     ClusterConfig,
     LearnerConfig,
     MonitorConfig,
+    PoolConfig,
     PoolsConfig,
     Resumable,
     SamplerConfig,
@@ -233,10 +234,10 @@ class Config(Section):
             raise ValueError(
                 "run.deterministic = true: needs rollout.staleness = 0; sampling ahead races with the learner"
             )
-        named = [
-            (g, f"scorers of {g.section}" if g.name != DEFAULT_TEACHER else "scorers") for g in self.scorer_groups
-        ]
-        pools = {"samplers": self.sampler, **{words: group.scorer for group, words in named}}
+        pools: dict[str, PoolConfig] = {"samplers": self.sampler}
+        for group in self.scorer_groups:
+            words = "scorers" if group.name == DEFAULT_TEACHER else f"scorers of {group.section}"
+            pools[words] = group.scorer
         elastic = [name for name, pool in pools.items() if len({*pool.bounds}) > 1]
         if self.run.deterministic and elastic:
             raise ValueError(

@@ -42,7 +42,7 @@ def test_a_row_names_its_teacher_and_one_that_names_nobody_has_the_default(load)
          r"jsonl:2: there is no column 'subject'; there are prompt \(data.teacher_column chooses\); the section "),
         ([{"subject": None}], ("math",), "jsonl:1: subject is null; the section `teacher` would score the rows"),
         ([{"subject": 3}], NAMES, "jsonl:1: subject is a number; a teacher's name is text"),
-        ([{"subject": "math"}, {}], NAMES, "^teachers.code: no row of .*p.jsonl names it in column 'subject': leave"),
+        ([{"subject": "math"}, {}], NAMES, "^teachers.code: no row of .*jsonl names it in column 'subject': "),
         ([{"subject": "math"}, {"subject": "code"}], NAMES, "^teacher: no row of .* lacks a teacher in column"),
     ],
 )  # fmt: skip

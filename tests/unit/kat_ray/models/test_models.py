@@ -288,8 +288,8 @@ def test_several_teachers_are_checked_each_under_its_name(pair, originals):
     with pytest.raises(ModelError, match="the tokens that all models take"):
         check_models(config(pair, teachers=named, rollout={"max_tokens": 999}, **sections))
     make_tokenizer(swap=True).save_pretrained(pair / "second")
-    with pytest.raises(ModelError, match="^teachers.math.path: the tokenizers "):
+    with pytest.raises(ModelError, match=r"^teachers\.math\.path: the tokenizers "):
         check_models(config(pair, teachers=named, **sections))
     shutil.rmtree(pair / "second")
-    with pytest.raises(ModelError, match="^teachers.math.path: .*no such directory"):
+    with pytest.raises(ModelError, match=r"^teachers\.math\.path: .*no such directory"):
         check_models(config(pair, teachers=named, **sections))

@@ -19,15 +19,10 @@ from tests.support.rules import settings_from
 FACTS = RunFacts(0, 40)
 KAT = settings_from(rule="kat", window=3, consecutive=2, exempt=1, eta=0.4, min_samples=2, min_steps=1, buffer=16)
 # Steps, each with rollouts: whose it is, whether a probe, and its d's.
-ROLLOUTS = st.lists(
-    st.lists(
-        st.tuples(
-            st.sampled_from(("math", "code")), st.booleans(), st.lists(st.floats(0, 2, width=32), min_size=1, max_size=14)
-        ),
-        min_size=1, max_size=8,
-    ),
-    min_size=1, max_size=4,
-)  # fmt: skip
+ONE = st.tuples(
+    st.sampled_from(("math", "code")), st.booleans(), st.lists(st.floats(0, 2, width=32), min_size=1, max_size=14)
+)
+ROLLOUTS = st.lists(st.lists(ONE, min_size=1, max_size=8), min_size=1, max_size=4)
 
 
 def played(steps, teachers, rule=KAT):
