@@ -137,7 +137,9 @@ def fleet_actors(config: Config, handles: Mapping[str, Sequence[Any]]) -> RunAct
     """Actors that are ready already, by role, without learners."""
     nowhere: Any = None  # they have no places: none is made or given back here
     supervisor = Supervisor(config.cluster, StopRequest(config.run.grace_seconds))
-    unread = ModelPaths("", {}, (), (), {}, vocabulary=0, max_model_len=0)  # of models that nobody loads
+    unread = ModelPaths(
+        "", {}, (), (), {}, vocabulary=0, max_model_len=0, scored_len=0
+    )  # of models that nobody loads
     samplers = SamplerGroup(config, unread, supervisor, nowhere)
     scorers, monitors = (ActorGroup(role, supervisor, nowhere, nowhere) for role in ("scorer", "monitor"))
     for group in (samplers, scorers, monitors):

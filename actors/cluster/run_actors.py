@@ -62,7 +62,7 @@ class RunActors:
 
         def scorers(group: ScorerGroup) -> ActorGroup[TeacherScorer]:
             settings = ScorerSettings.from_config(
-                config, paths.teacher_dirs[group.name], paths.stop_ids, paths.max_model_len, paths.vocabulary, group
+                config, paths.teacher_dirs[group.name], paths.stop_ids, paths.scored_len, paths.vocabulary, group
             )
 
             def scorer(name: str, options: dict[str, Any]) -> Handle[TeacherScorer]:

@@ -33,6 +33,7 @@ class ModelPaths:
     teacher_stop_ids: Mapping[str, tuple[int, ...]]  # those that end its answer when it is evaluated
     vocabulary: int  # the student's
     max_model_len: int  # longest prompt and answer together
+    scored_len: int  # the same of what teachers are given
 
 
 @dataclass(frozen=True)

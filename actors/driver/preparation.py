@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,7 +64,11 @@ def prepare(config: Config) -> Prepared:
         )
 
     def prompts(
-        data: DataConfig, max_tokens: int, graded: bool, with_tasks: bool = False, teachers: Sequence[str] = ()
+        data: DataConfig,
+        max_tokens: int,
+        graded: bool,
+        with_tasks: bool = False,
+        teachers: Mapping[str, str | None] | None = None,
     ) -> PromptSet:
         longest, teacher = facts.max_prompt_tokens(max_tokens), facts.teacher_tokenizer
         return load_prompts(
@@ -73,8 +77,8 @@ def prepare(config: Config) -> Prepared:
         )  # fmt: skip
 
     verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
-    functions, names = has_functions(config), tuple(config.used_teachers)
-    train = prompts(config.data, config.rollout.max_tokens, False, functions, names)
+    functions = has_functions(config)
+    train = prompts(config.data, config.rollout.max_tokens, False, functions, config.teacher_contexts)
     golds = training_golds(config.data, train, verifier, limits, rewards_need_them=needs_golds(config))
     check_golds_for_rewards(config, train, golds)
     heldout = None
@@ -83,7 +87,8 @@ def prepare(config: Config) -> Prepared:
         heldout = prompts(config.evaluation.data, config.eval_max_tokens, True)
         check_golds(heldout.prompts, verifier, limits)
         longest = max(longest, heldout.longest + config.eval_max_tokens)
-    facts.check_roles(config, longest)
+    scored = max(longest, train.longest_scored + config.rollout.max_tokens)
+    facts.check_roles(config, scored)
     paths = ModelPaths(
         student_dir=resolve_model(config.student),
         teacher_dirs={group.name: resolve_model(group.model) for group in config.scorer_groups},
@@ -92,5 +97,6 @@ def prepare(config: Config) -> Prepared:
         teacher_stop_ids={group.name: facts.teachers[group.section].stop_ids for group in config.scorer_groups},
         vocabulary=facts.student.vocabulary,
         max_model_len=longest,
+        scored_len=scored,
     )
     return Prepared(facts, train, golds, heldout, paths, file_digests(config))

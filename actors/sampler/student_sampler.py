@@ -241,7 +241,7 @@ class _Generation:
             taken[route.group] += 1
             recorded = array("f") if settings.record_logprobs else None
             self._rollouts[spec.rollout_id] = PendingRollout(
-                spec.rollout_id, spec.prompt_ids, scorer, block=route.cache_block, sampled=recorded
+                spec.rollout_id, spec.scored_prompt, scorer, block=route.cache_block, sampled=recorded
             )
         self._active = {str(i): r for i, r in self._rollouts.items()}
         self._stream: ScoringStream | UnscoredStream = UnscoredStream()

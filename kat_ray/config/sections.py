@@ -341,6 +341,11 @@ class Config(Section):
         return self.all_teachers if asks else {}
 
     @property
+    def teacher_contexts(self) -> dict[str, str | None]:
+        """What each teacher that is asked is told in place of the prompt, by its name."""
+        return {name: teacher.context for name, teacher in self.used_teachers.items()}
+
+    @property
     def scorer_groups(self) -> tuple[ScorerGroup, ...]:
         """The teachers that rollouts are scored by, those of one checkpoint together."""
         return groups_of(self.used_teachers, self.scorer)

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from kat_ray.config.cluster import Resumable, ScorerConfig, Section
+from kat_ray.config.context import check_context
 from kat_ray.config.local_paths import LocalPath
 from kat_ray.types.records import DEFAULT_TEACHER
 
@@ -40,6 +41,15 @@ class TeacherConfig(ModelConfig):
     weight: float = Field(1.0, gt=0)
     """What the KL of its rollouts' tokens is multiplied by in the loss, which is divided by the kept tokens of all
     teachers' rollouts."""
+    context: str | None = Field(None, min_length=1)
+    """What it is told in place of the prompt, which the student alone has then: text in which {column} stands for a
+    column of the data, {prompt} for the prompt; null tells it the prompt. With data.chat_template it takes the
+    place of the last message's text (docs/teachers.md)."""
+
+    @field_validator("context")
+    @classmethod
+    def _is_a_template(cls, context: str | None) -> str | None:
+        return None if context is None else check_context(context)
 
 
 class NamedTeacherConfig(TeacherConfig):

@@ -90,14 +90,14 @@ def kept_rollouts(
 
     `scales` are the weights of teachers by name, of those that have another than 1.
     """
-    prompts = {s.rollout_id: len(s.prompt_ids) for s in specs}
+    made_from = {s.rollout_id: s for s in specs}
     kept = []
     for rollout in rollouts:
         count, weights = rollout.counts.kept, rollout.outcome.weights
         if count:
             weights = None if weights is None else weights[:count]
             scale = (scales or {}).get(rollout.outcome.teacher, 1.0)
-            kept.append(KeptRollout(rollout.rollout_id, prompts[rollout.rollout_id], count, weights, scale=scale))
+            kept.append(KeptRollout.of(made_from[rollout.rollout_id], count, weights=weights, scale=scale))
     return kept
 
 

@@ -65,8 +65,15 @@ def collect_samples(
             pieces[rollout_id].append((int(chunk.start[i]), c, rows))
             _check_without_insertions(wanted[rollout_id], chunk, i)
             if chunk.whole_past[i]:
-                prompts[rollout_id] = chunk.context(i)[: wanted[rollout_id].prompt_length]
+                prompts[rollout_id] = _prompt(wanted[rollout_id], chunk.context(i))
     return [_join(k, prompts.get(k.rollout_id), sorted(pieces[k.rollout_id]), chunks, teacher) for k in kept]
+
+
+def _prompt(kept: KeptRollout, past: IntArray) -> IntArray:
+    """The student's prompt; `past` is what the scorer had, which is another where the teacher was told more."""
+    if kept.prompt_ids is None:
+        return past[: kept.prompt_length]
+    return np.array(kept.prompt_ids, dtype=np.int32)
 
 
 def _without_teacher(chunk: RolloutChunk) -> TeacherRows:
@@ -80,7 +87,7 @@ def _without_teacher(chunk: RolloutChunk) -> TeacherRows:
 def _check_without_insertions(kept: KeptRollout, chunk: RolloutChunk, i: int) -> None:
     start, context = int(chunk.start[i]), len(chunk.context(i))
     if not chunk.inserted[i]:  # the whole past may hold insertions, and does not say where
-        context = max(0, context - kept.prompt_length - start)
+        context = max(0, context - kept.past_length - start)
         start = 0
     if context and start < kept.kept:
         raise ValueError(

@@ -11,8 +11,9 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from kat_ray.config import Config, DataConfig, EnvironmentConfig
 from kat_ray.config.environment import is_environment
 from kat_ray.config.teachers import section_of
 from kat_ray.data.chat import ChatTemplate, chat_template_of, messages_of
+from kat_ray.data.context import Context
 from kat_ray.data.environment import PROBLEM
 from kat_ray.data.rows import BATCH, Row, kind, names_of, open_rows
 from kat_ray.errors import DataError
@@ -49,17 +51,25 @@ class PromptSet:
         """Tokens of the longest prompt."""
         return max(len(p.token_ids) for p in self.prompts)
 
+    @property
+    def longest_scored(self) -> int:
+        """Tokens of the longest that a teacher is given in place of a prompt, or as it."""
+        return max(len(p.token_ids if p.context_ids is None else p.context_ids) for p in self.prompts)
+
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of every prompt's id, token ids, answer, problem and teacher, in order, and of its columns where
-        rewards may depend on them. A resumed run must find the same.
+        """SHA-256 of every prompt's id, token ids, answer, problem, teacher and context, in order, and of its
+        columns where rewards may depend on them. A resumed run must find the same.
         """
         sums = hashlib.sha256()
         for p in self.prompts:
             sums.update(json.dumps([p.prompt_id, p.token_ids, p.answer]).encode())
             sums.update((p.problem or "").encode())
-            if p.teacher != DEFAULT_TEACHER:  # digests of before there were several stay as they are
+            # Where neither is said, digests are those of before it could be.
+            if p.teacher != DEFAULT_TEACHER:
                 sums.update(json.dumps(["teacher", p.teacher]).encode())
+            if p.context_ids is not None:
+                sums.update(json.dumps(["context", p.context_ids]).encode())
             if (task := self.tasks.get(p.prompt_id)) is not None:
                 sums.update(json.dumps([task.answer, task.columns], sort_keys=True).encode())
         return sums.hexdigest()
@@ -74,7 +84,7 @@ def load_prompts(
     teacher: Any = None,
     with_tasks: bool = False,
     environment: EnvironmentConfig | None = None,
-    teachers: Collection[str] | None = None,
+    teachers: Mapping[str, str | None] | None = None,
 ) -> PromptSet:
     """Read, check and tokenise a split. If `graded`, every row must have an answer.
 
@@ -82,10 +92,12 @@ def load_prompts(
     sets no limit. `data.limit` counts rows of the source, before any is skipped. `teacher` is the teacher's
     tokenizer, for its chat template. `with_tasks` keeps what reward functions are told of each row; an answer may
     then be anything, and one that is neither text nor number is theirs alone. `environment` makes the rows where
-    `data.path` says so. `teachers` are the names that `data.teacher_column` may hold, each of which some prompt
-    must have; without any, nobody is asked, and no prompt is given to one.
+    `data.path` says so. `teachers` are those that are asked, with the template of what each is told in place of the
+    prompt, None for the prompt; their names are those that `data.teacher_column` may hold, and each must be in it.
     """
-    names = tuple(teachers or ()) if data.teacher_column is not None else ()
+    teachers = teachers or {}
+    names = tuple(teachers) if data.teacher_column is not None else ()
+    contexts = {name: Context(text, section_of(name)) for name, text in teachers.items() if text is not None}
     template = chat_template_of(data, tokenizer, teacher)
     source, rows = open_rows(data, environment)
     stem = Path(source).stem
@@ -101,17 +113,26 @@ def load_prompts(
         answers = [_answer(row, data, graded, anything=with_tasks) for row in batch]
         texts = [_text(row, data, template) for row in batch]
         given_to = [_teacher(row, data, names) for row in batch]
-        encoded = tokenizer(texts, add_special_tokens=template is None)["input_ids"]
-        for row, text, ids, answer, name in zip(batch, texts, encoded, answers, given_to, strict=True):
+        encode = partial(_encode, tokenizer, template is None)
+        told = [
+            contexts[name].text(row, data, template) if name in contexts else None
+            for row, name in zip(batch, given_to, strict=True)
+        ]
+        encoded, also = encode(texts), iter(encode([text for text in told if text is not None]))
+        rows_of_batch = zip(batch, texts, encoded, answers, given_to, told, strict=True)
+        for row, text, ids, answer, name, context in rows_of_batch:
             prompt_id = _prompt_id(row, stem, seen)
             if not ids:
                 raise DataError(f"{row.where}: the prompt gives no token")
-            if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+            context_ids = None if context is None else tuple(next(also))
+            length = max(len(ids), len(context_ids or ()))
+            if max_prompt_tokens is not None and length > max_prompt_tokens:
                 skipped += 1
-                _refuse_too_long(data, row, len(ids), max_prompt_tokens)
+                what = "the prompt" if len(ids) > max_prompt_tokens else f"{section_of(name)}.context"
+                _refuse_too_long(data, row, what, length, max_prompt_tokens)
             else:
                 problem = row.columns[PROBLEM] if is_environment(data.path) else None
-                prompts.append(Prompt(prompt_id, tuple(ids), answer, name, problem))
+                prompts.append(Prompt(prompt_id, tuple(ids), answer, name, problem, context_ids))
                 if with_tasks:
                     tasks[prompt_id] = _task(row, data, text)
     if not count:
@@ -175,10 +196,15 @@ def _teacher(row: Row, data: DataConfig, names: Sequence[str]) -> str:
     return value
 
 
-def _refuse_too_long(data: DataConfig, row: Row, length: int, limit: int) -> None:
+def _encode(tokenizer: Any, special: bool, texts: Sequence[str]) -> list[list[int]]:
+    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
+    return found
+
+
+def _refuse_too_long(data: DataConfig, row: Row, what: str, length: int, limit: int) -> None:
     if data.too_long == "refuse":
         raise DataError(
-            f"{row.where}: the prompt has {length} tokens, the models take {limit} beside the longest answer; "
+            f"{row.where}: {what} has {length} tokens, the models take {limit} beside the longest answer; "
             "lower rollout.max_tokens, shorten the prompt, or set data.too_long = skip"
         )
 
@@ -300,6 +326,7 @@ def rollout_specs(
                 probe=probe,
                 max_tokens=rollout.max_tokens if budget is None else max(1, min(budget, rollout.max_tokens)),
                 teacher=prompt.teacher,
+                context_ids=prompt.context_ids,
             )
         )
     return specs

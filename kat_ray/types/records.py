@@ -66,6 +66,7 @@ class Prompt:
     answer: str | None = None
     teacher: str = DEFAULT_TEACHER  # the name of the one that scores its rollouts
     problem: str | None = None  # of an environment, as JSON
+    context_ids: tuple[int, ...] | None = None  # what the teacher is given instead of `token_ids`; None: the same
 
     @property
     def gold(self) -> str | None:
@@ -88,6 +89,12 @@ class RolloutSpec:
     probe: bool
     max_tokens: int
     teacher: str = DEFAULT_TEACHER
+    context_ids: tuple[int, ...] | None = None  # what its teacher is given instead of the prompt; None: the same
+
+    @property
+    def scored_prompt(self) -> tuple[int, ...]:
+        """The tokens that its teacher has before the rollout's own."""
+        return self.prompt_ids if self.context_ids is None else self.context_ids
 
 
 @dataclass(frozen=True)
@@ -143,8 +150,9 @@ class RolloutChunk(ChunkRows):
     topk_ids_high: IntArray  # [N, *] uint8; no columns if the vocabulary fits into 16 bits
     topk_logprobs: FloatArray  # [N, k] float16, see kat_ray.types.token_ids
     tail_logprobs: FloatArray  # [N] float32, log of the mass outside the top k, taken before quantising
-    # Tokens a scorer must run before the first row and has not seen: the prompt for a new rollout, all tokens
-    # before the first row when another scorer takes the rollout over, else what was inserted since the last chunk.
+    # Tokens a scorer must run before the first row and has not seen: the prompt for a new rollout, or what its
+    # teacher is told instead; all tokens before the first row when another scorer takes the rollout over; else what
+    # was inserted since the last chunk.
     context_offsets: IntArray  # [R + 1] int32
     context_ids: IntArray  # [C] int32
     inserted: NDArray[np.bool_]  # [R], the context follows what the scorer holds; else it is the whole past
@@ -291,6 +299,21 @@ class KeptRollout:
     weights: FloatArray | None = None
     policy: PolicyCredit | None = None
     scale: float = 1.0
+    # The student's prompt, and the length of what chunks have in its place, where the teacher was told another.
+    prompt_ids: tuple[int, ...] | None = None
+    context_length: int | None = None
+
+    @classmethod
+    def of(cls, spec: RolloutSpec, kept: int, **more: Any) -> KeptRollout:
+        """The first `kept` tokens of a rollout that was made from `spec`."""
+        if spec.context_ids is not None:
+            more |= {"prompt_ids": spec.prompt_ids, "context_length": len(spec.context_ids)}
+        return cls(spec.rollout_id, len(spec.prompt_ids), kept, **more)
+
+    @property
+    def past_length(self) -> int:
+        """Tokens that its chunks have before its own."""
+        return self.prompt_length if self.context_length is None else self.context_length
 
     @property
     def weight(self) -> float:

@@ -192,6 +192,7 @@ class Run:
             {g.name: (1,) for g in config.scorer_groups},
             vocabulary=64,
             max_model_len=64,
+            scored_len=64,
         )
         numbers = {name: role.replicas for name, role in roles_of(config).items()}
         model = SimpleNamespace(parameters=1)

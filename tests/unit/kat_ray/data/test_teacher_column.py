@@ -20,7 +20,7 @@ def load(tmp_path):
         path = tmp_path / "p.jsonl"
         path.write_text("".join(json.dumps({"prompt": f"{i}", **row}) + "\n" for i, row in enumerate(rows)))
         data = DataConfig(path=str(path), teacher_column=column)
-        return load_prompts(data, make_tokenizer(), longest, teachers=names)
+        return load_prompts(data, make_tokenizer(), longest, teachers=dict.fromkeys(names))
 
     return _load
 
