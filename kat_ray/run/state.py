@@ -71,6 +71,7 @@ class WatchState(_Saved):
     skips: SkipsState = SkipsState()
     tail: TailState = TailState()
     held_out: HeldOutState = HeldOutState()
+    leak: HeldOutState = HeldOutState()
 
 
 class RunState(_Saved):

@@ -190,7 +190,8 @@ class StepResult:
     restarts: int  # actors lost since the step before
     recorded: Mapping[str, float] = field(default_factory=dict)  # metrics of the rollouts and their scores
     store: Mapping[str, float] = field(default_factory=dict)  # and of the object stores
-    held_out_fall: float | None = None  # of `HeldOutWatch.take`; None: nothing was evaluated before it
+    held_out_fall: float | None = None  # of `HeldOutWatch.take`, while rewards rose; None: nothing was evaluated
+    leak_fall: float | None = None  # while the KL to a teacher that is told more fell
 
     @property
     def kl_mean(self) -> float | None:
