@@ -121,6 +121,8 @@ class Resizing:
         if role == "sampler" and self._actors.samplers.weights is not None:
             load = remote(replica.handle, StudentSampler.load_weights)
             pending.append(load(self._actors.samplers.weights))
+        if role != "sampler":
+            pending += self._groups[role].briefing(replica)
         what = f"a new {role} to take its weights"
         report, *_ = self._actors.supervisor.wait(pending, what, limit="hang_timeout")
         return int(report.pid)

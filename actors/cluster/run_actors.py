@@ -16,6 +16,7 @@ from actors.cluster.learners import LearnerGroup
 from actors.cluster.placement import Placement
 from actors.cluster.replica import Replica, start
 from actors.cluster.samplers import Engines, ModelPaths, SamplerGroup
+from actors.cluster.scorers import ScorerActors
 from actors.cluster.signals import StopRequest
 from actors.cluster.supervisor import Supervisor
 from actors.cluster.waiting import SLICE, LearnersLost
@@ -44,7 +45,7 @@ class RunActors:
 
     supervisor: Supervisor
     samplers: SamplerGroup
-    teachers: Mapping[str, ActorGroup[TeacherScorer]]  # scorers, by the name of their group
+    teachers: Mapping[str, ScorerActors]  # scorers, by the name of their group
     monitors: ActorGroup[TrapMonitor]
     learners: LearnerGroup
 
@@ -60,15 +61,12 @@ class RunActors:
         facts = RunFacts(config.run.seed, config.rollout.max_tokens)
         ranks = LearnerSettings.from_config(config, paths.student_dir, paths.stop_ids, paths.max_model_len)
 
-        def scorers(group: ScorerGroup) -> ActorGroup[TeacherScorer]:
+        def scorers(group: ScorerGroup) -> ScorerActors:
             settings = ScorerSettings.from_config(
                 config, paths.teacher_dirs[group.name], paths.stop_ids, paths.scored_len, paths.vocabulary, group
             )
 
-            def scorer(name: str, options: dict[str, Any]) -> Handle[TeacherScorer]:
-                return start(TeacherScorer, options, name, settings, engines.scorer)
-
-            return ActorGroup(group.role, supervisor, placement, scorer, group.scorer.bounds[0])
+            return ScorerActors(group, settings, supervisor, placement, engines.scorer)
 
         def monitor(name: str, options: dict[str, Any]) -> Handle[TrapMonitor]:
             return start(TrapMonitor, options, config.termination, facts, tuple(config.used_teachers))
@@ -119,6 +117,8 @@ class RunActors:
             self.learners.wait(self._loading, "the learner to start", interruptible=True, limit="start_timeout")
         except LearnersLost as error:
             self.restart_learners(error)
+        for group in self.teachers.values():
+            group.follow(0, None)
         self.wire()
         self.supervisor.watch(replica for group in self.groups for replica in group.replicas)
 
@@ -146,11 +146,18 @@ class RunActors:
 
     # --- weights ----------------------------------------------------------------------------------------------
 
+    @property
+    def teacher_weights(self) -> dict[str, Any]:
+        """References to the weights of the groups that follow the student, by their names; None: as given."""
+        return {name: group.weights for name, group in self.teachers.items() if group.follows_student}
+
     def publish(self, version: int) -> None:
-        """Give every sampler the learner's weights under this version."""
+        """Give samplers, and scorers whose teacher is the student, the learner's weights under this version."""
         weights = self.learners.weights(version)
         try:
             self.samplers.load_weights(version, weights)
+            for group in self.teachers.values():
+                group.follow(version, weights)
         except ObjectLostError as error:
             raise LearnersLost("the weights were lost with the node that held them") from error
 
@@ -180,4 +187,6 @@ class RunActors:
         The weights last published may be gone with the old one: who comes back is given none until the next are.
         """
         self.samplers.forget_weights()
+        for group in self.teachers.values():
+            group.forget_weights()
         self.learners.restart(error)

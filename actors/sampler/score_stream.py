@@ -69,6 +69,7 @@ class ScoringStream:
     ) -> None:
         self._request, self._monitor = request, monitor
         self._scorers = [scorer for scorers in groups.values() for scorer in scorers]
+        self._groups = [name for name, scorers in groups.items() for _ in scorers]
         self._rollouts, self._abort = rollouts, abort
         self._limits, self._heartbeat = limits, heartbeat
         self._stream = Stream(rollouts, scorer_ranges(groups).values(), limits.max_restarts)
@@ -145,8 +146,15 @@ class ScoringStream:
                 self._scorers[scorer].release.remote(list(rollout_ids))
             case AwaitScorer(scorer):
                 self._wait_until_up(self._scorers[scorer], f"scorer {scorer}")
+                self._brief(scorer)
             case AwaitMonitor():
                 self._wait_until_up(self._monitor, "the trap monitor")
+
+    def _brief(self, scorer: int) -> None:
+        """Tell a scorer that may be new which of the student's weights the request is scored with, if any are."""
+        weights, group = self._request.teacher_weights, self._groups[scorer]
+        if group in weights:
+            self._scorers[scorer].follow.remote(self._request.version, weights[group], True)
 
     def _score(self, scorer: int, chunk: RolloutChunk) -> ChunkRefs:
         chunk_ref = ray.put(chunk)

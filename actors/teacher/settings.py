@@ -22,6 +22,7 @@ class ScorerSettings:
     student_vocabulary: int = 0  # ids that chunks may hold; 0: those of the teacher
     fp32_output: bool = False  # `numerics.fp32_output_layer`
     top_needed: bool = False  # the rule cannot do without the teacher's most likely ids
+    follows_student: bool = False  # it is given the student's weights
     section: str = "teacher"  # where the configuration names the model
 
     @property
@@ -54,4 +55,5 @@ class ScorerSettings:
             fp32_output=config.numerics.fp32_output_layer,
             top_needed=bool({"overlap", "teacher_max"} & {*RULES[config.termination.rule].needs}),
             section=group.section,
+            follows_student=group.follows_student,
         )

@@ -35,6 +35,7 @@ from kat_ray.config.teachers import (
     NamedTeacherConfig,
     ScorerGroup,
     TeacherConfig,
+    check_live,
     check_names,
     groups_of,
     with_common_scorer,
@@ -209,7 +210,9 @@ class Config(Section):
                 f"evaluation.data.teacher_column = {heldout.teacher_column!r}: held-out problems have no teacher; "
                 "leave it out"
             )
-        groups_of(self.all_teachers, self.scorer)
+        for group in groups_of(self.all_teachers, self.scorer):
+            for name in group.teachers:
+                check_live(name, self.all_teachers[name], self.student, group.scorer)
         return self
 
     @model_validator(mode="after")

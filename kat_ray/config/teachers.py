@@ -46,6 +46,11 @@ class TeacherConfig(ModelConfig):
     column of the data, {prompt} for the prompt; null tells it the prompt. With data.chat_template it takes the
     place of the last message's text (docs/teachers.md)."""
 
+    weights: Literal["given", "live"] = "given"
+    """Whose weights it has: those that its path names, for the whole run (`given`), or the newest of the student's
+    that were published (`live`): told more by `context`, the student is its own teacher then, and path is
+    student.path."""
+
     @field_validator("context")
     @classmethod
     def _is_a_template(cls, context: str | None) -> str | None:
@@ -72,6 +77,11 @@ class ScorerGroup:
     def name(self) -> str:
         """Of the first of its teachers."""
         return self.teachers[0]
+
+    @property
+    def follows_student(self) -> bool:
+        """Whether its scorers are given the student's weights, as samplers are."""
+        return self.model.weights != "given"
 
     @property
     def section(self) -> str:
@@ -103,6 +113,25 @@ def check_names(teachers: Mapping[str, NamedTeacherConfig]) -> None:
             raise ValueError(f"teachers: {name!r} must be letters, digits, - and _, as in code-2")
 
 
+def check_live(name: str, teacher: TeacherConfig, student: ModelConfig, scorer: ScorerConfig) -> None:
+    """ValueError where a teacher that is the student cannot be it."""
+    if teacher.weights == "given":
+        return
+    section, live = section_of(name), f"{section_of(name)}.weights = {teacher.weights!r}"
+    for field in ModelConfig.model_fields:
+        own, students = getattr(teacher, field), getattr(student, field)
+        if own != students:
+            raise ValueError(f"{live}: {section}.{field} = {own!r}: must be {students!r}, that of the student")
+    if teacher.context is None:
+        raise ValueError(
+            f"{live}: needs {section}.context; told the same as the student, the student has nothing to teach it"
+        )
+    if scorer.engine == "vllm":
+        raise ValueError(
+            f"{live}: its scorers take new weights with backend = 'transformers' only, not {scorer.backend!r}"
+        )
+
+
 def with_common_scorer(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration's tree in which the scorers of each named teacher have the fields of the section `scorer`."""
     teachers, common = tree.get("teachers"), _fields(tree.get("scorer"))
@@ -131,10 +160,11 @@ def groups_of(teachers: Mapping[str, TeacherConfig], common: ScorerConfig) -> tu
 
     ValueError where names of one checkpoint ask for different scorers.
     """
-    found: dict[ModelConfig, ScorerGroup] = {}
+    found: dict[tuple[ModelConfig, str], ScorerGroup] = {}
     for name, teacher in teachers.items():
         scorer = teacher.scorer if isinstance(teacher, NamedTeacherConfig) else common
-        key = ModelConfig(**{field: getattr(teacher, field) for field in ModelConfig.model_fields})
+        model = ModelConfig(**{field: getattr(teacher, field) for field in ModelConfig.model_fields})
+        key = (model, teacher.weights)
         group = found.get(key)
         if group is not None and group.scorer != scorer:
             raise ValueError(

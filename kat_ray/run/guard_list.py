@@ -222,9 +222,9 @@ GUARDS = (
         attrgetter("leak_fall"),
         True,
         lambda setting, _: setting,
-        "the student comes nearer to a teacher that is told more (teacher.context), and answers worse without that: "
-        "it acts as if it had been told; take the best checkpoint, lower learner.lr, train for fewer steps, or tell "
-        "the teacher less",
+        "the student comes nearer to a teacher that is told more (teacher.context), and answers worse without it: "
+        "it acts as if it had been told; take the best checkpoint, lower learner.lr, train for fewer steps, or "
+        "tell the teacher less",
         at_once=True,
     ),
 )

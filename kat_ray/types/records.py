@@ -101,7 +101,9 @@ class RolloutSpec:
 class GenerateRequest:
     """One attempt: rollouts for one sampler. If the sampler is lost, they are requested again under another number.
 
-    `rule_state` is the calibration that the step began with: a monitor that was restarted needs it.
+    `rule_state` is the calibration that the step began with: a monitor that was restarted needs it. A scorer that
+    was restarted, of a teacher that is the student, needs `teacher_weights`: references by the name of its group,
+    None for those as given.
     """
 
     attempt: int  # unique in a run
@@ -109,6 +111,7 @@ class GenerateRequest:
     version: int  # of the weights that the sampler must hold
     specs: tuple[RolloutSpec, ...]
     rule_state: Mapping[str, Any]
+    teacher_weights: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

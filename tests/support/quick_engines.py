@@ -80,11 +80,18 @@ class QuickTeacher:
     def __init__(self, settings: ScorerSettings) -> None:
         self._horizon = settings.rollout.max_tokens
         self._scale = SCALES.get(settings.teacher.path, 1.0)
+        self._follows = settings.follows_student
         self._held: dict[int, int] = {}  # tokens of a rollout that it knows
 
     @property
     def held(self) -> int:
         return len(self._held)
+
+    def load_weights(self, update: WeightUpdate) -> None:
+        """Its KL is of these weights from now on."""
+        assert self._follows
+        self._held.clear()
+        self._scale = 1.0 + int(update.arrays[0][0]) % 7 / 8
 
     def score(self, chunk: RolloutChunk, topk_ids: Any) -> _Columns:
         """Reverse KL by rollout and position; what a chunk leaves out must be known."""

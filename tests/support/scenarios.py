@@ -233,6 +233,7 @@ def prompts_of(config: Config) -> PromptSet:
 
 ALONE = "without a teacher"
 TWO_TEACHERS = "two teachers"
+LIVE = "the student teaches"
 # Runs of other shapes than the plain one.
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
@@ -260,6 +261,10 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "data": {"teacher_column": "subject"},
         "termination": {"min_samples": 2},
         "monitor": {"shards": 2},
+        "run": {"checkpoint_every": 1},
+    },
+    LIVE: {
+        "teacher": {"path": "student", "weights": "live", "context": "{prompt}"},
         "run": {"checkpoint_every": 1},
     },
     "sampled ahead": {

@@ -11,7 +11,7 @@ import pytest
 from actors.testing.stub_teacher import stub_kl
 from kat_ray.cluster.scaling_policy import Change, ScalingPolicy
 from tests.support.quick_engines import SCALES
-from tests.support.scenarios import LAYOUTS, TWO_TEACHERS, Run, check_schedule, finish
+from tests.support.scenarios import LAYOUTS, LIVE, TWO_TEACHERS, Run, check_schedule, finish
 
 TEACHERS = LAYOUTS[TWO_TEACHERS]
 
@@ -91,3 +91,49 @@ def test_a_group_grows_and_another_does_without_a_replica():
     assert {a.name for a in result.cluster.actors if a.name.startswith("scorer-code")} == {
         "scorer-code:0", "scorer-code:1"
     }  # fmt: skip
+
+
+LIVE_RUN = LAYOUTS[LIVE]
+
+
+@pytest.mark.parametrize("scorers", [1, 2])
+@pytest.mark.parametrize("nth", [2, 9, 17])
+def test_a_scorer_that_comes_back_is_given_the_students_weights(scorers, nth):
+    """A token's KL is of the weights there: one that was scored by others, or by those as given, would differ."""
+    run = Run(5, {**LIVE_RUN, "scorer": {"replicas": scorers}})
+    run.cluster.when("scorer", "score", lambda: run.cluster.kill("scorer:0"), nth=nth)
+    result = finish(run, "kill:scorer:0")
+    of_steps = [{float(row.d.max()) for row in rows} for rows in result.run.traces.values()]
+    assert len(of_steps) == 3 and of_steps[0] != of_steps[1] != of_steps[2]
+
+
+@pytest.mark.parametrize("method", ["follow", "load_weights"])
+def test_a_death_while_the_student_is_published_to_its_own_scorers(method):
+    for nth in (1, 2, 3, 4):
+        run, role = Run(nth, LIVE_RUN), "scorer:1" if method == "follow" else "sampler:0"
+        run.cluster.when(role, method, lambda run=run, role=role: run.cluster.kill(role), nth=min(nth, 3))
+        finish(run, f"kill:{role}")
+
+
+def test_the_students_weights_are_lost_with_the_learner_that_made_them():
+    run = Run(6, LIVE_RUN)
+    run.cluster.when("scorer:0", "follow", lambda: run.cluster.lose("learner:0"), nth=3, at="send")
+    finish(run, "lose:learner:0")
+
+
+def test_a_run_whose_student_teaches_goes_on_from_its_checkpoint():
+    for switch in (400, 700):
+        check_schedule(7, [(switch, "terminate", "driver")], LIVE)
+
+
+def test_a_new_scorer_of_a_pool_that_grows_holds_the_newest_weights():
+    changes = {**LIVE_RUN, "scorer": {"replicas": 1, "max_replicas": 2}, "run": {"steps": 6, "checkpoint_every": 1}}
+    asked = []
+
+    def observe(*_):
+        asked.append(1)
+        return Change("scorer", 1, "it is asked for") if len(asked) == 1 else None
+
+    with mock.patch.object(ScalingPolicy, "observe", observe):
+        result = finish(Run(0, changes))
+    assert result.run.metrics[-1][1]["pools/scorer_replicas"] == 2

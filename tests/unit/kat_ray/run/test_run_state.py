@@ -45,8 +45,11 @@ def test_a_checkpoint_without_a_version_is_read_whole(tmp_path):
     assert (state.done, state.evaluated, state.seconds) == (2, 0, 12.5)
     assert state.evaluations["before"] == EvalResult(0.5, 1.0, 2, 1, 7.5, 0.0, right=(1,))
     assert state.totals.ended == {StopReason.EOS: 3, StopReason.MAX_TOKENS: 1}
-    watch = AT_3AA4268["watch"] | {"tail": {"said": None}, "held_out": HeldOutWatch().state(),
-                                        "leak": HeldOutWatch().state()}
+    watch = AT_3AA4268["watch"] | {
+        "tail": {"said": None},
+        "held_out": HeldOutWatch().state(),
+        "leak": HeldOutWatch().state(),
+    }
     before = AT_3AA4268["evaluations"]["before"] | {"ran_out": 0}
     evaluations = AT_3AA4268["evaluations"] | {"before": before}
     assert state.to_json() == AT_3AA4268 | {
@@ -82,7 +85,8 @@ def test_the_parts_go_on_from_their_states():
         "guards": guards.state(),
         "skips": skips.state(),
         "tail": tail.state(),
-        "held_out": HeldOutWatch().state(), "leak": HeldOutWatch().state(),
+        "held_out": HeldOutWatch().state(),
+        "leak": HeldOutWatch().state(),
     }
     assert RunState(watch=watch, totals=Totals().state()).to_json()["watch"] == watch
 
