@@ -18,7 +18,7 @@ from kat_ray.config.load import DEMO_FILES, load_config
 from kat_ray.run.resume import resumed_config
 from kat_ray.termination import RunFacts
 from tests.cluster.disturb import steps_done
-from tests.cluster.test_resume import everything
+from tests.support.runs import everything
 
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("ray_local")]
 STEPS = 4

@@ -8,12 +8,14 @@ import pytest
 from pydantic import ValidationError
 
 from kat_ray.config import DataConfig, TeacherConfig
+from kat_ray.config.load import load_config
 from kat_ray.data.batch import collect_samples
 from kat_ray.data.chunks import PendingRollout, build_chunk
 from kat_ray.data.prompts import PromptOrder, load_prompts, rollout_specs
 from kat_ray.errors import DataError
 from kat_ray.types.records import EngineEnd, KeptRollout, TeacherRows
 from tests.support.configs import make_config
+from tests.support.paths import ROOT
 from tests.support.tokenizers import TEMPLATE, make_tokenizer
 
 PLAIN = make_tokenizer()
@@ -124,3 +126,15 @@ def test_the_scorer_gets_the_context_and_the_learner_the_prompt(load, takes_over
     assert sample.input_length == 2 + 2 - 1, "the learner's pass has the student's prompt"
     plain = replace(spec, context_ids=None)
     assert KeptRollout.of(plain, 2).prompt_ids is None and plain.scored_prompt == spec.prompt_ids
+
+
+def test_the_recipe_tells_the_teacher_each_rows_solution(tmp_path):
+    config = load_config(ROOT / "docs/recipes/self-distillation-gsm8k.yaml")
+    (group,) = config.scorer_groups
+    assert group.follows_student and config.guards.context_leak and config.evaluation.every
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"prompt": "1+1?", "answer": "2", "solution": "1+1=2"}) + "\n")
+    data = config.data.model_copy(update={"path": str(path)})
+    (prompt,) = load_prompts(data, CHAT, None, teachers=config.teacher_contexts).prompts
+    own, more = CHAT.decode(prompt.token_ids), CHAT.decode(prompt.context_ids)
+    assert "1+1?" in own and "1+1=2" not in own and "1+1=2" in more and more[-9:] == own[-9:]
