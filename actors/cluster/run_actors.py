@@ -118,7 +118,8 @@ class RunActors:
         except LearnersLost as error:
             self.restart_learners(error)
         for group in self.teachers.values():
-            group.follow(0, None)
+            if group.follows_student:
+                group.follow(0, None)
         self.wire()
         self.supervisor.watch(replica for group in self.groups for replica in group.replicas)
 
@@ -153,11 +154,14 @@ class RunActors:
 
     def publish(self, version: int) -> None:
         """Give samplers, and scorers whose teacher is the student, the learner's weights under this version."""
-        weights = self.learners.weights(version)
+        weights = {"live": self.learners.weights(version)}
+        if any(group.kind == "average" for group in self.teachers.values()):
+            weights["average"] = self.learners.weights(version, average=True)
         try:
-            self.samplers.load_weights(version, weights)
+            self.samplers.load_weights(version, weights["live"])
             for group in self.teachers.values():
-                group.follow(version, weights)
+                if group.follows_student:
+                    group.follow(version, weights[group.kind])
         except ObjectLostError as error:
             raise LearnersLost("the weights were lost with the node that held them") from error
 

@@ -29,6 +29,7 @@ class ScorerActors(ActorGroup[TeacherScorer]):
             return start(TeacherScorer, options, name, settings, make_teacher)
 
         super().__init__(group.role, supervisor, placement, make, group.scorer.bounds[0])
+        self.kind = group.model.weights  # of the student's weights, or `given`
         self.follows_student = group.follows_student
         self.version = 0
         self.weights: Any = None  # reference to those of this version; None: as the model was given
@@ -44,9 +45,7 @@ class ScorerActors(ActorGroup[TeacherScorer]):
         self.version, self.weights = 0, None
 
     def follow(self, version: int, weights: Any) -> None:
-        """Have every scorer hold these weights, if the group follows the student. No rollout may be scored."""
-        if not self.follows_student:
-            return
+        """Have every scorer of a group that follows the student hold these weights. No rollout may be scored."""
         self.version, self.weights = version, weights
         self.call(
             lambda _, scorer: remote(scorer, TeacherScorer.follow)(version, weights), "weights to reach the scorers"

@@ -35,6 +35,7 @@ from kat_ray.config.teachers import (
     NamedTeacherConfig,
     ScorerGroup,
     TeacherConfig,
+    average_decay_of,
     check_live,
     check_names,
     groups_of,
@@ -213,6 +214,7 @@ class Config(Section):
         for group in groups_of(self.all_teachers, self.scorer):
             for name in group.teachers:
                 check_live(name, self.all_teachers[name], self.student, group.scorer)
+        average_decay_of(self.all_teachers)
         return self
 
     @model_validator(mode="after")
@@ -347,6 +349,11 @@ class Config(Section):
     def teacher_contexts(self) -> dict[str, str | None]:
         """What each teacher that is asked is told in place of the prompt, by its name."""
         return {name: teacher.context for name, teacher in self.used_teachers.items()}
+
+    @property
+    def average_decay(self) -> float | None:
+        """Of the student's average that some teacher has; None where none has it."""
+        return average_decay_of(self.used_teachers)
 
     @property
     def scorer_groups(self) -> tuple[ScorerGroup, ...]:

@@ -46,10 +46,13 @@ class TeacherConfig(ModelConfig):
     column of the data, {prompt} for the prompt; null tells it the prompt. With data.chat_template it takes the
     place of the last message's text (docs/teachers.md)."""
 
-    weights: Literal["given", "live"] = "given"
-    """Whose weights it has: those that its path names, for the whole run (`given`), or the newest of the student's
-    that were published (`live`): told more by `context`, the student is its own teacher then, and path is
-    student.path."""
+    weights: Literal["given", "live", "average"] = "given"
+    """Whose weights it has: those that its path names, for the whole run (`given`), or the student's, which path
+    then names, too: the newest that were published (`live`, which needs a `context`), or their moving average
+    (`average`)."""
+    average_decay: float = Field(0.99, gt=0, lt=1)
+    """Share of the average that is kept at each step, the rest is the student's new weights; of weights = average.
+    One for all teachers of a run."""
 
     @field_validator("context")
     @classmethod
@@ -122,7 +125,7 @@ def check_live(name: str, teacher: TeacherConfig, student: ModelConfig, scorer: 
         own, students = getattr(teacher, field), getattr(student, field)
         if own != students:
             raise ValueError(f"{live}: {section}.{field} = {own!r}: must be {students!r}, that of the student")
-    if teacher.context is None:
+    if teacher.context is None and teacher.weights == "live":
         raise ValueError(
             f"{live}: needs {section}.context; told the same as the student, the student has nothing to teach it"
         )
@@ -130,6 +133,15 @@ def check_live(name: str, teacher: TeacherConfig, student: ModelConfig, scorer: 
         raise ValueError(
             f"{live}: its scorers take new weights with backend = 'transformers' only, not {scorer.backend!r}"
         )
+
+
+def average_decay_of(teachers: Mapping[str, TeacherConfig]) -> float | None:
+    """The decay of the student's average, None where no teacher has it; ValueError where there would be two."""
+    decays = {name: t.average_decay for name, t in teachers.items() if t.weights == "average"}
+    if len({*decays.values()}) > 1:
+        first, second, *_ = (f"{section_of(name)}.average_decay = {decay:g}" for name, decay in decays.items())
+        raise ValueError(f"{second}: must be that of {first}; a run keeps one average of the student")
+    return next(iter(decays.values()), None)
 
 
 def with_common_scorer(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def prompts_of(config: Config) -> PromptSet:
 
 ALONE = "without a teacher"
 TWO_TEACHERS = "two teachers"
-LIVE = "the student teaches"
+LIVE, AVERAGE = "the student teaches", "its average teaches"
 # Runs of other shapes than the plain one.
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
@@ -265,6 +265,13 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     LIVE: {
         "teacher": {"path": "student", "weights": "live", "context": "{prompt}"},
+        "run": {"checkpoint_every": 1},
+    },
+    AVERAGE: {
+        "teacher": {"path": "student", "weights": "average"},
+        "teachers": {"other": {"path": "other"}},
+        "data": {"teacher_column": "of"},
+        "learner": {"world_size": 2},
         "run": {"checkpoint_every": 1},
     },
     "sampled ahead": {

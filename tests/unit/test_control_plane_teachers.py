@@ -11,7 +11,7 @@ import pytest
 from actors.testing.stub_teacher import stub_kl
 from kat_ray.cluster.scaling_policy import Change, ScalingPolicy
 from tests.support.quick_engines import SCALES
-from tests.support.scenarios import LAYOUTS, LIVE, TWO_TEACHERS, Run, check_schedule, finish
+from tests.support.scenarios import AVERAGE, LAYOUTS, LIVE, TWO_TEACHERS, Run, check_schedule, finish
 
 TEACHERS = LAYOUTS[TWO_TEACHERS]
 
@@ -137,3 +137,12 @@ def test_a_new_scorer_of_a_pool_that_grows_holds_the_newest_weights():
     with mock.patch.object(ScalingPolicy, "observe", observe):
         result = finish(Run(0, changes))
     assert result.run.metrics[-1][1]["pools/scorer_replicas"] == 2
+
+
+def test_a_teacher_that_is_the_students_average_is_resumed_with_it():
+    """Its scorers hold the average of all steps so far, whoever dies; a run that goes on has it back."""
+    for role in ("scorer:0", "learner:1", "sampler:0"):
+        run = Run(8, LAYOUTS[AVERAGE])
+        run.cluster.when("scorer", "score", lambda role=role, run=run: run.cluster.kill(role), nth=14)
+        finish(run, f"kill:{role}")
+    check_schedule(9, [(600, "terminate", "driver")], AVERAGE)

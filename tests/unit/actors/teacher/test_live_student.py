@@ -89,3 +89,15 @@ def test_what_a_teacher_that_is_the_student_cannot_be(tmp_path, override, said):
     with pytest.raises(ConfigError) as error:
         load_config(file, [override])
     assert said in str(error.value)
+
+
+def test_a_run_keeps_one_average(tmp_path):
+    file = tmp_path / "c.yaml"
+    average = "path: a, weights: average, average_decay"
+    data = "data: {path: p.jsonl, teacher_column: of}"
+    file.write_text(f"student: {{path: a}}\nteachers: {{x: {{{average}: 0.9}}, y: {{{average}: 0.9}}}}\n{data}\n")
+    config = load_config(file)
+    assert config.average_decay == 0.9 and [g.teachers for g in config.scorer_groups] == [("x", "y")]
+    with pytest.raises(ConfigError, match=r"y.average_decay = 0.5: must be that of teachers.x.average_decay = 0.9"):
+        load_config(file, ["teachers.y.average_decay=0.5"])
+    assert load_config(file, ["teachers.y.weights=given"]).average_decay == 0.9
