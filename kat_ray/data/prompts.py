@@ -6,7 +6,6 @@ the choice of probes depend on (run seed, step, rollout id) alone, so that a run
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
@@ -24,14 +23,15 @@ from kat_ray.config import Config, DataConfig, EnvironmentConfig
 from kat_ray.config.environment import is_environment
 from kat_ray.config.teachers import section_of
 from kat_ray.data.chat import ChatTemplate, chat_template_of, messages_of
-from kat_ray.data.context import Context
 from kat_ray.data.environment import PROBLEM
+from kat_ray.data.routing import Route, Routing
 from kat_ray.data.rows import BATCH, Row, kind, names_of, open_rows
 from kat_ray.errors import DataError
 from kat_ray.rewards.task import Task, is_plain, plain_columns
 from kat_ray.types.records import DEFAULT_TEACHER, Prompt, RolloutSpec, StepStart
 
 ID_COLUMN = "id"
+Ids = tuple[int, ...]
 
 # Domains of the run seed: independent random streams.
 _ORDER, _SAMPLING, _PROBE = 1, 2, 3
@@ -95,10 +95,8 @@ def load_prompts(
     `data.path` says so. `teachers` are those that are asked, with the template of what each is told in place of the
     prompt, None for the prompt; their names are those that `data.teacher_column` may hold, and each must be in it.
     """
-    teachers = teachers or {}
-    names = tuple(teachers) if data.teacher_column is not None else ()
-    contexts = {name: Context(text, section_of(name)) for name, text in teachers.items() if text is not None}
     template = chat_template_of(data, tokenizer, teacher)
+    routing = Routing(data, teachers or {}, template)
     source, rows = open_rows(data, environment)
     stem = Path(source).stem
     prompts: list[Prompt] = []
@@ -112,27 +110,21 @@ def load_prompts(
         columns |= dict.fromkeys(name for row in batch for name in row.columns)
         answers = [_answer(row, data, graded, anything=with_tasks) for row in batch]
         texts = [_text(row, data, template) for row in batch]
-        given_to = [_teacher(row, data, names) for row in batch]
+        routes = [routing.of(row) for row in batch]
         encode = partial(_encode, tokenizer, template is None)
-        told = [
-            contexts[name].text(row, data, template) if name in contexts else None
-            for row, name in zip(batch, given_to, strict=True)
-        ]
-        encoded, also = encode(texts), iter(encode([text for text in told if text is not None]))
-        rows_of_batch = zip(batch, texts, encoded, answers, given_to, told, strict=True)
-        for row, text, ids, answer, name, context in rows_of_batch:
+        encoded, told = encode(texts), encode([route.told for route in routes])
+        rows_of_batch = zip(batch, texts, encoded, answers, routes, told, strict=True)
+        for row, text, ids, answer, route, context_ids in rows_of_batch:
             prompt_id = _prompt_id(row, stem, seen)
             if not ids:
                 raise DataError(f"{row.where}: the prompt gives no token")
-            context_ids = None if context is None else tuple(next(also))
-            length = max(len(ids), len(context_ids or ()))
-            if max_prompt_tokens is not None and length > max_prompt_tokens:
+            if context_ids == ():
+                raise DataError(f"{row.where}: {section_of(route.teacher)}.context gives no token")
+            if _is_too_long(data, row, max_prompt_tokens, ids, context_ids, route):
                 skipped += 1
-                what = "the prompt" if len(ids) > max_prompt_tokens else f"{section_of(name)}.context"
-                _refuse_too_long(data, row, what, length, max_prompt_tokens)
             else:
                 problem = row.columns[PROBLEM] if is_environment(data.path) else None
-                prompts.append(Prompt(prompt_id, tuple(ids), answer, name, problem, context_ids))
+                prompts.append(Prompt(prompt_id, ids, answer, route.teacher, problem, context_ids))
                 if with_tasks:
                     tasks[prompt_id] = _task(row, data, text)
     if not count:
@@ -144,7 +136,7 @@ def load_prompts(
         )
     found = PromptSet(tuple(prompts), skipped, source, tasks)
     _refuse_unanswered(data, found, columns)
-    _refuse_unused(data, found, names)
+    routing.refuse_unused(source, {p.teacher for p in found.prompts}, skipped)
     return found
 
 
@@ -157,56 +149,27 @@ def _refuse_unanswered(data: DataConfig, found: PromptSet, columns: Mapping[str,
         )
 
 
-def _refuse_unused(data: DataConfig, found: PromptSet, names: Sequence[str]) -> None:
-    """Each teacher costs its scorers, whether or not it has anything to score."""
-    used = {p.teacher for p in found.prompts}
-    for name in names:
-        if name not in used:
-            who = (
-                f"lacks a teacher in column {data.teacher_column!r}"
-                if name == DEFAULT_TEACHER
-                else f"names it in column {data.teacher_column!r}"
-            )
-            left_out = f", of those that are not too long ({found.skipped_too_long} are)"
-            raise DataError(
-                f"{section_of(name)}: no row of {found.source} {who}{left_out if found.skipped_too_long else ''}: "
-                "leave that teacher out, or give it prompts (data.teacher_column chooses the column)"
-            )
+def _encode(tokenizer: Any, special: bool, texts: Sequence[str | None]) -> list[Any]:
+    """The token ids of texts, a tuple each; None of None."""
+    given = [text for text in texts if text is not None]
+    ids = iter(tokenizer(given, add_special_tokens=special)["input_ids"] if given else ())
+    return [None if text is None else tuple(next(ids)) for text in texts]
 
 
-def _teacher(row: Row, data: DataConfig, names: Sequence[str]) -> str:
-    """Who scores the rollouts of a row's prompt."""
-    if not names:
-        return DEFAULT_TEACHER
-    column = data.teacher_column or ""
-    value = row.value(column)
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: what pandas makes of a gap
-        if DEFAULT_TEACHER in names:
-            return DEFAULT_TEACHER
-        raise DataError(
-            f"{row.where}: {row.lacks(column, 'data.teacher_column')}; the section `teacher` would score the rows "
-            "that name nobody, and there is none"
-        )
-    if not isinstance(value, str):
-        raise DataError(f"{row.where}: {column} is {kind(value)}; a teacher's name is text")
-    if value not in names:
-        close = difflib.get_close_matches(value, names, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise DataError(f"{row.where}: {column} = {value!r}: no such teacher, there are {', '.join(names)}{meant}")
-    return value
-
-
-def _encode(tokenizer: Any, special: bool, texts: Sequence[str]) -> list[list[int]]:
-    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
-    return found
-
-
-def _refuse_too_long(data: DataConfig, row: Row, what: str, length: int, limit: int) -> None:
+def _is_too_long(
+    data: DataConfig, row: Row, limit: int | None, ids: Ids, context_ids: Ids | None, route: Route
+) -> bool:
+    """Whether a prompt has to be left out, by itself or by what its teacher is told; `DataError` as `data` says."""
+    length = max(len(ids), len(context_ids or ()))
+    if limit is None or length <= limit:
+        return False
     if data.too_long == "refuse":
+        what = "the prompt" if len(ids) > limit else f"{section_of(route.teacher)}.context"
         raise DataError(
             f"{row.where}: {what} has {length} tokens, the models take {limit} beside the longest answer; "
             "lower rollout.max_tokens, shorten the prompt, or set data.too_long = skip"
         )
+    return True
 
 
 def _prompt_id(row: Row, stem: str, seen: dict[str, str]) -> str:

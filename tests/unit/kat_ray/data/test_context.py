@@ -64,6 +64,7 @@ def test_with_a_chat_template_it_is_a_message_and_both_end_with_the_start_of_an_
     [
         ([{"prompt": "q"}], "{solution}", r"jsonl:1: there is no column 'solution'; .*\(teacher.context chooses\)"),
         ([{"prompt": "q", "solution": None}], "{solution}", "jsonl:1: solution is null"),
+        ([{"prompt": "q", "solution": ""}], "{solution}", "jsonl:1: teacher.context gives no token"),
         ([{"prompt": "q", "solution": ["a"]}], "{solution}", "solution is a list; teacher.context is made of text"),
     ],
 )
