@@ -36,8 +36,9 @@ from kat_ray.config.teachers import (
     ScorerGroup,
     TeacherConfig,
     average_decay_of,
-    check_live,
+    check_column,
     check_names,
+    check_student_as_teacher,
     groups_of,
     with_common_scorer,
 )
@@ -195,25 +196,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _prompts_name_their_teachers(self) -> Config:
-        column, heldout = self.data.teacher_column, self.evaluation.data
-        if self.teachers and column is None:
-            raise ValueError(
-                f"teachers.{next(iter(self.teachers))}: needs data.teacher_column, the column in which a prompt "
-                "names its teacher; a teacher of all prompts is the section `teacher`"
-            )
-        if column is not None and not self.teachers:
-            raise ValueError(
-                f"data.teacher_column = {column!r}: names teachers, and there are none by name: add them as "
-                "teachers.NAME.path, or leave the column out"
-            )
-        if heldout is not None and heldout.teacher_column is not None:
-            raise ValueError(
-                f"evaluation.data.teacher_column = {heldout.teacher_column!r}: held-out problems have no teacher; "
-                "leave it out"
-            )
+        heldout = self.evaluation.data
+        check_column(self.teachers, self.data.teacher_column, None if heldout is None else heldout.teacher_column)
         for group in groups_of(self.all_teachers, self.scorer):
             for name in group.teachers:
-                check_live(name, self.all_teachers[name], self.student, group.scorer)
+                check_student_as_teacher(name, self.all_teachers[name], self.student, group.scorer)
         average_decay_of(self.all_teachers)
         return self
 

@@ -116,7 +116,25 @@ def check_names(teachers: Mapping[str, NamedTeacherConfig]) -> None:
             raise ValueError(f"teachers: {name!r} must be letters, digits, - and _, as in code-2")
 
 
-def check_live(name: str, teacher: TeacherConfig, student: ModelConfig, scorer: ScorerConfig) -> None:
+def check_column(teachers: Mapping[str, NamedTeacherConfig], column: str | None, heldout: str | None) -> None:
+    """ValueError where prompts do not name teachers, or name some that there are none of."""
+    if teachers and column is None:
+        raise ValueError(
+            f"teachers.{next(iter(teachers))}: needs data.teacher_column, the column in which a prompt names its "
+            "teacher; a teacher of all prompts is the section `teacher`"
+        )
+    if column is not None and not teachers:
+        raise ValueError(
+            f"data.teacher_column = {column!r}: names teachers, and there are none by name: add them as "
+            "teachers.NAME.path, or leave the column out"
+        )
+    if heldout is not None:
+        raise ValueError(
+            f"evaluation.data.teacher_column = {heldout!r}: held-out problems have no teacher; leave it out"
+        )
+
+
+def check_student_as_teacher(name: str, teacher: TeacherConfig, student: ModelConfig, scorer: ScorerConfig) -> None:
     """ValueError where a teacher that is the student cannot be it."""
     if teacher.weights == "given":
         return
