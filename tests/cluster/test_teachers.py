@@ -139,3 +139,30 @@ def test_a_scorer_of_the_second_group_dies(teachers, straight, tmp_path):
     summary = json.loads((path / "summary.json").read_text())
     assert summary["rollouts_ended"]["failed"] == 0 and summary["rollouts_started"] == 240
     assert summary["generated_tokens"] == sum(summary[f"{n}_tokens"] for n in ("kept", "overshoot", "cut_back"))
+
+
+@pytest.mark.parametrize("weights", ["live", "average"])
+def test_scorers_hold_the_students_weights_of_the_step(tmp_path, weights):
+    """Rewards move the student. Told the same, the student has no KL to itself in any step, but one to its average,
+    which is that of the weights at the start in the first step only.
+    """
+    config = load_config(
+        "demo-rl",
+        [
+            f"run.dir={tmp_path}", "run.name=run", "run.steps=3", "run.deterministic=true", "run.tensorboard=false",
+            f"teacher={{path: demo:student, dtype: float32, weights: {weights}, context: '{{prompt}}'}}",
+            "teacher.average_decay=0.5", "objective.opd.weight=0.001", "rollout.prompts_per_step=6",
+            "rollout.max_tokens=64", "rollout.staleness=0", "termination={rule: none}", "evaluation.data=null",
+            "learner.threads=1", "sampler.num_cpus=0.5", "scorer.num_cpus=0.5", "learner.num_cpus=0.5",
+        ],
+    )  # fmt: skip
+    traces, _ = load_traces(train(config))
+    largest = [float(np.nanmax(traces.d[np.repeat(traces.step == step, traces.lengths)])) for step in range(3)]
+    assert largest[0] < 1e-3
+    if weights == "live":
+        assert max(largest) < 1e-3
+    else:
+        assert min(largest[1:]) > 2e-3
+    tensors = load_file(tmp_path / "run" / "checkpoints" / "step-3" / "model.safetensors")
+    moved = load_file(DEMO_FILES["demo:student"] / "model.safetensors")
+    assert max(float(np.abs(tensors[name] - moved[name]).max()) for name in tensors if name in moved) > 1e-3
