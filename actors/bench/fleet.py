@@ -22,6 +22,7 @@ from actors.cluster.learners import LearnerGroup
 from actors.cluster.replica import Replica, remote_class
 from actors.cluster.run_actors import RunActors
 from actors.cluster.samplers import ModelPaths, SamplerGroup
+from actors.cluster.scorers import ScorerActors
 from actors.cluster.signals import StopRequest
 from actors.cluster.supervisor import Supervisor
 from actors.driver.steps import SampledStep, Steps
@@ -137,9 +138,12 @@ def fleet_actors(config: Config, handles: Mapping[str, Sequence[Any]]) -> RunAct
     """Actors that are ready already, by role, without learners."""
     nowhere: Any = None  # they have no places: none is made or given back here
     supervisor = Supervisor(config.cluster, StopRequest(config.run.grace_seconds))
-    unread = ModelPaths("", "", (), (), (), vocabulary=0, max_model_len=0)  # of models that nobody loads
+    unread = ModelPaths(
+        "", {}, (), (), {}, vocabulary=0, max_model_len=0, scored_len=0
+    )  # of models that nobody loads
     samplers = SamplerGroup(config, unread, supervisor, nowhere)
-    scorers, monitors = (ActorGroup(role, supervisor, nowhere, nowhere) for role in ("scorer", "monitor"))
+    monitors: Any = ActorGroup("monitor", supervisor, nowhere, nowhere)
+    scorers = ScorerActors(config.scorer_groups[0], nowhere, supervisor, nowhere, nowhere)
     for group in (samplers, scorers, monitors):
         group.replicas = tuple(Replica(group.role, i, h, nowhere) for i, h in enumerate(handles[group.role]))
     return RunActors(

@@ -78,8 +78,12 @@ class LearnerGroup(ActorGroup[Learner]):
             except LearnersLost as again:
                 lost = again
 
-    def weights(self, version: int) -> Any:
-        """Reference to the weights under this version, once the first rank has put them into the object store."""
-        pairs = [remote_pair(rank, Learner.weights)(version) for rank in self.handles]
+    def weights(self, version: int, average: bool = False) -> Any:
+        """Reference to the weights under this version, once the first rank has put them into the object store.
+
+        Those of the student, or their average.
+        """
+        asked = Learner.average if average else Learner.weights
+        pairs = [remote_pair(rank, asked)(version) for rank in self.handles]
         self.wait([done for _, done in pairs], "the learner's weights")
         return pairs[0][0]

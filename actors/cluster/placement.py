@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.cluster.handles import Ref
 from kat_ray.cluster.devices import environment_of
 from kat_ray.cluster.machine import own_cores
-from kat_ray.cluster.roles import Node, Role, place, roles_of
+from kat_ray.cluster.roles import Node, Role, place, roles_of, settings_of
 from kat_ray.cluster.threads import threads_of
 from kat_ray.config import Config
 from kat_ray.errors import UserError
@@ -46,11 +46,12 @@ _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 def environments(config: Config, threads: Mapping[str, int]) -> dict[str, dict[str, str]]:
     """Environment of each role's processes, by the role's threads."""
-    own = {name: _env(getattr(config, name).num_gpus, threads[name]) for name in threads}
+    asks = settings_of(config)
+    own = {name: _env(asks[name].num_gpus, threads[name]) for name in threads}
     own["learner"] |= _learner_env(config)
     own["sampler"] |= _sampler_env(config)
-    if "scorer" in own:
-        own["scorer"] |= _RETURNS_IN_STORE | _vllm_env()
+    for group in config.scorer_groups:
+        own[group.role] |= _RETURNS_IN_STORE | _vllm_env()
     return own
 
 

@@ -25,7 +25,6 @@ from actors.sampler.student_sampler import StudentSampler
 from kat_ray.cluster.scaling_policy import Change, ScalingPolicy, StageTimes, scaling_metrics, size_metrics
 from kat_ray.config import Config
 from kat_ray.errors import UserError
-from kat_ray.types.records import DEFAULT_TEACHER
 
 
 @dataclass
@@ -39,7 +38,7 @@ class _Coming:
 
 
 class Resizing:
-    """Carries out what the scaling policy decides; does nothing where both roles have a fixed number."""
+    """Carries out what the scaling policy decides; does nothing where all of them have a fixed number."""
 
     def __init__(
         self, config: Config, actors: RunActors, placement: Placement, note: Callable[[str], object]
@@ -47,8 +46,8 @@ class Resizing:
         self._actors, self._placement, self._note = actors, placement, note
         self._groups: dict[str, ActorGroup[Any]] = {"sampler": actors.samplers}
         self._bounds = {"sampler": config.sampler.bounds}
-        if (scorers := actors.teachers.get(DEFAULT_TEACHER)) is not None:
-            self._groups["scorer"], self._bounds["scorer"] = scorers, config.scorer.bounds
+        for group in config.scorer_groups:
+            self._groups[group.role], self._bounds[group.role] = actors.teachers[group.name], group.scorer.bounds
         self._is_elastic = any(low < high for low, high in self._bounds.values())
         self._policy = ScalingPolicy(config.pools, self._bounds)
         self._coming: dict[str, _Coming] = {}
@@ -122,6 +121,8 @@ class Resizing:
         if role == "sampler" and self._actors.samplers.weights is not None:
             load = remote(replica.handle, StudentSampler.load_weights)
             pending.append(load(self._actors.samplers.weights))
+        if role != "sampler":
+            pending += self._groups[role].briefing(replica)
         what = f"a new {role} to take its weights"
         report, *_ = self._actors.supervisor.wait(pending, what, limit="hang_timeout")
         return int(report.pid)

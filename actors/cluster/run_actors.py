@@ -1,4 +1,4 @@
-"""The actors of a run: four groups, and what they know of one another."""
+"""The actors of a run in their groups, and what they know of one another."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from actors.cluster.learners import LearnerGroup
 from actors.cluster.placement import Placement
 from actors.cluster.replica import Replica, start
 from actors.cluster.samplers import Engines, ModelPaths, SamplerGroup
+from actors.cluster.scorers import ScorerActors
 from actors.cluster.signals import StopRequest
 from actors.cluster.supervisor import Supervisor
 from actors.cluster.waiting import SLICE, LearnersLost
@@ -25,9 +26,9 @@ from actors.monitor.trap_monitor import TrapMonitor
 from actors.sampler.student_sampler import StudentSampler
 from actors.teacher.scorer import TeacherScorer
 from actors.teacher.settings import ScorerSettings
-from kat_ray.config import Config
+from kat_ray.config import Config, ScorerGroup
 from kat_ray.termination import RunFacts
-from kat_ray.types.records import DEFAULT_TEACHER, GenerateRequest
+from kat_ray.types.records import GenerateRequest
 
 
 def shard_of(sampler: int, shards: int) -> int | None:
@@ -44,7 +45,7 @@ class RunActors:
 
     supervisor: Supervisor
     samplers: SamplerGroup
-    teachers: Mapping[str, ActorGroup[TeacherScorer]]  # scorers, by the teacher's name
+    teachers: Mapping[str, ScorerActors]  # scorers, by the name of their group
     monitors: ActorGroup[TrapMonitor]
     learners: LearnerGroup
 
@@ -60,18 +61,15 @@ class RunActors:
         facts = RunFacts(config.run.seed, config.rollout.max_tokens)
         ranks = LearnerSettings.from_config(config, paths.student_dir, paths.stop_ids, paths.max_model_len)
 
-        def scorers() -> ActorGroup[TeacherScorer]:
+        def scorers(group: ScorerGroup) -> ScorerActors:
             settings = ScorerSettings.from_config(
-                config, paths.teacher_dir, paths.stop_ids, paths.max_model_len, paths.vocabulary
+                config, paths.teacher_dirs[group.name], paths.stop_ids, paths.scored_len, paths.vocabulary, group
             )
 
-            def scorer(name: str, options: dict[str, Any]) -> Handle[TeacherScorer]:
-                return start(TeacherScorer, options, name, settings, engines.scorer)
-
-            return ActorGroup("scorer", supervisor, placement, scorer, config.scorer.bounds[0])
+            return ScorerActors(group, settings, supervisor, placement, engines.scorer)
 
         def monitor(name: str, options: dict[str, Any]) -> Handle[TrapMonitor]:
-            return start(TrapMonitor, options, config.termination, facts)
+            return start(TrapMonitor, options, config.termination, facts, tuple(config.used_teachers))
 
         def learner(name: str, options: dict[str, Any]) -> Handle[Learner]:
             return start(engines.learner, options, int(name.partition(":")[2]), ranks)
@@ -79,7 +77,7 @@ class RunActors:
         actors = cls(
             supervisor,
             SamplerGroup(config, paths, supervisor, placement, engines.sampler),
-            {} if config.used_teacher is None else {DEFAULT_TEACHER: scorers()},
+            {group.name: scorers(group) for group in config.scorer_groups},
             ActorGroup("monitor", supervisor, placement, monitor),
             LearnerGroup("learner", supervisor, placement, learner),
         )
@@ -119,6 +117,9 @@ class RunActors:
             self.learners.wait(self._loading, "the learner to start", interruptible=True, limit="start_timeout")
         except LearnersLost as error:
             self.restart_learners(error)
+        for group in self.teachers.values():
+            if group.follows_student:
+                group.follow(0, None)
         self.wire()
         self.supervisor.watch(replica for group in self.groups for replica in group.replicas)
 
@@ -146,11 +147,21 @@ class RunActors:
 
     # --- weights ----------------------------------------------------------------------------------------------
 
+    @property
+    def teacher_weights(self) -> dict[str, Any]:
+        """References to the weights of the groups that follow the student, by their names; None: as given."""
+        return {name: group.weights for name, group in self.teachers.items() if group.follows_student}
+
     def publish(self, version: int) -> None:
-        """Give every sampler the learner's weights under this version."""
-        weights = self.learners.weights(version)
+        """Give samplers, and scorers whose teacher is the student, the learner's weights under this version."""
+        weights = {"live": self.learners.weights(version)}
+        if any(group.kind == "average" for group in self.teachers.values()):
+            weights["average"] = self.learners.weights(version, average=True)
         try:
-            self.samplers.load_weights(version, weights)
+            self.samplers.load_weights(version, weights["live"])
+            for group in self.teachers.values():
+                if group.follows_student:
+                    group.follow(version, weights[group.kind])
         except ObjectLostError as error:
             raise LearnersLost("the weights were lost with the node that held them") from error
 
@@ -180,4 +191,6 @@ class RunActors:
         The weights last published may be gone with the old one: who comes back is given none until the next are.
         """
         self.samplers.forget_weights()
+        for group in self.teachers.values():
+            group.forget_weights()
         self.learners.restart(error)

@@ -1,4 +1,4 @@
-"""The samplers' places, taken by one set of engines at a time: the teacher's, to evaluate it, or the student's."""
+"""The samplers' places, taken by one set of engines at a time: a teacher's, to evaluate it, or the student's."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from actors.learner.settings import LearnerSettings
 from actors.sampler.settings import SamplerSettings
 from actors.sampler.student_sampler import EngineMaker, StudentSampler, vllm_engine
 from actors.teacher.scorer import TeacherMaker, make_teacher
-from kat_ray.config import Config, ModelConfig
+from kat_ray.config import Config, ModelConfig, ScorerGroup
 
 
 @dataclass(frozen=True)
 class ModelPaths:
-    """What the actors need to know of the models, resolved once by the driver; empty of a missing teacher."""
+    """What the actors need to know of the models, resolved once by the driver; teachers by their scorers' group."""
 
     student_dir: str
-    teacher_dir: str
-    stop_ids: tuple[int, ...]  # of both models: the stop event of the KL
-    student_stop_ids: tuple[int, ...]  # those that end a student's rollout: of both models, as far as it has them
-    teacher_stop_ids: tuple[int, ...]  # those that end the teacher's answer when it is evaluated: its own
+    teacher_dirs: Mapping[str, str]
+    stop_ids: tuple[int, ...]  # of all models: the stop event of the KL
+    student_stop_ids: tuple[int, ...]  # those that end a student's rollout: of all models, as far as it has them
+    teacher_stop_ids: Mapping[str, tuple[int, ...]]  # those that end its answer when it is evaluated
     vocabulary: int  # the student's
     max_model_len: int  # longest prompt and answer together
+    scored_len: int  # the same of what teachers are given
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,10 @@ class SamplerGroup(ActorGroup[StudentSampler]):
         self.stop_ids = self._paths.student_stop_ids
         self._use(self._config.student, self._paths.student_dir, "")
 
-    def use_teacher(self) -> None:
-        """Put engines of the teacher in the samplers' places, until `use_student`."""
-        assert self._config.used_teacher is not None, "the run has no teacher"
-        self.stop_ids = self._paths.teacher_stop_ids
-        self._use(self._config.used_teacher, self._paths.teacher_dir, "teacher-sampler")
+    def use_teacher(self, group: ScorerGroup) -> None:
+        """Put engines of a group's teacher in the samplers' places, until `use_student`."""
+        self.stop_ids = self._paths.teacher_stop_ids[group.name]
+        self._use(group.model, self._paths.teacher_dirs[group.name], "teacher-sampler")
 
     def _use(self, model: ModelConfig, model_dir: str, label: str) -> None:
         for replica in self.replicas:

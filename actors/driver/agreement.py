@@ -165,11 +165,10 @@ class AgreementCheck:
 
     def _compare_scorers(self, asked: Sequence[Probe], answers: Sequence[Sequence[int]]) -> None:
         pairs = [(list(p.prompt_ids), list(a)) for p, a in zip(asked, answers, strict=True)]
-        if (teacher := self.config.used_teacher) is None:
-            return
-        allowed = logprob_tolerance(teacher.dtype, teacher.dtype)
-        for group in self.actors.teachers.values():
-            own, plain = (group.by_replica(partial(_score, pairs, plain), _WHAT) for plain in (False, True))
+        for asked_of in self.config.scorer_groups:
+            scorers = self.actors.teachers[asked_of.name]
+            allowed = logprob_tolerance(asked_of.model.dtype, asked_of.model.dtype)
+            own, plain = (scorers.by_replica(partial(_score, pairs, plain), _WHAT) for plain in (False, True))
             for replica, theirs in plain.items():  # one that was dropped before is not among them
                 self._compare(
                     f"{replica.name} in pieces", "its plain forward pass", [p.kind for p in asked], own[replica],

@@ -114,7 +114,8 @@ class RolloutDispatcher:
         for instruction in instructions:
             match instruction:
                 case Assign(sampler, attempt, specs):
-                    request = GenerateRequest(attempt, self.step, self.version, specs, self.rule_state)
+                    weights = self._actors.teacher_weights
+                    request = GenerateRequest(attempt, self.step, self.version, specs, self.rule_state, weights)
                     self._requests[attempt] = request
                     reference = remote(self._replicas[sampler].handle, StudentSampler.generate)(request)
                     self._running[reference] = (sampler, request)

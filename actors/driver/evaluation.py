@@ -6,6 +6,19 @@ from collections.abc import Callable, Mapping
 
 from kat_ray.config import EvaluationConfig
 from kat_ray.rewards.verifiers import EvalResult
+from kat_ray.types.records import DEFAULT_TEACHER
+
+_NAMED = "teacher_"
+
+
+def teacher_key(name: str) -> str:
+    """What a teacher's result is called among those of a run."""
+    return "teacher" if name == DEFAULT_TEACHER else f"{_NAMED}{name}"
+
+
+def is_teacher(key: str) -> bool:
+    """Whether a result is that of a teacher."""
+    return key == "teacher" or key.startswith(_NAMED)
 
 
 class EvaluationSchedule:
@@ -27,13 +40,15 @@ class EvaluationSchedule:
         self._evaluate, self._every, self._steps = evaluate, evaluation.every, steps
         self._k, self._every_k = evaluation.k, evaluation.every_k or evaluation.k
         self._phase, self._on_result = phase, on_result
-        self.results: dict[str, EvalResult] = {}  # "before", "after" and "teacher"
+        self.results: dict[str, EvalResult] = {}  # "before", "after", and those of teachers
         self.evaluated: int | None = None  # steps done at the last one
 
-    def teacher(self, evaluate: Callable[[int], EvalResult]) -> None:
-        """The teacher's own score: a wrong template or grader shows there."""
-        self._phase("evaluating the teacher")
-        self.results["teacher"] = evaluate(self._k)
+    def teacher(self, evaluate: Callable[[int], EvalResult], key: str = "teacher") -> EvalResult:
+        """A teacher's own score, under its `teacher_key`: a wrong template or grader shows there."""
+        name = key.removeprefix(_NAMED)
+        self._phase("evaluating the teacher" if name == key else f"evaluating the teacher {name}")
+        result = self.results[key] = evaluate(self._k)
+        return result
 
     def run_if_due(self, done: int) -> None:
         """Evaluate the student after `done` steps, where that is due and was not done."""
@@ -61,5 +76,5 @@ class EvaluationSchedule:
 
     def go_back(self, results: Mapping[str, EvalResult], evaluated: int | None) -> None:
         """The run goes on from a checkpoint that had these."""
-        teacher = {name: result for name, result in self.results.items() if name == "teacher"}
-        self.results, self.evaluated = teacher | dict(results), evaluated  # the teacher does not change
+        teachers = {name: result for name, result in self.results.items() if is_teacher(name)}
+        self.results, self.evaluated = teachers | dict(results), evaluated  # teachers do not change

@@ -71,7 +71,8 @@ class MonitorGroup:
         for done in completed:
             request = done.request
             ids, probes = [s.rollout_id for s in request.specs], [s.probe for s in request.specs]
+            teachers = [s.teacher for s in request.specs]
             admit, observe = remote(monitor, TrapMonitor.admit), remote(monitor, TrapMonitor.observe)
-            refs.append(admit(request.step, request.attempt, ids, probes, request.rule_state))
+            refs.append(admit(request.step, request.attempt, ids, probes, request.rule_state, teachers))
             refs += [observe(c.scored) for c in done.report.chunks]
         self._actors.supervisor.wait(refs, "the trap monitor to see all chunks again")

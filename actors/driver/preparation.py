@@ -63,15 +63,22 @@ def prepare(config: Config) -> Prepared:
             "lengths, and does not say which probes it would have ended; use 'failure' or 'exclude'"
         )
 
-    def prompts(data: DataConfig, max_tokens: int, graded: bool, with_tasks: bool = False) -> PromptSet:
+    def prompts(
+        data: DataConfig,
+        max_tokens: int,
+        graded: bool,
+        with_tasks: bool = False,
+        teachers: Mapping[str, str | None] | None = None,
+    ) -> PromptSet:
         longest, teacher = facts.max_prompt_tokens(max_tokens), facts.teacher_tokenizer
         return load_prompts(
             data, facts.tokenizer, longest, graded=graded, teacher=teacher, with_tasks=with_tasks,
-            environment=config.environment,
+            environment=config.environment, teachers=teachers,
         )  # fmt: skip
 
     verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
-    train = prompts(config.data, config.rollout.max_tokens, False, has_functions(config))
+    functions = has_functions(config)
+    train = prompts(config.data, config.rollout.max_tokens, False, functions, config.teacher_contexts)
     golds = training_golds(config.data, train, verifier, limits, rewards_need_them=needs_golds(config))
     check_golds_for_rewards(config, train, golds)
     heldout = None
@@ -80,14 +87,16 @@ def prepare(config: Config) -> Prepared:
         heldout = prompts(config.evaluation.data, config.eval_max_tokens, True)
         check_golds(heldout.prompts, verifier, limits)
         longest = max(longest, heldout.longest + config.eval_max_tokens)
-    facts.check_roles(config, longest)
+    scored = max(longest, train.longest_scored + config.rollout.max_tokens)
+    facts.check_roles(config, scored)
     paths = ModelPaths(
         student_dir=resolve_model(config.student),
-        teacher_dir="" if config.used_teacher is None else resolve_model(config.used_teacher),
+        teacher_dirs={group.name: resolve_model(group.model) for group in config.scorer_groups},
         stop_ids=facts.stop_ids,
         student_stop_ids=facts.end_ids,
-        teacher_stop_ids=() if facts.teacher is None else facts.teacher.stop_ids,
+        teacher_stop_ids={group.name: facts.teachers[group.section].stop_ids for group in config.scorer_groups},
         vocabulary=facts.student.vocabulary,
         max_model_len=longest,
+        scored_len=scored,
     )
     return Prepared(facts, train, golds, heldout, paths, file_digests(config))

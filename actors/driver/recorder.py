@@ -11,6 +11,7 @@ import numpy as np
 from actors.driver.steps import SampledStep
 from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, ScoredTokens
+from kat_ray.data.prompts import probe_share
 from kat_ray.models.inspect import ModelFacts
 from kat_ray.records.traces import PolicyTrace, TokenFeatures, TraceRow
 from kat_ray.rewards.scoring import RewardScorer
@@ -23,10 +24,10 @@ from kat_ray.run.probes import (
     probe_metrics,
     seen_to_the_end,
 )
-from kat_ray.run.step_metrics import answer_metrics, rollout_metrics, score_metrics
+from kat_ray.run.step_metrics import answer_metrics, rollout_metrics, score_metrics, teacher_metrics
 from kat_ray.run.summary import Totals
 from kat_ray.termination import RULES, Effect
-from kat_ray.types.records import FloatArray, Reward
+from kat_ray.types.records import DEFAULT_TEACHER, FloatArray, Reward
 
 _UNSCORED = np.zeros(0, dtype=np.float32)  # the KL of a rollout that no teacher saw
 
@@ -73,9 +74,13 @@ class StepRecorder:
         tokens = ScoredTokens(sampled.scored)
         traces = tokens.column("d")
         features = self._features(tokens) if sampled.scored else lambda rollout_id: None
-        policy = _policy(sampled, learner or {})
+        policy = _policy(self._config, sampled, learner or {})
         prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
-        active = is_active(self._config.termination, sampled.step_start.threshold)
+        active = {
+            name: is_active(self._config.termination, sampled.step_start.of(name).threshold)
+            for name in self._config.used_teachers or (DEFAULT_TEACHER,)
+        }
+        several = self._names_teachers
         effect = RULES[self._config.termination.rule].effect
         untouched = seen_to_the_end(sampled.rollouts, cuts=effect is not Effect.NOTHING)
         graded = sampled.graded or self._grader.grade(
@@ -100,6 +105,7 @@ class StepRecorder:
                 weights=rollout.outcome.weights,
                 features=features(rollout.rollout_id),
                 policy=policy(rollout),
+                teacher=rollout.outcome.teacher if several else None,
             )
             for rollout in sampled.rollouts
         ]
@@ -111,15 +117,35 @@ class StepRecorder:
             scored_tokens=sum(int(c.offsets[-1]) for c in sampled.scored),
             prompt_tokens=sum(len(s.prompt_ids) for s in sampled.specs),
             learnt_tokens=sum(k.kept for k in sampled.credit.kept),
+            teacher_tokens=self._teacher_tokens(sampled),
         )
         return (
             {"policy_version": float(sampled.version)}
             | rollout_metrics(sampled.rollouts, sampled.step_start)
             | score_metrics(sampled.scored, kept)
-            | probe_metrics([r.outcome for r in sampled.rollouts], traces, graded.correct, active)
+            | (teacher_metrics(sampled.rollouts, traces, sampled.step_start) if several else {})
+            | probe_metrics(
+                [r.outcome for r in sampled.rollouts if active[r.outcome.teacher]], traces, graded.correct, True
+            )
             | grading_metrics(graded)
             | self._policy_metrics(sampled, graded)
         )
+
+    @property
+    def _names_teachers(self) -> bool:
+        """Whether records say who scored a rollout."""
+        return bool(self._config.used_teachers.keys() - {DEFAULT_TEACHER})
+
+    def _teacher_tokens(self, sampled: SampledStep) -> dict[str, int]:
+        """Prompt and scored tokens that each group of scorers was given, by the section that names its model."""
+        if not self._names_teachers:
+            return {}
+        prompts = {s.rollout_id: len(s.prompt_ids) for s in sampled.specs}
+        sections = {name: group.section for group in self._config.scorer_groups for name in group.teachers}
+        counts = dict.fromkeys(sections.values(), 0)
+        for rollout in sampled.rollouts:
+            counts[sections[rollout.outcome.teacher]] += prompts[rollout.rollout_id] + (rollout.outcome.scored or 0)
+        return counts
 
     def _policy_metrics(self, sampled: SampledStep, graded: Graded) -> dict[str, float]:
         """What a step's rewards came to; nothing where none are learnt from."""
@@ -141,7 +167,7 @@ class StepRecorder:
 
 
 def _policy(
-    sampled: SampledStep, learner: Mapping[int, FloatArray]
+    config: Config, sampled: SampledStep, learner: Mapping[int, FloatArray]
 ) -> Callable[[FinishedRollout], PolicyTrace | None]:
     """What is recorded of a rollout that was learnt from by its reward."""
     credit = sampled.credit.by_rollout()
@@ -156,7 +182,7 @@ def _policy(
             reward=reward.value,
             rewards=reward.parts,
             reward_error=reward.error or None,
-            probe_share=sampled.probe_share,
+            probe_share=probe_share(config, sampled.step_start.of(rollout.outcome.teacher)),
             sampled_logprobs=rollout.sampled_logprobs,
             learner_logprobs=learner.get(rollout.rollout_id),
             **own._asdict(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,13 +26,15 @@ from kat_ray.algorithms.choice import algorithm_of
 from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, join_outcomes
 from kat_ray.data.batch import assign_ranks
-from kat_ray.data.prompts import PromptOrder, rollout_specs
+from kat_ray.data.prompts import PromptOrder, probe_share, rollout_specs
 from kat_ray.observability.timeline import Span
 from kat_ray.run.batch_dump import StepBatch
 from kat_ray.run.probes import Graded, RolloutGrader
 from kat_ray.run.step_result import LearnerReport
-from kat_ray.termination import RunFacts, make_rule
+from kat_ray.termination import RunFacts
+from kat_ray.termination.by_teacher import TeacherRules
 from kat_ray.types.records import (
+    DEFAULT_TEACHER,
     ChunkRefs,
     EndedRollout,
     FloatArray,
@@ -77,9 +79,10 @@ class Steps:
         self._order = order
         self._attempts = itertools.count(1)
         facts = RunFacts(config.run.seed, config.rollout.max_tokens)
-        self._initial = make_rule(config.termination, facts).state()
+        teachers = tuple(config.used_teachers) or (DEFAULT_TEACHER,)
+        self._initial = TeacherRules(config.termination, facts, teachers).state()
         self._monitors: MonitorGroup | Unmonitored = Unmonitored(self._initial)
-        if config.used_teacher is not None:
+        if config.used_teachers:
             self._monitors = MonitorGroup(actors.monitors, self._initial)
         self._probe_rewards: dict[int, tuple[float, ...]] = {0: ()}  # by the step that begins with them
 
@@ -107,8 +110,7 @@ class Steps:
     def start_sampling(self, step: int, rule_state: Mapping[str, Any]) -> RolloutDispatcher:
         """Set the samplers going on the rollouts of one step, which begins with this calibration."""
         start = self._monitors.start_step(step, rule_state)
-        specs = rollout_specs(self._order, self._config, step, start.probe_share)
-        specs = [s if s.probe else replace(s, max_tokens=_within(start.budget, s.max_tokens)) for s in specs]
+        specs = rollout_specs(self._order, self._config, step, start)
         begin = None if self._grader is None else partial(self._begin_grading, self._grader, _prompts(specs))
         return RolloutDispatcher(self._actors, step, specs, start, rule_state, self._attempts, begin)
 
@@ -122,9 +124,7 @@ class Steps:
         rollouts = join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes)
         graded = self._grade(rollouts, sampling.specs)
         rewards = {} if graded is None else graded.rewards
-        share = sampling.step_start.probe_share
-        if share is None:
-            share = getattr(self._config.termination, "probe_share", 0.0)
+        share = self._probe_share(sampling.step_start)
         step = sampling.step
         ended = EndedStep(rollouts, sampling.specs, rewards, share, self._probe_rewards[step])
         credit = self._algorithm.credit(ended)
@@ -147,6 +147,12 @@ class Steps:
             credit=credit,
             graded=graded,
         )
+
+    def _probe_share(self, start: StepStart) -> float:
+        """The chance with which a rollout of a step was a probe."""
+        shares = {probe_share(self._config, start.of(name)) for name in self._config.used_teachers}
+        # `Config` refuses rewards that are weighed by it where the teachers' shares may differ.
+        return max(shares, default=probe_share(self._config, start))
 
     def _grade(self, rollouts: Sequence[FinishedRollout], specs: Sequence[RolloutSpec]) -> Graded | None:
         """Verdicts on all that have an answer, where the algorithm learns from them."""
@@ -234,7 +240,3 @@ def _prompts(specs: Iterable[RolloutSpec]) -> dict[int, str]:
 def _given(references: Iterable[Any]) -> list[Any]:
     """Those of all chunks, or none where nobody scored."""
     return [reference for reference in references if reference is not None]
-
-
-def _within(budget: int | None, max_tokens: int) -> int:
-    return max_tokens if budget is None else max(1, min(budget, max_tokens))

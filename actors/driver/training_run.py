@@ -33,7 +33,7 @@ from actors.cluster.signals import Preempted, StopRequest
 from actors.cluster.waiting import LearnersLost
 from actors.driver.agreement import AgreementCheck
 from actors.driver.dispatcher import RolloutDispatcher
-from actors.driver.evaluation import EvaluationSchedule
+from actors.driver.evaluation import EvaluationSchedule, is_teacher, teacher_key
 from actors.driver.history import RunHistory
 from actors.driver.prefetch import Prefetch
 from actors.driver.preparation import Prepared, make_evaluator
@@ -121,12 +121,8 @@ class TrainingRun:
         self._store.start()
         self._actors.begin_loading()
         self._history.begin(started, loaded)
-        asks_teacher = self._config.used_teacher is not None and self._config.evaluation.teacher
-        if self._evaluator and asks_teacher and "teacher" not in self._evaluation.results:
-            self._actors.samplers.use_teacher()
-            self._evaluation.teacher(self._evaluate)
-            result = self._evaluation.results["teacher"]
-            self._progress.note(f"evaluation of the teacher: avg@{result.k} {result.avg_at_k:.1%}")
+        if self._evaluator and self._config.evaluation.teacher:
+            self._evaluate_teachers()
         self._actors.samplers.use_student()
         self._actors.wait_until_ready()
 
@@ -242,7 +238,7 @@ class TrainingRun:
         history.totals.add_trained(0 if result.learner.skipped else result.learner.tokens)
         metrics = result.to_metrics() | history.guards.check(result)
         if goes_on:
-            metrics |= self._resizing.between_steps(_stage_times(result.times))
+            metrics |= self._resizing.between_steps(self._stage_times(result.times))
         history.writer.finish()
         metrics["time/checkpoint"] = history.writer.take_stall_seconds()
         self._trackers.step(result.done, metrics)
@@ -253,6 +249,16 @@ class TrainingRun:
             self._furthest = result.done
             self._actors.supervisor.step_done()
         history.guards.end_if_due(partial(self._steps.batch_of, sampled), history.save)
+
+    def _stage_times(self, times: StepTimes) -> StageTimes:
+        idle = {group.role: 0.0 for group in self._config.scorer_groups}  # where no rollout is theirs
+        scoring = {role: stage.busy for role, stage in times.scorers.items()}
+        return StageTimes.of(
+            step=times.step,
+            waited=times.sample,
+            sampling=times.sampling,
+            busy={"sampler": times.sampler.busy} | idle | scoring,
+        )
 
     def _records_lost(self, step: int, error: BaseException) -> None:
         self._actors.supervisor.count_loss(f"record:{step}", error)
@@ -269,6 +275,17 @@ class TrainingRun:
         assert self._evaluator is not None
         return self._evaluator.run(self._actors.samplers, k)
 
+    def _evaluate_teachers(self) -> None:
+        """Each checkpoint on all held-out problems, once in a run."""
+        for group in self._config.scorer_groups:
+            key = teacher_key(group.name)
+            if key in self._evaluation.results:
+                continue
+            self._actors.samplers.use_teacher(group)
+            result = self._evaluation.teacher(self._evaluate, key)
+            who = "the teacher" if group.section == "teacher" else group.section
+            self._progress.note(f"evaluation of {who}: avg@{result.k} {result.avg_at_k:.1%}")
+
     def _evaluated(self, done: int, result: EvalResult) -> None:
         """What came out, and what training had cost until then; with staleness 1 not what is sampled ahead."""
         self._history.guards.evaluated(result)
@@ -277,7 +294,8 @@ class TrainingRun:
     def _summarise(self) -> None:
         parameters = {name: model.parameters for name, model in self._prepared.facts.models.items()}
         results = self._evaluation.results
-        evaluations = {f"eval_{name}": results.get(name) for name in ("before", "after", "teacher")}
+        names = ("before", "after", "teacher", *(name for name in results if is_teacher(name)))
+        evaluations = {f"eval_{name}": results.get(name) for name in names}
         summary = run_summary(self._config, self._history.totals, evaluations, parameters, self._history.seconds())
         self._run.write_summary(summary)
         newest = self._history.writer.newest or self._run.path / "checkpoints"
@@ -291,12 +309,3 @@ def _trackers(config: Config, run: RunDirectory, progress: Progress) -> Trackers
         own.append(TensorBoardTracker(run.path / "tensorboard"))
     steps = config.run.steps
     return Trackers([*own, RayMetrics(run.path.name, steps), ConsoleTracker(progress, steps)])
-
-
-def _stage_times(times: StepTimes) -> StageTimes:
-    return StageTimes.of(
-        step=times.step,
-        waited=times.sample,
-        sampling=times.sampling,
-        busy={name: stage.busy for name, stage in (("sampler", times.sampler), ("scorer", times.scorer)) if stage},
-    )

@@ -59,4 +59,5 @@ def _outcome(spec: RolloutSpec, rollout: SampledRollout) -> RolloutOutcome:
         minimum=None,
         probe=spec.probe,
         would_cut=None,
+        teacher=spec.teacher,
     )

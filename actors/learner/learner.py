@@ -7,6 +7,7 @@ needs to take the next step bit for bit. NCCL and several GPUs have not been run
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from actors.learner.agreement import (
     restore_parameters,
     save_parameters,
 )
+from actors.learner.average import WeightAverage
 from actors.learner.collectives import rendezvous
 from actors.learner.engine import gathered, make_engine
 from actors.learner.logprob_log import LogprobLog
@@ -59,6 +61,7 @@ class _Loaded(NamedTuple):
     collator: Collator
     trainer: StudentTrainer
     snapshots: Snapshots
+    average: WeightAverage | None  # of rank 0, where a teacher has it
 
 
 class Learner:
@@ -130,7 +133,13 @@ class Learner:
             term_at if settings.objective.is_annealed else None, logprobs,
         )  # fmt: skip
         snapshots = Snapshots(engine, student, self._rank, settings)
-        return _Loaded(engine, student, collator, trainer, snapshots)
+        average = None
+        if settings.average_decay is not None:
+            with gathered(engine):
+                if self._rank == 0:
+                    given = student.weight_update(0, torch.float32)
+                    average = WeightAverage(settings.average_decay, given)
+        return _Loaded(engine, student, collator, trainer, snapshots, average)
 
     def _ready(self) -> _Loaded:
         if self._loaded is None:
@@ -174,9 +183,20 @@ class Learner:
             trainer, objective = self._ready().trainer, self._settings.objective
             weights = objective.weights_at(trainer.steps_taken)
             result = trainer.step(batches, global_weight)
+            if math.isfinite(result.grad_norm):  # else the step was skipped, on all ranks
+                self._take_average(policy_version)
         seconds = collect_seconds + time.monotonic() - started
         shown = weights if objective.is_annealed else None
         return report_of(result, policy_version, seconds, shown, distils=weights["opd"] > 0)
+
+    def _take_average(self, policy_version: int) -> None:
+        """Move the average towards the weights of this moment; a collective operation, where one is kept."""
+        if self._settings.average_decay is None:
+            return
+        loaded = self._ready()
+        with self._timeline.span("average"), gathered(loaded.engine):
+            if loaded.average is not None:
+                loaded.average.take(loaded.student.weight_update(policy_version, torch.float32))
 
     def train_step(
         self,
@@ -209,6 +229,12 @@ class Learner:
                 return None, policy_version
             dtype = DTYPES[self._settings.student.dtype]
             return loaded.student.weight_update(policy_version, dtype), policy_version
+
+    def average(self, policy_version: int) -> tuple[WeightUpdate | None, int]:
+        """The average of the student's weights, as `weights` gives those themselves. All ranks must call it."""
+        average, dtype = self._ready().average, self._settings.student.dtype
+        with self._heartbeat.busy("average"):
+            return None if average is None else average.weight_update(policy_version, DTYPES[dtype]), policy_version
 
     def logprobs(self, sequences: Sequences, plain: bool) -> list[FloatArray]:
         """Log-probabilities [tokens] of answers to prompts: by a plain forward pass, or as a step computes them.
@@ -243,7 +269,8 @@ class Learner:
         """
         loaded, beat = self._ready(), self._heartbeat.beat
         with self._timeline.span("snapshot"), self._heartbeat.busy("snapshot"), gathered(loaded.engine):
-            loaded.snapshots.take(Path(path), tokenizer_dir, loaded.trainer.steps_taken, beat)
+            average = None if loaded.average is None else loaded.average.arrays
+            loaded.snapshots.take(Path(path), tokenizer_dir, loaded.trainer.steps_taken, beat, average)
 
     def written(self) -> dict[str, FileDigest]:
         """Wait until this rank's files of the last snapshot are on disk; their digests by relative path."""
@@ -265,5 +292,7 @@ class Learner:
         loaded = self._ready()
         with self._heartbeat.busy("restore"):
             steps = loaded.snapshots.restore(Path(path), self._heartbeat.beat)
+            if loaded.average is not None:
+                loaded.average.restore(Path(path))
         loaded.trainer.steps_taken = steps
         log.info("restored %s, %d optimiser steps", path, steps)

@@ -25,6 +25,7 @@ class LearnerSettings:
     max_model_len: int | None = None  # longest prompt and answer together
     fp32_output: bool = False  # `numerics.fp32_output_layer`: of the plain pass; the loss has it in any case
     record_logprobs: bool = False  # `run.learner_logprobs`
+    average_decay: float | None = None  # of the average that a teacher has; None: none is kept
 
     @classmethod
     def from_config(
@@ -44,4 +45,5 @@ class LearnerSettings:
             fp32_output=config.numerics.fp32_output_layer,
             record_logprobs=config.run.learner_logprobs,
             objective=config.objective,
+            average_decay=config.average_decay,
         )

@@ -11,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from actors.learner.average import FILE as AVERAGE
+from actors.learner.average import Arrays, write_average
 from actors.learner.model import StudentModel
 from actors.learner.optimizer_state import (
     HostCopy,
@@ -42,9 +44,17 @@ class Snapshots:
         self._writing: Future[dict[str, FileDigest]] | None = None
 
     def take(
-        self, path: Path, tokenizer_dir: str, optimizer_steps: int, beat: Callable[[], object] = lambda: None
+        self,
+        path: Path,
+        tokenizer_dir: str,
+        optimizer_steps: int,
+        beat: Callable[[], object] = lambda: None,
+        average: Arrays | None = None,
     ) -> None:
-        """Copy the state, and start to write it below `path`. On rank 0 the parameters must be `gathered`."""
+        """Copy the state, and start to write it below `path`. On rank 0 the parameters must be `gathered`.
+
+        `average` is that of the student's weights, of rank 0; its arrays do not change.
+        """
         if self._writing is not None:
             self.written(beat)  # its buffers are about to be overwritten
         pieces = held_pieces(self._engine, self._student, self._rank, self._world_size)
@@ -58,6 +68,9 @@ class Snapshots:
             (path / TRAINING).mkdir(exist_ok=True)
             write_tensors(path / own, tensors, metadata)
             digests = {own: FileDigest.synced(path / own)}
+            if average is not None:
+                write_average(path, average)
+                digests[AVERAGE] = FileDigest.synced(path / AVERAGE)
             return digests | (save_model() if save_model else {})
 
         self._writing = self._thread.submit(write)

@@ -26,11 +26,10 @@ from kat_ray.termination import (
     RolloutStart,
     RunFacts,
     TerminationConfig,
-    TerminationRule,
-    make_rule,
-    make_table,
 )
+from kat_ray.termination.by_teacher import TeacherRules
 from kat_ray.types.records import (
+    DEFAULT_TEACHER,
     EngineEnd,
     RolloutOutcome,
     ScoredChunk,
@@ -52,10 +51,13 @@ _REASONS = {
 class _Attempt:
     """The rollouts of an attempt as rows of arrays: `scored` counts the d's received, `end` is set exactly once."""
 
-    def __init__(self, rule: TerminationRule, rollout_ids: Sequence[int], probes: Sequence[bool]) -> None:
+    def __init__(
+        self, rules: TeacherRules, rollout_ids: Sequence[int], probes: Sequence[bool], teachers: Sequence[str]
+    ) -> None:
         self.row = {rollout_id: row for row, rollout_id in enumerate(rollout_ids)}
         starts = [RolloutStart(i, probe=p) for i, p in zip(rollout_ids, probes, strict=True)]
-        self.table = make_table(rule, starts)
+        self.teachers = teachers or [DEFAULT_TEACHER] * len(starts)
+        self.table = rules.table(starts, self.teachers)
         self.probe = np.asarray(probes, dtype=bool)
         self.scored = np.zeros(len(starts), dtype=np.int64)
         self.end = np.zeros(len(starts), dtype=np.int64)
@@ -76,6 +78,7 @@ class _Attempt:
             would_cut=state.cut.at if probe and state.cut else None,
             weights=None if state.weights is None else np.asarray(state.weights, dtype=np.float32),
             evidence=state.evidence,
+            teacher=self.teachers[self.row[rollout_id]],
         )
 
 
@@ -86,10 +89,13 @@ class TrapMonitor:
     in order.
     """
 
-    def __init__(self, termination: TerminationConfig, facts: RunFacts) -> None:
+    def __init__(
+        self, termination: TerminationConfig, facts: RunFacts, teachers: Sequence[str] = (DEFAULT_TEACHER,)
+    ) -> None:
+        """`teachers` are the names of those whose scores rollouts are judged by, each by a rule of its own."""
         label_logs()
-        self._termination, self._facts = termination, facts
-        self._rule = make_rule(termination, facts)
+        self._termination, self._facts, self._teachers = termination, facts, tuple(teachers)
+        self._rules = self._new_rules()
         self._next = 0  # the step that the calibration is good for
         self._step: int | None = None
         self._attempts: dict[int, _Attempt] = {}
@@ -99,12 +105,15 @@ class TrapMonitor:
         self._timeline = Timeline()
         self._heartbeat = Heartbeat()
 
+    def _new_rules(self) -> TeacherRules:
+        return TeacherRules(self._termination, self._facts, self._teachers)
+
     def health(self) -> HeartbeatReport:
         return self._heartbeat.read()
 
     def state(self) -> dict[str, Any]:
         """The calibration, as JSON: what `start_step` and `admit` take."""
-        return self._rule.state()
+        return self._rules.state()
 
     def start_step(
         self,
@@ -115,22 +124,21 @@ class TrapMonitor:
     ) -> StepStart:
         """Open a step; returns the threshold and the budget of its rollouts.
 
-        `state` is the calibration to begin with, None for the current one. Rollouts named here are attempt 0;
-        others are added by `admit`.
+        `state` is the calibration to begin with, None for the current one. Rollouts named here are attempt 0, of
+        the only teacher; others are added by `admit`.
         """
         open_ = sum(int((a.end == EngineEnd.RUNNING).sum()) for a in self._attempts.values())
         assert state is not None or not open_, f"step {step} starts while {open_} rollouts are open"
         if state is not None and step != self._next:
-            self._rule = make_rule(self._termination, self._facts)
-            self._rule.load_state(state)
+            self._rules = self._new_rules()
+            self._rules.load_state(state)
         self._busy_seconds = 0.0
         self._step, self._next = step, step
         self._attempts = {}
-        self._rule.start_step(step)
+        start = self._rules.start_step(step)
         if rollout_ids:
-            self._attempts[0] = _Attempt(self._rule, rollout_ids, probes)
-        # An addition to the interface of rules: those of other packages may lack it.
-        return StepStart(self._rule.threshold, self._rule.budget, getattr(self._rule, "probe_share", None))
+            self._attempts[0] = _Attempt(self._rules, rollout_ids, probes, ())
+        return start
 
     def admit(
         self,
@@ -139,12 +147,16 @@ class TrapMonitor:
         rollout_ids: Sequence[int],
         probes: Sequence[bool],
         state: Mapping[str, Any] | None = None,
+        teachers: Sequence[str] = (),
     ) -> None:
-        """Add an attempt's rollouts; an attempt that is known is left as it is."""
+        """Add an attempt's rollouts; an attempt that is known is left as it is.
+
+        `teachers` names who scores each of them; without it the only one does.
+        """
         if self._step != step:
             self.start_step(step, state=state)
         if attempt not in self._attempts:
-            self._attempts[attempt] = _Attempt(self._rule, rollout_ids, probes)
+            self._attempts[attempt] = _Attempt(self._rules, rollout_ids, probes, teachers)
 
     def observe(self, chunk: ScoredChunk) -> TerminationDecision:
         """Take the d's of a chunk; returns the rollouts that the rule has just cut.
@@ -199,9 +211,9 @@ class TrapMonitor:
         if self._next != step + 1:
             if self._step != step:
                 raise StateLost(f"step {step} is not open in this monitor")
-            self._rule.end_step(ended)
+            self._rules.end_step(ended)
             self._next, self._step = step + 1, None
-        return self._rule.state()
+        return self._rules.state()
 
     def close_step(self, attempts: Sequence[int]) -> StepEnd:
         """The outcomes of these attempts, by rollout id. All of their rollouts must have ended.
@@ -227,7 +239,7 @@ class TrapMonitor:
         """Counters since the start, and the current state."""
         return {
             "open_rollouts": sum(len(a.row) for a in self._attempts.values()),
-            "calibration_samples": self._rule.samples,
+            "calibration_samples": self._rules.samples,
             "decisions": self._decisions,
             "late_tokens": self._late_tokens,
         }

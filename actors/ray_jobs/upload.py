@@ -40,7 +40,7 @@ _ENTRY = 128  # bytes of an archive that a file takes beside its content and, tw
 _NAMED = 3  # files that a message names
 
 _PRIVATE, _LINKED = "may hold secrets", "links that lead out of the folder"
-_WEIGHTS = "weights that student.path and teacher.path do not name"
+_WEIGHTS = "weights that no path of student or teachers names"
 _ENVIRONMENTS, _RUNS = "virtual environments", "runs and caches"
 
 
@@ -174,8 +174,8 @@ class _Sieve:
 
 def _kept(root: Path, config: Config) -> Iterator[str]:
     """Folders whose weights the job reads from what is uploaded."""
-    teacher = [] if config.used_teacher is None else [config.used_teacher.path]
-    for path in (_DEMO, config.student.path, *teacher):
+    teachers = [teacher.path for teacher in config.used_teachers.values()]
+    for path in (_DEMO, config.student.path, *teachers):
         inside = os.path.normpath(root / path)
         if os.path.isdir(inside) and Path(inside).is_relative_to(root) and Path(inside) != root:
             yield Path(inside).relative_to(root).as_posix()

@@ -43,11 +43,11 @@ LOST = (RayActorError, StateLost, ObjectLostError)
 _SLICE = 1.0  # seconds between two heartbeats while waiting for another actor
 
 
-def scorer_ranges(teachers: Mapping[str, Sequence[Any]]) -> dict[str, range]:
-    """Numbers of each teacher's scorers, all of them counted from 0."""
+def scorer_ranges(groups: Mapping[str, Sequence[Any]]) -> dict[str, range]:
+    """Numbers of each group's scorers, all of them counted from 0."""
     ranges: dict[str, range] = {}
     start = 0
-    for name, scorers in teachers.items():
+    for name, scorers in groups.items():
         ranges[name] = range(start, start := start + len(scorers))
     return ranges
 
@@ -60,7 +60,7 @@ class ScoringStream:
     def __init__(
         self,
         request: GenerateRequest,
-        teachers: Mapping[str, Sequence[Any]],
+        groups: Mapping[str, Sequence[Any]],
         monitor: Any,
         rollouts: Mapping[int, PendingRollout],
         abort: Callable[[Sequence[int]], None],
@@ -68,10 +68,11 @@ class ScoringStream:
         heartbeat: Heartbeat,
     ) -> None:
         self._request, self._monitor = request, monitor
-        self._scorers = [scorer for scorers in teachers.values() for scorer in scorers]
+        self._scorers = [scorer for scorers in groups.values() for scorer in scorers]
+        self._groups = [name for name, scorers in groups.items() for _ in scorers]
         self._rollouts, self._abort = rollouts, abort
         self._limits, self._heartbeat = limits, heartbeat
-        self._stream = Stream(rollouts, scorer_ranges(teachers).values(), limits.max_restarts)
+        self._stream = Stream(rollouts, scorer_ranges(groups).values(), limits.max_restarts)
         self._decisions: dict[int, Any] = {}  # futures, of chunks that have no answer yet
         self._sent_at: list[float] = []
         self.chunks: list[ChunkRefs] = []
@@ -124,7 +125,8 @@ class ScoringStream:
             case Admit():
                 request = self._request
                 ids, probes = [s.rollout_id for s in request.specs], [s.probe for s in request.specs]
-                self._monitor.admit.remote(request.step, request.attempt, ids, probes, request.rule_state)
+                teachers = [s.teacher for s in request.specs]
+                self._monitor.admit.remote(request.step, request.attempt, ids, probes, request.rule_state, teachers)
             case Score(_, scorer):
                 assert chunk is not None
                 self.chunks.append(self._score(scorer, chunk))
@@ -144,8 +146,15 @@ class ScoringStream:
                 self._scorers[scorer].release.remote(list(rollout_ids))
             case AwaitScorer(scorer):
                 self._wait_until_up(self._scorers[scorer], f"scorer {scorer}")
+                self._brief(scorer)
             case AwaitMonitor():
                 self._wait_until_up(self._monitor, "the trap monitor")
+
+    def _brief(self, scorer: int) -> None:
+        """Tell a scorer that may be new which of the student's weights the request is scored with, if any are."""
+        weights, group = self._request.teacher_weights, self._groups[scorer]
+        if group in weights:
+            self._scorers[scorer].follow.remote(self._request.version, weights[group], True)
 
     def _score(self, scorer: int, chunk: RolloutChunk) -> ChunkRefs:
         chunk_ref = ray.put(chunk)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from kat_ray.config import ClusterConfig, Config, ModelConfig, RolloutConfig, SamplerConfig
+
+
+@dataclass(frozen=True)
+class ScoredBy:
+    """Which group's scorers a rollout goes to, and the tokens of a block of their prefix caches."""
+
+    group: str
+    cache_block: int
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class SamplerSettings:
     cluster: ClusterConfig
     deterministic: bool
     seed: int
-    cache_block: int = 1  # tokens of a block of the scorers' prefix caches
+    scored_by: Mapping[str, ScoredBy] = field(default_factory=dict)  # of the rollouts of each teacher, by its name
     fp32_output: bool = False  # `numerics.fp32_output_layer`
     record_logprobs: bool = False  # every rollout comes with the log-probabilities of its tokens
 
@@ -48,7 +56,11 @@ class SamplerSettings:
             cluster=config.cluster,
             deterministic=config.run.deterministic,
             seed=config.run.seed,
-            cache_block=config.scorer.chunk_block,
+            scored_by={
+                name: ScoredBy(group.name, group.scorer.chunk_block)
+                for group in config.scorer_groups
+                for name in group.teachers
+            },
             fp32_output=config.numerics.fp32_output_layer,
             record_logprobs=config.objective.rl.weight > 0,
         )

@@ -124,11 +124,11 @@ class Stream:
     """The chunks of one attempt. It sets `scorer`, `known` and `cut` of `rollouts`; the sampler adds the tokens."""
 
     def __init__(
-        self, rollouts: Mapping[int, PendingRollout], teachers: Collection[range], max_restarts: int
+        self, rollouts: Mapping[int, PendingRollout], groups: Collection[range], max_restarts: int
     ) -> None:
-        """Scorers are numbered from 0; those of one teacher are a range of `teachers`, and stand in for another."""
+        """Scorers are numbered from 0; those of one group are a range, and stand in for another."""
         self._rollouts = rollouts
-        self._peers = {scorer: peers for peers in teachers for scorer in peers}
+        self._peers = {scorer: peers for peers in groups for scorer in peers}
         self._scorers = len(self._peers)
         self._max_restarts = max_restarts
         self._chunks: list[Sent] = []

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from actors.sampler.score_stream import ScoringStream, scorer_ranges
-from actors.sampler.settings import SamplerSettings
+from actors.sampler.settings import SamplerSettings, ScoredBy
 from actors.sampler.unscored import UnscoredStream
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.chunks import PendingRollout, build_chunk
@@ -89,7 +90,7 @@ class StudentSampler:
         self._name = name
         self._settings = settings
         self._version = 0
-        self._teachers: Mapping[str, Sequence[Any]] | None = None  # until it is told; none at all is {}
+        self._scorers: Mapping[str, Sequence[Any]] | None = None  # until it is told; none at all is {}
         self._monitor: Any = None
         self._timeline = Timeline()
         self._heartbeat = Heartbeat()
@@ -108,13 +109,13 @@ class StudentSampler:
         return self._heartbeat.read()
 
     def connect(
-        self, teachers: Mapping[str, Sequence[Any]], monitor: Any, index: int = 0, samplers: int = 1
+        self, scorers: Mapping[str, Sequence[Any]], monitor: Any, index: int = 0, samplers: int = 1
     ) -> None:
-        """Take the handles of each teacher's scorers and of this sampler's monitor: no teachers, no monitor.
+        """Take the handles of each group's scorers and of this sampler's monitor: no scorers, no monitor.
 
         This is sampler `index` of `samplers`.
         """
-        self._teachers, self._monitor = teachers, monitor
+        self._scorers, self._monitor = scorers, monitor
         self._index, self._samplers = index, samplers
 
     def load_weights(self, update: WeightUpdate) -> int:
@@ -133,12 +134,12 @@ class StudentSampler:
 
         `StateLost` if this is a new process that does not hold the requested weights yet.
         """
-        if request.version != self._version or self._teachers is None:
+        if request.version != self._version or self._scorers is None:
             raise StateLost(
                 f"{self._name} holds version {self._version}, not {request.version}: its process is new"
             )
         with self._heartbeat.busy("generate"):
-            self._generation = _Generation(self, request, self._teachers)
+            self._generation = _Generation(self, request, self._scorers)
             return self._generation.run()
 
     def ended(self, attempt: int, since: int) -> list[EndedRollout]:
@@ -216,7 +217,7 @@ class _Generation:
     """The state of one `generate` call."""
 
     def __init__(
-        self, sampler: StudentSampler, request: GenerateRequest, teachers: Mapping[str, Sequence[Any]]
+        self, sampler: StudentSampler, request: GenerateRequest, scorers: Mapping[str, Sequence[Any]]
     ) -> None:
         self._sampler = sampler
         self._engine = sampler._engine
@@ -225,26 +226,29 @@ class _Generation:
         self._control_seconds = 0.0
         self.attempt = request.attempt
         self.ended: list[EndedRollout] = []  # appended to and never changed: another thread reads it
-        specs = request.specs
         # Without a teacher nobody asks for other tokens than the sampled one, nor for a rollout before its end: no
         # block is full earlier.
-        self._top_k = self._rollout.top_k_logprobs if teachers else 0
-        block = sampler._settings.cache_block if teachers else sampler._settings.max_model_len + 1
+        self._top_k = self._rollout.top_k_logprobs if scorers else 0
+        settings = sampler._settings
+        unscored = ScoredBy("", settings.max_model_len + 1)
+        ranges = scorer_ranges(scorers) or {unscored.group: range(1)}  # a stream of its own
+        routes = [settings.scored_by[spec.teacher] if scorers else unscored for spec in request.specs]
+        counts, taken = Counter(route.group for route in routes), Counter[str]()
         self._rollouts: dict[int, PendingRollout] = {}
-        ranges = scorer_ranges(teachers)
-        for i, spec in enumerate(specs):
-            peers = ranges[spec.teacher] if teachers else range(1)  # a stream of its own
-            scorer = peers[scorer_of(i, len(specs), sampler._index, sampler._samplers, len(peers))]
-            recorded = array("f") if sampler._settings.record_logprobs else None
+        for spec, route in zip(request.specs, routes, strict=True):
+            peers, position = ranges[route.group], taken[route.group]
+            scorer = peers[scorer_of(position, counts[route.group], sampler._index, sampler._samplers, len(peers))]
+            taken[route.group] += 1
+            recorded = array("f") if settings.record_logprobs else None
             self._rollouts[spec.rollout_id] = PendingRollout(
-                spec.rollout_id, spec.prompt_ids, scorer, block=block, sampled=recorded
+                spec.rollout_id, spec.scored_prompt, scorer, block=route.cache_block, sampled=recorded
             )
         self._active = {str(i): r for i, r in self._rollouts.items()}
         self._stream: ScoringStream | UnscoredStream = UnscoredStream()
-        if teachers:
+        if scorers:
             self._stream = ScoringStream(
                 request,
-                teachers,
+                scorers,
                 sampler._monitor,
                 self._rollouts,
                 self._abort,

@@ -16,12 +16,13 @@ from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
-from actors.sampler.weight_loading import LoadReport, load, load_shared, shared, tensors_of
+from actors.sampler.weight_loading import LoadReport, load, load_shared, shared
 from kat_ray.cluster.devices import device_of
 from kat_ray.config import ModelConfig
 from kat_ray.config.cluster import SamplerConfig
 from kat_ray.errors import ModelError, UserError
 from kat_ray.models.fp32_output import output_dtypes, require_fp32_output, vllm_arguments
+from kat_ray.models.weight_updates import tensors_of
 from kat_ray.types.records import EngineEnd, EngineRows, SamplingSettings, WeightUpdate
 
 _ENDS = {FinishReason.STOP: EngineEnd.EOS, FinishReason.LENGTH: EngineEnd.MAX_TOKENS}

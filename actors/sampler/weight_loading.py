@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kat_ray.models.weight_updates import tensor_of
 from kat_ray.types.records import WeightUpdate
 
 _ALIGNMENT = 64  # bytes, of each array in shared memory
@@ -45,20 +45,6 @@ class SharedWeights:
 
     path: str
     tensors: tuple[tuple[str, str, str, tuple[int, ...], int], ...]  # name, dtype, numpy's, shape, offset in bytes
-
-
-def tensors_of(update: WeightUpdate) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of an update, sharing memory with its arrays."""
-    for name, dtype, array in zip(update.names, update.dtypes, update.arrays, strict=True):
-        yield name, _tensor(array, dtype)
-
-
-def _tensor(array: Any, dtype: str) -> torch.Tensor:
-    with warnings.catch_warnings():
-        # Arrays from the object store are read-only, which torch cannot express; vLLM only reads them.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
 @contextmanager
@@ -92,7 +78,7 @@ def load_shared(worker: Any, weights: SharedWeights) -> LoadReport:
     with open(weights.path, "rb") as file:
         memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
     tensors = (
-        (name, _tensor(np.frombuffer(memory, kind, int(np.prod(shape)), offset).reshape(shape), dtype))
+        (name, tensor_of(np.frombuffer(memory, kind, int(np.prod(shape)), offset).reshape(shape), dtype))
         for name, dtype, kind, shape, offset in weights.tensors
     )
     return load(worker, tensors)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from kat_ray.losses.divergence import entropy, tail_and_stop
-from kat_ray.types.records import FloatArray, IntArray, RolloutChunk
+from kat_ray.types.records import FloatArray, IntArray, RolloutChunk, WeightUpdate
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]  # prompt and answer, token ids
 
@@ -62,6 +62,14 @@ class Teacher(Protocol):
 
     def plain_logprobs(self, sequences: Sequences) -> list[FloatArray]:
         """Log-probabilities [tokens] of each answer by a pass of its own, which holds and uses no state."""
+
+
+@runtime_checkable
+class FollowsStudent(Protocol):
+    """A teacher that can be the student itself."""
+
+    def load_weights(self, update: WeightUpdate) -> None:
+        """Hold these weights, and nothing of rollouts: their keys and values are of others."""
 
 
 def columns_of(logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int]) -> TeacherColumns:

@@ -35,7 +35,7 @@ def logprobs_of_copy(settings: ScorerSettings, sequences: Sequences) -> list[Flo
     threads = torch.get_num_threads()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     try:
-        model = load_causal_lm(teacher, settings.teacher_dir, teacher.dtype, "teacher")
+        model = load_causal_lm(teacher, settings.teacher_dir, teacher.dtype, settings.section)
         return [plain_logprobs(model, *pair, torch.device("cpu"), settings.fp32_output) for pair in sequences]
     finally:
         torch.set_num_threads(threads)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from actors.teacher.agreement import chunked_logprobs
-from actors.teacher.backend import Sequences, Teacher, TeacherColumns
+from actors.teacher.backend import FollowsStudent, Sequences, Teacher, TeacherColumns
 from actors.teacher.settings import ScorerSettings
 from kat_ray.cluster.devices import device_of
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
@@ -26,7 +26,15 @@ from kat_ray.losses.divergence import LOG_FLOOR, dequantise, entropy, event_logp
 from kat_ray.losses.eos import EosMode
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
-from kat_ray.types.records import EngineEnd, FloatArray, IntArray, RolloutChunk, ScoredChunk, TeacherRows
+from kat_ray.types.records import (
+    EngineEnd,
+    FloatArray,
+    IntArray,
+    RolloutChunk,
+    ScoredChunk,
+    TeacherRows,
+    WeightUpdate,
+)
 
 
 def make_teacher(settings: ScorerSettings) -> Teacher:
@@ -61,10 +69,12 @@ class TeacherScorer:
         label_logs()
         self._name = name
         self._stop_ids = settings.stop_ids
-        self._teacher_name = f"teacher.path = {settings.teacher.path!r}"
+        self._teacher_name = settings.model_name
         self._eos: EosMode = settings.rollout.eos
         self._top_k = settings.rollout.top_k_logprobs
         self._teacher = make(settings)
+        # Of the student's weights that it holds; None of a new process that does not know which it is to hold.
+        self._version: int | None = None if settings.follows_student else 0
         self._timeline = Timeline()
         self._heartbeat = Heartbeat()
         self._abandoned: set[int] = set()
@@ -86,10 +96,25 @@ class TeacherScorer:
         `StateLost` names rollouts whose past this scorer does not hold: send them again with their whole past.
         UserError names a token id that the teacher has no token for.
         """
+        if self._version is None:
+            raise StateLost(f"{self._name} was not told which of the student's weights to hold: its process is new")
         if chunk.attempt in self._abandoned:
             raise StateLost(f"attempt {chunk.attempt} was given up: its sampler is lost")
         with self._timeline.span("score"), self._heartbeat.busy("score"):
             return self._score(chunk)
+
+    def follow(self, version: int, update: WeightUpdate | None, unless_held: bool = False) -> None:
+        """Hold the student's weights of this version, for the rollouts to come; None: those that it was given.
+
+        `unless_held` leaves one that holds this version already as it is: rollouts may be under way.
+        """
+        if unless_held and self._version == version:
+            return
+        if update is not None:
+            with self._timeline.span("load weights"), self._heartbeat.busy("load weights"):
+                assert isinstance(self._teacher, FollowsStudent), "`Config` lets no other follow"
+                self._teacher.load_weights(update)
+        self._version = version
 
     def abandon(self, attempt: int, rollout_ids: Sequence[int]) -> None:
         """Drop the rollouts of an attempt whose sampler was lost, and refuse chunks of it from now on."""

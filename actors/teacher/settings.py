@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kat_ray.config import Config, ModelConfig, RolloutConfig, ScorerConfig
+from kat_ray.config import Config, ModelConfig, RolloutConfig, ScorerConfig, ScorerGroup
 from kat_ray.termination import RULES
 
 
 @dataclass(frozen=True)
 class ScorerSettings:
-    """The same for all scorers."""
+    """The same for all scorers of a group."""
 
     teacher: ModelConfig
     teacher_dir: str  # where the teacher's files are: a directory, or a hub id
@@ -22,6 +22,13 @@ class ScorerSettings:
     student_vocabulary: int = 0  # ids that chunks may hold; 0: those of the teacher
     fp32_output: bool = False  # `numerics.fp32_output_layer`
     top_needed: bool = False  # the rule cannot do without the teacher's most likely ids
+    follows_student: bool = False  # it is given the student's weights
+    section: str = "teacher"  # where the configuration names the model
+
+    @property
+    def model_name(self) -> str:
+        """The teacher in messages: its field and value."""
+        return f"{self.section}.path = {self.teacher.path!r}"
 
     @classmethod
     def from_config(
@@ -31,16 +38,22 @@ class ScorerSettings:
         stop_ids: Sequence[int],
         max_model_len: int,
         student_vocabulary: int = 0,
+        group: ScorerGroup | None = None,
     ) -> ScorerSettings:
-        assert config.used_teacher is not None, "nobody asks a teacher in this run"
+        """The settings of a group of scorers; None: of the run's only one."""
+        if group is None:
+            assert config.scorer_groups, "nobody asks a teacher in this run"
+            (group,) = config.scorer_groups
         return cls(
-            teacher=config.used_teacher,
+            teacher=group.model,
             teacher_dir=teacher_dir,
             stop_ids=tuple(stop_ids),
             max_model_len=max_model_len,
-            scorer=config.scorer,
+            scorer=group.scorer,
             rollout=config.rollout,
             student_vocabulary=student_vocabulary,
             fp32_output=config.numerics.fp32_output_layer,
             top_needed=bool({"overlap", "teacher_max"} & {*RULES[config.termination.rule].needs}),
+            section=group.section,
+            follows_student=group.follows_student,
         )

@@ -28,7 +28,8 @@ from kat_ray.models.load import load_causal_lm, plain_logprobs
 from kat_ray.models.output_layer import output_layer
 from kat_ray.models.support import require_directory
 from kat_ray.models.text_model import text_decoder
-from kat_ray.types.records import FloatArray, IntArray, RolloutChunk
+from kat_ray.models.weight_updates import take_weights
+from kat_ray.types.records import FloatArray, IntArray, RolloutChunk, WeightUpdate
 
 _LOGITS = 2**25  # logits in memory at once: tokens x vocabulary, 128 MiB in float32
 
@@ -78,9 +79,9 @@ class TransformersTeacher:
 
     def __init__(self, settings: ScorerSettings) -> None:
         teacher = settings.teacher
-        self._name = f"teacher.path = {teacher.path!r}"
+        self._name = settings.model_name
         require_directory(teacher, settings.teacher_dir, "scorer-transformers", self._name, settings.max_model_len)
-        self._model = load_causal_lm(teacher, settings.teacher_dir, teacher.dtype, "teacher")
+        self._model = load_causal_lm(teacher, settings.teacher_dir, teacher.dtype, settings.section)
         self._device = device_of(settings.scorer.num_gpus, "scorer")
         self._model.to(self._device)
         self._output_layer = output_layer(self._model)
@@ -115,6 +116,10 @@ class TransformersTeacher:
         for rollout_id in rollout_ids:
             if (state := self._states.pop(rollout_id, None)) is not None:
                 self._cache.free(state.slot)
+
+    def load_weights(self, update: WeightUpdate) -> None:
+        self.release(list(self._states))  # of rollouts that were cut, and are let go of late
+        take_weights(self._model, update, self._name)
 
     @torch.inference_mode()
     def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:

@@ -84,7 +84,7 @@ class VllmTeacher:
         self._core = self._engine.engine_core
         self._settings = settings
         self._tasks = self._engine.get_supported_tasks()
-        self._name = f"teacher.path = {settings.teacher.path!r}"
+        self._name = settings.model_name
         # An id that the teacher has no token for has no mass, and vLLM refuses it.
         self._stop_ids = np.array([i for i in settings.stop_ids if i < self.vocabulary], dtype=np.int32)
         self._top = min(OVERLAP_TOP, settings.rollout.top_k_logprobs) if settings.top_needed else None

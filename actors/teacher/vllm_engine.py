@@ -59,7 +59,7 @@ def start_engine(settings: ScorerSettings, **changes: Any) -> LLMEngine:
     ends its request.
     """
     args = engine_args(settings, **changes)
-    name = f"teacher.path = {settings.teacher.path!r}"
+    name = settings.model_name
     try:
         model = args.create_model_config()  # the longest rollout itself must be within the model's limit
         _check_rope(model.hf_config, settings.max_model_len, name)

@@ -10,7 +10,8 @@ from kat_ray.config import Config
 
 def algorithm_of(config: Config) -> Algorithm:
     """With what is to be learnt from rewards, if anything is."""
-    rl = config.objective.rl
+    rl, teachers = config.objective.rl, config.used_teachers
+    weights = {name: teacher.weight for name, teacher in teachers.items() if teacher.weight != 1.0}
     if not rl.weight:
-        return OnPolicyDistillation()
-    return PolicyOptimization(rl, config.rollout.max_tokens, distils=config.used_teacher is not None)
+        return OnPolicyDistillation(weights)
+    return PolicyOptimization(rl, config.rollout.max_tokens, bool(teachers), weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from kat_ray.algorithms.groups import Ending, Floats, Graded, Members, Treatment
 from kat_ray.algorithms.shaping import overlong_penalty
 from kat_ray.config import PolicyObjective
 from kat_ray.data.accounting import FinishedRollout
-from kat_ray.types.records import FloatArray, KeptRollout, PolicyCredit, Reward, StopReason
+from kat_ray.types.records import FloatArray, KeptRollout, PolicyCredit, Reward, RolloutSpec, StopReason
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class PolicyOptimization:
     objective: PolicyObjective
     longest: int  # tokens of a rollout
     distils: bool = True  # its tokens have a KL, too
+    teacher_weights: Mapping[str, float] = field(default_factory=dict)  # by name, of those with another than 1
 
     def credit(self, ended: EndedStep) -> Credit:
         """See `Algorithm`; rollouts without a token are in no group's loss, and in its baseline all the same."""
@@ -43,7 +44,7 @@ class PolicyOptimization:
             advantage = advantage.clip(-rule.advantage_clip, rule.advantage_clip)
         weight = token_weights(rule.aggregate, tokens, found.weight, self.longest)
         kept = [
-            self._kept(rollout, len(by_id[rollout.rollout_id].prompt_ids), PolicyCredit(float(a), int(t), float(w)))
+            self._kept(rollout, by_id[rollout.rollout_id], PolicyCredit(float(a), int(t), float(w)))
             for rollout, a, t, w in zip(rollouts, advantage, tokens, weight, strict=True)
         ]
         values = dict(zip(found.rollout_ids, zip(found.reward, found.weight, advantage, strict=True), strict=True))
@@ -66,7 +67,7 @@ class PolicyOptimization:
         q = _mean(ended.probe_rewards) if rule.cut_reward == "probe_mean" and known else None
         return Treatment(rule.cut_reward, rule.truncated, share, q)
 
-    def _kept(self, rollout: FinishedRollout, prompt_length: int, policy: PolicyCredit) -> KeptRollout:
+    def _kept(self, rollout: FinishedRollout, spec: RolloutSpec, policy: PolicyCredit) -> KeptRollout:
         """The tokens of both losses; those past the cut have no KL, and none has where there is no teacher."""
         with_kl = rollout.counts.kept if self.distils else 0
         count = max(with_kl, policy.tokens if policy.weight else 0)
@@ -75,7 +76,8 @@ class PolicyOptimization:
             weights = np.zeros(count, dtype=np.float32)
             own = rollout.outcome.weights
             weights[:with_kl] = 1.0 if own is None else own[:with_kl]
-        return KeptRollout(rollout.rollout_id, prompt_length, count, weights, policy if policy.weight else None)
+        credit, scale = policy if policy.weight else None, self.teacher_weights.get(rollout.outcome.teacher, 1.0)
+        return KeptRollout.of(spec, count, weights=weights, policy=credit, scale=scale)
 
     def _newest(self, rewards: tuple[float, ...]) -> tuple[float, ...]:
         """Those whose mean the next step's cut rollouts are given; none where they are given something else."""

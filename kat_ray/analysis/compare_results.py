@@ -207,18 +207,21 @@ def tflop_parts(summary: Mapping[str, Any], file: Path, config: Config) -> dict[
     earlier version did not record how many those were.
     """
     student = summary["parameters"].get("student")
-    teacher = summary["parameters"].get("teacher", 0)  # a run without one does not name it
-    if student is None or teacher is None:
+    prompts, learnt = summary["prompt_tokens"], summary.get("learnt_tokens")
+    # A run without a teacher does not name one; one with several says what each of them was given.
+    given = summary.get("teacher_tokens") or {"teacher": prompts + summary["scored_tokens"]}
+    teachers = {name: summary["parameters"].get(name, 0) for name in given}
+    if student is None or None in teachers.values():
+        sizes = " and ".join(map(str, teachers.values()))
         raise UserError(
-            f"{file}: parameters of student and teacher are {student} and {teacher}: the size of a model is "
+            f"{file}: parameters of student and teacher are {student} and {sizes}: the size of a model is "
             "known only if its weights are safetensors, and a comparison counts arithmetic by it: fill them in"
         )
-    prompts, learnt = summary["prompt_tokens"], summary.get("learnt_tokens")
     learnt = summary["kept_tokens"] if learnt is None else learnt
     passes = 8e-12 if config.objective.rl.rollout_ratio else 6e-12
     return {
         "tflop_sampling": 2e-12 * student * (prompts + summary["generated_tokens"]),
-        "tflop_scoring": 2e-12 * teacher * (prompts + summary["scored_tokens"]),
+        "tflop_scoring": sum(2e-12 * teachers[name] * tokens for name, tokens in given.items()),
         "tflop_learning": passes * student * (prompts + learnt),
     }
 

@@ -27,7 +27,7 @@ from kat_ray.termination.calibration import MinimaBuffer
 from kat_ray.termination.kat import KatRule, tells_all
 from kat_ray.termination.settings import KatParameters, with_threshold_of
 from kat_ray.termination.staircase import Staircase, staircase
-from kat_ray.types.records import FloatArray, IntArray
+from kat_ray.types.records import DEFAULT_TEACHER, FloatArray, IntArray
 
 Settings = TypeVar("Settings", bound=BaseModel)
 _BLOCK_VALUES = 1 << 20  # padded values that are worked on at once
@@ -50,6 +50,7 @@ class Traces:
     correct: IntArray  # [R] 1 right, 0 wrong, -1 not graded
     # Token ids and features of every scored token [N], by name, where a rule needs them and the run has them.
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    teacher: np.ndarray | None = None  # [R] names of who scored them; None of a run without teachers by name
 
     @property
     def lengths(self) -> IntArray:
@@ -59,13 +60,20 @@ class Traces:
     def take(self, rows: IntArray) -> Traces:
         """The rollouts with these indices."""
         where = _flat(self.offsets[rows], self.lengths[rows])
-        flat = ("d", "offsets", "columns")
+        flat = ("d", "offsets", "columns", "teacher")
         return Traces(
+            teacher=None if self.teacher is None else self.teacher[rows],
             d=self.d[where],
             offsets=np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64),
             columns={name: values[where] for name, values in self.columns.items()},
             **{f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name not in flat},
         )
+
+    def by_teacher(self) -> list[tuple[str, IntArray]]:
+        """The names of teachers, and the indices of the rollouts of each: what one calibration is made of."""
+        if self.teacher is None:
+            return [("", np.arange(len(self.step)))]
+        return [(str(name), np.flatnonzero(self.teacher == name)) for name in np.unique(self.teacher)]
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,16 @@ class Replayed:
     confirmed: IntArray  # tokens seen at the decision; -1
     recovered: IntArray  # token that lifted the window mean to the threshold again after the cut; -1
     minimum: FloatArray  # smallest window mean of the whole trace, nats; NaN without a window
+
+    @classmethod
+    def joined(cls, parts: Sequence[tuple[IntArray, Replayed]]) -> Replayed:
+        """Of all rollouts, from parts and their indices, each rollout in one of them."""
+        count = sum(len(rows) for rows, _ in parts)
+        columns = {f.name: np.full(count, math.nan if f.name == "minimum" else -1) for f in fields(cls)}
+        for rows, part in parts:
+            for name, values in columns.items():
+                values[rows] = getattr(part, name)
+        return cls(**columns)
 
 
 def load_traces(run_dir: Path, columns: Sequence[str] = ()) -> tuple[Traces, tuple[str, ...]]:
@@ -126,7 +144,13 @@ def traces_from(table: pa.Table, columns: Sequence[str] = ()) -> Traces:
         would_cut=ints("would_cut"),
         correct=ints("correct"),
         columns={name: values for name in columns if (values := _column(table, name, lengths)) is not None},
+        teacher=_teachers(table),
     )
+
+
+def _teachers(table: pa.Table) -> np.ndarray | None:
+    names = table.column("teacher")
+    return None if names.null_count == len(names) else np.array(names.fill_null(DEFAULT_TEACHER).to_pylist())
 
 
 def _column(table: pa.Table, name: str, lengths: IntArray) -> np.ndarray | None:
@@ -280,6 +304,8 @@ def calibrate(
     traces: Traces, rule: KatParameters, seed: int = 0, blocks: Blocks | None = None
 ) -> tuple[FloatArray, Replayed]:
     """Thresholds [R] as the rule would have set them step by step on these uncensored rollouts; and its cuts.
+
+    They are those of one teacher (`Traces.by_teacher`).
 
     As online, all rollouts feed the buffer until the rule is active, and then those that `calibrate_on` admits:
     probes, with the minimum of their whole trace; those that are not cut; or all, one that is cut with its minimum

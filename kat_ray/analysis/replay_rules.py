@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kat_ray.analysis.replay import (
+    Blocks,
     Replayed,
     Traces,
     apply_rule,
@@ -32,7 +33,8 @@ from kat_ray.termination import (
     kat_parameters,
     make_rule,
 )
-from kat_ray.termination.settings import RuleSettings
+from kat_ray.termination.settings import KatParameters, RuleSettings
+from kat_ray.types.records import FloatArray, IntArray
 
 COLUMNS = tuple(name for name in NewTokens._fields if name != "d")
 
@@ -41,14 +43,14 @@ def sweep(traces: Traces, base: RuleSettings, grid: Mapping[str, Sequence[Any]],
     """Every combination of the grid's values on top of `base`, each on rollouts that were seen to their end."""
     names = sorted(grid, key=lambda name: name != "window")  # windows are the work: one after the other
     results = []
-    width, blocks = 0, None
+    width, windows = 0, None
     for values in itertools.product(*(grid[name] for name in names)):
         rule = with_changes(base, dict(zip(names, values, strict=True)))
         kat = kat_parameters(rule)
         if kat is not None:
-            if blocks is None or kat.window != width:
-                width, blocks = kat.window, blocks_of(traces, kat.window)
-            thresholds, replayed = calibrate(traces, kat, facts.seed, blocks)
+            if windows is None or kat.window != width:
+                width, windows = kat.window, _windows_by_teacher(traces, kat.window)
+            thresholds, replayed = _calibrated(len(traces.step), kat, facts.seed, windows)
             results.append(weigh(traces, rule, ~np.isnan(thresholds), replayed))
         else:
             replayed = follow(traces, rule, facts)
@@ -56,16 +58,42 @@ def sweep(traces: Traces, base: RuleSettings, grid: Mapping[str, Sequence[Any]],
     return results
 
 
+_Windows = list[tuple[IntArray, Traces, Blocks]]  # of each teacher: indices, rollouts, their windows
+
+
+def _windows_by_teacher(traces: Traces, width: int) -> _Windows:
+    parts = [(rows, _part(traces, rows)) for _, rows in traces.by_teacher()]
+    return [(rows, own, blocks_of(own, width)) for rows, own in parts]
+
+
+def _part(traces: Traces, rows: IntArray) -> Traces:
+    return traces if len(rows) == len(traces.step) else traces.take(rows)
+
+
+def calibrate_by_teacher(traces: Traces, rule: KatParameters, seed: int) -> tuple[FloatArray, Replayed]:
+    """`calibrate`, for the rollouts of each teacher alone."""
+    return _calibrated(len(traces.step), rule, seed, _windows_by_teacher(traces, rule.window))
+
+
+def _calibrated(count: int, rule: KatParameters, seed: int, windows: _Windows) -> tuple[FloatArray, Replayed]:
+    """`calibrate` of each teacher's rollouts, put together."""
+    thresholds, parts = np.full(count, math.nan), []
+    for rows, own, blocks in windows:
+        thresholds[rows], replayed = calibrate(own, rule, seed, blocks)
+        parts.append((rows, replayed))
+    return thresholds, Replayed.joined(parts)
+
+
 def follow(traces: Traces, settings: RuleSettings, facts: RunFacts) -> Replayed:
     """What a rule does to rollouts that were seen to their end; a length budget ends a rollout as a cut does."""
-    return _run(traces, settings, facts, as_recorded=False)
+    return _run_by_teacher(traces, settings, facts, as_recorded=False)
 
 
 def reproduce(traces: Traces, settings: RuleSettings, facts: RunFacts) -> Replayed:
     """A run's own rule on all of the run's own rollouts, as far as each was scored: gives the run's cuts again.
 
-    KAT is taken with the thresholds of the run; of other rules what rollouts share is built up again. Of a rule
-    that cuts none (`kat_stages`), only what it says of probes is recorded.
+    KAT is taken with the thresholds of the run; of other rules what rollouts share is built up again, by teacher.
+    Of a rule that cuts none (`kat_stages`), only what it says of probes is recorded.
     """
     kat = kat_parameters(settings)
     if kat is not None:
@@ -73,7 +101,12 @@ def reproduce(traces: Traces, settings: RuleSettings, facts: RunFacts) -> Replay
         if RULES[settings.rule].effect is not Effect.CUTS:
             replayed.cut[traces.probe != 1] = -1
         return replayed
-    return _run(traces, settings, facts, as_recorded=True)
+    return _run_by_teacher(traces, settings, facts, as_recorded=True)
+
+
+def _run_by_teacher(traces: Traces, settings: RuleSettings, facts: RunFacts, as_recorded: bool) -> Replayed:
+    parts = [(rows, _part(traces, rows)) for _, rows in traces.by_teacher()]
+    return Replayed.joined([(rows, _run(own, settings, facts, as_recorded)) for rows, own in parts])
 
 
 def _run(traces: Traces, settings: RuleSettings, facts: RunFacts, as_recorded: bool) -> Replayed:

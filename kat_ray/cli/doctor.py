@@ -285,14 +285,17 @@ def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
         yield warn("data", "not checked: prompts are read with the student's tokenizer")
         return
     yield ok("student", _describe(facts.student))
-    if facts.teacher is None:
+    if not facts.teachers:
         yield ok("teacher", "; ".join(facts.warnings) or "none is asked: rewards alone are learnt from")
     else:
-        yield ok("teacher", _describe(facts.teacher))
+        for group in config.scorer_groups:
+            also = ", ".join(group.teachers[1:])
+            shared = f"; also of {also}" if also else ""
+            yield ok(group.section, _describe(facts.teachers[group.section]) + shared)
         yield ok("tokenizers", "equal")
         for text in facts.warnings:
             yield warn("stop ids", text)
-    if facts.teacher is None or not facts.warnings:
+    if not facts.teachers or not facts.warnings:
         yield ok("stop ids", ", ".join(map(str, facts.stop_ids)))
     data, longest = _prompts(config, config.data, facts)
     if here:
@@ -336,6 +339,7 @@ def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> tuple[Check
         found = load_prompts(
             data, facts.tokenizer, longest, graded=heldout, teacher=facts.teacher_tokenizer,
             with_tasks=not heldout and has_functions(config), environment=config.environment,
+            teachers=None if heldout else config.teacher_contexts,
         )  # fmt: skip
         if heldout:
             check_golds(found.prompts, verifier, limits)

@@ -126,7 +126,11 @@ def _reproduction(traces: Traces, replayed: Replayed) -> str:
         return (
             f"warning: the run's own rule, applied again, cuts {wrong:,} of {len(recorded):,} rollouts differently"
         )
-    return f"the run's own rule, applied again, reproduces its {int((traces.cut >= 0).sum()):,} cuts"
+    cuts = f"the run's own rule, applied again, reproduces its {int((traces.cut >= 0).sum()):,} cuts"
+    if traces.teacher is None:
+        return cuts
+    of_each = (f"{name} {int((traces.cut[rows] >= 0).sum()):,}" for name, rows in traces.by_teacher())
+    return f"{cuts} ({', '.join(of_each)})"
 
 
 def rule_with(run_dir: Path, settings: Sequence[str]) -> KatSettings:

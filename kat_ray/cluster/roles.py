@@ -42,11 +42,11 @@ class Role:
 def roles_of(config: Config) -> dict[str, Role]:
     """The roles of a run, in the order in which they are placed; scorers and monitors where a teacher is asked."""
 
-    def role(name: str, replicas: int, asks: PlacementConfig) -> Role:
+    def role(name: str, replicas: int, asks: PlacementConfig, nodes: str = "") -> Role:
         bundle = {"CPU": asks.num_cpus, "GPU": asks.num_gpus, **asks.resources}
         labels = dict(asks.labels)
         if config.cluster.by_role:
-            at = "head" if name == "monitor" else name
+            at = nodes or name
             labels.setdefault(ROLE_LABEL, at)
             bundle.setdefault(at, _HEAD_SHARE if name == "monitor" else 1.0)
             if name == "monitor":  # a head has no CPUs to give
@@ -58,12 +58,17 @@ def roles_of(config: Config) -> dict[str, Role]:
         role("learner", config.learner.world_size, config.learner),
         role("sampler", config.sampler.replicas, config.sampler),
     ]
-    if config.used_teacher is not None:
-        roles += [
-            role("scorer", config.scorer.replicas, config.scorer),
-            role("monitor", config.monitor.shards, config.monitor),
-        ]
+    roles += [role(g.role, g.scorer.replicas, g.scorer, "scorer") for g in config.scorer_groups]
+    if config.used_teachers:
+        roles.append(role("monitor", config.monitor.shards, config.monitor, "head"))
     return {r.name: r for r in roles}
+
+
+def settings_of(config: Config) -> dict[str, PlacementConfig]:
+    """The section of the configuration that says what each role asks for."""
+    scorers: dict[str, PlacementConfig] = {g.role: g.scorer for g in config.scorer_groups}
+    monitor = {"monitor": config.monitor} if scorers else {}
+    return {"learner": config.learner, "sampler": config.sampler, **scorers, **monitor}
 
 
 @dataclass(frozen=True)

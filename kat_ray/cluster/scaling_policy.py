@@ -1,9 +1,9 @@
 """When samplers or scorers should become more or fewer: arithmetic on measured stage times, no Ray.
 
-Two stages make a step's rollouts at the same time, sampling and scoring, and the learner waits for the slower. A
-pool grows where the learner waits long and this stage is the busier; it shrinks where what would be left of it
-still idles, or where the learner hardly waits at all. One change at a time, on the same evidence several steps in a
-row.
+Two stages make a step's rollouts at the same time, sampling and scoring, the latter by a pool for each teacher, and
+the learner waits for the slowest. A pool grows where the learner waits long and it is the busiest; it shrinks where
+what would be left of it still idles, or where the learner hardly waits at all. One change at a time, on the same
+evidence several steps in a row.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class ScalingPolicy:
 
 def size_metrics(sizes: Mapping[str, int]) -> dict[str, float]:
     """Replicas at work in the step to come."""
-    return {f"pools/{role}_replicas": float(size) for role, size in sizes.items()}
+    return {_metric(role, "replicas"): float(size) for role, size in sizes.items()}
 
 
 def scaling_metrics(pending: Mapping[str, int], times: StageTimes, change: Change | None) -> dict[str, float]:
@@ -108,8 +108,14 @@ def scaling_metrics(pending: Mapping[str, int], times: StageTimes, change: Chang
     figures = {"pools/waiting_share": times.waiting}
     for role, count in pending.items():
         figures |= {
-            f"pools/{role}_pending": float(count),
-            f"pools/{role}_busy_share": times.busy[role],
-            f"pools/{role}_change": float(change.by if change is not None and change.role == role else 0),
+            _metric(role, "pending"): float(count),
+            _metric(role, "busy_share"): times.busy[role],
+            _metric(role, "change"): float(change.by if change is not None and change.role == role else 0),
         }
     return figures
+
+
+def _metric(role: str, what: str) -> str:
+    """`pools/sampler_replicas`; of a named teacher's scorers `pools/scorer_replicas/math`."""
+    base, _, name = role.partition("-")
+    return f"pools/{base}_{what}" + (f"/{name}" if name else "")

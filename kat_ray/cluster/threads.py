@@ -18,8 +18,7 @@ def threads_of(config: Config, cores: int | None) -> dict[str, int]:
         "learner": (config.learner, config.learner.world_size),
         "sampler": (config.sampler, config.sampler.bounds[1]),
     }
-    if config.used_teacher is not None:
-        sizes["scorer"] = (config.scorer, config.scorer.bounds[1])
+    sizes |= {group.role: (group.scorer, group.scorer.bounds[1]) for group in config.scorer_groups}
     on_cores = {name: n for name, (role, n) in sizes.items() if not role.num_gpus}
 
     def unset(name: str, role: PlacementConfig) -> int:
@@ -31,7 +30,7 @@ def threads_of(config: Config, cores: int | None) -> dict[str, int]:
         return max(1, cores // sum(beside))
 
     found = {name: role.threads or unset(name, role) for name, (role, _) in sizes.items()}
-    return found if config.used_teacher is None else found | {"monitor": config.monitor.threads or 1}
+    return found if not config.used_teachers else found | {"monitor": config.monitor.threads or 1}
 
 
 def _together(name: str, other: str) -> bool:

@@ -19,7 +19,8 @@ from kat_ray.config.environment import EnvironmentConfig
 from kat_ray.config.guards import GuardsConfig
 from kat_ray.config.objective import DistillationObjective, ObjectiveConfig, PolicyObjective
 from kat_ray.config.reward import RewardConfig
-from kat_ray.config.sections import Config, Dtype, ModelConfig, RolloutConfig, RunConfig
+from kat_ray.config.sections import Config, RolloutConfig, RunConfig
+from kat_ray.config.teachers import Dtype, ModelConfig, NamedTeacherConfig, ScorerGroup, TeacherConfig
 
 __all__ = [
     "ClusterConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "LearnerConfig",
     "ModelConfig",
     "MonitorConfig",
+    "NamedTeacherConfig",
     "ObjectiveConfig",
     "PlacementConfig",
     "PolicyObjective",
@@ -43,5 +45,7 @@ __all__ = [
     "RunConfig",
     "SamplerConfig",
     "ScorerConfig",
+    "ScorerGroup",
     "Section",
+    "TeacherConfig",
 ]

@@ -36,6 +36,9 @@ class DataConfig(Section):
     answer_column: str | None = "answer"
     """Column with the gold answer, or dotted path of it; null where answers are not graded. Training data may lack
     the column `answer`, and then nothing is graded; any other name must be there."""
+    teacher_column: str | None = Field(None, min_length=1)
+    """Column in which a prompt names its teacher of the section `teachers`, or dotted path of it; a row without a
+    value has the section `teacher`. A name that no teacher has is refused. Not of held-out problems."""
     chat_template: bool | Annotated[str, Field(min_length=1)] = False
     """Chat template that makes a prompt (with the start of an answer): `true` or `student` applies the student's,
     `teacher` the teacher's, a path that of a file (Jinja); `false` applies none."""

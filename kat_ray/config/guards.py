@@ -62,3 +62,5 @@ class GuardsConfig(Section):
     standard error of the difference, paired by problem), where the mean reward of the steps between rose. Needs
     evaluations along the run (evaluation.every), and acts with the step after the third of them or a later one,
     without `patience`; of the evaluation after the last step it says a line. null switches it off."""
+    context_leak: float | None = Field(0.05, gt=0, lt=1)
+    """As `held_out_fall`, where a teacher has a context (teacher.context) and kl/mean of the steps between fell."""

@@ -120,6 +120,9 @@ def _sections() -> Iterator[str]:
             for rule, schema in rules().items():
                 yield f"### termination.rule: {rule}\n\n{_one_line(schema)}\n"
                 yield _table("termination", schema)
+        elif isinstance(values := field.get("additionalProperties"), dict):
+            yield f"## {name}\n\n{_one_line(field)} Of each, by its NAME:\n"
+            yield _table(f"{name}.NAME", resolve(values))
         else:
             (schema,) = (v for v in variants(field) if v.get("type") == "object")
             optional = f" {_one_line(field)}" if "anyOf" in field else ""
@@ -140,6 +143,8 @@ def _table(section: str, schema: Schema, resumable: bool = False) -> str:
         if field.get("const") is not None:
             continue
         default = f"`{json.dumps(field['default'])}`" if "default" in field else "required"
+        if "properties" in resolve(field):
+            default = "each field's own"
         allowed = allowed_at([*section.split("."), name]) if section != "termination" else _allowed_of(field)
         allowed = allowed.replace("|", chr(92) + "|")
         resume = "yes" if resumable or field.get("resumable") else ""

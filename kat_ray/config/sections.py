@@ -7,7 +7,8 @@ value and what is allowed.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -15,6 +16,7 @@ from kat_ray.config.cluster import (
     ClusterConfig,
     LearnerConfig,
     MonitorConfig,
+    PoolConfig,
     PoolsConfig,
     Resumable,
     SamplerConfig,
@@ -28,11 +30,23 @@ from kat_ray.config.local_paths import LocalPath
 from kat_ray.config.numerics import NumericsConfig
 from kat_ray.config.objective import ObjectiveConfig
 from kat_ray.config.reward import RewardConfig
+from kat_ray.config.teachers import (
+    ModelConfig,
+    NamedTeacherConfig,
+    ScorerGroup,
+    TeacherConfig,
+    average_decay_of,
+    check_column,
+    check_names,
+    check_student_as_teacher,
+    groups_of,
+    with_common_scorer,
+)
 from kat_ray.rewards.extraction import Reading
 from kat_ray.termination import RULES, TerminationConfig
 from kat_ray.termination.settings import KatSettings
+from kat_ray.types.records import DEFAULT_TEACHER
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 # Features of tokens (`NewTokens`) that vLLM's scores of given ids do not contain.
 _NOT_FROM_VLLM = ("teacher_entropy",)
 
@@ -88,23 +102,6 @@ class RunConfig(Section):
         return self
 
 
-class ModelConfig(Section):
-    """One causal language model: a Hugging Face directory or hub id."""
-
-    path: LocalPath = Field(min_length=1)
-    """Directory with config.json and safetensors, or a hub id. A directory is taken when it exists;
-    `demo:student` and `demo:teacher` name the embedded models."""
-    revision: str | None = None
-    """Hub revision (branch, tag or commit); null takes the default branch. A run resolves it once, at its start,
-    and its own config.yaml has the commit."""
-    dtype: Dtype = "bfloat16"
-    """Data type of the weights while sampling and scoring."""
-    trust_remote_code: bool = False
-    """Run Python code that the model directory brings. Off: such models are refused."""
-    allow_pickle: bool = False
-    """Accept weights that are not safetensors (pickle can run code). Off: they are refused."""
-
-
 class RolloutConfig(Section):
     """What is sampled in a step."""
 
@@ -143,9 +140,11 @@ class Config(Section):
 
     run: RunConfig = RunConfig()
     student: ModelConfig
-    teacher: ModelConfig | None = None
+    teacher: TeacherConfig | None = None
     """May be left out, and is not read, where neither loss nor rule has a use for it: objective.opd.weight = 0 and
-    termination.rule = none."""
+    termination.rule = none. Beside `teachers` it is optional, and scores the rollouts of rows that name nobody."""
+    teachers: dict[str, NamedTeacherConfig] = Field({})
+    """Teachers by name, for prompts that name one in `data.teacher_column` (docs/teachers.md)."""
     data: DataConfig
     environment: EnvironmentConfig | None = None
     """May be left out: only data that is named environment:... needs it."""
@@ -163,24 +162,46 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: Resumable[ClusterConfig] = ClusterConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _scorers_of_named_teachers(cls, tree: Any) -> Any:
+        return with_common_scorer(tree) if isinstance(tree, Mapping) else tree
+
     @model_validator(mode="after")
     def _teacher_where_it_is_needed(self) -> Config:
+        check_names(self.teachers)
         weight, rule = self.objective.opd.weight, self.termination.rule
         needs = [f"objective.opd.weight = {weight:g}"] * bool(weight)
         needs += [f"termination.rule = {rule!r}"] * (rule != "none")
-        if needs and self.teacher is None:
+        if needs and self.teacher is None and not self.teachers:
             who = " and ".join(needs)
             raise ValueError(
                 f"teacher is missing: {who} need{'s' * (len(needs) == 1)} one; name it with teacher.path. Rewards "
                 "alone need none: objective.opd.weight = 0 with termination.rule = none"
             )
-        if not needs:
-            for name, data in (("data", self.data), ("evaluation.data", self.evaluation.data)):
-                if data is not None and data.chat_template == "teacher":
-                    raise ValueError(
-                        f"{name}.chat_template = 'teacher': no teacher is read with objective.opd.weight = 0 and "
-                        "termination.rule = 'none'; use student, or the path of a template"
-                    )
+        for name, data in (("data", self.data), ("evaluation.data", self.evaluation.data)):
+            if data is None or data.chat_template != "teacher":
+                continue
+            if not needs:
+                raise ValueError(
+                    f"{name}.chat_template = 'teacher': no teacher is read with objective.opd.weight = 0 and "
+                    "termination.rule = 'none'; use student, or the path of a template"
+                )
+            if self.teacher is None:
+                raise ValueError(
+                    f"{name}.chat_template = 'teacher': is that of the section `teacher`, and there is none; use "
+                    "student, or the path of a template"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_name_their_teachers(self) -> Config:
+        heldout = self.evaluation.data
+        check_column(self.teachers, self.data.teacher_column, None if heldout is None else heldout.teacher_column)
+        for group in groups_of(self.all_teachers, self.scorer):
+            for name in group.teachers:
+                check_student_as_teacher(name, self.all_teachers[name], self.student, group.scorer)
+        average_decay_of(self.all_teachers)
         return self
 
     @model_validator(mode="after")
@@ -205,11 +226,14 @@ class Config(Section):
             raise ValueError(
                 "run.deterministic = true: needs rollout.staleness = 0; sampling ahead races with the learner"
             )
-        pools = ("sampler", "scorer") if self.used_teacher else ("sampler",)
-        elastic = [name for name in pools if len({*getattr(self, name).bounds}) > 1]
+        pools: dict[str, PoolConfig] = {"samplers": self.sampler}
+        for group in self.scorer_groups:
+            words = "scorers" if group.name == DEFAULT_TEACHER else f"scorers of {group.section}"
+            pools[words] = group.scorer
+        elastic = [name for name, pool in pools.items() if len({*pool.bounds}) > 1]
         if self.run.deterministic and elastic:
             raise ValueError(
-                f"run.deterministic = true: needs a fixed number of {' and '.join(elastic)}s; leave min_replicas "
+                f"run.deterministic = true: needs a fixed number of {' and '.join(elastic)}; leave min_replicas "
                 "and max_replicas out"
             )
         return self
@@ -245,9 +269,20 @@ class Config(Section):
             )
         self._check_reward(needs)
         share = getattr(self.termination, "probe_share", 0.0)
+        if rl.cut_reward == "probe_weighted" and len(self.used_teachers) > 1 and self._probes_vary:
+            raise ValueError(
+                f"objective.rl.cut_reward = {rl.cut_reward!r}: with termination.budget each teacher has a share of "
+                "probes of its own, and a rollout would be weighed by another's; use 'failure' or 'probe_mean', or "
+                "termination.budget = null"
+            )
         if rl.cut_reward.startswith("probe") and self.termination.rule != "none" and not share:
             raise ValueError(f"objective.rl.cut_reward = {rl.cut_reward!r}: needs termination.probe_share > 0")
         return self
+
+    @property
+    def _probes_vary(self) -> bool:
+        """Whether the rule may ask for fewer probes than `termination.probe_share`."""
+        return getattr(self.termination, "budget", None) is not None
 
     def _check_reward(self, needs: str) -> None:
         """What grades rollouts has what it needs."""
@@ -276,18 +311,41 @@ class Config(Section):
     @model_validator(mode="after")
     def _rule_gets_what_it_needs(self) -> Config:
         lacking = [name for name in RULES[self.termination.rule].needs if name in _NOT_FROM_VLLM]
-        if lacking and self.scorer.engine == "vllm":
-            raise ValueError(
-                f"termination.rule = {self.termination.rule!r}: it needs {', '.join(lacking)} of every token, "
-                "which a teacher on vLLM does not report; set scorer.backend = 'transformers', or take another rule"
-            )
+        for group in self.scorer_groups if lacking else ():
+            if group.scorer.engine == "vllm":
+                raise ValueError(
+                    f"termination.rule = {self.termination.rule!r}: it needs {', '.join(lacking)} of every token, "
+                    f"which a teacher on vLLM does not report; set {group.scorer_section}.backend = "
+                    "'transformers', or take another rule"
+                )
         return self
 
     @property
-    def used_teacher(self) -> ModelConfig | None:
-        """The teacher that rollouts are scored by; None where neither loss nor rule asks one."""
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers by name, whether or not anybody asks them; that of the section `teacher` first."""
+        own = {} if self.teacher is None else {DEFAULT_TEACHER: self.teacher}
+        return {**own, **self.teachers}
+
+    @property
+    def used_teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers that rollouts are scored by; none where neither loss nor rule asks one."""
         asks = self.objective.opd.weight > 0 or self.termination.rule != "none"
-        return self.teacher if asks else None
+        return self.all_teachers if asks else {}
+
+    @property
+    def teacher_contexts(self) -> dict[str, str | None]:
+        """What each teacher that is asked is told in place of the prompt, by its name."""
+        return {name: teacher.context for name, teacher in self.used_teachers.items()}
+
+    @property
+    def average_decay(self) -> float | None:
+        """Of the student's average that some teacher has; None where none has it."""
+        return average_decay_of(self.used_teachers)
+
+    @property
+    def scorer_groups(self) -> tuple[ScorerGroup, ...]:
+        """The teachers that rollouts are scored by, those of one checkpoint together."""
+        return groups_of(self.used_teachers, self.scorer)
 
     @property
     def reading(self) -> Reading:
@@ -297,7 +355,7 @@ class Config(Section):
     @property
     def compared_tokens(self) -> int:
         """Student tokens whose log-probabilities enter a KL; 0 where there is no teacher to compare them with."""
-        return self.rollout.top_k_logprobs if self.used_teacher else 0
+        return self.rollout.top_k_logprobs if self.used_teachers else 0
 
     @property
     def eval_max_tokens(self) -> int:

@@ -83,15 +83,21 @@ def join_outcomes(sampled: Iterable[SampledRollout], outcomes: Sequence[RolloutO
     ]
 
 
-def kept_rollouts(rollouts: Sequence[FinishedRollout], specs: Iterable[RolloutSpec]) -> list[KeptRollout]:
-    """The rollouts of a step that are trained on, those with at least one kept token, by id."""
-    prompts = {s.rollout_id: len(s.prompt_ids) for s in specs}
+def kept_rollouts(
+    rollouts: Sequence[FinishedRollout], specs: Iterable[RolloutSpec], scales: Mapping[str, float] | None = None
+) -> list[KeptRollout]:
+    """The rollouts of a step that are trained on, those with at least one kept token, by id.
+
+    `scales` are the weights of teachers by name, of those that have another than 1.
+    """
+    made_from = {s.rollout_id: s for s in specs}
     kept = []
     for rollout in rollouts:
         count, weights = rollout.counts.kept, rollout.outcome.weights
         if count:
             weights = None if weights is None else weights[:count]
-            kept.append(KeptRollout(rollout.rollout_id, prompts[rollout.rollout_id], count, weights))
+            scale = (scales or {}).get(rollout.outcome.teacher, 1.0)
+            kept.append(KeptRollout.of(made_from[rollout.rollout_id], count, weights=weights, scale=scale))
     return kept
 
 
@@ -104,6 +110,7 @@ def finished(outcome: RolloutOutcome) -> Finished:
         length=outcome.scored or 0,
         full=outcome.stop_reason is StopReason.MAX_TOKENS,
         evidence=outcome.evidence,
+        teacher=outcome.teacher,
     )
 
 

@@ -65,8 +65,15 @@ def collect_samples(
             pieces[rollout_id].append((int(chunk.start[i]), c, rows))
             _check_without_insertions(wanted[rollout_id], chunk, i)
             if chunk.whole_past[i]:
-                prompts[rollout_id] = chunk.context(i)[: wanted[rollout_id].prompt_length]
+                prompts[rollout_id] = _prompt(wanted[rollout_id], chunk.context(i))
     return [_join(k, prompts.get(k.rollout_id), sorted(pieces[k.rollout_id]), chunks, teacher) for k in kept]
+
+
+def _prompt(kept: KeptRollout, past: IntArray) -> IntArray:
+    """The student's prompt; `past` is what the scorer had, which is another where the teacher was told more."""
+    if kept.prompt_ids is None:
+        return past[: kept.prompt_length]
+    return np.array(kept.prompt_ids, dtype=np.int32)
 
 
 def _without_teacher(chunk: RolloutChunk) -> TeacherRows:
@@ -80,7 +87,7 @@ def _without_teacher(chunk: RolloutChunk) -> TeacherRows:
 def _check_without_insertions(kept: KeptRollout, chunk: RolloutChunk, i: int) -> None:
     start, context = int(chunk.start[i]), len(chunk.context(i))
     if not chunk.inserted[i]:  # the whole past may hold insertions, and does not say where
-        context = max(0, context - kept.prompt_length - start)
+        context = max(0, context - kept.past_length - start)
         start = 0
     if context and start < kept.kept:
         raise ValueError(
@@ -119,9 +126,14 @@ def _join(
         teacher_tail=np.concatenate([teacher[c].tail_logprobs[s] for c, s in spans]),
         teacher_stop=np.concatenate([teacher[c].stop_logprobs[s] for c, s in spans]),
         sampled_logprobs=np.concatenate([chunks[c].sampled_logprobs[s] for c, s in spans]),
-        weights=np.ones(kept.kept, dtype=np.float32) if kept.weights is None else kept.weights,
+        weights=_weights(kept),
         policy=kept.policy,
     )
+
+
+def _weights(kept: KeptRollout) -> FloatArray:
+    weights = np.ones(kept.kept, dtype=np.float32) if kept.weights is None else kept.weights
+    return weights if kept.scale == 1.0 else weights * np.float32(kept.scale)
 
 
 def check_vocabulary(samples: Sequence[TrainingSample], vocabulary: int, model: str) -> None:

@@ -30,7 +30,7 @@ class PendingRollout:
     """One rollout as its sampler sees it: all tokens, and the rows not yet sent."""
 
     rollout_id: int
-    prompt_ids: tuple[int, ...]
+    prompt_ids: tuple[int, ...]  # that its scorer has: `RolloutSpec.scored_prompt`
     scorer: int
     token_ids: list[int] = field(default_factory=list)
     sent: int = 0

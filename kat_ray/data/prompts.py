@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ import numpy as np
 
 from kat_ray.config import Config, DataConfig, EnvironmentConfig
 from kat_ray.config.environment import is_environment
+from kat_ray.config.teachers import section_of
 from kat_ray.data.chat import ChatTemplate, chat_template_of, messages_of
 from kat_ray.data.environment import PROBLEM
+from kat_ray.data.routing import Route, Routing
 from kat_ray.data.rows import BATCH, Row, kind, names_of, open_rows
 from kat_ray.errors import DataError
 from kat_ray.rewards.task import Task, is_plain, plain_columns
-from kat_ray.types.records import Prompt, RolloutSpec
+from kat_ray.types.records import DEFAULT_TEACHER, Prompt, RolloutSpec, StepStart
 
 ID_COLUMN = "id"
+Ids = tuple[int, ...]
 
 # Domains of the run seed: independent random streams.
 _ORDER, _SAMPLING, _PROBE = 1, 2, 3
@@ -47,15 +51,25 @@ class PromptSet:
         """Tokens of the longest prompt."""
         return max(len(p.token_ids) for p in self.prompts)
 
+    @property
+    def longest_scored(self) -> int:
+        """Tokens of the longest that a teacher is given in place of a prompt, or as it."""
+        return max(len(p.token_ids if p.context_ids is None else p.context_ids) for p in self.prompts)
+
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of every prompt's id, token ids, answer and problem, in order, and of its columns where rewards
-        may depend on them. A resumed run must find the same.
+        """SHA-256 of every prompt's id, token ids, answer, problem, teacher and context, in order, and of its
+        columns where rewards may depend on them. A resumed run must find the same.
         """
         sums = hashlib.sha256()
         for p in self.prompts:
             sums.update(json.dumps([p.prompt_id, p.token_ids, p.answer]).encode())
             sums.update((p.problem or "").encode())
+            # Where neither is said, digests are those of before it could be.
+            if p.teacher != DEFAULT_TEACHER:
+                sums.update(json.dumps(["teacher", p.teacher]).encode())
+            if p.context_ids is not None:
+                sums.update(json.dumps(["context", p.context_ids]).encode())
             if (task := self.tasks.get(p.prompt_id)) is not None:
                 sums.update(json.dumps([task.answer, task.columns], sort_keys=True).encode())
         return sums.hexdigest()
@@ -70,6 +84,7 @@ def load_prompts(
     teacher: Any = None,
     with_tasks: bool = False,
     environment: EnvironmentConfig | None = None,
+    teachers: Mapping[str, str | None] | None = None,
 ) -> PromptSet:
     """Read, check and tokenise a split. If `graded`, every row must have an answer.
 
@@ -77,9 +92,11 @@ def load_prompts(
     sets no limit. `data.limit` counts rows of the source, before any is skipped. `teacher` is the teacher's
     tokenizer, for its chat template. `with_tasks` keeps what reward functions are told of each row; an answer may
     then be anything, and one that is neither text nor number is theirs alone. `environment` makes the rows where
-    `data.path` says so.
+    `data.path` says so. `teachers` are those that are asked, with the template of what each is told in place of the
+    prompt, None for the prompt; their names are those that `data.teacher_column` may hold, and each must be in it.
     """
     template = chat_template_of(data, tokenizer, teacher)
+    routing = Routing(data, teachers or {}, template)
     source, rows = open_rows(data, environment)
     stem = Path(source).stem
     prompts: list[Prompt] = []
@@ -93,17 +110,21 @@ def load_prompts(
         columns |= dict.fromkeys(name for row in batch for name in row.columns)
         answers = [_answer(row, data, graded, anything=with_tasks) for row in batch]
         texts = [_text(row, data, template) for row in batch]
-        encoded = tokenizer(texts, add_special_tokens=template is None)["input_ids"]
-        for row, text, ids, answer in zip(batch, texts, encoded, answers, strict=True):
+        routes = [routing.of(row) for row in batch]
+        encode = partial(_encode, tokenizer, template is None)
+        encoded, told = encode(texts), encode([route.told for route in routes])
+        rows_of_batch = zip(batch, texts, encoded, answers, routes, told, strict=True)
+        for row, text, ids, answer, route, context_ids in rows_of_batch:
             prompt_id = _prompt_id(row, stem, seen)
             if not ids:
                 raise DataError(f"{row.where}: the prompt gives no token")
-            if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+            if context_ids == ():
+                raise DataError(f"{row.where}: {section_of(route.teacher)}.context gives no token")
+            if _is_too_long(data, row, max_prompt_tokens, ids, context_ids, route):
                 skipped += 1
-                _refuse_too_long(data, row, len(ids), max_prompt_tokens)
             else:
                 problem = row.columns[PROBLEM] if is_environment(data.path) else None
-                prompts.append(Prompt(prompt_id, tuple(ids), answer, problem=problem))
+                prompts.append(Prompt(prompt_id, ids, answer, route.teacher, problem, context_ids))
                 if with_tasks:
                     tasks[prompt_id] = _task(row, data, text)
     if not count:
@@ -115,6 +136,7 @@ def load_prompts(
         )
     found = PromptSet(tuple(prompts), skipped, source, tasks)
     _refuse_unanswered(data, found, columns)
+    routing.refuse_unused(source, {p.teacher for p in found.prompts}, skipped)
     return found
 
 
@@ -127,12 +149,27 @@ def _refuse_unanswered(data: DataConfig, found: PromptSet, columns: Mapping[str,
         )
 
 
-def _refuse_too_long(data: DataConfig, row: Row, length: int, limit: int) -> None:
+def _encode(tokenizer: Any, special: bool, texts: Sequence[str | None]) -> list[Any]:
+    """The token ids of texts, a tuple each; None of None."""
+    given = [text for text in texts if text is not None]
+    ids = iter(tokenizer(given, add_special_tokens=special)["input_ids"] if given else ())
+    return [None if text is None else tuple(next(ids)) for text in texts]
+
+
+def _is_too_long(
+    data: DataConfig, row: Row, limit: int | None, ids: Ids, context_ids: Ids | None, route: Route
+) -> bool:
+    """Whether a prompt has to be left out, by itself or by what its teacher is told; `DataError` as `data` says."""
+    length = max(len(ids), len(context_ids or ()))
+    if limit is None or length <= limit:
+        return False
     if data.too_long == "refuse":
+        what = "the prompt" if len(ids) > limit else f"{section_of(route.teacher)}.context"
         raise DataError(
-            f"{row.where}: the prompt has {length} tokens, the models take {limit} beside the longest answer; "
+            f"{row.where}: {what} has {length} tokens, the models take {limit} beside the longest answer; "
             "lower rollout.max_tokens, shorten the prompt, or set data.too_long = skip"
         )
+    return True
 
 
 def _prompt_id(row: Row, stem: str, seen: dict[str, str]) -> str:
@@ -227,30 +264,42 @@ def _permutation(size: int, seed: int, shuffle: bool, epoch: int) -> list[int]:
 
 
 def rollout_specs(
-    order: PromptOrder, config: Config, step: int, probe_share: float | None = None
+    order: PromptOrder, config: Config, step: int, start: StepStart | None = None
 ) -> list[RolloutSpec]:
     """The rollouts of a step (from 0): those of one prompt are adjacent, ids are consecutive over the run.
 
-    Each rollout is a probe with probability `probe_share`, None for `termination.probe_share`, independently; a
-    larger share only adds probes.
+    Each rollout is a probe with the probability that its teacher's rule says in `start`, by default
+    `termination.probe_share`, independently; a larger share only adds probes. Others are no longer than its budget.
     """
     rollout, seed = config.rollout, config.run.seed
-    own = getattr(config.termination, "probe_share", 0.0)  # rule none has no probes
-    share = own if probe_share is None else probe_share
+    start = start or StepStart(None, None)
     prompts = order.batch(step, rollout.prompts_per_step)
     first = step * rollout.rollouts_per_step
-    return [
-        RolloutSpec(
-            rollout_id=rollout_id,
-            prompt_id=prompt.prompt_id,
-            prompt_ids=prompt.token_ids,
-            seed=_draw(seed, _SAMPLING, rollout_id) >> 1,  # 31 bits: a seed that every engine takes
-            probe=is_probe(seed, rollout_id, share),
-            max_tokens=rollout.max_tokens,
-            teacher=prompt.teacher,
+    specs = []
+    for rollout_id, prompt in enumerate((p for p in prompts for _ in range(rollout.rollouts_per_prompt)), first):
+        limits = start.of(prompt.teacher)
+        probe = is_probe(seed, rollout_id, probe_share(config, limits))
+        budget = None if probe else limits.budget
+        specs.append(
+            RolloutSpec(
+                rollout_id=rollout_id,
+                prompt_id=prompt.prompt_id,
+                prompt_ids=prompt.token_ids,
+                seed=_draw(seed, _SAMPLING, rollout_id) >> 1,  # 31 bits: a seed that every engine takes
+                probe=probe,
+                max_tokens=rollout.max_tokens if budget is None else max(1, min(budget, rollout.max_tokens)),
+                teacher=prompt.teacher,
+                context_ids=prompt.context_ids,
+            )
         )
-        for rollout_id, prompt in enumerate((p for p in prompts for _ in range(rollout.rollouts_per_prompt)), first)
-    ]
+    return specs
+
+
+def probe_share(config: Config, start: StepStart) -> float:
+    """The chance with which a rollout under these limits is a probe."""
+    if start.probe_share is not None:
+        return start.probe_share
+    return getattr(config.termination, "probe_share", 0.0)  # rule none has no probes
 
 
 def is_probe(seed: int, rollout_id: int, share: float) -> bool:

@@ -29,8 +29,8 @@ def slow_dtypes(config: Config, flags: frozenset[str] | None) -> Iterator[str]:
     asked: dict[str, tuple[str, float]] = {
         "student.dtype": (config.student.dtype, config.sampler.num_gpus),
     }
-    if (teacher := config.used_teacher) is not None:
-        asked["teacher.dtype"] = (teacher.dtype, config.scorer.num_gpus)
+    for group in config.scorer_groups:
+        asked[f"{group.section}.dtype"] = (group.model.dtype, group.scorer.num_gpus)
     asked["learner.dtype"] = (config.learner.dtype, config.learner.num_gpus)
     for dtype, fast in _FAST.items():
         fields = [name for name, (type_, gpus) in asked.items() if type_ == dtype and not gpus]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kat_ray.config import Config, ModelConfig
 from kat_ray.config.load import resolve_path
+from kat_ray.config.teachers import section_of
 from kat_ray.errors import ModelError
 from kat_ray.models.edges import edges_of
 from kat_ray.models.shape import ModelShape, shape_of
@@ -53,16 +54,16 @@ class ModelFacts:
     """The models of a run, fit for each other and for the configuration."""
 
     student: ModelInfo
-    teacher: ModelInfo | None  # None where none is asked
+    teachers: Mapping[str, ModelInfo]  # each checkpoint that is asked, by the section that names it first
     tokenizer: Any  # the student's
-    stop_ids: tuple[int, ...]  # of both models, sorted: the STOP event of the KL
+    stop_ids: tuple[int, ...]  # of all models, sorted: the STOP event of the KL
     warnings: tuple[str, ...]
-    teacher_tokenizer: Any = None
+    teacher_tokenizer: Any = None  # of the section `teacher`
 
     @property
     def models(self) -> dict[str, ModelInfo]:
         """The models by the section of the configuration that names them."""
-        return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
+        return {"student": self.student, **self.teachers}
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -118,50 +119,55 @@ def check_models(config: Config) -> ModelFacts:
     """Inspect the models that are asked; `ModelError` says what does not fit, names the field and what to do."""
     infos: dict[str, ModelInfo] = {}
     tokenizers: dict[str, Any] = {}
-    for role, model in (("student", config.student), ("teacher", config.used_teacher)):
-        if model is None:
-            continue
+    models: dict[str, ModelConfig] = {g.section: g.model for g in config.scorer_groups}
+    for section, model in ({"student": config.student} | models).items():
         try:
-            infos[role], tokenizers[role] = inspect_model(model)
+            infos[section], tokenizers[section] = inspect_model(model)
         except ModelError as error:
-            raise ModelError(f"{role}.path: {error}") from error
-    student, teacher = infos["student"], infos.get("teacher")
+            raise ModelError(f"{section}.path: {error}") from error
+    student, teachers = infos["student"], {section: infos[section] for section in models}
     if student.vocabulary < config.compared_tokens:
         raise ModelError(
             f"rollout.top_k_logprobs = {config.rollout.top_k_logprobs}: must be <= {student.vocabulary}, the "
             "student's vocabulary (vLLM's engine dies on more)"
         )
-    if teacher is None:
-        facts = ModelFacts(student, None, tokenizers["student"], student.stop_ids, _unread_teacher(config))
-    else:
-        _check_pair(config, student, teacher, tokenizers)
-        merged = tuple(sorted({*student.stop_ids, *teacher.stop_ids}))
-        warnings = stop_id_warnings(config, student, teacher, tokenizers["student"])
-        facts = ModelFacts(student, teacher, tokenizers["student"], merged, warnings, tokenizers["teacher"])
+    warnings: list[str] = [] if teachers else [*_unread_teachers(config)]
+    for section, teacher in teachers.items():
+        _check_pair(config, student, teacher, section, tokenizers)
+        warnings += stop_id_warnings(config, student, teacher, tokenizers["student"], section)
+    merged = tuple(sorted({i for info in infos.values() for i in info.stop_ids}))
+    facts = ModelFacts(student, teachers, tokenizers["student"], merged, tuple(warnings), tokenizers.get("teacher"))
     _check_lengths(config, facts)
     facts.check_roles(config, config.rollout.max_tokens + 1)  # a prompt has one token at least
     return facts
 
 
-def _check_pair(config: Config, student: ModelInfo, teacher: ModelInfo, tokenizers: Mapping[str, Any]) -> None:
-    compare_tokenizers(tokenizers["student"], tokenizers["teacher"])
+def _check_pair(
+    config: Config, student: ModelInfo, teacher: ModelInfo, section: str, tokenizers: Mapping[str, Any]
+) -> None:
+    try:
+        compare_tokenizers(tokenizers["student"], tokenizers[section])
+    except ModelError as error:
+        if section == "teacher":
+            raise
+        raise ModelError(f"{section}.path: {error}") from error
     # Each model has a row for every entry of the one tokenizer: what differs is padding.
-    if teacher.vocabulary < student.vocabulary and "scorer-vllm" in roles_of(config)["teacher"]:
+    if teacher.vocabulary < student.vocabulary and "scorer-vllm" in roles_of(config)[section]:
+        scorer = "scorer" if section == "teacher" else f"{section}.scorer"
         raise ModelError(
             f"the teacher's vocabulary ({teacher.vocabulary}, {teacher.path}) is smaller than the student's "
             f"({student.vocabulary}, {student.path}), and vLLM does not score ids that its model has no row for: "
-            "use scorer.backend = transformers"
+            f"use {scorer}.backend = transformers"
         )
 
 
-def _unread_teacher(config: Config) -> tuple[str, ...]:
-    """A line where a teacher is named that nothing asks."""
-    if config.teacher is None:
-        return ()
-    return (
-        f"teacher.path = {config.teacher.path!r} is not read: with objective.opd.weight = 0 and termination.rule = "
-        "none nobody asks a teacher",
-    )
+def _unread_teachers(config: Config) -> Iterator[str]:
+    """A line for each teacher that is named and that nothing asks."""
+    for name, teacher in config.all_teachers.items():
+        yield (
+            f"{section_of(name)}.path = {teacher.path!r} is not read: with objective.opd.weight = 0 and "
+            "termination.rule = none nobody asks a teacher"
+        )
 
 
 def inspect_model(model: ModelConfig) -> tuple[ModelInfo, Any]:
@@ -220,13 +226,19 @@ def stop_ids(
     return ids
 
 
-def stop_id_warnings(config: Config, student: ModelInfo, teacher: ModelInfo, tokenizer: Any) -> tuple[str, ...]:
-    """One where the two models end their texts on different ids, with what `rollout.eos` makes of it."""
+def stop_id_warnings(
+    config: Config, student: ModelInfo, teacher: ModelInfo, tokenizer: Any, section: str = "teacher"
+) -> tuple[str, ...]:
+    """One where the two models end their texts on different ids, with what `rollout.eos` makes of it.
+
+    `section` is where the configuration names the teacher.
+    """
     if student.stop_ids == teacher.stop_ids:
         return ()
+    who = "the teacher" if section == "teacher" else section
     words = [
         f"{name} ends on " + ", ".join(f"{i} {tokenizer.convert_ids_to_tokens(i)!r}" for i in info.stop_ids)
-        for name, info in (("the student", student), ("the teacher", teacher))
+        for name, info in (("the student", student), (who, teacher))
     ]
     effect = {
         "merged": "rollout.eos = merged compares their sums as one event",
@@ -236,7 +248,7 @@ def stop_id_warnings(config: Config, student: ModelInfo, teacher: ModelInfo, tok
     }[config.rollout.eos]
     return (
         f"the models' stop ids differ: {'; '.join(words)}. Each of them ends the student's rollouts and answers, "
-        f"in its checkpoints too (generation_config.json); the teacher's answers end on its own. {effect}",
+        f"in its checkpoints too (generation_config.json); {who}'s answers end on its own. {effect}",
     )
 
 
@@ -255,7 +267,7 @@ def _check_lengths(config: Config, facts: ModelFacts) -> None:
 
 
 def _who(facts: ModelFacts) -> str:
-    return "the student takes" if facts.teacher is None else "both models take"
+    return {0: "the student takes", 1: "both models take"}.get(len(facts.teachers), "all models take")
 
 
 def _files_of(model: ModelConfig) -> tuple[Path, frozenset[str]]:

@@ -66,8 +66,8 @@ def memory_needed(
     `gpu` is a GPU's memory, None without one. Nothing where the number of parameters is not known.
     """
     student = facts.student.parameters
-    teacher = 0 if facts.teacher is None else facts.teacher.parameters
-    if student is None or teacher is None:
+    teachers = {section: info.parameters for section, info in facts.teachers.items()}
+    if student is None or None in teachers.values():
         return
     batch = micro_batch(config, facts.student, longest)
     rank = learner_bytes(config, student) + (batch.bytes if batch else 0.0)
@@ -80,8 +80,8 @@ def memory_needed(
         return
     sampler = config.sampler
     rest = sampler.bounds[1] * (student * _BYTES[config.student.dtype] + sampler.kv_cache_gib * GIB)
-    if config.used_teacher is not None:
-        rest += config.scorer.bounds[1] * teacher * _BYTES[config.used_teacher.dtype]
+    for group in config.scorer_groups:
+        rest += group.scorer.bounds[1] * (teachers[group.section] or 0) * _BYTES[group.model.dtype]
     total = config.learner.world_size * rank + rest
     yield "memory", total, f"weights, optimiser, KV caches and micro-batches{words}"
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
-from kat_ray.config import Config, ModelConfig
+from kat_ray.config import Config, ModelConfig, TeacherConfig
 from kat_ray.models.inspect import resolve_model
+from kat_ray.types.records import DEFAULT_TEACHER
 
+Model = TypeVar("Model", bound=ModelConfig)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -18,21 +22,27 @@ def pinned(config: Config) -> Config:
     answer from the hub (or from its cache, with HF_HUB_OFFLINE=1) a model is left as it is; whoever reads it first
     says why it cannot be had.
     """
-    models = {"student": _pinned(config.student)}
-    if config.used_teacher is not None:
-        models["teacher"] = _pinned(config.used_teacher)
+    models: dict[str, Any] = {"student": _pinned(config.student)}
+    if config.used_teachers:
+        models |= _teachers({name: _pinned(teacher) for name, teacher in config.used_teachers.items()})
     return config.model_copy(update=models)
 
 
 def pinned_like(config: Config, before: Config) -> Config:
     """The configuration with the commits that a run was made with, where it names the same models and no commit."""
-    models = {"student": _like(config.student, before.student)}
-    if config.teacher is not None and before.teacher is not None:
-        models["teacher"] = _like(config.teacher, before.teacher)
+    models: dict[str, Any] = {"student": _like(config.student, before.student)}
+    own, others = config.all_teachers, before.all_teachers
+    models |= _teachers({name: _like(own[name], others[name]) if name in others else own[name] for name in own})
     return config.model_copy(update=models)
 
 
-def _like(model: ModelConfig, before: ModelConfig) -> ModelConfig:
+def _teachers(by_name: Mapping[str, TeacherConfig]) -> dict[str, Any]:
+    """The fields of a configuration that hold them."""
+    named = {name: teacher for name, teacher in by_name.items() if name != DEFAULT_TEACHER}
+    return {"teacher": by_name.get(DEFAULT_TEACHER), "teachers": named}
+
+
+def _like(model: Model, before: ModelConfig) -> Model:
     floats = not is_commit(model.revision) and is_commit(before.revision) and model.path == before.path
     return model.model_copy(update={"revision": before.revision}) if floats else model
 
@@ -42,7 +52,7 @@ def is_commit(revision: str | None) -> bool:
     return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
-def _pinned(model: ModelConfig) -> ModelConfig:
+def _pinned(model: Model) -> Model:
     if Path(resolve_model(model)).is_dir() or is_commit(model.revision):
         return model
     from huggingface_hub import snapshot_download

@@ -183,22 +183,20 @@ def learner_role(learner: LearnerConfig) -> Role:
 
 
 def roles_of(config: Config) -> Mapping[str, tuple[Role, ...]]:
-    """The roles that the student and the teacher, where one is asked, play in a run."""
-    on_gpus = config.scorer.backend == "auto" and config.scorer.num_gpus > 0
+    """The roles that the models play in a run, by the section that names them; teachers where they are asked."""
     roles: dict[str, tuple[Role, ...]] = {
         "student": (
             "sampler-gpu" if config.sampler.num_gpus > 0 else "sampler-cpu", learner_role(config.learner)
         ),
     }  # fmt: skip
-    if config.used_teacher is not None:
-        scorer: Role = "scorer-vllm" if on_gpus or config.scorer.backend == "vllm" else "scorer-transformers"
-        roles["teacher"] = (scorer,)
+    for group in config.scorer_groups:
+        roles[group.section] = ("scorer-vllm" if group.scorer.engine == "vllm" else "scorer-transformers",)
     return roles
 
 
 def check_roles(config: Config, models: Mapping[str, Any], max_length: int) -> None:
-    """`require` for all roles of a run; `models` has transformers' configuration of student and teacher."""
+    """`require` for all roles of a run; `models` has transformers' configurations, likewise."""
+    paths = {"student": config.student.path} | {g.section: g.model.path for g in config.scorer_groups}
     for section, roles in roles_of(config).items():
-        path = getattr(config, section).path
         for role in roles:
-            require(models[section], role, f"{section}.path = {path!r}", max_length)
+            require(models[section], role, f"{section}.path = {paths[section]!r}", max_length)

@@ -197,7 +197,21 @@ METRICS = {
 # Metrics whose names end in what a configuration names, by how they begin.
 FAMILIES = {
     m.name: m
-    for m in (Metric("reward/part/", "reward", "mean of what this reward function gave, before its weight"),)
+    for m in (
+        Metric("reward/part/", "reward", "mean of what this reward function gave, before its weight"),
+        Metric("teacher/rollouts/", "rollouts", "that this teacher scored; of several teachers"),
+        Metric("teacher/mean_length/", "tokens", "generated tokens per rollout of this teacher's"),
+        Metric("teacher/kept_tokens/", "tokens", "of this teacher's rollouts, that are trained on"),
+        Metric("teacher/trapped_share/", "share", "of this teacher's rollouts, that the rule ended"),
+        Metric("teacher/kl_mean/", "nats", "mean reverse KL of all tokens that this teacher scored"),
+        Metric("teacher/kl_kept_mean/", "nats", "mean reverse KL of those that are kept"),
+        Metric("teacher/threshold/", "nats", "threshold of this teacher's rollouts; absent while it is inactive"),
+        Metric("teacher/window_min_mean/", "nats", "mean of this teacher's smallest window means m(y)"),
+        Metric("pools/scorer_replicas/", "scorers", "of this teacher, that the next step has"),
+        Metric("pools/scorer_busy_share/", "share", "of time/sampling, that this teacher's scorers were at work"),
+        Metric("pools/scorer_change/", "scorers", "of this teacher, decided after the step: 1 more, 1 less or 0"),
+        Metric("pools/scorer_pending/", "scorers", "of this teacher, asked for and not there yet"),
+    )
 }
 
 

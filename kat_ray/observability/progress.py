@@ -136,6 +136,7 @@ def _evaluations(summary: Mapping[str, Any]) -> Table:
             ("student before", summary.get("eval_before")),
             ("student after", summary.get("eval_after")),
             ("teacher", summary.get("eval_teacher")),
+            *((f"teacher {name[13:]}", of) for name, of in summary.items() if name.startswith("eval_teacher_")),
         )
         if result is not None
     }

@@ -59,6 +59,7 @@ class Summary(Record):
     scored_tokens: Count = 0
     trained_tokens: Count = 0
     learnt_tokens: Count | None = None
+    teacher_tokens: dict[str, Count] = {}
     overshoot_tokens: Count = 0
     wall_seconds: Annotated[float, Field(ge=0, le=1e12)] = 0.0
     eval_before: Figures | None = None

@@ -50,6 +50,7 @@ SCHEMA = pa.schema(
         ("probe_share", pa.float64()),
         ("sampled_logprobs", pa.list_(pa.float32())),
         ("learner_logprobs", pa.list_(pa.float32())),
+        ("teacher", pa.string()),
     ]
 )
 _GROUPS = 8  # row groups of a file: what a damaged one can be read in
@@ -103,8 +104,9 @@ class TraceRow:
     `cut` is the first token not kept, `confirmed` the number of tokens seen when the rule decided; `threshold`
     is None while the rule is inactive; `minimum` is m(y); `would_cut` is what the rule says of a probe;
     `correct` is the verdict on a rollout that no rule touched (None if it was not graded); `weights` are those of
-    the tokens in the KL's loss (None where all are 1); `features` are None where they are not recorded, `policy`
-    where the run does not learn from rewards.
+    the tokens in the KL's loss (None where all are 1), but for the weight of the teacher; `features` are None where
+    they are not recorded, `policy` where the run does not learn from rewards, `teacher`, the name of who scored it,
+    where the configuration has no teachers by name.
     """
 
     rollout_id: int
@@ -124,6 +126,7 @@ class TraceRow:
     weights: FloatArray | None = None
     features: TokenFeatures | None = None
     policy: PolicyTrace | None = None
+    teacher: str | None = None
 
     def column(self, name: str) -> object:
         """The value of a column of SCHEMA."""

@@ -44,7 +44,7 @@ def choose(records: RunRecords, most: int, seed: int = 0) -> IntArray:
 def prompts_of(config: Config, tokenizer: Any) -> tuple[Mapping[str, Prompt], str | None]:
     """The run's prompts by id, and what kept them from being read."""
     try:
-        named = config.used_teacher if config.data.chat_template == "teacher" else None
+        named = config.teacher if config.data.chat_template == "teacher" else None
         teacher = None if named is None else load_tokenizer(named)
         found = load_prompts(config.data, tokenizer, None, teacher=teacher, environment=config.environment)
         return {p.prompt_id: p for p in found.prompts}, None

@@ -17,6 +17,7 @@ from kat_ray.report.rewards import reward_cards, reward_sections
 from kat_ray.report.run_records import RunRecords, read_run
 from kat_ray.termination import RULES, Effect, kat_parameters
 from kat_ray.termination.settings import KatParameters, KatSettings
+from kat_ray.types.records import DEFAULT_TEACHER
 
 _TOP_TOKENS = 12
 _OF_SCORES = ("threshold", "health", "heatmap", "position")  # sections that a teacher's scores are drawn in
@@ -43,7 +44,7 @@ def report(
     settings, own = _rule_of(records, rule)
     tokenizer = load_tokenizer(records.config.student)
     phases, trouble = _phases(records, settings, own)
-    if records.config.used_teacher is None:
+    if not records.config.used_teachers:
         trouble = (
             "the run had no teacher (objective.opd.weight = 0, termination.rule = none), and so no KL to look at"
         )
@@ -147,8 +148,10 @@ def _subtitle(records: RunRecords, rule: KatParameters, own: bool) -> str:
     config = records.config
     whose = "the run's own" if own else "not the run's own, calibrated on its rollouts"
     threshold = f"eta {rule.eta:g}" if rule.budget is None else f"budget {rule.budget:.1%}"
-    teacher = config.used_teacher
-    source = "rewards alone" if teacher is None else teacher.path
+    teachers = config.used_teachers
+    named = teachers.keys() != {DEFAULT_TEACHER}
+    paths = (f"{teacher.path} ({name})" if named else teacher.path for name, teacher in teachers.items())
+    source = ", ".join(paths) or "rewards alone"
     return (
         f"{config.student.path} from {source}, rule {config.termination.rule}, "
         f"seed {config.run.seed}, {len({line['step'] for line in records.steps if 'learner/loss' in line})} steps, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -105,19 +106,33 @@ def threshold(records: RunRecords, phases: Phases | None, lens: Lens) -> Any:
     drawn = line(axes, records, "kl/mean", "mean KL of all scored tokens", GREY)
     if phases is not None:
         drawn |= _by_step(axes, phases.traces.step, phases.replayed.minimum, "mean m(y), seen to the end", SCALE)
-    if lens.own:
-        steps, values = records.series("kat/threshold")
-    else:
-        steps, values = step_means(records.traces.step, lens.thresholds)
-    if values:
-        label = "threshold" if lens.own else "threshold, applied afterwards"
-        axes.step(steps, values, where="mid", color=CUT if lens.own else APPLIED, label=label)
-    if drawn or values:
+    for number, (label, steps, values) in enumerate(_thresholds(records, lens)):
+        if values:
+            style = _STYLES[number % len(_STYLES)]
+            colour = CUT if lens.own else APPLIED
+            axes.step(steps, values, where="mid", color=colour, linestyle=style, label=label)
+            drawn = True
+    if drawn:
         axes.set_yscale("log")
         plain(axes.yaxis)
         axes.legend()
     axes.set(title="Threshold against the KL scale", xlabel="step", ylabel="nats")
     return fig
+
+
+_STYLES = ("solid", "dashed", "dotted", "dashdot")  # of the teachers' thresholds
+
+
+def _thresholds(records: RunRecords, lens: Lens) -> Iterator[tuple[str, list[int], list[float]]]:
+    """What a line is of, its steps and values: one for the run, or for each teacher that has a name."""
+    label = "threshold" if lens.own else "threshold, applied afterwards"
+    parts = records.traces.by_teacher()
+    for name, rows in parts:
+        of = f"{label}: {name}" if name else label
+        if not lens.own:
+            yield of, *step_means(records.traces.step[rows], lens.thresholds[rows])
+        else:
+            yield of, *records.series(f"teacher/threshold/{name}" if name else "kat/threshold")
 
 
 def step_means(steps: IntArray, values: FloatArray) -> tuple[list[int], list[float]]:

@@ -33,6 +33,7 @@ from kat_ray.models.output_layer import output_layer
 from kat_ray.models.text_model import text_decoder
 from kat_ray.report.phases import PHASES, Phases
 from kat_ray.report.run_records import RunRecords
+from kat_ray.types.records import DEFAULT_TEACHER
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,12 @@ def gradient_evidence(records: RunRecords, phases: Phases, first: Path, last: Pa
     prompts = {p.prompt_id: p.token_ids for p in found.prompts}
     student = load_causal_lm(config.student, str(first), "float32", "the first checkpoint").to(device)
     after = load_causal_lm(config.student, str(last), "float32", "the last checkpoint")
-    named = config.used_teacher
-    assert named is not None, "without a teacher there are no phases"
-    teacher = load_causal_lm(named, resolve_model(named), named.dtype, "teacher").to(device)
+    assert config.scorer_groups, "without a teacher there are no phases"
+    teachers: dict[str, Any] = {}  # by name
+    for group in config.scorer_groups:
+        model = group.model
+        loaded = load_causal_lm(model, resolve_model(model), model.dtype, group.section).to(device)
+        teachers |= dict.fromkeys(group.teachers, loaded)
     bases = bases_of(dict(student.named_parameters()), dict(after.named_parameters()))
     candidates = np.flatnonzero(phases.trapped)
     if not len(candidates):
@@ -83,6 +87,7 @@ def gradient_evidence(records: RunRecords, phases: Phases, first: Path, last: Pa
     sums = {phase: {name: torch.zeros_like(p) for name, p in matrices} for phase in PHASES}
     counts = dict.fromkeys(PHASES, 0)
     names, tokens = records.per_rollout("prompt_id"), records.per_rollout("token_ids")
+    scored_by = records.per_rollout("teacher")
     for i in candidates[:rollouts].tolist():
         span = slice(int(phases.traces.offsets[i]), int(phases.traces.offsets[i + 1]))
         row = int(phases.rows[i])
@@ -97,6 +102,7 @@ def gradient_evidence(records: RunRecords, phases: Phases, first: Path, last: Pa
             mask = phases.stage[span] == code
             if mask.any():
                 counts[phase] += int(mask.sum())
+                teacher = teachers[scored_by[row] or DEFAULT_TEACHER]
                 _add_gradient(sums[phase], student, teacher, prompt, ids, mask, config, facts.stop_ids)
     shares = {
         group: {phase: _share(sums[phase], bases, members) for phase in PHASES if counts[phase]}

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kat_ray.analysis.replay import Replayed, Traces, apply_rule, calibrate, uncensored_rows
+from kat_ray.analysis.replay import Replayed, Traces, apply_rule, uncensored_rows
+from kat_ray.analysis.replay_rules import calibrate_by_teacher
 from kat_ray.report.run_records import RunRecords
 from kat_ray.termination.settings import KatParameters
 from kat_ray.types.records import FloatArray, IntArray
@@ -68,7 +69,7 @@ def phases_of(records: RunRecords, rule: KatParameters, own: bool) -> Phases:
     if own:
         thresholds, replayed = traces.threshold, apply_rule(traces, rule, traces.threshold)
     else:
-        thresholds, replayed = calibrate(traces, rule, records.config.run.seed)
+        thresholds, replayed = calibrate_by_teacher(traces, rule, records.config.run.seed)
     active = ~np.isnan(thresholds)
     stage = np.full(len(traces.d), -2, dtype=np.int8)
     for i, (start, end) in enumerate(zip(traces.offsets[:-1], traces.offsets[1:], strict=True)):
@@ -95,12 +96,22 @@ def lens_of(records: RunRecords, rule: KatParameters, own: bool, phases: Phases 
     else:
         thresholds = np.full(len(traces.step), np.nan)
         if phases is not None and len(phases.rows):
-            # A step without a rollout that feeds the calibration has the threshold of the next one that has some.
-            steps, first = np.unique(phases.traces.step, return_index=True)
-            at = np.searchsorted(steps, traces.step)
-            known = (at < len(steps)) & (traces.step >= rule.min_steps)
-            thresholds[known] = phases.thresholds[first[at[known]]]
+            seen = dict(phases.traces.by_teacher())
+            for name, own_rows in traces.by_teacher():
+                if name in seen:
+                    thresholds[own_rows] = _by_step(traces.step[own_rows], rule, phases, seen[name])
     return Lens(rule, own, thresholds, apply_rule(traces, rule, thresholds).cut)
+
+
+def _by_step(steps: IntArray, rule: KatParameters, phases: Phases, seen: IntArray) -> FloatArray:
+    """The thresholds that the rollouts `seen` of one teacher had, for rollouts of these steps."""
+    found = np.full(len(steps), np.nan)
+    # A step without a rollout that feeds the calibration has the threshold of the next one that has some.
+    known_steps, first = np.unique(phases.traces.step[seen], return_index=True)
+    at = np.searchsorted(known_steps, steps)
+    known = (at < len(known_steps)) & (steps >= rule.min_steps)
+    found[known] = phases.thresholds[seen][first[at[known]]]
+    return found
 
 
 def phase_table(records: RunRecords, phases: Phases) -> list[PhaseRow]:

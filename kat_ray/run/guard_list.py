@@ -216,4 +216,15 @@ GUARDS = (
         "heart; look at answers with a high reward (kat-ray report)",
         at_once=True,
     ),
+    Guard(
+        "context_leak",
+        "fall of avg@k beyond chance while the KL fell",
+        attrgetter("leak_fall"),
+        True,
+        lambda setting, _: setting,
+        "the student comes nearer to a teacher that is told more (teacher.context), and answers worse without it: "
+        "it acts as if it had been told; take the best checkpoint, lower learner.lr, train for fewer steps, or "
+        "tell the teacher less",
+        at_once=True,
+    ),
 )

@@ -1,4 +1,8 @@
-"""Whether rewards rise while held-out answers get worse: what is rewarded is then not what is wanted."""
+"""Whether training goes well by its own measure while held-out answers get worse.
+
+Of rewards that rise: what is rewarded is then not what is wanted. Of a KL that falls while the teacher is told more
+than the student: the student then learns to act as if it knew what it was not told.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +30,18 @@ def fall_beyond_chance(before: Sequence[float], after: Sequence[float]) -> float
 class HeldOutWatch:
     """`observe` every step, `evaluated` after every evaluation; `take` says what the newest one showed.
 
-    Each evaluation is held against the one before, and the mean reward of the steps between the two against that of
-    the steps before those.
+    Each evaluation is held against the one before, and the mean of the measure (a reward, or a KL with its sign
+    turned) over the steps between the two against that of the steps before those.
     """
 
     def __init__(self) -> None:
-        self._total, self._steps = 0.0, 0  # rewards since the last evaluation
+        self._total, self._steps = 0.0, 0  # of the measure since the last evaluation
         self._reward: float | None = None  # mean of those before it
         self._shares: tuple[float, ...] = ()  # right answers to each problem then
         self._fall: float | None = None
 
     def observe(self, reward: float | None) -> None:
-        """The mean reward of one more step; None says nothing."""
+        """The measure of one more step, of which more is better; None says nothing."""
         if reward is not None:
             self._total, self._steps = self._total + reward, self._steps + 1
 
@@ -51,7 +55,7 @@ class HeldOutWatch:
         self._total, self._steps = 0.0, 0
 
     def take(self) -> float | None:
-        """`fall_beyond_chance` where rewards rose, else 0; None where nothing was compared since the last call."""
+        """`fall_beyond_chance` where the measure rose, else 0; None where nothing was compared since then."""
         fall, self._fall = self._fall, None
         return fall
 

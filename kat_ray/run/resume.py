@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -22,12 +22,21 @@ from kat_ray.records.json_records import SUMMARY, read_json
 
 
 def resumable(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the fields and whole sections that a resume may change: those declared as `Resumable`."""
+    """Dotted names of the fields and whole sections that a resume may change: those declared as `Resumable`.
+
+    A `*` stands for whatever name the user has given.
+    """
     for name, field in model.model_fields.items():
         if is_resumable(field):
             yield prefix + name
-        elif isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        elif _is_section(field.annotation):
             yield from resumable(field.annotation, f"{prefix}{name}.")
+        elif get_origin(field.annotation) is dict and _is_section(of := get_args(field.annotation)[1]):
+            yield from resumable(of, f"{prefix}{name}.*.")
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
@@ -71,8 +80,12 @@ def changes(before: Config, after: Config) -> list[str]:
     """Dotted names of the fields that differ and may not."""
     old, new = dict(_leaves(before.model_dump())), dict(_leaves(after.model_dump()))
     differ = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    free = tuple(resumable())
-    return [name for name in differ if not any(name == f or name.startswith(f"{f}.") for f in free)]
+    free = [name.split(".") for name in resumable()]
+    return [name for name in differ if not any(_within(name.split("."), f) for f in free)]
+
+
+def _within(name: Sequence[str], field: Sequence[str]) -> bool:
+    return len(name) >= len(field) and all(f in ("*", n) for f, n in zip(field, name, strict=False))
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -29,6 +29,7 @@ class TotalsState(_Saved):
     started: Count = 0
     ended: dict[StopReason, Count] = {}
     tokens: dict[str, Count] = {}
+    teacher_tokens: dict[str, Count] = {}
 
 
 class GuardsState(_Saved):
@@ -70,6 +71,7 @@ class WatchState(_Saved):
     skips: SkipsState = SkipsState()
     tail: TailState = TailState()
     held_out: HeldOutState = HeldOutState()
+    leak: HeldOutState = HeldOutState()
 
 
 class RunState(_Saved):
@@ -83,7 +85,7 @@ class RunState(_Saved):
     rule: dict[str, Any] | None = None  # the termination rule's calibration; None: an empty one
     probe_rewards: list[float] = []  # `Credit.probe_rewards` of the last step
     totals: TotalsState = TotalsState()
-    evaluations: dict[str, EvalResult] = {}  # "before", "after", "teacher"
+    evaluations: dict[str, EvalResult] = {}  # "before", "after", and of teachers
     evaluated: Count | None = None  # steps done at the last evaluation
     positions: dict[str, Count] = {}  # bytes of the records that grow, by file name
     watch: WatchState = WatchState()

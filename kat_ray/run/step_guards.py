@@ -32,7 +32,8 @@ class StepGuards:
             guards = guards.model_copy(update={"kl_rise": None, "kl_fall": None})
         self._guards = CollapseGuards(guards, (config.student.dtype, config.learner.dtype))
         self._tail = TailReport(config.rollout.top_k_logprobs)
-        self._held_out = HeldOutWatch()
+        self._held_out, self._leak = HeldOutWatch(), HeldOutWatch()
+        self._has_context = any(context is not None for context in config.teacher_contexts.values())
         self._skips = SkipGuard(config.learner.max_skipped_steps)
         self._step: StepResult | None = None  # the one that was checked last
         self._stop: str | None = None
@@ -47,7 +48,9 @@ class StepGuards:
     def check(self, step: StepResult) -> dict[str, float]:
         """Take the next step; returns the metric to write with its own."""
         self._held_out.observe(step.reward_mean)
-        self._step = step = replace(step, held_out_fall=self._held_out.take())
+        if self._has_context and step.kl_mean is not None:
+            self._leak.observe(-step.kl_mean)
+        self._step = step = replace(step, held_out_fall=self._held_out.take(), leak_fall=self._leak.take())
         report = step.learner
         self._skips_due = self._skips.observe(report.skipped, report.tokens)
         if report.skipped and self._skips.in_a_row == 1:
@@ -62,13 +65,15 @@ class StepGuards:
 
     def evaluated(self, result: EvalResult) -> None:
         """Take an evaluation; what it shows is judged with the next step, or by `last_evaluation`."""
-        self._held_out.evaluated([right / result.k for right in result.right])
+        for watch in (self._held_out, self._leak):
+            watch.evaluated([right / result.k for right in result.right])
 
     def last_evaluation(self, done: int) -> None:
         """Say what the evaluation after the last step showed: no step follows it, and there is none to end."""
-        fall = self._held_out.take()
-        if fall is not None and (text := self._guards.judge("held_out_fall", done, fall)) is not None:
-            self._note(text)
+        for name, watch in (("held_out_fall", self._held_out), ("context_leak", self._leak)):
+            fall = watch.take()
+            if fall is not None and (text := self._guards.judge(name, done, fall)) is not None:
+                self._note(text)
 
     def end_if_due(self, batch: Callable[[], StepBatch | None], save: Callable[[], object]) -> None:
         """UserError if the run has to end after this step.
@@ -94,6 +99,7 @@ class StepGuards:
             "skips": self._skips.state(),
             "tail": self._tail.state(),
             "held_out": self._held_out.state(),
+            "leak": self._leak.state(),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -102,3 +108,4 @@ class StepGuards:
         self._skips.load_state(state["skips"])
         self._tail.load_state(state["tail"])
         self._held_out.load_state(state["held_out"])
+        self._leak.load_state(state["leak"])

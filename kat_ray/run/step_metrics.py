@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kat_ray.data.accounting import FinishedRollout, kept_rows
-from kat_ray.types.records import ScoredChunk, StepStart, StopReason
+from kat_ray.types.records import FloatArray, ScoredChunk, StepStart, StopReason
 
 _FEATURES = {
     "health/overlap": "overlap",
@@ -17,6 +17,8 @@ _FEATURES = {
     "health/student_entropy": "student_entropy",
     "health/tail_mass": "student_tail",
 }
+
+_NO_KL = np.zeros(0, dtype=np.float32)
 
 
 def rollout_metrics(rollouts: Sequence[FinishedRollout], step_start: StepStart) -> dict[str, float]:
@@ -46,6 +48,30 @@ def rollout_metrics(rollouts: Sequence[FinishedRollout], step_start: StepStart) 
     if minima:
         figures["kat/window_min_mean"] = sum(minima) / len(minima)
     return {k: float(v) for k, v in figures.items()}
+
+
+def teacher_metrics(
+    rollouts: Sequence[FinishedRollout], kl: Mapping[int, FloatArray], step_start: StepStart
+) -> dict[str, float]:
+    """The figures of each teacher's rollouts, where it had any; `kl` [tokens] by rollout id, nats."""
+    figures: dict[str, float] = {}
+    for name in dict.fromkeys(r.outcome.teacher for r in rollouts):
+        own = [r for r in rollouts if r.outcome.teacher == name]
+        scored = [kl.get(r.rollout_id, _NO_KL) for r in own]
+        kept = [values[: r.counts.kept] for r, values in zip(own, scored, strict=True)]
+        minima = [r.outcome.minimum for r in own if r.outcome.minimum is not None]
+        found: dict[str, float | None] = {
+            "rollouts": len(own),
+            "mean_length": sum(r.counts.generated for r in own) / len(own),
+            "kept_tokens": sum(r.counts.kept for r in own),
+            "trapped_share": sum(r.outcome.stop_reason is StopReason.TRAPPED for r in own) / len(own),
+            "kl_mean": _mean(np.concatenate(scored)),
+            "kl_kept_mean": _mean(np.concatenate(kept)),
+            "threshold": step_start.of(name).threshold,
+            "window_min_mean": sum(minima) / len(minima) if minima else None,
+        }
+        figures |= {f"teacher/{what}/{name}": float(v) for what, v in found.items() if v is not None}
+    return figures
 
 
 def answer_metrics(

@@ -89,6 +89,19 @@ class StageWork:
         return self.tokens / max(self.seconds, 1e-9)
 
 
+def _scoring(scored: Sequence[ScoredChunk]) -> StageWork:
+    return StageWork(
+        tokens=sum(len(c.d) for c in scored),
+        seconds=sum(c.seconds for c in scored),
+        replicas=len({c.scorer for c in scored}),
+    )
+
+
+def _role(chunk: ScoredChunk) -> str:
+    """Of the scorer that scored it, such as `scorer-math:0`."""
+    return chunk.scorer.rpartition(":")[0]
+
+
 @dataclass(frozen=True)
 class StepTimes:
     """Where the seconds of one step went. The first four are the driver's clock."""
@@ -103,6 +116,7 @@ class StepTimes:
     monitor: float  # CPU time of the busiest monitor
     sampler: StageWork
     scorer: StageWork | None  # None where nobody scores; nor are there decisions to wait for then
+    scorers: Mapping[str, StageWork]  # by the role of those that scored anything, `scorer` or `scorer-NAME`
     decisions: tuple[float, float] | None  # mean and longest, from building a chunk to applying the decision on it
 
     @classmethod
@@ -133,13 +147,10 @@ class StepTimes:
                 seconds=sum(r.seconds - r.wait_seconds for r in reports),
                 replicas=len(reports),
             ),
-            scorer=None
-            if not scored
-            else StageWork(
-                tokens=sum(len(c.d) for c in scored),
-                seconds=sum(c.seconds for c in scored),
-                replicas=len({c.scorer for c in scored}),
-            ),
+            scorer=_scoring(scored) if scored else None,
+            scorers={
+                role: _scoring([c for c in scored if _role(c) == role]) for role in sorted({*map(_role, scored)})
+            },
             decisions=(float(decisions.mean()), float(decisions.max())) if len(decisions) else None,
         )
 
@@ -179,7 +190,8 @@ class StepResult:
     restarts: int  # actors lost since the step before
     recorded: Mapping[str, float] = field(default_factory=dict)  # metrics of the rollouts and their scores
     store: Mapping[str, float] = field(default_factory=dict)  # and of the object stores
-    held_out_fall: float | None = None  # of `HeldOutWatch.take`; None: nothing was evaluated before it
+    held_out_fall: float | None = None  # of `HeldOutWatch.take`, while rewards rose; None: nothing was evaluated
+    leak_fall: float | None = None  # while the KL to a teacher that is told more fell
 
     @property
     def kl_mean(self) -> float | None:
@@ -209,8 +221,8 @@ class StepResult:
     @property
     def idle_share(self) -> float:
         """Of the step, that its busiest stage idled."""
-        scorer = 0.0 if self.times.scorer is None else self.times.scorer.busy
-        busiest = max(self.times.sampler.busy, scorer, self.learner.seconds)
+        scorers = (stage.busy for stage in self.times.scorers.values())
+        busiest = max(self.times.sampler.busy, *scorers, self.learner.seconds)
         return max(0.0, 1.0 - busiest / self.times.step)
 
     def to_metrics(self) -> dict[str, float]:

@@ -39,6 +39,7 @@ class Totals:
         self.started = 0
         self.ended: Counter[StopReason] = Counter()
         self.tokens: Counter[str] = Counter(dict.fromkeys(_TOKENS, 0))
+        self.teacher_tokens: Counter[str] = Counter()
 
     def add_step(
         self,
@@ -49,10 +50,12 @@ class Totals:
         scored_tokens: int,
         prompt_tokens: int,
         learnt_tokens: int,
+        teacher_tokens: Mapping[str, int] | None = None,
     ) -> None:
         """Add one step's rollouts. Both balances must hold.
 
         `learnt_tokens` are those that the learner's passes took: with rewards up to a cut's confirmation.
+        `teacher_tokens` are prompts and scored tokens by the section of the model, of several teachers.
         """
         self.steps += 1
         self.started += started
@@ -62,6 +65,7 @@ class Totals:
                 generated=book.generated, kept=book.kept, overshoot=book.overshoot, cut_back=book.cut_back
             )
         self.tokens.update(scored=scored_tokens, prompt=prompt_tokens, learnt=learnt_tokens)
+        self.teacher_tokens.update(teacher_tokens or {})
         t = self.tokens
         assert self.started == self.ended.total(), f"{self.started} rollouts started, {self.ended.total()} ended"
         assert t["generated"] == t["kept"] + t["overshoot"] + t["cut_back"], f"tokens do not balance: {dict(t)}"
@@ -73,7 +77,10 @@ class Totals:
     def state(self) -> dict[str, Any]:
         """All counts, as JSON."""
         ended = {reason.value: count for reason, count in self.ended.items()}
-        return {"steps": self.steps, "started": self.started, "ended": ended, "tokens": dict(self.tokens)}
+        return {
+            "steps": self.steps, "started": self.started, "ended": ended, "tokens": dict(self.tokens),
+            "teacher_tokens": dict(self.teacher_tokens),
+        }  # fmt: skip
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Totals:
@@ -83,6 +90,7 @@ class Totals:
         totals.ended.update({StopReason(reason): count for reason, count in state["ended"].items()})
         tokens = state["tokens"]  # an earlier version counted what is learnt as what is kept
         totals.tokens.update({"learnt": tokens.get("kept", 0)} | tokens)
+        totals.teacher_tokens.update(state.get("teacher_tokens", {}))
         return totals
 
     def as_dict(self) -> dict[str, Any]:
@@ -92,6 +100,7 @@ class Totals:
             "rollouts_started": self.started,
             "rollouts_ended": {reason.value: self.ended[reason] for reason in StopReason},
             **self.token_fields(),
+            **({"teacher_tokens": dict(self.teacher_tokens)} if self.teacher_tokens else {}),
         }
 
     def token_fields(self) -> dict[str, int]:

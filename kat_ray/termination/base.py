@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from kat_ray.termination.settings import RuleSettings
-from kat_ray.types.records import FloatArray, IntArray
+from kat_ray.types.records import DEFAULT_TEACHER, FloatArray, IntArray
 
 _NONE = np.zeros(0, dtype=np.float32)
 
@@ -108,6 +108,7 @@ class Finished:
     length: int = 0  # tokens scored
     full: bool = False  # it ran into its token limit
     evidence: Any = None  # what its tracker left for the calibration; None of those that have none to leave
+    teacher: str = DEFAULT_TEACHER  # whose scores it was judged by: a rule is given those of one teacher only
 
 
 class TerminationRule(Protocol):

@@ -66,6 +66,7 @@ class Prompt:
     answer: str | None = None
     teacher: str = DEFAULT_TEACHER  # the name of the one that scores its rollouts
     problem: str | None = None  # of an environment, as JSON
+    context_ids: tuple[int, ...] | None = None  # what the teacher is given instead of `token_ids`; None: the same
 
     @property
     def gold(self) -> str | None:
@@ -88,13 +89,21 @@ class RolloutSpec:
     probe: bool
     max_tokens: int
     teacher: str = DEFAULT_TEACHER
+    context_ids: tuple[int, ...] | None = None  # what its teacher is given instead of the prompt; None: the same
+
+    @property
+    def scored_prompt(self) -> tuple[int, ...]:
+        """The tokens that its teacher has before the rollout's own."""
+        return self.prompt_ids if self.context_ids is None else self.context_ids
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
     """One attempt: rollouts for one sampler. If the sampler is lost, they are requested again under another number.
 
-    `rule_state` is the calibration that the step began with: a monitor that was restarted needs it.
+    `rule_state` is the calibration that the step began with: a monitor that was restarted needs it. A scorer that
+    was restarted, of a teacher that is the student, needs `teacher_weights`: references by the name of its group,
+    None for those as given.
     """
 
     attempt: int  # unique in a run
@@ -102,6 +111,7 @@ class GenerateRequest:
     version: int  # of the weights that the sampler must hold
     specs: tuple[RolloutSpec, ...]
     rule_state: Mapping[str, Any]
+    teacher_weights: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,8 +153,9 @@ class RolloutChunk(ChunkRows):
     topk_ids_high: IntArray  # [N, *] uint8; no columns if the vocabulary fits into 16 bits
     topk_logprobs: FloatArray  # [N, k] float16, see kat_ray.types.token_ids
     tail_logprobs: FloatArray  # [N] float32, log of the mass outside the top k, taken before quantising
-    # Tokens a scorer must run before the first row and has not seen: the prompt for a new rollout, all tokens
-    # before the first row when another scorer takes the rollout over, else what was inserted since the last chunk.
+    # Tokens a scorer must run before the first row and has not seen: the prompt for a new rollout, or what its
+    # teacher is told instead; all tokens before the first row when another scorer takes the rollout over; else what
+    # was inserted since the last chunk.
     context_offsets: IntArray  # [R + 1] int32
     context_ids: IntArray  # [C] int32
     inserted: NDArray[np.bool_]  # [R], the context follows what the scorer holds; else it is the whole past
@@ -222,6 +233,7 @@ class RolloutOutcome:
     would_cut: int | None
     weights: FloatArray | None = None
     evidence: Any = None
+    teacher: str = DEFAULT_TEACHER  # whose scores it was judged by
 
 
 @dataclass(frozen=True)
@@ -229,11 +241,17 @@ class StepStart:
     """The rule's limits for a step's rollouts: threshold in nats, longest rollout in tokens; None if not set.
 
     `probe_share` is the share of the step's rollouts that are probes, None for `termination.probe_share`.
+    Of several teachers each has limits of its own, and what is said of all is None.
     """
 
     threshold: float | None
     budget: int | None
     probe_share: float | None = None
+    by_teacher: Mapping[str, StepStart] = field(default_factory=dict)  # empty of one teacher
+
+    def of(self, teacher: str) -> StepStart:
+        """The limits of rollouts that this teacher scores."""
+        return self.by_teacher.get(teacher, self)
 
 
 @dataclass(frozen=True)
@@ -273,8 +291,9 @@ class PolicyCredit:
 class KeptRollout:
     """A rollout to train on: its first `kept` generated tokens.
 
-    `weights` [kept] float32 scales each token's KL; None weighs all alike. Tokens of weight 0 are left out.
-    `policy` is what they have in the policy's loss, None where there is none.
+    `weights` [kept] float32 scales each token's KL; None weighs all alike. Tokens of weight 0 are left out. `scale`
+    multiplies the KL beside that, and is in no denominator: the weight of the rollout's teacher. `policy` is what
+    they have in the policy's loss, None where there is none.
     """
 
     rollout_id: int
@@ -282,6 +301,22 @@ class KeptRollout:
     kept: int
     weights: FloatArray | None = None
     policy: PolicyCredit | None = None
+    scale: float = 1.0
+    # The student's prompt, and the length of what chunks have in its place, where the teacher was told another.
+    prompt_ids: tuple[int, ...] | None = None
+    context_length: int | None = None
+
+    @classmethod
+    def of(cls, spec: RolloutSpec, kept: int, **more: Any) -> KeptRollout:
+        """The first `kept` tokens of a rollout that was made from `spec`."""
+        if spec.context_ids is not None:
+            more |= {"prompt_ids": spec.prompt_ids, "context_length": len(spec.context_ids)}
+        return cls(spec.rollout_id, len(spec.prompt_ids), kept, **more)
+
+    @property
+    def past_length(self) -> int:
+        """Tokens that its chunks have before its own."""
+        return self.prompt_length if self.context_length is None else self.context_length
 
     @property
     def weight(self) -> float:

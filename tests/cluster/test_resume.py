@@ -4,7 +4,6 @@ What a resumption must put back is the same with stub engines as with real ones,
 and its random numbers.
 """
 
-import json
 import os
 import re
 import shutil
@@ -20,11 +19,10 @@ import yaml
 
 from kat_ray.cli import main as cli
 from kat_ray.config.load import config_yaml
-from kat_ray.records.traces import read_traces
 from tests.cluster.disturb import steps_done, wait_for_step
 from tests.deploy.manifests import ROOT
 from tests.deploy.ray_process import job_logs, ray_process, submitted, until
-from tests.support.runs import config_of
+from tests.support.runs import config_of, everything
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
 
@@ -89,32 +87,6 @@ def run_config(kind, files, tmp_path, name):
     path = tmp_path / f"{name}.yaml"
     path.write_text(config_yaml(config))
     return path, tmp_path / name
-
-
-def timeless(line):
-    """A line of metrics.jsonl without what is measured by the clock."""
-    clocked = ("time", "throughput", "store", "learner/seconds")
-    return {k: v for k, v in line.items() if not k.startswith(clocked)}
-
-
-def everything(run):
-    """What must not depend on how often a run was interrupted."""
-    summary = json.loads((run / "summary.json").read_text())
-    last = run / "checkpoints" / f"step-{summary['steps']}"
-    names = [
-        "model.safetensors",
-        *(f"training/{p.name}" for p in sorted((last / "training").glob("*.safetensors"))),
-    ]
-    assert len(names) == 2
-    state = json.loads((last / "training" / "state.json").read_text())
-    return {
-        "weights": {n: (last / n).read_bytes() for n in names},
-        "metrics": [timeless(json.loads(x)) for x in (run / "metrics.jsonl").read_text().splitlines()],
-        "evaluations": (run / "evaluations.jsonl").read_text(),
-        "traces": read_traces(run).to_pylist(),
-        "summary": {k: v for k, v in summary.items() if k not in ("wall_seconds", "git_commit")},
-        "state": {k: v for k, v in state.items() if k not in ("seconds", "positions")},
-    }
 
 
 @pytest.fixture(scope="module")

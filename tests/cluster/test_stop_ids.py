@@ -58,7 +58,7 @@ def test_every_id_of_the_stop_event_ends_a_rollout(prepared):
 
 def test_a_checkpoint_generates_to_the_same_ids(prepared, models, tmp_path):
     _, given = prepared
-    assert given.paths.teacher_stop_ids == OTHER
+    assert given.paths.teacher_stop_ids == {"default": OTHER}
     with Group(models, 1, stop_ids=given.facts.stop_ids) as group:
         group.save(tmp_path / "out", given.paths.student_dir)
     saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())

@@ -50,7 +50,7 @@ class World:
     """What ranks reach beside each other: the network and the disk."""
 
     meetings: dict[int, Meeting] = field(default_factory=dict)
-    disk: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, tuple[int, int]] = field(default_factory=dict)
     damaged: set[str] = field(default_factory=set)  # checkpoints
     seconds: float = 0.2  # of every piece of work
     on_collect: Callable[[Any, Any], object] = lambda chunks, teacher: None  # told of every batch
@@ -66,8 +66,9 @@ class MemoryLearner:
         self._heartbeat = Heartbeat()
         self._meeting: Meeting | None = None
         self._round = 0
-        self._weights = 0
+        self._weights = self._average = 0
         self._rows: list[Any] | None = None
+        self._kept: Sequence[KeptRollout] = ()
         self._logprobs: dict[int, Any] = {}
         self._written: tuple[str, int] | None = None
 
@@ -93,6 +94,7 @@ class MemoryLearner:
             records = ray.get(list(chunks)), ray.get(list(teacher))
             self.world.on_collect(*records)
             self._rows = collect_samples(*records, kept)
+            self._kept = kept
 
     def learn(self, global_weight: float, policy_version: int) -> LearnerReport:
         if self._rows is None:
@@ -102,9 +104,12 @@ class MemoryLearner:
         with self._heartbeat.busy("learn"):
             own = sum(_number(row) for row in rows)
             tokens = self._work(sum(map(_tokens, rows)))
-            weight = self._work(sum(float(row.weights.sum(dtype=np.float64)) for row in rows))
+            weight = self._work(sum(k.weight for k in self._kept))
+            sums = [float(row.weights.sum(dtype=np.float64)) for row in rows]
+            assert sums == [k.weight * k.scale for k in self._kept], "the teachers' weights are in no denominator"
             weight = weight or float(any(row.policy for row in rows))
             self._weights = (self._weights * 31 + self._work(own)) % _PRIME
+            self._average = (self._average + self._weights) % _PRIME  # of all steps so far, as an average is
         assert weight == global_weight, (weight, global_weight)
         fixed: dict[str, Any] = dict.fromkeys(_FIGURES, 0.5) | dict.fromkeys(_NONE, 0.0)
         fixed["tail_mass"] = 0.0 if self._top_k else None
@@ -123,9 +128,16 @@ class MemoryLearner:
         array = np.array([self._weights], dtype=np.int64)
         return WeightUpdate(policy_version, ("w",), ("int64",), (array,)), policy_version
 
+    def average(self, policy_version: int) -> tuple[WeightUpdate | None, int]:
+        self._work()
+        if self._rank:
+            return None, policy_version
+        array = np.array([self._average], dtype=np.int64)
+        return WeightUpdate(policy_version, ("w",), ("int64",), (array,)), policy_version
+
     def snapshot(self, path: str, _tokenizer: str) -> None:
         self._work()
-        self._written = (path, self._weights)
+        self._written = (path, (self._weights, self._average))
 
     def written(self) -> dict[str, Any]:
         self._check_started()
@@ -144,7 +156,7 @@ class MemoryLearner:
     def restore(self, path: str) -> None:
         with self._heartbeat.busy("restore"):
             self._work()
-            self._weights = self.world.disk[path]
+            self._weights, self._average = self.world.disk[path]
 
     def _work(self, part: int = 0) -> int:
         """Work of a while, and a sum over all ranks."""

@@ -118,3 +118,29 @@ def check_alike(config, path, quiet):
 
 def last_checkpoint(path, config):
     return path / "checkpoints" / f"step-{config.run.steps}"
+
+
+def timeless(line):
+    """A line of metrics.jsonl without what is measured by the clock."""
+    clocked = ("time", "throughput", "store", "learner/seconds")
+    return {k: v for k, v in line.items() if not k.startswith(clocked)}
+
+
+def everything(run):
+    """What must not depend on how often a run was interrupted."""
+    summary = json.loads((run / "summary.json").read_text())
+    last = run / "checkpoints" / f"step-{summary['steps']}"
+    names = [
+        "model.safetensors",
+        *(f"training/{p.name}" for p in sorted((last / "training").glob("*.safetensors"))),
+    ]
+    assert len(names) == 2
+    state = json.loads((last / "training" / "state.json").read_text())
+    return {
+        "weights": {n: (last / n).read_bytes() for n in names},
+        "metrics": [timeless(json.loads(x)) for x in (run / "metrics.jsonl").read_text().splitlines()],
+        "evaluations": (run / "evaluations.jsonl").read_text(),
+        "traces": read_traces(run).to_pylist(),
+        "summary": {k: v for k, v in summary.items() if k not in ("wall_seconds", "git_commit")},
+        "state": {k: v for k, v in state.items() if k not in ("seconds", "positions")},
+    }

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -30,7 +30,7 @@ from kat_ray.data.golds import TrainingGolds
 from kat_ray.data.prompts import PromptSet
 from kat_ray.errors import UserError
 from kat_ray.observability.trackers import Trackers
-from kat_ray.types.records import Prompt
+from kat_ray.types.records import DEFAULT_TEACHER, Prompt
 from tests.support.fake_cluster import FakeCluster, FakePlacement
 from tests.support.memory_learner import MemoryLearner, World
 from tests.support.memory_records import MemoryCheckpoints, MemoryRun, MemoryTracker
@@ -121,7 +121,7 @@ def _row(row: Any) -> tuple[Any, ...]:
         rewarded["learner_logprobs"] = None if learner is None else tuple(learner.tolist())
     return (
         row.rollout_id, str(row.stop_reason), row.cut, row.confirmed, row.threshold, row.minimum, row.probe,
-        row.would_cut, tuple(row.token_ids[:kept].tolist()), tuple(row.d[:kept].tolist()), rewarded,
+        row.would_cut, tuple(row.token_ids[:kept].tolist()), tuple(row.d[:kept].tolist()), rewarded, row.teacher,
     )  # fmt: skip
 
 
@@ -184,7 +184,16 @@ class Run:
     def build(self) -> Any:
         """The run of today's classes."""
         config = self.config
-        paths = ModelPaths("student", "teacher", (1,), (1,), (1,), vocabulary=64, max_model_len=64)
+        paths = ModelPaths(
+            "student",
+            {g.name: g.model.path for g in config.scorer_groups},
+            (1,),
+            (1,),
+            {g.name: (1,) for g in config.scorer_groups},
+            vocabulary=64,
+            max_model_len=64,
+            scored_len=64,
+        )
         numbers = {name: role.replicas for name, role in roles_of(config).items()}
         model = SimpleNamespace(parameters=1)
         tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids[-1] % 2))
@@ -197,7 +206,7 @@ class Run:
         learner = type("OwnLearner", (MemoryLearner,), {"world": self.world})
         engines = Engines(self.engine, QuickTeacher, learner)
         heldout = HELDOUT if config.evaluation.data is not None else None
-        prepared: Any = Prepared(facts, PROMPTS, TrainingGolds(self.golds, None), heldout, paths)
+        prepared: Any = Prepared(facts, prompts_of(config), TrainingGolds(self.golds, None), heldout, paths)
         self.placement: Any = FakePlacement(self.cluster, numbers)
         return TrainingRun(config, prepared, self.placement, self.records, progress, self.stop, engines)
 
@@ -215,7 +224,16 @@ class Run:
         }
 
 
+def prompts_of(config: Config) -> PromptSet:
+    """The prompts, dealt to the teachers in turn."""
+    names = sorted(config.used_teachers) or [DEFAULT_TEACHER]
+    dealt = (replace(p, teacher=names[i % len(names)]) for i, p in enumerate(PROMPTS.prompts))
+    return replace(PROMPTS, prompts=tuple(dealt))
+
+
 ALONE = "without a teacher"
+TWO_TEACHERS = "two teachers"
+LIVE, AVERAGE = "the student teaches", "its average teaches"
 # Runs of other shapes than the plain one.
 LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
@@ -233,6 +251,28 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
         "termination": {"rule": "none"},
         "sampler": {"replicas": 3},
         "learner": {"world_size": 2},
+    },
+    TWO_TEACHERS: {
+        "teachers": {
+            "math": {"path": "other"},
+            "code": {"path": "other", "weight": 0.5},
+            "prose": {"path": "third", "scorer": {"replicas": 1}},
+        },
+        "data": {"teacher_column": "subject"},
+        "termination": {"min_samples": 2},
+        "monitor": {"shards": 2},
+        "run": {"checkpoint_every": 1},
+    },
+    LIVE: {
+        "teacher": {"path": "student", "weights": "live", "context": "{prompt}"},
+        "run": {"checkpoint_every": 1},
+    },
+    AVERAGE: {
+        "teacher": {"path": "student", "weights": "average"},
+        "teachers": {"other": {"path": "other"}},
+        "data": {"teacher_column": "of"},
+        "learner": {"world_size": 2},
+        "run": {"checkpoint_every": 1},
     },
     "sampled ahead": {
         "rollout": {"staleness": 1},

@@ -14,10 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from tests.support.scenarios import LAYOUTS, check_schedule
+from tests.support.scenarios import AVERAGE, LAYOUTS, LIVE, TWO_TEACHERS, check_schedule
 
 MORE = int(os.environ.get("KAT_RAY_SCHEDULES", "0"))
 ACTORS = ("sampler:0", "sampler:1", "scorer:0", "scorer:1", "monitor:0", "monitor:1", "learner:0", "learner:1")
+GROUPS = ("scorer-math:0", "scorer-math:1", "scorer-prose:0")  # of teachers by name
+OF_TEACHERS = (TWO_TEACHERS, LIVE, AVERAGE)
 SWITCHES = st.integers(30, 1000)  # of a run that has some 800 of them
 
 
@@ -36,9 +38,10 @@ def many_runs():
         logging.disable(logging.NOTSET)
 
 
-def schedules(*kinds):
+def schedules(layout, kinds):
     """Up to four failures; what is done to an actor that is not there does nothing."""
-    return st.lists(st.tuples(SWITCHES, st.sampled_from(kinds), st.sampled_from(ACTORS)), max_size=4)
+    actors = (*ACTORS, *GROUPS) if layout == TWO_TEACHERS else ACTORS
+    return st.lists(st.tuples(SWITCHES, st.sampled_from(kinds), st.sampled_from(actors)), max_size=4)
 
 
 def checked(count, layout, *kinds):
@@ -48,7 +51,7 @@ def checked(count, layout, *kinds):
         max_examples=count * max(1, MORE), derandomize=not MORE, database=None, deadline=None,
         suppress_health_check=list(HealthCheck), print_blob=False,
     )  # fmt: skip
-    @given(seed=st.integers(0, 2**16), schedule=schedules(*kinds))
+    @given(seed=st.integers(0, 2**16), schedule=schedules(layout, kinds))
     def check(seed, schedule):
         events = ",".join(f"{switch}:{what}:{whom}" for switch, what, whom in schedule)
         note(f"python -m tests.support.scenarios --layout '{layout}' --seed {seed} --schedule '{events}'")
@@ -70,4 +73,4 @@ def test_deaths_freezes_lost_nodes_and_the_end():
 @pytest.mark.integration  # two minutes in all
 @pytest.mark.parametrize("layout", sorted({*LAYOUTS} - {"plain"}))
 def test_all_of_it_in_other_layouts(layout):
-    checked(175, layout, "kill", "kill", "freeze", "lose", "terminate")
+    checked(60 if layout in OF_TEACHERS else 175, layout, "kill", "kill", "freeze", "lose", "terminate")

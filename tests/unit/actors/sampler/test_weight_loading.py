@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from actors.sampler.weight_loading import LoadReport, _Reads, load_shared, shared, tensors_of
+from actors.sampler.weight_loading import LoadReport, _Reads, load_shared, shared
+from kat_ray.models.weight_updates import tensors_of
 from kat_ray.types.records import WeightUpdate
 
 

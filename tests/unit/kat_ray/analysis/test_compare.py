@@ -167,6 +167,9 @@ def test_arithmetic_by_hand():
     )
     alone = SUMMARY | {"parameters": {"student": 1000}, "scored_tokens": 0}
     assert tflop_parts(alone, Path("s"), BASE) == parts | {"tflop_scoring": 0.0}, "a run without a teacher"
+    sizes, given = {"student": 500, "teacher": 1000, "teachers.math": 3000}, {"teacher": 80, "teachers.math": 900}
+    several = tflop_parts(SUMMARY | {"parameters": sizes, "teacher_tokens": given}, Path("s"), BASE)
+    assert several["tflop_scoring"] == pytest.approx(2e-12 * (1000 * 80 + 3000 * 900))
     with pytest.raises(UserError, match=r"s: parameters .* are None and 2000"):
         tflop_parts(SUMMARY | {"parameters": {"student": None, "teacher": 2000}}, Path("s"), BASE)
 

@@ -274,9 +274,9 @@ ALONE = ["teacher=null", "objective.opd.weight=0", "objective.rl.weight=1", "rol
 
 def test_rewards_alone_need_no_teacher_and_read_none(write):
     config = load_config(write(""), ALONE)
-    assert (config.teacher, config.used_teacher, config.compared_tokens) == (None, None, 0)
+    assert (config.teacher, config.used_teachers, config.compared_tokens) == (None, {}, 0)
     again = load_config(write(""), ALONE[1:])
-    assert again.teacher is not None and again.used_teacher is None, "one that is named is not read"
+    assert again.teacher is not None and not again.used_teachers, "one that is named is not read"
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_who_needs_a_teacher_is_named_where_it_is_missing(write, changes, who):
         f"F: teacher is missing: {who}; name it with teacher.path. Rewards alone need none: objective.opd.weight = "
         "0 with termination.rule = none"
     )
-    assert load_config(write(""), [*ALONE[1:], *changes]).used_teacher is not None
+    assert load_config(write(""), [*ALONE[1:], *changes]).used_teachers
 
 
 @pytest.mark.parametrize("section", ["data", "evaluation.data"])

@@ -56,7 +56,7 @@ def test_training_says_what_its_rule_will_not_do(tmp_path, monkeypatch, capsys):
 
     prompts = SimpleNamespace(skipped_too_long=0, prompts=[], longest=9)
     unknown = SimpleNamespace(parameters=None)
-    facts = SimpleNamespace(warnings=[], student=unknown, teacher=unknown)
+    facts = SimpleNamespace(warnings=[], student=unknown, teachers={"teacher": unknown})
     golds = SimpleNamespace(note=None)
     prepared = SimpleNamespace(facts=facts, train=prompts, heldout=None, golds=golds)
     monkeypatch.setattr(run, "prepare", lambda config: prepared)

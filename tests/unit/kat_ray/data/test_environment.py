@@ -81,7 +81,7 @@ def test_prompts_hold_their_problem(splits):
 def test_the_recipe_can_be_made():
     config = load_config(ROOT / "docs/recipes/reasoning-gym.yaml")
     environment = config.environment
-    assert config.used_teacher is None and environment is not None
+    assert not config.used_teachers and environment is not None
     assert len(columns_of(environment, "train")) == environment.train
     assert len(columns_of(environment, "heldout")) == environment.heldout
 

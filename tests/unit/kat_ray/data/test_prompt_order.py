@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kat_ray.data.prompts import PromptOrder, rollout_specs
-from kat_ray.types.records import Prompt
+from kat_ray.types.records import Prompt, StepStart
 from tests.support.configs import make_config
 
 PROMPTS = [Prompt(str(i), (i,)) for i in range(5)]
@@ -76,4 +76,4 @@ def test_probes_are_drawn_with_their_share_and_nested():
     assert tenth < third
     assert len(probes(1.0)) == 2000 and not probes(0.0)
     big = make_config("a", "b", rollout={"prompts_per_step": 2000}, termination={"rule": "kat", "probe_share": 0.3})
-    assert {s.rollout_id for s in rollout_specs(order, big, 1, probe_share=0.1) if s.probe} == tenth
+    assert {s.rollout_id for s in rollout_specs(order, big, 1, StepStart(None, None, 0.1)) if s.probe} == tenth

@@ -12,7 +12,7 @@ from tests.support.configs import make_config
 from tests.support.models import make_model
 
 INFO = ModelInfo("m", "LlamaForCausalLM", 1000, 4096, (1,), True, 10**6, "F32", ModelShape(3, 10, 20))
-FACTS = ModelFacts(INFO, replace(INFO, parameters=2 * 10**6), None, (1,), ())
+FACTS = ModelFacts(INFO, {"teacher": replace(INFO, parameters=2 * 10**6)}, None, (1,), ())
 TOKEN = 3 * (11 * 10 + 4 * 20) * 4  # bytes: 3 layers, in float32
 
 
@@ -61,7 +61,9 @@ def test_one_memory_for_all_on_a_cpu():
     batch = micro_batch(config, INFO, 40).bytes
     assert name == "memory" and "a micro-batch of 100 tokens" in words
     assert needed == pytest.approx(18e6 + batch + 2 * (4e6 + 0.5 * GIB) + 3 * 8e6)
-    assert not list(memory_needed(config, replace(FACTS, teacher=replace(INFO, parameters=None)), 40, None))
+    assert not list(
+        memory_needed(config, replace(FACTS, teachers={"teacher": replace(INFO, parameters=None)}), 40, None)
+    )
 
 
 def test_what_does_not_fit_is_said_and_what_to_do():

@@ -63,7 +63,7 @@ def test_facts_of_a_pair_that_fits(originals):
     assert student.dtype == "F32"
     model = make_model(originals / "again")
     assert student.parameters == sum(p.numel() for p in model.parameters())
-    assert facts.teacher.parameters < student.parameters
+    assert facts.teachers["teacher"].parameters < student.parameters
     assert (facts.stop_ids, facts.warnings, facts.max_length) == ((1,), (), 256)
     assert facts.max_prompt_tokens(64) == 192
     assert facts.tokenizer("ab")["input_ids"] == [3, 4]
@@ -87,7 +87,7 @@ def test_untied_sharded_models_are_counted_whole(tmp_path):
 def test_stop_ids_of_generation_config_come_first_and_differences_are_told(pair):
     edit(pair / "teacher" / "generation_config.json", eos_token_id=[0, 1])
     facts = check_models(config(pair))
-    assert (facts.student.stop_ids, facts.teacher.stop_ids, facts.stop_ids) == ((1,), (0, 1), (0, 1))
+    assert (facts.student.stop_ids, facts.teachers["teacher"].stop_ids, facts.stop_ids) == ((1,), (0, 1), (0, 1))
     (warning,) = facts.warnings
     assert "the student ends on 1 '</s>'; the teacher ends on 0 '<pad>', 1 '</s>'" in warning
     assert "Each of them ends the student's rollouts and answers" in warning and "rollout.eos = merged" in warning
@@ -180,7 +180,7 @@ def test_the_teachers_name_stands_in_its_refusals(pair):
 def test_models_that_do_not_fit_each_other_or_the_configuration(originals, pair):
     shutil.rmtree(pair / "teacher")
     shutil.copytree(originals / "narrow", pair / "teacher")
-    assert check_models(config(pair)).teacher.vocabulary == 120  # what it lacks is padding
+    assert check_models(config(pair)).teachers["teacher"].vocabulary == 120  # what it lacks is padding
     on_vllm = refusal(pair, scorer={"backend": "vllm"})
     assert on_vllm.startswith("the teacher's vocabulary (120, R/teacher) is smaller than the student's (200")
     wide = {"top_k_logprobs": 201}
@@ -259,7 +259,7 @@ def test_where_nobody_asks_a_teacher_none_is_read(pair):
     alone = {"objective": ALONE["objective"], "rollout": ALONE["rollout"]}
     facts = check_models(config(pair, **alone))
     student, _ = inspect_model(config(pair, **alone).student)
-    assert facts.teacher is None and facts.models == {"student": student} and facts.stop_ids == student.stop_ids
+    assert not facts.teachers and facts.models == {"student": student} and facts.stop_ids == student.stop_ids
     assert facts.max_length == student.max_length
     (said,) = facts.warnings
     assert said.startswith(f"teacher.path = '{pair}/teacher' is not read")
@@ -271,4 +271,25 @@ def test_where_nobody_asks_a_teacher_none_is_read(pair):
 
 def test_a_small_vocabulary_has_no_top_k_to_hold_without_a_teacher(pair):
     rollout = {**ALONE["rollout"], "top_k_logprobs": 5000}
-    assert check_models(config(pair, objective=ALONE["objective"], rollout=rollout)).teacher is None
+    assert not check_models(config(pair, objective=ALONE["objective"], rollout=rollout)).teachers
+
+
+def test_several_teachers_are_checked_each_under_its_name(pair, originals):
+    """One of another tokenizer, one that ends on other ids, and two names of one checkpoint."""
+    shutil.copytree(originals / "student", pair / "second")
+    edit(pair / "second" / "generation_config.json", eos_token_id=[1, 2])
+    named = {"math": {"path": str(pair / "second")}, "code": {"path": str(pair / "second")}}
+    sections = {"data": {"teacher_column": "subject"}}
+    facts = check_models(config(pair, teachers=named, **sections))
+    assert [*facts.models] == ["student", "teacher", "teachers.math"], "a checkpoint is read once"
+    assert facts.stop_ids == (1, 2) and facts.end_ids == (1, 2)
+    (warning,) = facts.warnings
+    assert "teachers.math ends on 1 '</s>', 2" in warning and "teachers.math's answers end on its own" in warning
+    with pytest.raises(ModelError, match="the tokens that all models take"):
+        check_models(config(pair, teachers=named, rollout={"max_tokens": 999}, **sections))
+    make_tokenizer(swap=True).save_pretrained(pair / "second")
+    with pytest.raises(ModelError, match=r"^teachers\.math\.path: the tokenizers "):
+        check_models(config(pair, teachers=named, **sections))
+    shutil.rmtree(pair / "second")
+    with pytest.raises(ModelError, match=r"^teachers\.math\.path: .*no such directory"):
+        check_models(config(pair, teachers=named, **sections))

@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from kat_ray.config.sections import Dtype
+from kat_ray.config import Dtype
 from kat_ray.models.tolerance import dtype_note, logprob_tolerance, measured_difference
 
 TYPES = get_args(Dtype)

@@ -274,6 +274,33 @@ def test_failed_rollouts_and_the_entropy_gap_are_drawn(tmp_path):
     assert "failed" not in curves.stop_shares(run_without)[1]
 
 
+def test_each_teacher_has_a_threshold_of_its_own(tmp_path):
+    """Two calibrations, in the run and applied afterwards; the page can be made of both."""
+    rows = [[row(4 * step + i, STAGES, step=step, teacher="ab"[i % 2], threshold=0.5 + i % 2) for i in range(4)]
+            for step in range(3)]  # fmt: skip
+    path = write_run(tmp_path / "run", rows)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        del line["kat/threshold"]
+        line |= {"teacher/threshold/a": 0.5, "teacher/threshold/b": 1.5}
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = read_run(path)
+    settings = records.config.termination
+    phases = phases_of(records, settings, True)
+    (axes,) = curves.threshold(records, phases, lens_of(records, settings, True, phases)).axes
+    drawn = {line.get_label(): set(line.get_ydata()) for line in axes.lines}
+    assert drawn["threshold: a"] == {0.5} and drawn["threshold: b"] == {1.5} and "threshold" not in drawn
+    other = settings.model_copy(update={"eta": 0.9, "min_samples": 1, "min_steps": 1})
+    phases = phases_of(records, other, False)
+    lens = lens_of(records, other, False, phases)
+    assert np.isnan(lens.thresholds[records.traces.step == 0]).all()
+    assert not np.isnan(lens.thresholds[records.traces.step == 2]).any()
+    (axes,) = curves.threshold(records, phases, lens).axes
+    assert {"threshold, applied afterwards: a", "threshold, applied afterwards: b"} <= {
+        line.get_label() for line in axes.lines
+    }  # fmt: skip
+
+
 def test_the_threshold_stands_beside_minima_that_no_cut_hid(tmp_path):
     records = read_run(small_run(tmp_path))
     rule = records.config.termination

@@ -183,3 +183,20 @@ def test_a_student_that_learns_from_rewards_alone_may_leave_the_teacher(tmp_path
     for number, kl in enumerate((0.1, 1.0)):
         guards.check(step(number, recorded={"kl/mean": kl}))
     assert len([text for text in said if "kl/mean" in text]) == notes
+
+
+@pytest.mark.parametrize(("context", "said"), [("{solution}{prompt}", 1), (None, 0)])
+def test_a_student_that_acts_as_if_it_had_been_told_is_told_once(tmp_path, context, said):
+    """The KL falls and held-out answers get worse; it rises before the third evaluation, which says nothing."""
+    lines = []
+    config = make_config("s", "t", guards={"kl_fall": None})
+    config = config.model_copy(update={"teacher": config.teacher.model_copy(update={"context": context})})
+    watched = StepGuards(config, tmp_path, lines.append)
+    for done, (kl, accuracy) in enumerate([(0.5, 0.6), (0.6, 0.5), (0.4, 0.4), (0.3, 0.4)], 1):
+        fired = watched.check(step(done, recorded={"kl/mean": kl}))["guards/fired"]
+        watched.evaluated(evaluation(accuracy))
+        if done == 2:
+            watched.load_state(RunState(watch=watched.state()).watch.model_dump())
+    assert fired == float(said)
+    found = [line for line in lines if "context_leak" in line]
+    assert len(found) == said and all("while the KL fell is 0.1" in line and "told" in line for line in found)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kat_ray.cluster.scaling_policy import StageTimes, scaling_metrics, size_metrics
 from kat_ray.config import RunConfig
 from kat_ray.data.accounting import count_tokens, join_outcomes, kept_rows, traces_of
 from kat_ray.errors import RewardError
@@ -23,7 +24,7 @@ from kat_ray.run.directory import RunDirectory
 from kat_ray.run.jsonl_tracker import JsonlTracker
 from kat_ray.run.lock import RecordError
 from kat_ray.run.probes import RolloutGrader, grading_metrics, is_active, probe_metrics, seen_to_the_end
-from kat_ray.run.step_metrics import answer_metrics, rollout_metrics, score_metrics
+from kat_ray.run.step_metrics import answer_metrics, rollout_metrics, score_metrics, teacher_metrics
 from kat_ray.run.summary import Totals, git_commit, package_versions
 from kat_ray.termination.fixed_prefix import FixedPrefixSettings
 from kat_ray.termination.kat_stages import KatStagesSettings
@@ -256,6 +257,37 @@ def test_metrics_of_a_step_by_hand():
     assert {k: figures[k] for k in expected} == pytest.approx(expected)
     assert "kat/threshold" not in rollout_metrics(rollouts, StepStart(None, None))
     assert set(figures) | set(score_metrics([chunk([0], [0], [[1.0]])], {0: 1})) <= set(METRICS)
+
+
+def test_metrics_of_each_teacher_by_hand():
+    """The second has no rollout that ended before its first window was full, and one without a finite KL."""
+    ends = [
+        outcome(0, StopReason.TRAPPED, 4, cut=2, confirmed=4, minimum=0.2),
+        outcome(1, StopReason.EOS, 2, minimum=0.4),
+        replace(outcome(2, StopReason.EOS, 2, minimum=None), teacher="code"),
+    ]
+    ends = [replace(o, teacher="math") if o.teacher == "default" else o for o in ends]
+    rollouts = join_outcomes([sampled(0, 6), sampled(1, 2), sampled(2, 2)], ends)
+    kl = {0: np.array([1, 2, 3, 4.0]), 1: np.array([5.0, math.nan]), 2: np.array([math.nan, math.nan])}
+    start = StepStart(None, None, by_teacher={"math": StepStart(0.25, None), "code": StepStart(None, None)})
+    figures = teacher_metrics(rollouts, kl, start)
+    assert figures == pytest.approx({
+        "teacher/rollouts/math": 2, "teacher/mean_length/math": 4, "teacher/kept_tokens/math": 4,
+        "teacher/trapped_share/math": 0.5, "teacher/kl_mean/math": 3.0, "teacher/kl_kept_mean/math": 8 / 3,
+        "teacher/threshold/math": 0.25, "teacher/window_min_mean/math": 0.3,
+        "teacher/rollouts/code": 1, "teacher/mean_length/code": 2, "teacher/kept_tokens/code": 2,
+        "teacher/trapped_share/code": 0,
+    })  # fmt: skip
+    check_names(figures)
+    check_names(
+        size_metrics({"scorer-math": 2})
+        | scaling_metrics({"scorer-math": 0}, StageTimes(0, {"scorer-math": 0.5}), None)
+    )
+
+
+def test_the_teacher_of_a_rollout_comes_back_where_it_is_recorded(run):
+    run.write_traces(3, [trace(teacher="math"), trace(8)])
+    assert [row["teacher"] for row in read_traces(run.path).to_pylist()] == ["math", None]
 
 
 def test_answers_and_whose_tokens_the_policy_has_by_hand():

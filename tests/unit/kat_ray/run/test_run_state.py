@@ -45,11 +45,16 @@ def test_a_checkpoint_without_a_version_is_read_whole(tmp_path):
     assert (state.done, state.evaluated, state.seconds) == (2, 0, 12.5)
     assert state.evaluations["before"] == EvalResult(0.5, 1.0, 2, 1, 7.5, 0.0, right=(1,))
     assert state.totals.ended == {StopReason.EOS: 3, StopReason.MAX_TOKENS: 1}
-    watch = AT_3AA4268["watch"] | {"tail": {"said": None}, "held_out": HeldOutWatch().state()}
+    watch = AT_3AA4268["watch"] | {
+        "tail": {"said": None},
+        "held_out": HeldOutWatch().state(),
+        "leak": HeldOutWatch().state(),
+    }
     before = AT_3AA4268["evaluations"]["before"] | {"ran_out": 0}
     evaluations = AT_3AA4268["evaluations"] | {"before": before}
     assert state.to_json() == AT_3AA4268 | {
         "version": 1, "watch": watch, "evaluations": evaluations, "probe_rewards": [], "reward_files": {},
+        "totals": AT_3AA4268["totals"] | {"teacher_tokens": {}},
     }  # fmt: skip
 
 
@@ -68,7 +73,7 @@ def test_the_parts_go_on_from_their_states():
     state = RunState.from_json(AT_3AA4268)
     totals = Totals.from_state(state.totals.model_dump())
     assert totals.tokens.pop("learnt") == totals.tokens["kept"], "as it was counted then"
-    assert totals.state() == AT_3AA4268["totals"]
+    assert totals.state() == AT_3AA4268["totals"] | {"teacher_tokens": {}}
     assert Totals.from_state(RunState().totals.model_dump()).state() == Totals().state()
     guards, skips = CollapseGuards(GuardsConfig()), SkipGuard(3)
     guards.load_state(state.watch.guards.model_dump())
@@ -81,6 +86,7 @@ def test_the_parts_go_on_from_their_states():
         "skips": skips.state(),
         "tail": tail.state(),
         "held_out": HeldOutWatch().state(),
+        "leak": HeldOutWatch().state(),
     }
     assert RunState(watch=watch, totals=Totals().state()).to_json()["watch"] == watch
 
