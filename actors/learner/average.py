@@ -36,7 +36,8 @@ class WeightAverage:
         done: dict[int, NDArray[np.float32]] = {}  # tied weights are one array under two names, and stay one
         for name, new in zip(weights.names, weights.arrays, strict=True):
             if id(new) not in done:
-                done[id(new)] = self._decay * self.arrays[name] + (np.float32(1.0) - self._decay) * new
+                mean = self._decay * self.arrays[name] + (np.float32(1.0) - self._decay) * new
+                done[id(new)] = np.asarray(mean, np.float32)
             self.arrays = {**self.arrays, name: done[id(new)]}
 
     def weight_update(self, policy_version: int, dtype: torch.dtype) -> WeightUpdate:
