@@ -1,7 +1,9 @@
 """Runs with two teachers on real engines: the embedded task's, and a copy of it whose weights are noisy."""
 
 import json
+import os
 import shutil
+import signal
 import threading
 import time
 
@@ -117,12 +119,11 @@ def test_a_scorer_of_the_second_group_dies(teachers, straight, tmp_path):
     killed, metrics = [], tmp_path / "killed" / "metrics.jsonl"
 
     def kill():
-        while not (found := [a for a in ray.util.list_named_actors(True) if a["name"] == "kat:scorer-noisy:1"]):
-            time.sleep(0.2)
-        victim = ray.get_actor(**found[0])
-        while steps_done(metrics) < 1:
+        while steps_done(metrics) < 1:  # before that the name may still be that of the run before
             time.sleep(0.02)
-        ray.kill(victim, no_restart=False)
+        victim = ray.get_actor("kat:scorer-noisy:1")
+        pid = ray.get(victim.__ray_call__.remote(lambda _: os.getpid()))
+        os.kill(pid, signal.SIGKILL)
         killed.append(steps_done(metrics))
 
     thread = threading.Thread(target=kill, daemon=True)
