@@ -6,6 +6,7 @@
 from kat_ray.config.cluster import (
     ClusterConfig,
     LearnerConfig,
+    LoraConfig,
     MonitorConfig,
     PlacementConfig,
     PoolConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "EvaluationConfig",
     "GuardsConfig",
     "LearnerConfig",
+    "LoraConfig",
     "ModelConfig",
     "MonitorConfig",
     "ObjectiveConfig",

@@ -171,6 +171,23 @@ class MonitorConfig(PlacementConfig):
     One suffices up to some hundred GPUs (docs/scaling.md)."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA, peft): docs/lora.md."""
+
+    rank: int = Field(16, ge=1)
+    """Rows of an adapter's first matrix, columns of its second: it adds rank x (inputs + outputs) parameters to a
+    layer."""
+    alpha: int = Field(32, ge=1)
+    """What an adapter adds is multiplied by alpha / rank."""
+    targets: Literal["all-linear"] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = (
+        "all-linear"
+    )
+    """Linear layers that get an adapter, by the last parts of their names, such as [q_proj, v_proj];
+    `all-linear` is every one of the language model but its output layer."""
+    dora: bool = False
+    """Also learn the length of each row of the adapted weights (DoRA). vLLM takes such a student merged only."""
+
+
 class LearnerConfig(PlacementConfig):
     """The student's trainer: DeepSpeed, one actor per rank."""
 
@@ -198,6 +215,8 @@ class LearnerConfig(PlacementConfig):
     """Tokens whose vocabulary log-softmax exists at once."""
     gradient_checkpointing: Resumable[bool] = False
     """Recompute activations in the backward pass: less memory, more time."""
+    lora: LoraConfig | None = None
+    """Train adapters beside the student's weights, which stay as they are; null trains the weights themselves."""
     max_skipped_steps: Resumable[int] = Field(5, ge=1)
     """Steps in a row whose loss or gradient is not finite, each of them skipped, after which the run stops and
     writes the last one's batch to `dumps/`."""

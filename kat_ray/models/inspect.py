@@ -19,6 +19,7 @@ from kat_ray.config import Config, ModelConfig
 from kat_ray.config.load import resolve_path
 from kat_ray.errors import ModelError
 from kat_ray.models.edges import edges_of
+from kat_ray.models.lora import MERGE_FIRST, check_targets, require_peft
 from kat_ray.models.shape import ModelShape, shape_of
 from kat_ray.models.support import check_roles, roles_of
 from kat_ray.models.tokenizers import compare_tokenizers
@@ -140,6 +141,9 @@ def check_models(config: Config) -> ModelFacts:
         facts = ModelFacts(student, teacher, tokenizers["student"], merged, warnings, tokenizers["teacher"])
     _check_lengths(config, facts)
     facts.check_roles(config, config.rollout.max_tokens + 1)  # a prompt has one token at least
+    if config.learner.lora is not None:
+        require_peft()
+        check_targets(student.config, config.learner.lora, f"student.path = {config.student.path!r}")
     return facts
 
 
@@ -167,6 +171,8 @@ def _unread_teacher(config: Config) -> tuple[str, ...]:
 def inspect_model(model: ModelConfig) -> tuple[ModelInfo, Any]:
     """One model's facts and its tokenizer; `ModelError` without the role's name."""
     directory, names = _files_of(model)
+    if "adapter_config.json" in names and "config.json" not in names:
+        raise ModelError(f"{model.path}: holds adapters, not a model: {MERGE_FIRST}")
     raw = _read_json(directory, "config.json", names)
     _refuse_code(model, raw)
     architecture = _causal_architecture(model, raw)
