@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from actors.learner.model import Gather, StudentModel, prepare_for_training, update_of
+from actors.learner.model import Gather, StudentModel, prepare_for_training, record_of, update_of
 from kat_ray.config import LoraConfig
-from kat_ray.models.adapter_files import BaseModelFacts, read_base, write_adapter
+from kat_ray.models.adapter_files import PREFIX, BaseModelFacts, read_base, write_adapter
 from kat_ray.models.lora import ADAPTER, adapted_layers, adapter_of, add_adapters, merged_weight
 from kat_ray.run.checkpoint import CheckpointError
 from kat_ray.types.records import WeightUpdate
@@ -21,9 +21,10 @@ from kat_ray.types.records import WeightUpdate
 class AdapterStudent(StudentModel):
     """The base stays as it was loaded. It is published with the adapters merged into a copy, and never saved."""
 
-    def __init__(self, network: Any, peft_config: Any, base: BaseModelFacts) -> None:
+    def __init__(self, network: Any, peft_config: Any, base: BaseModelFacts, alone: bool = False) -> None:
+        """`alone`: published are the adapters, and not the whole model."""
         super().__init__(network)
-        self._peft_config, self._base = peft_config, base
+        self._peft_config, self._base, self._alone = peft_config, base, alone
 
     def saved_parameters(self) -> Iterable[nn.Parameter]:
         return [parameter for _, parameter in self.trained_parameters()]
@@ -44,6 +45,9 @@ class AdapterStudent(StudentModel):
         self, gather: Gather, policy_version: int, dtype: torch.dtype, keep: bool
     ) -> WeightUpdate | None:
         """As for any student; of what ZeRO 3 holds in pieces, one layer is whole at a time."""
+        if self._alone:
+            with gather(self.saved_parameters()):
+                return self._adapter_update(policy_version, dtype) if keep else None
         state: dict[str, Tensor] = {}
         copies: dict[int, Tensor] = {}  # a tied weight is one parameter of two layers
         for own, layer in _layers(self.network):
@@ -67,13 +71,7 @@ class AdapterStudent(StudentModel):
         self, copy_to_host: Callable[[str, Tensor], Tensor], dtype: torch.dtype, stop_ids: Sequence[int]
     ) -> Callable[[Path], None]:
         """Copy the adapters; returns what writes them to a directory, in peft's format."""
-        from peft.utils import get_peft_model_state_dict
-
-        trained = {name: parameter.detach() for name, parameter in self.trained_parameters()}
-        named = get_peft_model_state_dict(
-            self.network, state_dict=trained, adapter_name=ADAPTER, save_embedding_layers=False
-        )
-        copies = {name: copy_to_host(name, tensor.to(dtype)) for name, tensor in named.items()}
+        copies = {name: copy_to_host(name, tensor.to(dtype)) for name, tensor in self._named().items()}
         generation = self.generation(stop_ids)
 
         def write(path: Path) -> None:
@@ -81,6 +79,20 @@ class AdapterStudent(StudentModel):
             generation.save_pretrained(path)
 
         return write
+
+    def _named(self) -> dict[str, Tensor]:
+        """The adapters by the names of peft's files."""
+        from peft.utils import get_peft_model_state_dict
+
+        trained = {name: parameter.detach() for name, parameter in self.trained_parameters()}
+        found: dict[str, Tensor] = get_peft_model_state_dict(
+            self.network, state_dict=trained, adapter_name=ADAPTER, save_embedding_layers=False
+        )
+        return {PREFIX + name: tensor for name, tensor in found.items()}
+
+    def _adapter_update(self, policy_version: int, dtype: torch.dtype) -> WeightUpdate:
+        copies = {name: tensor.to(device="cpu", dtype=dtype, copy=True) for name, tensor in self._named().items()}
+        return record_of(copies, policy_version, dtype)
 
 
 def _layers(network: Any) -> Iterator[tuple[dict[str, Tensor], Any]]:
@@ -106,4 +118,4 @@ def adapted_student(network: Any, lora: LoraConfig, base: BaseModelFacts, name: 
     own = {id(part) for part in parts if isinstance(part, nn.Parameter)}
     for parameter in network.parameters():
         parameter.requires_grad_(id(parameter) in own)
-    return AdapterStudent(network, peft_config, base)
+    return AdapterStudent(network, peft_config, base, alone=lora.publish == "adapters")

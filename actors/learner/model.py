@@ -112,9 +112,16 @@ def update_of(
 
     if "lm_head.weight" not in state and network.get_output_embeddings() is not None:
         state["lm_head.weight"] = network.get_output_embeddings().weight
+    return record_of(revert_weight_conversion(network, state), policy_version, dtype, copied)
+
+
+def record_of(
+    tensors: Mapping[str, Tensor], policy_version: int, dtype: torch.dtype, copied: bool = True
+) -> WeightUpdate:
+    """The record of named tensors; see `update_of`."""
     names, dtypes, arrays = [], [], []
     copies: dict[tuple[int, torch.Size, tuple[int, ...]], Any] = {}
-    for name, tensor in revert_weight_conversion(network, state).items():
+    for name, tensor in tensors.items():
         # Tied weights share one array under both names: an array that a record holds twice travels once.
         where = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if where not in copies:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kat_ray.config import ClusterConfig, Config, ModelConfig, RolloutConfig, SamplerConfig
+from kat_ray.config import ClusterConfig, Config, LoraConfig, ModelConfig, RolloutConfig, SamplerConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class SamplerSettings:
     cache_block: int = 1  # tokens of a block of the scorers' prefix caches
     fp32_output: bool = False  # `numerics.fp32_output_layer`
     record_logprobs: bool = False  # every rollout comes with the log-probabilities of its tokens
+    lora: LoraConfig | None = None  # of adapters, which are published then, and not the whole model
 
     @classmethod
     def from_config(
@@ -51,4 +52,5 @@ class SamplerSettings:
             cache_block=config.scorer.chunk_block,
             fp32_output=config.numerics.fp32_output_layer,
             record_logprobs=config.objective.rl.weight > 0,
+            lora=config.learner.published_adapters if model == config.student else None,
         )

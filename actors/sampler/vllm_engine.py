@@ -16,9 +16,10 @@ from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
-from actors.sampler.weight_loading import LoadReport, load, load_shared, shared, tensors_of
+from actors.sampler import adapter_loading, weight_loading
+from actors.sampler.weight_loading import LoadReport, shared, tensors_of
 from kat_ray.cluster.devices import device_of
-from kat_ray.config import ModelConfig
+from kat_ray.config import LoraConfig, ModelConfig
 from kat_ray.config.cluster import SamplerConfig
 from kat_ray.errors import ModelError, UserError
 from kat_ray.models.fp32_output import output_dtypes, require_fp32_output, vllm_arguments
@@ -42,7 +43,9 @@ class VllmEngine:
         top_k: int,
         seed: int,
         fp32_output: bool = False,
+        lora: LoraConfig | None = None,
     ) -> None:
+        """With `lora`, `load_weights` is given adapters, and not the whole model."""
         device = device_of(sampler.num_gpus, "sampler").type
         check_build(device)
         args = EngineArgs(
@@ -63,10 +66,12 @@ class VllmEngine:
             seed=seed,
             **_memory(sampler, max_model_len, device),
             **vllm_arguments(fp32_output),
+            **adapter_loading.engine_arguments(lora),
         )
         if device == "cpu" and args.create_model_config().has_inner_state:
             args.enable_prefix_caching = False  # states are cached at a block's end, where vLLM splits prompts
         self._model_path = model.path
+        self._lora, self._adapters = lora, None  # vLLM's name of the adapters, once there are any
         self._engine = LLMEngine.from_engine_args(args)
         self._core = self._engine.engine_core
         if fp32_output:
@@ -96,8 +101,9 @@ class VllmEngine:
         # would be taken for another of the same name.
         own = f"{request_id}#{next(self._numbers)}"
         request = self._engine.input_processor.process_inputs(
-            own, tokens_input(prompt_token_ids=list(prompt_ids)), params, supported_tasks=self._tasks
-        )
+            own, tokens_input(prompt_token_ids=list(prompt_ids)), params, supported_tasks=self._tasks,
+            lora_request=self._adapters,
+        )  # fmt: skip
         self._names[own] = request_id  # before: what fails half-way can be aborted
         self._core.add_request(request)
 
@@ -130,11 +136,15 @@ class VllmEngine:
         """
         assert not self._names, f"{len(self._names)} requests are running while weights are loaded"
         self._drain()
+        load, load_shared, more = weight_loading.load, weight_loading.load_shared, ()
+        if self._lora is not None:
+            load, load_shared = adapter_loading.load_adapters, adapter_loading.load_shared_adapters
+            more, self._adapters = (self._lora,), adapter_loading.request()
         if self._engine.vllm_config.parallel_config.world_size == 1:
-            reports = self._engine.collective_rpc(load, args=(tensors_of(update),))
+            reports = self._engine.collective_rpc(load, args=(tensors_of(update), *more))
         else:
             with shared(update) as weights:  # its workers are processes, which have no access to Ray's objects
-                reports = self._engine.collective_rpc(load_shared, args=(weights,))
+                reports = self._engine.collective_rpc(load_shared, args=(weights, *more))
         self.clear_cache()
         check_taken(LoadReport.of_all(reports), self._model_path, update.policy_version)
 

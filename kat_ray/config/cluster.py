@@ -171,6 +171,9 @@ class MonitorConfig(PlacementConfig):
     One suffices up to some hundred GPUs (docs/scaling.md)."""
 
 
+MOST_LORA_RANKS = 512  # of adapters that vLLM holds beside a model
+
+
 class LoraConfig(Section):
     """Low-rank adapters (LoRA, peft): docs/lora.md."""
 
@@ -186,6 +189,19 @@ class LoraConfig(Section):
     `all-linear` is every one of the language model but its output layer."""
     dora: bool = False
     """Also learn the length of each row of the adapted weights (DoRA). vLLM takes such a student merged only."""
+    publish: Literal["merged", "adapters"] = "merged"
+    """What samplers are given after a step: `merged`, the whole model with the adapters added to its weights;
+    `adapters`, these alone, which vLLM applies beside the weights."""
+
+    @model_validator(mode="after")
+    def _as_vllm_takes_it(self) -> LoraConfig:
+        if self.publish == "adapters" and self.dora:
+            raise ValueError("publish = 'adapters': needs dora = false, which vLLM does not have; publish merged")
+        if self.publish == "adapters" and self.rank > MOST_LORA_RANKS:
+            raise ValueError(
+                f"rank = {self.rank}: must be <= {MOST_LORA_RANKS} with publish = 'adapters', as vLLM takes no more"
+            )
+        return self
 
 
 class LearnerConfig(PlacementConfig):
@@ -220,6 +236,11 @@ class LearnerConfig(PlacementConfig):
     max_skipped_steps: Resumable[int] = Field(5, ge=1)
     """Steps in a row whose loss or gradient is not finite, each of them skipped, after which the run stops and
     writes the last one's batch to `dumps/`."""
+
+    @property
+    def published_adapters(self) -> LoraConfig | None:
+        """Those that samplers are given alone; None where they are given the whole model."""
+        return self.lora if self.lora is not None and self.lora.publish == "adapters" else None
 
 
 class PoolsConfig(Section):

@@ -24,7 +24,7 @@ from kat_ray.models.load import DTYPES, load_causal_lm
 from kat_ray.models.lora import Adapter, base_digest, merged_weight
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base_model.json"
-_PREFIX = "base_model.model."  # of every name in peft's file
+PREFIX = "base_model.model."  # of every name in peft's file
 
 
 class BaseModelFacts(BaseModel):
@@ -56,7 +56,7 @@ def write_adapter(path: Path, peft_config: Any, tensors: Mapping[str, Tensor], b
     own.save_pretrained(str(path))
     (path / BASE).write_text(base.model_dump_json(indent=1) + "\n", encoding="utf-8")
     try:
-        save_file({_PREFIX + name: tensor for name, tensor in tensors.items()}, path / WEIGHTS, {"format": "pt"})
+        save_file(dict(tensors), path / WEIGHTS, {"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
 
@@ -76,7 +76,7 @@ def read_adapter(path: Path) -> dict[str, Adapter]:
     try:
         config = json.loads((path / CONFIG).read_bytes())
         with safe_open(path / WEIGHTS, framework="pt") as file:
-            tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         scale = config["lora_alpha"] / config["r"]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{path}: its adapters cannot be read: {error}") from error

@@ -60,7 +60,7 @@ def test_rewards_alone_survive_kills(ray_local, files, tmp_path):
     [
         (["sampler", "learner"], 1, None),
         pytest.param([*CLASSES], 2, None, marks=pytest.mark.nightly),
-        pytest.param(["learner", "sampler"], 2, {"rank": 4}, marks=pytest.mark.nightly),
+        pytest.param(["learner", "sampler"], 2, {"rank": 4, "publish": "adapters"}, marks=pytest.mark.nightly),
     ],
     ids=["gate", "long", "lora"],
 )

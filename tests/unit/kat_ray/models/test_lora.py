@@ -147,7 +147,8 @@ def adapted(tmp_path):
             adapter_of(layer).b.normal_(std=0.05)
     path = tmp_path / "step-1"
     path.mkdir()
-    write_adapter(path, config, get_peft_model_state_dict(network, adapter_name="default"), facts)
+    tensors = get_peft_model_state_dict(network, adapter_name="default")
+    write_adapter(path, config, {f"base_model.model.{n}": t for n, t in tensors.items()}, facts)
     return SimpleNamespace(path=path, base=tmp_path / "base", network=network)
 
 
