@@ -80,14 +80,14 @@ def make_engine(
 
 
 @contextlib.contextmanager
-def gathered(engine: Any, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """These whole inside, which ZeRO 3 holds in pieces. All ranks must call it."""
+def gathered(engine: Any, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
+    """These parameters (None: all) whole inside, which ZeRO 3 holds in pieces. All ranks must call it."""
     if engine.zero_optimization_stage() < 3:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(parameters)):
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters() if parameters is None else parameters)):
         yield
 
 

@@ -53,6 +53,7 @@ def write_adapter(path: Path, peft_config: Any, tensors: Mapping[str, Tensor], b
     """
     own = copy.copy(peft_config)
     own.base_model_name_or_path, own.revision, own.inference_mode = base.path, base.revision, True
+    own.target_modules = sorted(own.target_modules)  # a set, whose order would change from process to process
     own.save_pretrained(str(path))
     (path / BASE).write_text(base.model_dump_json(indent=1) + "\n", encoding="utf-8")
     try:

@@ -19,7 +19,7 @@ from kat_ray.config import Config, ModelConfig
 from kat_ray.config.load import resolve_path
 from kat_ray.errors import ModelError
 from kat_ray.models.edges import edges_of
-from kat_ray.models.lora import MERGE_FIRST, check_targets, require_peft
+from kat_ray.models.lora_targets import MERGE_FIRST, check_targets, require_peft
 from kat_ray.models.shape import ModelShape, shape_of
 from kat_ray.models.support import check_roles, roles_of
 from kat_ray.models.tokenizers import compare_tokenizers

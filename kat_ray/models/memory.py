@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kat_ray.config import Config, LearnerConfig
 from kat_ray.models.inspect import ModelFacts, ModelInfo
-from kat_ray.models.lora import adapter_parameters
+from kat_ray.models.lora_targets import adapter_parameters
 
 GIB = 2**30
 MAKE_IT_FIT = (

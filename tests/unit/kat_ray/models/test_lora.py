@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from kat_ray.config import LoraConfig, ModelConfig
 from kat_ray.errors import ModelError, UserError
@@ -18,13 +19,11 @@ from kat_ray.models.lora import (
     Adapter,
     adapted_layers,
     adapter_of,
-    adapter_parameters,
     add_adapters,
     base_digest,
-    check_targets,
     merged_weight,
-    target_layers,
 )
+from kat_ray.models.lora_targets import adapter_parameters, check_targets, target_layers
 from tests.support.models import make_model
 
 
@@ -247,3 +246,19 @@ def test_export_and_eval_make_a_model_of_a_runs_adapters(adapted, tmp_path, caps
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-1"], "nothing is left of it"
     with whole_model("org/model") as same:
         assert same == "org/model"
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"publish": "adapters", "dora": True}, "publish = 'adapters': needs dora = false"),
+        ({"publish": "adapters", "rank": 600}, "rank = 600: must be <= 512 with publish = 'adapters'"),
+        ({"rank": 0}, "greater than or equal to 1"),
+        ({"targets": []}, "at least 1 item"),
+        ({"targets": "q_proj"}, "all-linear"),
+        ({"dropout": 0.1}, "Extra inputs"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(fields, says):
+    with pytest.raises(ValidationError, match=says):
+        LoraConfig(**fields)
