@@ -6,6 +6,7 @@ torch is imported where it is needed: whoever checks a machine asks this too.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from kat_ray.config import LoraConfig
@@ -21,12 +22,8 @@ _SHOWN = 12  # names in a message
 
 def require_peft() -> None:
     """`UserError` where peft is not installed."""
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"learner.lora: needs peft, which cannot be imported ({error}); install it: pip install 'kat-ray[lora]'"
-        ) from error
+    if find_spec("peft") is None:
+        raise UserError("learner.lora: needs peft, which is not installed: pip install 'kat-ray[lora]'")
 
 
 def target_layers(network: Any, lora: LoraConfig, name: str) -> dict[str, nn.Linear]:
