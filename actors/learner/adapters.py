@@ -54,12 +54,14 @@ class AdapterStudent(StudentModel):
             adapter = None if layer is None else adapter_of(layer)
             parts = [t for t in (*own.values(), *(adapter or ())) if isinstance(t, nn.Parameter)]
             with gather(parts):
-                for name, tensor in own.items() if keep else ():
-                    if id(tensor) not in copies:
-                        merge = adapter is not None and name.endswith(".weight")
-                        whole = merged_weight(tensor, adapter) if merge else tensor.detach()
+                for name, tensor in own.items():
+                    if keep and id(tensor) not in copies:
+                        whole = tensor.detach()
+                        if adapter is not None and name.endswith(".weight"):
+                            whole = merged_weight(tensor, adapter)
                         copies[id(tensor)] = whole.to(device="cpu", dtype=dtype, copy=True)
-                    state[name] = copies[id(tensor)]
+                    if keep:
+                        state[name] = copies[id(tensor)]
         return update_of(self.network, state, policy_version, dtype, copied=True) if keep else None
 
     def weight_update(self, policy_version: int, dtype: torch.dtype) -> WeightUpdate:

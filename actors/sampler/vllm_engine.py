@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm import EngineArgs, LLMEngine, SamplingParams
@@ -26,6 +26,8 @@ from kat_ray.models.fp32_output import output_dtypes, require_fp32_output, vllm_
 from kat_ray.types.records import EngineEnd, EngineRows, SamplingSettings, WeightUpdate
 
 _ENDS = {FinishReason.STOP: EngineEnd.EOS, FinishReason.LENGTH: EngineEnd.MAX_TOKENS}
+
+Loader = Callable[..., LoadReport]
 
 _STEPS_UNDER_WAY = 4  # more than vLLM has at once: two, or one for each stage of a pipeline, which this has not
 
@@ -71,7 +73,8 @@ class VllmEngine:
         if device == "cpu" and args.create_model_config().has_inner_state:
             args.enable_prefix_caching = False  # states are cached at a block's end, where vLLM splits prompts
         self._model_path = model.path
-        self._lora, self._adapters = lora, None  # vLLM's name of the adapters, once there are any
+        self._lora = lora
+        self._adapters: Any = None  # what requests say of adapters, once there are any
         self._engine = LLMEngine.from_engine_args(args)
         self._core = self._engine.engine_core
         if fp32_output:
@@ -136,10 +139,7 @@ class VllmEngine:
         """
         assert not self._names, f"{len(self._names)} requests are running while weights are loaded"
         self._drain()
-        load, load_shared, more = weight_loading.load, weight_loading.load_shared, ()
-        if self._lora is not None:
-            load, load_shared = adapter_loading.load_adapters, adapter_loading.load_shared_adapters
-            more, self._adapters = (self._lora,), adapter_loading.request()
+        load, load_shared, more = self._loaders()
         if self._engine.vllm_config.parallel_config.world_size == 1:
             reports = self._engine.collective_rpc(load, args=(tensors_of(update), *more))
         else:
@@ -147,6 +147,13 @@ class VllmEngine:
                 reports = self._engine.collective_rpc(load_shared, args=(weights, *more))
         self.clear_cache()
         check_taken(LoadReport.of_all(reports), self._model_path, update.policy_version)
+
+    def _loaders(self) -> tuple[Loader, Loader, tuple[Any, ...]]:
+        """What puts an update into a worker in this process, and into one in another, with further arguments."""
+        if self._lora is None:
+            return weight_loading.load, weight_loading.load_shared, ()
+        self._adapters = adapter_loading.request()
+        return adapter_loading.load_adapters, adapter_loading.load_shared_adapters, (self._lora,)
 
     def clear_cache(self) -> None:
         """Drop what is cached of prompts. No request may be running."""

@@ -187,9 +187,17 @@ def test_adapters_of_another_student_are_refused(models, tmp_path, tokenizer_dir
 # --- vLLM ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """vLLM's engines are in this process, as in an actor's."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_vllm_computes_what_the_learner_does_published_and_exported(models, tmp_path, tokenizer_dir, dtype):
+def test_vllm_computes_what_the_learner_does_published_and_exported(
+    models, tmp_path, tokenizer_dir, in_process, dtype
+):
     """Published merged, the merged export, and the adapters beside the base: one distribution."""
     from tests.support.vllm_adapters import engine_of, given_logprobs, given_logprobs_with_adapter
 
@@ -212,7 +220,7 @@ def test_vllm_computes_what_the_learner_does_published_and_exported(models, tmp_
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(("world_size", "stage"), [(1, 1), (2, 3)])
-def test_adapters_published_alone_are_what_vllm_computes_with(models, world_size, stage):
+def test_adapters_published_alone_are_what_vllm_computes_with(models, in_process, world_size, stage):
     """As loaded, after a publication, and after another one that replaces it."""
     from tests.support.vllm_adapters import engine_of, given_logprobs
 

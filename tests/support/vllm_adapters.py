@@ -1,4 +1,7 @@
-"""What vLLM says of given tokens on a CPU: of a model, and of adapters beside their base (LoRARequest)."""
+"""What vLLM says of given tokens on a CPU: of a model, and of adapters beside their base (LoRARequest).
+
+Its engines are in this process, as they are in an actor's: `VLLM_ENABLE_V1_MULTIPROCESSING` must be 0.
+"""
 
 from contextlib import contextmanager
 
