@@ -52,7 +52,7 @@ class Kind:
 STUBS = Kind("tests.cluster.stub_train", 12, 4)
 LONG = Kind("kat_ray.cli", 20, 5)
 REWARDS = Kind("kat_ray.cli", 12, 4, rewards=True)
-LORA = Kind("kat_ray.cli", 8, 2, lora=True)
+LORA = Kind("kat_ray.cli", 12, 4, lora=True)
 
 # Stubs in the gate, and runs with real engines in the nightly tier.
 KINDS = pytest.mark.parametrize(
