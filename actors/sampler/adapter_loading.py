@@ -12,19 +12,43 @@ from typing import Any
 import torch
 
 from actors.sampler.weight_loading import LoadReport, SharedWeights, shared_tensors
-from kat_ray.config import LoraConfig
+from kat_ray.config import LoraConfig, ModelConfig
+from kat_ray.models.lora_targets import skeleton, target_layers
 
 _ID = 1  # of the only adapters that an engine has
 # What vLLM takes as the largest rank of an engine: it allocates for it.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def engine_arguments(lora: LoraConfig | None) -> dict[str, Any]:
-    """Arguments of a vLLM engine that is given adapters."""
+def engine_arguments(lora: LoraConfig | None, model: ModelConfig, directory: str) -> dict[str, Any]:
+    """Arguments of a vLLM engine that is given adapters of the model in a directory or of a hub id."""
     if lora is None:
         return {}
     rank = next(rank for rank in _RANKS if rank >= lora.rank)
-    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1, "max_cpu_loras": 1}
+    return {
+        "enable_lora": True,
+        "max_lora_rank": rank,
+        "max_loras": 1,
+        "max_cpu_loras": 1,
+        "lora_target_modules": _targets(lora, model, directory),
+    }
+
+
+def _targets(lora: LoraConfig, model: ModelConfig, directory: str) -> list[str] | None:
+    """Last parts of the names of the layers that vLLM keeps room for; None: of all, for a model's own code.
+
+    By itself it would for the output layer too, whose adapters are as long as the vocabulary, and with which it gives
+    no log-probabilities of a prompt on a CPU (`PunicaWrapperCPU.add_lora_logits` of 0.32: one row of a request).
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        directory, revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    if (network := skeleton(config)) is None:
+        return None
+    layers = target_layers(network, lora, f"student.path = {model.path!r}")
+    return sorted({name.rsplit(".", 1)[-1] for name in layers})
 
 
 def request() -> Any:

@@ -68,7 +68,7 @@ class VllmEngine:
             seed=seed,
             **_memory(sampler, max_model_len, device),
             **vllm_arguments(fp32_output),
-            **adapter_loading.engine_arguments(lora),
+            **adapter_loading.engine_arguments(lora, model, model_dir),
         )
         if device == "cpu" and args.create_model_config().has_inner_state:
             args.enable_prefix_caching = False  # states are cached at a block's end, where vLLM splits prompts

@@ -38,21 +38,23 @@ def given_logprobs(engine, pairs):
     return np.concatenate([found[i][-len(answer) :] for i, (_, answer) in enumerate(pairs)])
 
 
-def given_logprobs_with_adapter(directory, adapter, pairs):
-    """The same of vLLM's own front door, which loads the adapters from their directory."""
+def answers_with_adapter(directory, adapter, prompts):
+    """Prompts with the answers of vLLM's own front door, which loads the adapters from their directory; their
+    log-probabilities, all in one array.
+    """
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     llm = LLM(
         directory, dtype="float32", skip_tokenizer_init=True, enforce_eager=True, max_model_len=LENGTH,
-        kv_cache_memory_bytes=10**8, enable_lora=True, max_lora_rank=8, enable_prefix_caching=False,
+        kv_cache_memory_bytes=10**8, enable_lora=True, max_lora_rank=8, logprobs_mode="raw_logprobs",
     )  # fmt: skip
-    params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    prompts = [{"prompt_token_ids": [*prompt, *answer]} for prompt, answer in pairs]
-    outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=LoRARequest("student", 1, str(adapter)))
-    llm.llm_engine.engine_core.shutdown()
-    values = []
-    for output, (prompt, answer) in zip(outputs, pairs, strict=True):
-        for token, place in zip(answer, output.prompt_logprobs[len(prompt) :], strict=True):
-            values.append(place[token].logprob)
-    return np.array(values)
+    params = SamplingParams(max_tokens=8, logprobs=0, detokenize=False, ignore_eos=True, seed=1)
+    inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+    try:
+        outputs = llm.generate(inputs, params, use_tqdm=False, lora_request=LoRARequest("student", 1, str(adapter)))
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    answers = [output.outputs[0] for output in outputs]
+    values = [place[token].logprob for a in answers for token, place in zip(a.token_ids, a.logprobs, strict=True)]
+    return [(list(p), list(a.token_ids)) for p, a in zip(prompts, answers, strict=True)], np.array(values)
