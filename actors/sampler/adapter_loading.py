@@ -37,8 +37,8 @@ def engine_arguments(lora: LoraConfig | None, model: ModelConfig, directory: str
 def _targets(lora: LoraConfig, model: ModelConfig, directory: str) -> list[str] | None:
     """Last parts of the names of the layers that vLLM keeps room for; None: of all, for a model's own code.
 
-    By itself it would for the output layer too, whose adapters are as long as the vocabulary, and with which it gives
-    no log-probabilities of a prompt on a CPU (`PunicaWrapperCPU.add_lora_logits` of 0.32: one row of a request).
+    By itself it would for the output layer too, whose adapters are as long as the vocabulary, and with which it
+    gives no log-probabilities of a prompt on a CPU (`PunicaWrapperCPU.add_lora_logits` of 0.32: one row a request).
     """
     from transformers import AutoConfig
 
