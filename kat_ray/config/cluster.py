@@ -188,7 +188,8 @@ class LoraConfig(Section):
     """Linear layers that get an adapter, by the last parts of their names, such as [q_proj, v_proj];
     `all-linear` is every one of the language model but its output layer."""
     dora: bool = False
-    """Also learn the length of each row of the adapted weights (DoRA). vLLM takes such a student merged only."""
+    """Also learn the length of each row of the adapted weights (DoRA); not with ZeRO 3. vLLM takes such a student
+    merged only."""
     publish: Literal["merged", "adapters"] = "merged"
     """What samplers are given after a step: `merged`, the whole model with the adapters added to its weights;
     `adapters`, these alone, which vLLM applies beside the weights."""
@@ -236,6 +237,15 @@ class LearnerConfig(PlacementConfig):
     max_skipped_steps: Resumable[int] = Field(5, ge=1)
     """Steps in a row whose loss or gradient is not finite, each of them skipped, after which the run stops and
     writes the last one's batch to `dumps/`."""
+
+    @model_validator(mode="after")
+    def _dora_has_whole_weights(self) -> LearnerConfig:
+        if self.zero_stage == 3 and self.lora is not None and self.lora.dora:
+            raise ValueError(
+                "zero_stage = 3: needs lora.dora = false; peft's DoRA reads weights that stage 3 holds in pieces. Take "
+                "stage 2, or LoRA"
+            )
+        return self
 
     @property
     def published_adapters(self) -> LoraConfig | None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from kat_ray.config import LoraConfig, ModelConfig
+from kat_ray.config import LearnerConfig, LoraConfig, ModelConfig
 from kat_ray.errors import ModelError, UserError
 from kat_ray.models.adapter_files import BaseModelFacts, read_adapter, write_adapter, write_merged
 from kat_ray.models.inspect import inspect_model
@@ -262,3 +262,11 @@ def test_export_and_eval_make_a_model_of_a_runs_adapters(adapted, tmp_path, caps
 def test_settings_that_mean_nothing_are_refused(fields, says):
     with pytest.raises(ValidationError, match=says):
         LoraConfig(**fields)
+
+
+def test_dora_needs_whole_weights():
+    assert LearnerConfig(zero_stage=3, lora=LoraConfig()) and LearnerConfig(
+        zero_stage=2, lora=LoraConfig(dora=True)
+    )
+    with pytest.raises(ValidationError, match=r"zero_stage = 3: needs lora.dora = false"):
+        LearnerConfig(zero_stage=3, lora=LoraConfig(dora=True))
