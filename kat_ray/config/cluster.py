@@ -242,8 +242,8 @@ class LearnerConfig(PlacementConfig):
     def _dora_has_whole_weights(self) -> LearnerConfig:
         if self.zero_stage == 3 and self.lora is not None and self.lora.dora:
             raise ValueError(
-                "zero_stage = 3: needs lora.dora = false; peft's DoRA reads weights that stage 3 holds in pieces. Take "
-                "stage 2, or LoRA"
+                "zero_stage = 3: needs lora.dora = false; peft's DoRA reads weights that stage 3 holds in pieces. "
+                "Take stage 2, or LoRA"
             )
         return self
 
