@@ -211,8 +211,9 @@ def test_adapters_of_another_student_are_refused(models, tmp_path, tokenizer_dir
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """vLLM's engines are in this process, as in an actor's."""
+    """vLLM's engines are in this process, with workers that are not bound to a node, as in an actor's."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 @pytest.mark.nightly
