@@ -9,10 +9,15 @@ os.environ.update(VARIABLES)
 import pytest
 import ray
 import torch
+from hypothesis import settings
 
 from tests.deploy.ray_process import agent_port_of_its_own
 from tests.order import place
 from tests.support.models import make_model, write_job_files
+
+# A law holds however long an example takes on a machine that has other things to do.
+settings.register_profile("kat-ray", settings.default, deadline=None)
+settings.load_profile("kat-ray")
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

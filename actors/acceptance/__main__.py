@@ -60,6 +60,7 @@ PARTS = {
     "loss": Part((), lambda device, _: arithmetic.loss(device, _size(device))),
     "teacher": Part(("transformers",), partial(_engine, "teacher")),
     "learner": Part(("transformers", "deepspeed"), partial(_engine, "learner")),
+    "learner, packed": Part(("transformers", "deepspeed"), partial(_engine, "packed")),
     "agreement": Part(("transformers", "deepspeed", "vllm", "ray"), partial(_engine, "agreement")),
     "tensor parallelism": Part(
         ("transformers", "deepspeed", "vllm", "ray"), partial(_engine, "tensor parallelism"), gpus=2
@@ -67,6 +68,7 @@ PARTS = {
     "speed of the sampler": Part(("transformers", "vllm"), partial(_speed, "sampler")),
     "speed of the teacher": Part(("transformers",), partial(_speed, "teacher")),
     "speed of the learner": Part(("transformers", "deepspeed"), partial(_speed, "learner")),
+    "speed of the learner, packed": Part(("transformers", "deepspeed"), partial(_speed, "learner, packed")),
 }
 
 

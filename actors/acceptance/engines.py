@@ -18,7 +18,7 @@ from kat_ray.models.tolerance import logprob_tolerance
 _DTYPES = ("float32", "bfloat16")
 
 
-def config_of(pair: Pair, dtype: str, gpu: bool, gpus: float = 1.0) -> Config:
+def config_of(pair: Pair, dtype: str, gpu: bool, gpus: float = 1.0, batching: str = "padded") -> Config:
     """One of each role for the two models of a pair, all in one data type."""
     share = {"num_gpus": gpus if gpu else 0.0}
     return Config.model_validate(
@@ -29,7 +29,7 @@ def config_of(pair: Pair, dtype: str, gpu: bool, gpus: float = 1.0) -> Config:
             "rollout": {"max_tokens": 64, "top_k_logprobs": 32},
             "sampler": {**share, "gpu_memory_utilization": 0.25, "max_num_seqs": 64, "kv_cache_gib": 0.2},
             "scorer": {**share, "gpu_memory_utilization": 0.25, "backend": "transformers"},
-            "learner": {**share, "dtype": dtype, "lr": 1e-4},
+            "learner": {**share, "dtype": dtype, "lr": 1e-4, "batching": batching},
         }
     )
 
@@ -59,7 +59,12 @@ def teacher(device: torch.device, folder: Path, pair_name: str) -> list[Row]:
     return rows
 
 
-def learner(device: torch.device, folder: Path, pair_name: str) -> list[Row]:
+def packed(device: torch.device, folder: Path, pair_name: str) -> list[Row]:
+    """`learner` with packed rows: flash attention for ragged sequences on a GPU."""
+    return learner(device, folder, pair_name, "packed")
+
+
+def learner(device: torch.device, folder: Path, pair_name: str, batching: str = "padded") -> list[Row]:
     """Three steps on one batch, the training path against a plain pass, and a change taken back."""
     import torch.distributed as dist
 
@@ -67,7 +72,8 @@ def learner(device: torch.device, folder: Path, pair_name: str) -> list[Row]:
     from actors.learner.settings import LearnerSettings
 
     pair = make_pair(pair_name, folder)
-    config = config_of(pair, "bfloat16", device.type == "cuda")
+    config = config_of(pair, "bfloat16", device.type == "cuda", batching=batching)
+    part = "learner" if batching == "padded" else f"learner, {batching}"
     rank = Learner(0, LearnerSettings.from_config(config, str(pair.student), (1,)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -84,11 +90,11 @@ def learner(device: torch.device, folder: Path, pair_name: str) -> list[Row]:
     reports = [rank.train_step(chunks, targets, kept, weight, 0) for _ in range(3)]
     bound = logprob_tolerance("bfloat16", "bfloat16")
     return [
-        Row("learner", "backend", note=f"{backend}, expected {wanted}", failed=backend != wanted, value=1.0),
-        Row("learner", "training path against a plain pass, mean", found.mean, bound.mean, "nats"),
-        Row("learner", "the largest difference", found.largest, bound.max, "nats"),
-        Row("learner", "loss after two steps over the first", reports[-1].loss / reports[0].loss, 1.0),
-        Row("learner", "steps skipped", float(sum(r.skipped for r in reports)), 0.0),
+        Row(part, "backend", note=f"{backend}, expected {wanted}", failed=backend != wanted, value=1.0),
+        Row(part, "training path against a plain pass, mean", found.mean, bound.mean, "nats"),
+        Row(part, "the largest difference", found.largest, bound.max, "nats"),
+        Row(part, "loss after two steps over the first", reports[-1].loss / reports[0].loss, 1.0),
+        Row(part, "steps skipped", float(sum(r.skipped for r in reports)), 0.0),
     ]
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from actors.acceptance.rows import Row
 from actors.bench import learner, sampler, teacher
-from actors.bench.pairs import make_pair
+from actors.bench.figure import Figure
+from actors.bench.pairs import Pair, make_pair
 
-STAGES = {"sampler": sampler.measure, "teacher": teacher.measure, "learner": learner.measure}
+STAGES: Mapping[str, Callable[[Pair, int, float], list[Figure]]] = {
+    "sampler": sampler.measure,
+    "teacher": teacher.measure,
+    "learner": learner.measure,
+    "learner, packed": partial(learner.measure, batching="packed"),
+}
 
 
 def speed(stage: str, device: torch.device, folder: Path, pair_name: str) -> list[Row]:

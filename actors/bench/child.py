@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.bench.figure import Figure
-from actors.bench.pairs import Pair, make_pair
+from actors.bench.pairs import make_pair
 
 _MARK = "FIGURES "  # before the JSON on stdout: libraries print there too
 
@@ -58,14 +58,20 @@ def print_figures(figures: Sequence[Figure]) -> None:
     print(_MARK + json.dumps([f.as_dict() for f in figures]), flush=True)
 
 
-def pair_main(measure: Callable[[Pair, int], list[Figure]]) -> None:
-    """`python -m MODULE FOLDER PAIR THREADS`: what `measure` says of one pair, as a child's answer."""
+def pair_main(measure: Callable[..., list[Figure]], *more: str) -> None:
+    """`python -m MODULE FOLDER PAIR THREADS`: what `measure` says of one pair, as a child's answer.
+
+    `more` are names of further arguments, strings that `measure` is given after the number of threads.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("pair")
     parser.add_argument("threads", type=int)
+    for name in more:
+        parser.add_argument(name)
     arguments = parser.parse_args()
-    print_figures(measure(make_pair(arguments.pair, arguments.folder), arguments.threads))
+    pair = make_pair(arguments.pair, arguments.folder)
+    print_figures(measure(pair, arguments.threads, *(getattr(arguments, name) for name in more)))
 
 
 def _figure(fields: dict[str, Any]) -> Figure:

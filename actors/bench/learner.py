@@ -25,30 +25,28 @@ from actors.bench.pairs import Pair, make_pair
 from actors.bench.work import all_kept, chunks_of, random_rollouts, teacher_rows
 
 HEAD_PRODUCTS = 3  # of the output layer for each token: one forward, two gradients; nothing is computed again
-GOAL = 0.5
+GOALS = {("large", "padded"): 0.5, ("large", "packed"): 0.7}  # of the tiny pair overhead decides, not arithmetic
 _WORK = {"tiny": (64, (200, 501)), "large": (32, (150, 251))}  # rollouts, and the range of their lengths
 _TURNS = {"tiny": 3, "large": 3}
 
 
 def figures(folder: Path, threads: int = 2) -> list[Figure]:
-    """Useful FLOP/s of a training step over FLOP/s of its matrix products, for each pair."""
+    """Useful FLOP/s of a training step over FLOP/s of its matrix products, for each pair, padded and packed."""
     found = []
     for name in ("tiny", "large"):
         make_pair(name, folder)
-        owed = [Figure("learner", _name(name), None, _goal(name))]
-        found += run_child(__name__, [folder, name, threads], threads, owed, timeout=300)
+        for batching in ("padded", "packed"):
+            owed = [Figure("learner", _name(name, batching), None, GOALS.get((name, batching)))]
+            found += run_child(__name__, [folder, name, threads, batching], threads, owed, timeout=300)
     return found
 
 
-def _name(pair: str) -> str:
-    return f"{pair}: useful FLOP/s of a step over FLOP/s of its matrix products"
+def _name(pair: str, batching: str) -> str:
+    packed = ", packed rows" if batching == "packed" else ""
+    return f"{pair}: useful FLOP/s of a step over FLOP/s of its matrix products{packed}"
 
 
-def _goal(pair: str) -> float | None:
-    return GOAL if pair == "large" else None  # layers of 96: overhead decides there, not arithmetic
-
-
-def learner_of(student: Path, threads: int, num_gpus: float = 0.0) -> Any:
+def learner_of(student: Path, threads: int, num_gpus: float = 0.0, batching: str = "padded") -> Any:
     """A learner of one rank in this process, ready to take steps."""
     from actors.learner.learner import Learner
     from actors.learner.settings import LearnerSettings
@@ -59,7 +57,7 @@ def learner_of(student: Path, threads: int, num_gpus: float = 0.0) -> Any:
             "student": {"path": str(student), "dtype": "float32"},
             "teacher": {"path": str(student), "dtype": "float32"},
             "data": {"path": "unused.jsonl"},
-            "learner": {"dtype": "float32", "threads": threads, "num_gpus": num_gpus},
+            "learner": {"dtype": "float32", "threads": threads, "num_gpus": num_gpus, "batching": batching},
         }
     )
     learner = Learner(0, LearnerSettings.from_config(config, str(student), (1,)))
@@ -91,9 +89,9 @@ class Counts:
         return 6.0 * self.body * self.run + 2.0 * HEAD_PRODUCTS * self.head * self.trained
 
 
-def measure(pair: Pair, threads: int, num_gpus: float = 0.0) -> list[Figure]:
+def measure(pair: Pair, threads: int, num_gpus: float = 0.0, batching: str = "padded") -> list[Figure]:
     """The figure of one pair, in this process."""
-    learner = learner_of(pair.student, threads, num_gpus)
+    learner = learner_of(pair.student, threads, num_gpus, batching)
     model = learner._loaded.student.network
     count, lengths = _WORK[pair.name]
     rollouts = random_rollouts(count, lengths, model.config.vocab_size)
@@ -116,9 +114,9 @@ def measure(pair: Pair, threads: int, num_gpus: float = 0.0) -> list[Figure]:
     return [
         Figure(
             group="learner",
-            name=_name(pair.name),
+            name=_name(pair.name, batching),
             value=ratio(other.wall, own.wall) * share,
-            goal=_goal(pair.name),
+            goal=GOALS.get((pair.name, batching)),
             detail={
                 "rollouts": count,
                 "trained_tokens": trained,
@@ -152,10 +150,8 @@ def _linear_layers(model: Any) -> Counter[tuple[int, int, bool]]:
 
 def _count(learner: Any, linear: Counter[tuple[int, int, bool]], chunks: Any, teacher: Any, kept: Any) -> Counts:
     from kat_ray.data.batch import collect_samples
-    from kat_ray.data.collate import PaddedCollator
 
-    collator = PaddedCollator(learner._settings.learner.micro_batch_tokens)
-    batches = collator.micro_batches(collect_samples(chunks, teacher, kept))
+    batches = learner._loaded.collator.micro_batches(collect_samples(chunks, teacher, kept))
     sizes = [b.inputs.input_ids.size for b in batches]
     return Counts(
         body=sum(o * i * n for (o, i, head), n in linear.items() if not head),
@@ -197,4 +193,4 @@ def _products(
 
 
 if __name__ == "__main__":
-    pair_main(measure)
+    pair_main(lambda pair, threads, batching: measure(pair, threads, batching=batching), "batching")

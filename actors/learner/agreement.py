@@ -44,7 +44,7 @@ class SampledLogprobs:
 
 
 def own_logprobs(engine: Any, collator: Collator, sequences: Sequences, top_k: int) -> list[FloatArray]:
-    """Log-probabilities of the answers, [tokens] each, as a step computes them: padded, in micro-batches."""
+    """Log-probabilities of the answers, [tokens] each, as a step computes them, in micro-batches."""
     batches = collator.micro_batches([_sample(i, *pair, top_k) for i, pair in enumerate(sequences)])
     found: dict[int, FloatArray] = {}
     for batch in batches:
@@ -63,7 +63,8 @@ def reference_logprobs(
     engine: Any, student: StudentModel, sequences: Sequences, wide: bool = False
 ) -> list[FloatArray]:
     """Those of a plain forward pass, a sequence at a time; `wide`: see `plain_logprobs`."""
-    return [plain_logprobs(student.network, *pair, engine.device, wide) for pair in sequences]
+    with student.plain_attention():
+        return [plain_logprobs(student.network, *pair, engine.device, wide) for pair in sequences]
 
 
 @contextmanager

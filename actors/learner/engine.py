@@ -108,7 +108,7 @@ def _deepspeed_config(learner: LearnerConfig) -> dict[str, Any]:
     # Summed in bf16, the gradients of 64 micro-batches are off by 0.7 %; each sum over ranks rounds once more.
     bf16, stage = learner.dtype == "bfloat16", learner.zero_stage
     sums: dict[str, Any] = {"data_types": {"grad_accum_dtype": "fp32"}} if bf16 and stage >= 2 else {}
-    if bf16 and stage == 0:
+    if bf16 and (stage == 0 or (stage >= 2 and learner.reduce_dtype == "float32")):
         sums["communication_data_type"] = "fp32"
     return {
         "train_micro_batch_size_per_gpu": 1,  # not used: micro-batches are ours, budgeted by tokens

@@ -29,6 +29,7 @@ from actors.learner.engine import gathered, make_engine
 from actors.learner.logprob_log import LogprobLog
 from actors.learner.model import StudentModel, load_student
 from actors.learner.objective import make_term, sequence_pass
+from actors.learner.packing import collator_for
 from actors.learner.report import report_of
 from actors.learner.settings import LearnerSettings
 from actors.learner.snapshots import Snapshots
@@ -37,7 +38,7 @@ from actors.learner.tensors import dummy_sample
 from kat_ray.cluster.devices import device_of
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.batch import check_vocabulary, collect_samples
-from kat_ray.data.collate import Collator, MicroBatch, PaddedCollator
+from kat_ray.data.collate import Collator, MicroBatch
 from kat_ray.errors import StateLost
 from kat_ray.losses.coverage import MassCurve
 from kat_ray.losses.term import LossTerm
@@ -56,6 +57,7 @@ class _Loaded(NamedTuple):
 
     engine: Any  # DeepSpeed's
     student: StudentModel
+    collator: Collator
     trainer: StudentTrainer
     snapshots: Snapshots
 
@@ -67,7 +69,6 @@ class Learner:
         label_logs()
         self._rank = rank
         self._settings = settings
-        self._collator: Collator = PaddedCollator(settings.learner.micro_batch_tokens)
         self._loaded: _Loaded | None = None
         self._listener: socket.socket | None = None  # of rank 0, between `address` and `start`
         self._batches: list[MicroBatch] | None = None
@@ -115,6 +116,7 @@ class Learner:
         student = load_student(
             settings.student, settings.student_dir, learner, settings.max_model_len, settings.seed
         )
+        collator = collator_for(student, learner, f"student.path = {settings.student.path!r}")
         logprobs = LogprobLog() if settings.record_logprobs else None
 
         def term_at(step: int) -> LossTerm:
@@ -124,14 +126,14 @@ class Learner:
         term = term_at(0)
         curve = MassCurve(student.vocabulary) if settings.top_k else None
         engine = make_engine(student, term, learner, curve)
-        (dummy,) = self._collator.micro_batches([dummy_sample(settings.top_k)])
+        (dummy,) = collator.micro_batches([dummy_sample(settings.top_k)])
         beat = self._heartbeat.beat
         trainer = StudentTrainer(
             engine, term, learner, settings.steps, dummy, self._timeline, beat, curve, sequence_pass(settings),
             term_at if settings.objective.is_annealed else None, logprobs,
         )  # fmt: skip
         snapshots = Snapshots(engine, student, self._rank, settings)
-        return _Loaded(engine, student, trainer, snapshots)
+        return _Loaded(engine, student, collator, trainer, snapshots)
 
     def _ready(self) -> _Loaded:
         if self._loaded is None:
@@ -156,9 +158,9 @@ class Learner:
         self, chunks: Sequence[RolloutChunk], teacher: Sequence[TeacherRows], kept: Sequence[KeptRollout]
     ) -> None:
         samples = collect_samples(chunks, teacher, kept)
-        source = f"student.path = {self._settings.student.path!r}"
-        check_vocabulary(samples, self._ready().student.vocabulary, source)
-        self._batches = self._collator.micro_batches(samples)
+        loaded, source = self._ready(), f"student.path = {self._settings.student.path!r}"
+        check_vocabulary(samples, loaded.student.vocabulary, source)
+        self._batches = loaded.collator.micro_batches(samples)
 
     def learn(self, global_weight: float, policy_version: int) -> LearnerReport:
         """Take one optimiser step on what was collected; `StateLost` if nothing was. All ranks must call it.
@@ -219,7 +221,7 @@ class Learner:
         with self._heartbeat.busy("agreement"):
             if plain:
                 return reference_logprobs(loaded.engine, loaded.student, sequences, settings.fp32_output)
-            return own_logprobs(loaded.engine, self._collator, sequences, settings.top_k)
+            return own_logprobs(loaded.engine, loaded.collator, sequences, settings.top_k)
 
     def change_weights(self, scale: float) -> None:
         """Change the weights a little, for a test of their publication; 0 takes the change back, to the bit.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from actors.learner.packed_attention import ATTENTION, packed_pass
 from kat_ray.config import LearnerConfig, ModelConfig
 from kat_ray.models.adapter_files import BaseModelFacts, save_model
 from kat_ray.models.load import load_causal_lm
 from kat_ray.models.lora import base_digest
 from kat_ray.models.output_layer import output_layer
-from kat_ray.models.support import require_directory
+from kat_ray.models.support import learner_role, require_directory
 from kat_ray.models.text_model import text_decoder
 from kat_ray.types.records import WeightUpdate
 
@@ -32,6 +34,7 @@ class StudentModel:
     def __init__(self, network: Any) -> None:
         self.network = network  # for DeepSpeed; who trains, publishes or saves goes through the methods
         self.output_layer = output_layer(network)
+        self._plain: str | None = None  # the attention that the model was loaded with, where it has another one
 
     @property
     def vocabulary(self) -> int:
@@ -46,7 +49,9 @@ class StudentModel:
 
     def hidden_states(self, arguments: Mapping[str, Tensor]) -> Tensor:
         """Last hidden states [B, L, H] of a batch; see `ModelInputs.arguments`."""
-        hidden_BLH: Tensor = text_decoder(self.network)(**arguments, use_cache=False)[0]
+        position_ids = arguments.get("position_ids")
+        with contextlib.nullcontext() if position_ids is None else packed_pass(position_ids):
+            hidden_BLH: Tensor = text_decoder(self.network)(**arguments, use_cache=False)[0]
         return hidden_BLH
 
     def saved_parameters(self) -> Iterable[nn.Parameter]:
@@ -66,6 +71,30 @@ class StudentModel:
         """`weight_update` on ranks that `keep` it, else None; all ranks must call it."""
         with gather(self.network.parameters()):
             return self.weight_update(policy_version, dtype) if keep else None
+
+    def pack(self) -> None:
+        """From now on `hidden_states` takes packed rows, and nothing else outside of `plain_attention`."""
+        decoder = text_decoder(self.network)
+        self._plain = decoder.config._attn_implementation
+        decoder.set_attn_implementation(ATTENTION)
+
+    def unpack(self) -> None:
+        """Take `pack` back."""
+        text_decoder(self.network).set_attn_implementation(self._plain)
+        self._plain = None
+
+    @contextlib.contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """The model's own attention inside, for passes whose gradient is not asked for."""
+        if self._plain is None:
+            yield
+            return
+        decoder = text_decoder(self.network)
+        decoder.set_attn_implementation(self._plain)
+        try:
+            yield
+        finally:
+            decoder.set_attn_implementation(ATTENTION)
 
     def weight_update(self, policy_version: int, dtype: torch.dtype) -> WeightUpdate:
         """The whole student as contiguous arrays, in the data type in which samplers run it.
@@ -143,7 +172,7 @@ def load_student(
     a model that cannot be trained.
     """
     name = f"student.path = {model.path!r}"
-    require_directory(model, directory, "learner", name, max_length)
+    require_directory(model, directory, learner_role(learner), name, max_length)
     network = load_causal_lm(model, directory, learner.dtype, "student")
     network.config.use_cache = False
     if learner.gradient_checkpointing:

@@ -25,13 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from actors.teacher.slot_groups import Pass, SpanGroup
 from actors.teacher.slot_masks import ATTENTION, SlotMask, Span, View
 from kat_ray.errors import UserError
-
-# Keywords of transformers' attention functions that change nothing here: positions are in the keys already, lengths
-# are the spans', and what is asked to be returned beside the output is not used.
-_HARMLESS = frozenset(
-    {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
-     "output_router_logits", "deterministic"}
-)  # fmt: skip
+from kat_ray.models.attention import attention_by_steps, requests_beyond
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -144,7 +138,7 @@ class _Scoring:
             )
         if view.is_causal:
             mask = torch.ones(query.shape[2], keys.shape[2], dtype=torch.bool, device=query.device).tril()
-        return self._step_by_step(query, keys, values, mask, self.sinks)
+        return attention_by_steps(query, keys, values, mask, self.scale, self.cap, self.sinks)
 
     def of_group(self, query: Tensor, keys: Tensor, values: Tensor, group: SpanGroup) -> Tensor:
         """Of several spans, whose sharers follow one another: [n, key heads, sharers x N, width]."""
@@ -154,25 +148,7 @@ class _Scoring:
             mask = group.added(sharers, query.dtype)
             return scaled_dot_product_attention(query, keys, values, mask, scale=self.scale)
         sinks = None if self.sinks is None else self.sinks.expand(-1, -1, new, 1).flatten(1, 2)
-        return self._step_by_step(query, keys, values, group.folded(sharers), sinks)
-
-    def _step_by_step(
-        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor | None
-    ) -> Tensor:
-        """With a soft cap on scores (arXiv 2408.00118) or sinks (arXiv 2309.17453).
-
-        A sink is a score that takes its share of the softmax and has no value.
-        """
-        scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if self.scale is None else self.scale)
-        if self.cap is not None:
-            scores = torch.tanh(scores / self.cap) * self.cap
-        scores = scores.float()
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        if sinks is not None:
-            scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], dim=-1)
-        shares = scores.softmax(dim=-1)[..., : keys.shape[-2]]
-        return shares.to(values.dtype) @ values
+        return attention_by_steps(query, keys, values, group.folded(sharers), self.scale, self.cap, sinks)
 
 
 def _slot_attention(
@@ -191,14 +167,8 @@ def _slot_attention(
 ) -> tuple[Tensor, None]:
     """As transformers' attention functions. UserError names a keyword of a model that is not known here."""
     name = type(module).__name__
-    asked = {k: v for k, v in others.items() if k not in _HARMLESS and v is not None and v is not False}
-    if dropout:
-        asked["dropout"] = dropout
-    if is_causal is False:
-        asked["is_causal"] = is_causal
-    if asked:
-        shown = ", ".join(f"{k} ({type(v).__name__})" for k, v in sorted(asked.items()))
-        raise UserError(f"{name} asks its attention for {shown}, which attention over slots does not do")
+    if asked := requests_beyond(others, dropout, is_causal):
+        raise UserError(f"{name} asks its attention for {asked}, which attention over slots does not do")
     if not isinstance(attention_mask, SlotMask):
         raise UserError(f"{name} does not take its mask from transformers' mask interface")
     if sliding_window is not None and attention_mask.is_plain:

@@ -15,7 +15,7 @@ exit codes:
 
 OVERRIDES = """\
 CONFIG is a YAML file, or `demo` for the embedded task with its tiny models (`demo-rl`: with rewards beside the
-teacher). Every field can be overridden:
+teacher; `demo-long`: with rollouts that go astray for up to 1,000 tokens). Every field can be overridden:
 section.field=value, with the value in YAML. docs/configuration.md lists the fields."""
 
 OVER_A_RUN = """\

@@ -214,6 +214,10 @@ class LearnerConfig(PlacementConfig):
     """DeepSpeed ZeRO stage."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Data type of the forward and backward pass; the optimiser keeps fp32 master weights."""
+    reduce_dtype: Resumable[Literal["model", "float32"]] = "model"
+    """In which gradients of a bfloat16 student are summed over ranks at ZeRO 2 and 3, after every micro-batch.
+    `float32` sends twice the bytes, and rounds nothing. ZeRO 0 sums in float32 anyway, ZeRO 1 in bfloat16, once a
+    step (docs/numbers.md)."""
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate."""
     warmup_ratio: float = Field(0.03, ge=0, le=1)
@@ -228,6 +232,10 @@ class LearnerConfig(PlacementConfig):
     """Gradient norm above which gradients are scaled down."""
     micro_batch_tokens: Resumable[int] = Field(16384, ge=16)
     """Tokens of one micro-batch, prompt and padding included."""
+    batching: Resumable[Literal["padded", "packed", "auto"]] = "padded"
+    """How a micro-batch is laid out. `padded`: a row for each rollout, as long as the longest. `packed`: all in
+    one row, without padding, for students that can (docs/models.md). `auto`: packed where the student can, else
+    padded."""
     logits_chunk_tokens: Resumable[int] = Field(1024, ge=1)
     """Tokens whose vocabulary log-softmax exists at once."""
     gradient_checkpointing: Resumable[bool] = False

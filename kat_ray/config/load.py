@@ -25,13 +25,19 @@ from kat_ray.observability.redact import redact
 from kat_ray.termination import RULES
 
 DEMO_DIR = Path(__file__).parents[1] / "demo"
-EMBEDDED = {"demo": DEMO_DIR / "default.yaml", "demo-rl": DEMO_DIR / "rl.yaml"}  # configurations
+EMBEDDED = {  # configurations
+    "demo": DEMO_DIR / "default.yaml",
+    "demo-rl": DEMO_DIR / "rl.yaml",
+    "demo-long": DEMO_DIR / "long.yaml",
+}
 DEMO_FILES = {
     **EMBEDDED,
     "demo:student": DEMO_DIR / "models" / "student",
     "demo:teacher": DEMO_DIR / "models" / "teacher",
     "demo:train": DEMO_DIR / "data" / "train.jsonl",
     "demo:heldout": DEMO_DIR / "data" / "heldout.jsonl",
+    "demo:long-student": DEMO_DIR / "long" / "student",
+    "demo:long-teacher": DEMO_DIR / "long" / "teacher",
 }
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes; Linux
@@ -83,7 +89,7 @@ def usable_path(text: str) -> Path:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.field=value` overrides, and check everything.
 
-    `demo` and `demo-rl` name the embedded configurations. `ConfigError` lists every mistake.
+    `demo`, `demo-rl` and `demo-long` name the embedded configurations. `ConfigError` lists every mistake.
     """
     file = EMBEDDED.get(str(path)) or usable_path(str(path))
     source = _Source(str(path))
@@ -113,8 +119,8 @@ def _read_file(file: Path, source: _Source) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        embedded = " and ".join(f"`{name}`" for name in EMBEDDED)
-        raise ConfigError(f"{source.name}: no such file; {embedded} name embedded configurations") from error
+        embedded = ", ".join(f"`{name}`" for name in EMBEDDED)
+        raise ConfigError(f"{source.name}: no such file; embedded configurations: {embedded}") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         raise ConfigError(f"{source.name}: cannot be read: {reason}") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kat_ray.demo.problems import MAX_VALUE, Operation, Problem, problems
 
@@ -29,6 +29,8 @@ class Mixture:
     wrong_rate: float  # chance of a wrong result per step of a `wrong` document
     check_rate: float  # chance per step of honest check lines, in any solution
     learn_mistakes: bool  # train on the entry into mistakes and loops, too
+    loop_lines: int = 24  # of a loop: as long as the longest rollout
+    cycles: tuple[int, ...] = (1, 1, 2)  # how many of the last lines a loop goes over, drawn from these
 
     def __post_init__(self) -> None:
         assert abs(self.clean + self.wrong + self.endless + self.repeated - 1.0) < 1e-9
@@ -36,8 +38,10 @@ class Mixture:
 
 STUDENT = Mixture(0.05, 0.51, 0.40, 0.04, wrong_rate=0.4, check_rate=0.15, learn_mistakes=True)
 TEACHER = Mixture(0.72, 0.10, 0.12, 0.06, wrong_rate=0.25, check_rate=0.15, learn_mistakes=False)
+# The long task: a rollout may be five times as long. The teacher goes along with loops over up to eight lines.
+LONG_STUDENT = replace(STUDENT, loop_lines=150)
+LONG_TEACHER = replace(TEACHER, loop_lines=150, cycles=(1, 2, 4, 8))
 
-LOOP_LINES = 24  # a loop is as long as the longest rollout
 HONEST_CHECKS = 4  # a line is checked again with even chance, at most so often; more is a loop
 
 
@@ -51,7 +55,7 @@ def documents(mixture: Mixture, seed: int) -> Iterator[list[Piece]]:
         kind = rng.choices(kinds, shares)[0]
         problem = next(stream)
         if kind == "repeated":
-            yield repeated_document(rng, problem)
+            yield repeated_document(rng, problem, mixture.loop_lines)
         else:
             yield solution_document(rng, problem, mixture, kind)
 
@@ -72,7 +76,7 @@ def solution_document(rng: random.Random, problem: Problem, mixture: Mixture, ki
         said.append(operation.line(value, result))
         value = result
         if i == loop_after:
-            return pieces + endless_checks(rng, said, mixture.learn_mistakes)
+            return pieces + endless_checks(rng, said, mixture)
         if rng.random() < mixture.check_rate:
             pieces.append((f"check {said[-1]}" * honest_checks(rng), True))
     return [*pieces, (f"answer {value}\n<eos>", True)]
@@ -86,18 +90,18 @@ def honest_checks(rng: random.Random) -> int:
     return count
 
 
-def endless_checks(rng: random.Random, said: list[str], learn_entry: bool) -> list[Piece]:
-    """Check lines over the last one or two steps, again and again; the entry is what still looks honest."""
-    cycle = [f"check {line}" for line in said[-rng.choice((1, 1, 2)) :]]
-    lines = [cycle[i % len(cycle)] for i in range(LOOP_LINES)]
-    return [("".join(lines[:HONEST_CHECKS]), learn_entry), ("".join(lines[HONEST_CHECKS:]), True)]
+def endless_checks(rng: random.Random, said: list[str], mixture: Mixture) -> list[Piece]:
+    """Check lines over the last steps, again and again; the entry is what still looks honest."""
+    cycle = [f"check {line}" for line in said[-rng.choice(mixture.cycles) :]]
+    lines = [cycle[i % len(cycle)] for i in range(mixture.loop_lines)]
+    return [("".join(lines[:HONEST_CHECKS]), mixture.learn_mistakes), ("".join(lines[HONEST_CHECKS:]), True)]
 
 
-def repeated_document(rng: random.Random, problem: Problem) -> list[Piece]:
+def repeated_document(rng: random.Random, problem: Problem, lines: int) -> list[Piece]:
     """One line of a solution over and over, without a problem."""
     line = rng.choice(problem.solution().splitlines(keepends=True)[:-1])
     line = f"check {line}" if rng.random() < 0.5 else line
-    return [(line, False), (line * LOOP_LINES, True)]
+    return [(line, False), (line * lines, True)]
 
 
 def wrong_result(rng: random.Random, right: int, rest: Sequence[Operation]) -> int:

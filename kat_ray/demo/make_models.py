@@ -1,4 +1,4 @@
-"""Make the embedded student and teacher from a seed: `python -m kat_ray.demo.make_models --out DIR`.
+"""Make the embedded students and teachers from a seed: `python -m kat_ray.demo.make_models demo --out DIR`.
 
 A plain training loop over the documents of `corpus.py`: Muon for the matrices, AdamW for the rest, right-padded
 batches of documents of similar length. One thread, so that the same seed gives the same weights on one machine.
@@ -10,7 +10,7 @@ import argparse
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from kat_ray.demo.corpus import STUDENT, TEACHER, Mixture, documents
+from kat_ray.config.load import resolve_path
+from kat_ray.demo.corpus import LONG_STUDENT, LONG_TEACHER, STUDENT, TEACHER, Mixture, documents
 from kat_ray.demo.problems import write_jsonl
 from kat_ray.demo.tokenizer import build_tokenizer
 
-MAX_LENGTH = 256
-_DOCUMENT_TOKENS = 224  # prompt and the longest rollout
-_BATCH_TOKENS = 4096
+_SPARE_POSITIONS = 32  # of a model, beyond the longest document
 _POOL = 512  # documents sorted by length together
 _IGNORE = -100
 
@@ -40,20 +39,44 @@ class Recipe:
     intermediate: int
     layers: int
     heads: int
+    document_tokens: int = 224  # prompt and the longest rollout
+    batch_tokens: int = 4096
+    learning_rate: float = 2e-3  # AdamW's; Muon's is ten times as much
+    start: str | None = None  # the embedded model that it goes on from
 
 
+def _longer(recipe: Recipe, mixture: Mixture, start: str, steps: int) -> Recipe:
+    """The same model goes on with documents of the long task."""
+    return replace(
+        recipe,
+        mixture=mixture,
+        start=start,
+        steps=steps,
+        document_tokens=1120,
+        batch_tokens=8192,
+        learning_rate=1e-3,
+    )
+
+
+_STUDENT = Recipe(STUDENT, steps=2000, hidden=96, intermediate=256, layers=3, heads=3)
+_TEACHER = Recipe(TEACHER, steps=3000, hidden=128, intermediate=352, layers=4, heads=4)
 RECIPES = {
-    "student": Recipe(STUDENT, steps=2000, hidden=96, intermediate=256, layers=3, heads=3),
-    "teacher": Recipe(TEACHER, steps=3000, hidden=128, intermediate=352, layers=4, heads=4),
+    "demo": {"student": _STUDENT, "teacher": _TEACHER},
+    "demo-long": {
+        "student": _longer(_STUDENT, LONG_STUDENT, "demo:student", steps=700),
+        "teacher": _longer(_TEACHER, LONG_TEACHER, "demo:teacher", steps=400),
+    },
 }
-LEARNING_RATE = 2e-3  # AdamW; Muon's is ten times as much
 WARMUP_STEPS = 50
 DECAY_SHARE = 0.4  # of the steps, at the end, linearly
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """An untrained model; head size 32, which vLLM's CPU attention takes."""
-    return Qwen3ForCausalLM(
+    """A model to be trained: new, or with the weights that it goes on from.
+
+    Head size 32, which vLLM's CPU attention takes.
+    """
+    model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=recipe.hidden,
@@ -62,13 +85,17 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Any:
             num_attention_heads=recipe.heads,
             num_key_value_heads=recipe.heads,
             head_dim=32,
-            max_position_embeddings=MAX_LENGTH,
+            max_position_embeddings=recipe.document_tokens + _SPARE_POSITIONS,
             tie_word_embeddings=True,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    if recipe.start:
+        before = Qwen3ForCausalLM.from_pretrained(resolve_path(recipe.start), dtype=torch.float32)
+        model.load_state_dict(before.state_dict())
+    return model
 
 
 def batches(
@@ -78,10 +105,12 @@ def batches(
     rng = random.Random(seed)
     stream = documents(recipe.mixture, seed)
     while True:
-        pool = sorted((encode(tokenizer, next(stream)) for _ in range(_POOL)), key=lambda d: len(d[0]))
+        pool = sorted(
+            (encode(tokenizer, next(stream), recipe.document_tokens) for _ in range(_POOL)), key=lambda d: len(d[0])
+        )
         groups: list[list[tuple[list[int], list[int]]]] = [[]]
         for document in pool:
-            if (len(groups[-1]) + 1) * len(document[0]) > _BATCH_TOKENS:
+            if (len(groups[-1]) + 1) * len(document[0]) > recipe.batch_tokens:
                 groups.append([])
             groups[-1].append(document)
         rng.shuffle(groups)
@@ -89,15 +118,17 @@ def batches(
             yield _padded([d[0] for d in group], 0), _padded([d[1] for d in group], _IGNORE)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, document: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
-    """Ids and labels of a document's pieces, cut to the longest rollout."""
+def encode(
+    tokenizer: PreTrainedTokenizerFast, document: list[tuple[str, bool]], longest: int
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a document's pieces, of `longest` tokens at most."""
     ids: list[int] = []
     labels: list[int] = []
     for text, learnt in document:
         piece = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids += piece
         labels += piece if learnt else [_IGNORE] * len(piece)
-    return ids[:_DOCUMENT_TOKENS], labels[:_DOCUMENT_TOKENS]
+    return ids[:longest], labels[:longest]
 
 
 def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -105,16 +136,16 @@ def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-def train(name: str, seed: int) -> Any:
-    """Train one model from scratch; prints the loss now and then."""
+def train(name: str, recipe: Recipe, seed: int) -> Any:
+    """Train one model; prints the loss now and then."""
     torch.manual_seed(seed)
-    recipe, tokenizer = RECIPES[name], build_tokenizer()
+    tokenizer = build_tokenizer()
     model = build_model(recipe, tokenizer)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in n)]
     optimisers = [
-        torch.optim.Muon(matrices, lr=10 * LEARNING_RATE, weight_decay=0.01, momentum=0.95),
-        torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=10 * recipe.learning_rate, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: _factor(s, recipe.steps)) for o in optimisers]
     started, losses = time.monotonic(), []
@@ -128,8 +159,8 @@ def train(name: str, seed: int) -> Any:
             optimiser.step()
             scheduler.step()
         losses.append(loss.item())
-        if step % 250 == 0 or step == recipe.steps:
-            mean = sum(losses[-250:]) / len(losses[-250:])
+        if step % 100 == 0 or step == recipe.steps:
+            mean = sum(losses[-100:]) / len(losses[-100:])
             print(
                 f"{name} step {step}/{recipe.steps} loss {mean:.4f} {time.monotonic() - started:.0f} s", flush=True
             )
@@ -152,20 +183,21 @@ def save(model: Any, path: Path) -> None:
 
 
 def main() -> None:
-    """Write data and models below --out."""
+    """Write models, and the data of both tasks, below --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=tuple(RECIPES), help="whose models")
     parser.add_argument("--out", type=Path, required=True, help="directory for data/ and models/")
     parser.add_argument("--seed", type=int, default=0, help="seed of corpus and weights (default 0)")
-    parser.add_argument("--only", choices=("data", *RECIPES), help="make only this part")
+    parser.add_argument("--only", choices=("data", "student", "teacher"), help="make only this part")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.only in (None, "data"):
+    if args.only == "data" or (args.only is None and args.task == "demo"):
         (args.out / "data").mkdir(parents=True, exist_ok=True)
         write_jsonl(args.out / "data" / "train.jsonl", "train", 6000, args.seed + 1)
         write_jsonl(args.out / "data" / "heldout.jsonl", "heldout", 200, args.seed + 1)
-    for name in RECIPES:
+    for name, recipe in RECIPES[args.task].items():
         if args.only in (None, name):
-            save(train(name, args.seed), args.out / "models" / name)
+            save(train(name, recipe, args.seed), args.out / "models" / name)
 
 
 if __name__ == "__main__":

@@ -10,30 +10,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
-from kat_ray.config import Config, ModelConfig
+from kat_ray.config import Config, LearnerConfig, ModelConfig
 from kat_ray.errors import ModelError
 
-Role = Literal["sampler-cpu", "sampler-gpu", "learner", "scorer-transformers", "scorer-vllm"]
+Role = Literal["sampler-cpu", "sampler-gpu", "learner", "learner-packed", "scorer-transformers", "scorer-vllm"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 _PHRASES: Mapping[Role, str] = {
     "sampler-cpu": "samplers on CPUs (vLLM) cannot generate with this model",
     "sampler-gpu": "samplers (vLLM) cannot generate with this model",
     "learner": "the learner cannot train this model",
+    "learner-packed": "the learner cannot train this model in packed rows (learner.batching)",
     "scorer-transformers": "scorers on transformers cannot score with this model",
     "scorer-vllm": "scorers on vLLM cannot score with this model",
 }
 # Attention whose keys the slots of a scorer can hold: which of them a token sees is the mask's matter.
 _KEPT_KEYS = {"full_attention", "sliding_attention", "chunked_attention"}
-# Families whose attention asks more of a cache than to keep what it stores, by the name of their configuration.
+# Families whose attention makes more of a mask than to pass it on, by the name of their configuration.
+_OWN_MASKS: Mapping[str, str] = {"doge": "its attention makes a mask of its own from the values"}
+# Families whose attention asks more of a cache than to keep what it stores, likewise.
 _OWN_ATTENTION: Mapping[str, str] = {
+    **_OWN_MASKS,
     "diffllama": "its attention splits values after they are stored",
-    "doge": "its attention makes a mask of its own from the values",
 }
 # Families whose gradients are not finite in a padded batch, by the name of their text model's configuration.
 _NO_GRADIENTS: Mapping[str, str] = {
     "gemma3n_text": "its sparse activations have gradients that are NaN at the padding of a batch, so that every "
-    "step would be skipped",
+    "step would be skipped; set learner.batching to packed, which has no padding",
 }
 # Fields under which configurations of different families hold the number of experts.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
@@ -60,6 +63,8 @@ def _reasons(config: Any, text: Any, role: Role, max_length: int | None) -> Iter
         yield Refusal("looks ahead", "its attention looks ahead of a token")
     if role == "learner" and (reason := _NO_GRADIENTS.get(text.model_type)) is not None:
         yield Refusal("no gradients", reason)
+    if role == "learner-packed":
+        yield from _packed(config, text)
     if role == "scorer-transformers":
         yield from _slots(config, text)
     if role == "sampler-cpu" and has_experts(text):
@@ -79,13 +84,35 @@ def has_experts(text: Any) -> bool:
     return any(isinstance(n := getattr(text, name, None), int) and n > 1 for name in _EXPERTS)
 
 
+def _recurrent_layers(network: Any, text: Any) -> str:
+    """Kinds of layers whose state is not keys and values of past tokens; empty where there are none."""
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if getattr(network, "_is_stateful", False) or kinds - _KEPT_KEYS:
+        return ", ".join(sorted(kinds - _KEPT_KEYS)) or "recurrent"
+    return ""
+
+
+def _packed(config: Any, text: Any) -> Iterator[Refusal]:
+    """Why sequences in one row cannot be kept apart."""
+    network, instead = _class_of(config), "; set learner.batching to auto or padded"
+    if shown := _recurrent_layers(network, text):
+        yield Refusal(
+            "recurrent state",
+            f"layers of it ({shown}) keep a state that runs on from one sequence of a row into the next{instead}",
+        )
+    if (reason := _OWN_MASKS.get(text.model_type)) is not None:
+        yield Refusal("own attention", f"{reason}{instead}")
+    if network is not None and not network._can_set_attn_implementation():
+        yield Refusal(
+            "own attention", f"{network.__name__} does not use transformers' attention interface{instead}"
+        )
+
+
 def _slots(config: Any, text: Any) -> Iterator[Refusal]:
     """Why the transformers backend, whose cache is keys and values in slots, cannot hold a model's past."""
     network = _class_of(config)
     instead = "; use scorer.backend = vllm on GPUs"
-    kinds = set(getattr(text, "layer_types", None) or ())
-    if getattr(network, "_is_stateful", False) or kinds - _KEPT_KEYS:
-        shown = ", ".join(sorted(kinds - _KEPT_KEYS)) or "recurrent"
+    if shown := _recurrent_layers(network, text):
         yield Refusal(
             "recurrent state",
             f"layers of it ({shown}) keep a state that is not keys and values of past tokens{instead}",
@@ -150,12 +177,19 @@ def require_directory(model: ModelConfig, directory: str, role: Role, name: str,
     require(config, role, name, max_length)
 
 
+def learner_role(learner: LearnerConfig) -> Role:
+    """What is asked of a learner's student: packed rows where it must take them, not where it may."""
+    return "learner-packed" if learner.batching == "packed" else "learner"
+
+
 def roles_of(config: Config) -> Mapping[str, tuple[Role, ...]]:
     """The roles that the student and the teacher, where one is asked, play in a run."""
     on_gpus = config.scorer.backend == "auto" and config.scorer.num_gpus > 0
     roles: dict[str, tuple[Role, ...]] = {
-        "student": ("sampler-gpu" if config.sampler.num_gpus > 0 else "sampler-cpu", "learner"),
-    }
+        "student": (
+            "sampler-gpu" if config.sampler.num_gpus > 0 else "sampler-cpu", learner_role(config.learner)
+        ),
+    }  # fmt: skip
     if config.used_teacher is not None:
         scorer: Role = "scorer-vllm" if on_gpus or config.scorer.backend == "vllm" else "scorer-transformers"
         roles["teacher"] = (scorer,)

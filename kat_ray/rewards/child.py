@@ -20,15 +20,10 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from kat_ray.errors import RewardError, UserError
+from kat_ray.rewards.libraries import library_of
 from kat_ray.rewards.limits import Call, Fault, GradingLimits, Reply
 
 START_SECONDS = 120.0  # importing sympy, or what a user's file imports, on a busy machine
-# What a child needs for some of its graders: what the configuration says of it, its library, and our extra.
-_NEEDS = {
-    "math": ("evaluation.verifier = math", "math-verify", "math"),
-    "environment": ("evaluation.verifier = environment", "reasoning-gym", "reasoning-gym"),
-    "problems": ("environment.type = reasoning_gym", "reasoning-gym", "reasoning-gym"),
-}
 _BLOCK = 1 << 16  # bytes that are written or read at once
 _LONGEST_LINE = 1 << 20  # bytes; a reply is a number, or a text that its side keeps short
 
@@ -150,10 +145,10 @@ class GradingChild:
         if said is not None:
             _, name, reason = said
         give = f"give it memory ({self._limits.words('memory_gib')})"
-        if name in _NEEDS:
-            field, library, extra = _NEEDS[name]
+        if (library := library_of(name)) is not None:
             raise UserError(
-                f"{field}: {library} cannot be used here ({reason}); pip install 'kat-ray[{extra}]', and {give}"
+                f"{library.field}: {library.name} cannot be used here ({reason}); pip install "
+                f"'kat-ray[{library.extra}]', and {give}"
             )
         raise RewardError(f"reward.functions: {name} cannot be loaded, or {give}: {reason}")
 

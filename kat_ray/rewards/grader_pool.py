@@ -11,13 +11,11 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 
 from kat_ray.rewards.child import START_SECONDS, GradingChild
+from kat_ray.rewards.libraries import answers_worth_a_start
 from kat_ray.rewards.limits import Call, Fault, GradingLimits, Reply, Verdicts
 from kat_ray.rewards.math_grader import question, verdict
 
 SLICE = 1.0  # seconds between two checks of everything else while waiting
-_WORTH_A_CHILD = 4  # answers; a child of these takes a second or more to start
-_SLOW_STARTERS = (("math",), ("environment",))
-
 
 Check = Callable[[], object]
 
@@ -35,7 +33,7 @@ class GraderPool:
         """`graders` and `pattern` as for `GradingChild`."""
         self._limits = limits or GradingLimits()
         self._graders, self._pattern = tuple(graders), pattern
-        self._worth_a_child = _WORTH_A_CHILD if self._graders in _SLOW_STARTERS else 1  # of a step after another
+        self._worth_a_child = max(map(answers_worth_a_start, self._graders), default=1)
         self._children: list[GradingChild] = []
         self._free = threading.Lock()  # steps are graded in a thread, evaluations in another, each child by one
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,16 @@ class Graded:
     reward_metrics: Mapping[str, float] = field(default_factory=dict)  # where functions gave them
 
 
+class _Spent(NamedTuple):
+    """Seconds of a step's grading that are over: verifier and reward functions have as many each of their own."""
+
+    verifier: float
+    functions: float
+
+
+_NOTHING = _Spent(0.0, 0.0)
+
+
 class RolloutGrader:
     """Grades training rollouts against the gold answers of their prompts, where there are any, and rewards them."""
 
@@ -60,6 +71,7 @@ class RolloutGrader:
         self._scorer = scorer
         self._max_error_share = max_error_share
         self._ahead = GradingAhead(self._ask)
+        self._verified = 0.0  # when the verifier was last done, by the monotonic clock; its functions follow
 
     @property
     def pool(self) -> GraderPool:
@@ -80,7 +92,7 @@ class RolloutGrader:
         ended = self._ended(rollouts)
         found = self._ahead.take(ended, check)
         left = {i: rollout for i, rollout in ended.items() if i not in found}
-        found |= self._ask(left, check, spent=time.monotonic() - started)
+        found |= self._ask(left, check, self._spent_since(started))
         outcomes = {i: found[i].outcome for i, rollout in ended.items() if rollout.prompt_id in self._golds}
         verdicts = Verdicts(tuple(outcome for outcome in outcomes.values() if outcome is not None))
         correct = dict(zip(outcomes, verdicts.right, strict=True))
@@ -119,16 +131,24 @@ class RolloutGrader:
         needed = {i: self._scorer is not None or p in self._golds for i, (p, _) in rollouts.items()}
         return {i: Ended(p, ids, self._decode(ids) if needed[i] else "") for i, (p, ids) in rollouts.items()}
 
-    def _ask(self, rollouts: Mapping[int, Ended], check: Check, spent: float = 0.0) -> dict[int, Found]:
-        """The verdict on each that has a gold answer, and the replies to each; `spent` seconds are over."""
+    def _spent_since(self, started: float) -> _Spent:
+        """Of a step that began to wait for what is graded ahead at `started`, and does no longer."""
+        now = time.monotonic()
+        verified = max(started, self._verified)
+        return _Spent(verified - started, now - verified)
+
+    def _ask(self, rollouts: Mapping[int, Ended], check: Check, spent: _Spent = _NOTHING) -> dict[int, Found]:
+        """The verdict on each that has a gold answer, and the replies to each."""
         known = {i: self._golds[r.prompt_id] for i, r in rollouts.items() if r.prompt_id in self._golds}
-        texts, within = [rollouts[i].text for i in known], self._limits.total_seconds - spent
+        texts, within = [rollouts[i].text for i in known], self._limits.total_seconds - spent.verifier
         verdicts = grade(texts, list(known.values()), self._verifier, self._pool, within, check)
+        self._verified = time.monotonic()
         worth = dict(zip(known, zip(verdicts.outcomes, verdicts.values, strict=True), strict=True))
         found = {i: Found(*worth.get(i, (None, None))) for i in rollouts}
         if self._scorer is None:
             return found
-        replies = self._scorer.ask({i: _answer(r, found[i]) for i, r in rollouts.items()}, check, spent)
+        answers = {i: _answer(r, found[i]) for i, r in rollouts.items()}
+        replies = self._scorer.ask(answers, check, spent.functions)
         return {i: replace(one, replies=replies.get(i, {})) for i, one in found.items()}
 
 

@@ -50,7 +50,7 @@ class Opened(Learner):
         return [v.detach().float().numpy().tobytes() for v in (*masters, *moments) if isinstance(v, torch.Tensor)]
 
     def gradients(self, *step):
-        """What AdamW is given in a step, by parameter, float32, of one rank."""
+        """What AdamW is given of this rank's share in a step: (parameter, first element, float32 values) each."""
         loaded, given = self._loaded, {}
 
         def keep(optimizer, *_):
@@ -61,8 +61,8 @@ class Opened(Learner):
         handle = loaded.engine.basic_optimizer.register_step_pre_hook(keep)
         self.train_step(*step)
         handle.remove()
-        pieces = held_pieces(loaded.engine, loaded.student, 0, 1)
-        return {p.name: p.of(given[id(p.flat)]).numpy() for p in pieces}
+        pieces = held_pieces(loaded.engine, loaded.student, self._rank, self._settings.learner.world_size)
+        return [(p.name, p.start, p.of(given[id(p.flat)]).numpy()) for p in pieces]
 
     def hold(self):
         """Nothing is written until `release`."""

@@ -66,10 +66,12 @@ def stub_config(root: Path) -> Config:
 
 
 def demo_config(root: Path) -> Config:
-    """The embedded task as `kat-ray train demo` takes it, for 20 steps, on one thread a process."""
+    """The embedded task for 20 steps, on one thread a process, with the rule that it had when this was recorded."""
     overrides = [
         f"run.dir={root}", f"run.steps={STEPS['demo']}", "run.deterministic=true", "run.tensorboard=false",
         "learner.threads=1", "evaluation.data.limit=20", "evaluation.teacher=false",
+        "termination={rule: kat, window: 16, exempt: 8, consecutive: 4, eta: 0.3, buffer: 64, min_samples: 64, "
+        "min_steps: 2, probe_share: 0.1}",
     ]  # fmt: skip
     return load_config("demo", overrides)
 

@@ -8,7 +8,7 @@ import numpy as np
 from kat_ray.analysis.compare import config_of, parse_arm
 from kat_ray.config.load import load_config, save_config
 
-BASE = load_config("demo", ["run.steps=3"])
+BASE = load_config("demo", ["run.steps=3", "termination.budget=null"])
 SUMMARY = {
     "rollouts_started": 10, "kept_tokens": 300, "generated_tokens": 400, "scored_tokens": 390,
     "trained_tokens": 290, "overshoot_tokens": 20, "prompt_tokens": 100, "wall_seconds": 12.0,

@@ -110,7 +110,17 @@ def settings_of(objective, **learner):
     )  # fmt: skip
 
 
-def take_step(monkeypatch, logits, samples, objective, *, world_size=1, micro_batch_tokens=64, steps_taken=0):
+def take_step(
+    monkeypatch,
+    logits,
+    samples,
+    objective,
+    *,
+    world_size=1,
+    micro_batch_tokens=64,
+    steps_taken=0,
+    kind=PaddedCollator,
+):
     """One step of all ranks: rank 0's `OptimizerStep`, the gradient in the table's rows, and the ranks' engines."""
     ranks = Ranks(world_size)
     monkeypatch.setattr(step_module, "sum_over_ranks", lambda values, device: ranks.reduce(values, np.sum))
@@ -120,7 +130,7 @@ def take_step(monkeypatch, logits, samples, objective, *, world_size=1, micro_ba
     by_id = {s.rollout_id: s for s in samples}
     shares = [[by_id[k.rollout_id] for k in share] for share in assign_ranks(kept, world_size)]
     weight = sum(k.weight for k in kept) or 1.0
-    collator = PaddedCollator(micro_batch_tokens)
+    collator = kind(micro_batch_tokens)
     (dummy,) = collator.micro_batches([dummy_sample(TOP_K)])
 
     def rank(number):

@@ -10,7 +10,7 @@ from kat_ray.types.records import StopReason
 
 # W = 4, C = 2, threshold 0.5: cut at 3 (see test_termination), and token 8 lifts z(9) to 0.5 again.
 STAGES = [1.0] * 4 + [0.0] * 4 + [2.0] * 3
-RULE = ["termination.window=4", "termination.consecutive=2", "termination.exempt=0"]
+RULE = ["termination.budget=null", "termination.window=4", "termination.consecutive=2", "termination.exempt=0"]
 APPLIED = ["window=4", "consecutive=2", "exempt=0", "min_samples=4", "min_steps=1", "eta=0.2"]
 OWN = [*RULE, "termination.min_samples=1", "termination.buffer=8", "termination.min_steps=0"]
 

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from actors.learner.model import load_student
+from actors.learner.packing import collator_for
 from actors.learner.tensors import token_rows
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.transformers_backend import TransformersTeacher
 from kat_ray.config import LearnerConfig
 from kat_ray.data.batch import TrainingSample
-from kat_ray.data.collate import PaddedCollator
 from kat_ray.errors import UserError
 from kat_ray.losses.fused_head import head_loss
 from kat_ray.losses.term import TermSums
@@ -26,7 +26,7 @@ from tests.support.families import FAMILIES, VOCABULARY, config_of, make_family
 from tests.support.paths import ROOT
 
 EXACT = "exact"
-TRIED: tuple[Role, ...] = ("learner", "scorer-transformers")
+TRIED: tuple[Role, ...] = ("learner", "learner-packed", "scorer-transformers")
 LONGEST = 64  # prompt and answer together; several windows, and beyond every original length that is to be passed
 _TOP_K = 16
 # Float32 against float64. Other attention, positions or experts give 1e-1 and more (docs/log.md).
@@ -118,15 +118,16 @@ class SumOfTopk:
         return TermSums(student.topk.sum(), torch.zeros(0, dtype=torch.float64), torch.zeros(0))
 
 
-def learner_errors(path, gradient_checkpointing=False):
+def learner_errors(path, **changes):
     """Largest errors of the learner's log-probabilities, and of its gradients as a share of their norm.
 
-    The micro-batch is padded to its longest rollout. `UserError` where the learner refuses the model.
+    All rollouts are in one micro-batch, padded to the longest or packed. `UserError` where the learner refuses the
+    model.
     """
     config = make_config(str(path), str(path))
-    learner = LearnerConfig(dtype="float32", gradient_checkpointing=gradient_checkpointing)
+    learner = LearnerConfig(dtype="float32", micro_batch_tokens=10**6, **changes)
     student = load_student(config.student, str(path), learner, LONGEST)
-    (batch,) = PaddedCollator(10**6).micro_batches(list(_samples()))
+    (batch,) = collator_for(student, learner, "student").micro_batches(list(_samples()))
     arguments = {name: torch.from_numpy(a) for name, a in batch.inputs.arguments().items()}
     rows, columns = torch.from_numpy(batch.inputs.positions).unbind(1)
     term, given = SumOfTopk(), token_rows(batch, torch.device("cpu"))
@@ -183,6 +184,9 @@ def tried_cells(family, path):
     """Learner's and scorer's cells of a family whose model is at `path`, by trying whatever support may say."""
     tries = {
         "learner": lambda: _verdict(lambda: learner_errors(path), (_LOGPROBS, _GRADIENTS)),
+        "learner-packed": lambda: _verdict(
+            lambda: learner_errors(path, batching="packed"), (_LOGPROBS, _GRADIENTS)
+        ),
         "scorer-transformers": lambda: _verdict(lambda: (scorer_error(path),), (_LOGPROBS,)),
     }
     found = {role: attempt() for role, attempt in tries.items()}
@@ -203,6 +207,7 @@ _COLUMNS: dict[Role, str] = {
     "sampler-cpu": "sampler, CPU",
     "sampler-gpu": "sampler, GPU",
     "learner": "learner",
+    "learner-packed": "learner, packed",
     "scorer-transformers": "scorer, transformers",
     "scorer-vllm": "scorer, vLLM on a GPU",
 }

@@ -192,6 +192,15 @@ def test_every_answer_names_one_file():
         assert len(PATH.findall(file)) == 1, question
 
 
+def test_every_fix_names_a_test_that_is_there():
+    """By its file, and by its name without the first word."""
+    named = re.findall(r"`(test_\w+)(?:::(\w+))?[^`]*`", text("docs/fixes.md"))
+    assert len(named) > 80
+    for file, name in named:
+        code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob(f"{file}.py"))
+        assert re.search(rf"^ *def test_{name}", code, re.M), f"{file}::{name}"
+
+
 def test_make_targets_exist():
     targets = set(re.findall(r"^([a-z-]+):", text("Makefile"), re.M))
     for page in NOW:

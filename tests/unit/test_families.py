@@ -53,16 +53,21 @@ def test_what_an_actor_refuses_is_refused_before_a_run_starts(tmp_path):
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_file({"x": np.zeros(1, dtype=np.float32)}, folder / "model.safetensors")
-        pair = make_config(str(folder), str(folder), rollout={"max_tokens": verdicts.LONGEST - 1})
-        pair = pair.model_copy(update={"sampler": pair.sampler.model_copy(update={"num_gpus": 1.0})})
-        reasons = [r.reason for role in verdicts.TRIED if (r := refusal(config, role, verdicts.LONGEST))]
-        if not reasons:
-            check_models(pair)
-            continue
-        with pytest.raises(ModelError) as error:
-            check_models(pair)
-        if config.get_text_config().max_position_embeddings > verdicts.LONGEST:  # else refused for that already
-            assert str(folder) in str(error.value) and reasons[0] in str(error.value), family.name
+        longest = {"max_tokens": verdicts.LONGEST - 1}
+        padded, packed = (refusal(config, role, verdicts.LONGEST) for role in ("learner", "learner-packed"))
+        for batching, own in {"padded": padded, **({"packed": packed} if packed != padded else {})}.items():
+            pair = make_config(
+                str(folder), str(folder), rollout=longest, sampler={"num_gpus": 1}, learner={"batching": batching}
+            )
+            found = [own, refusal(config, "scorer-transformers", verdicts.LONGEST)]
+            reasons = [r.reason for r in found if r]
+            if not reasons:
+                check_models(pair)
+                continue
+            with pytest.raises(ModelError) as error:
+                check_models(pair)
+            if config.get_text_config().max_position_embeddings > verdicts.LONGEST:  # else refused for that already
+                assert str(folder) in str(error.value) and reasons[0] in str(error.value), family.name
 
 
 def test_lengths_that_only_the_data_tell_are_refused_before_a_run_starts(tmp_path):

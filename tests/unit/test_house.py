@@ -2,6 +2,8 @@
 
 import ast
 
+from hypothesis import settings
+
 from tests.support.house import figures
 from tests.support.paths import ROOT
 
@@ -37,6 +39,11 @@ def test_no_test_module_is_imported():
         if found:
             wrong[str(where)] = found
     assert wrong == {}, "what it takes from there goes to tests/support, a fixture to conftest.py"
+
+
+def test_no_law_has_a_deadline():
+    """Which would be the machine's and not the law's: `tests/conftest.py` takes it from all of them."""
+    assert settings().deadline is None
 
 
 def test_every_way_to_import_one_is_found():

@@ -54,7 +54,7 @@ def test_parts_without_their_packages_are_skipped_by_name(monkeypatch, tmp_path)
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("part", ["teacher", "learner"])
+@pytest.mark.parametrize("part", ["teacher", "learner", "learner, packed"])
 def test_parts_in_processes_of_their_own(tmp_path, part):
     rows = command.check(part, tmp_path, 120)
     assert rows and {row.verdict for row in rows} <= {"pass", "info"}, table(rows)

@@ -12,7 +12,7 @@ import torch
 
 from actors.learner.report import policy_report
 from kat_ray.algorithms.aggregation import token_weights
-from kat_ray.data.collate import PaddedCollator
+from kat_ray.data.collate import PackedCollator, PaddedCollator
 from kat_ray.types.records import PolicyCredit
 from tests.support.plain_engine import credit_of, sample_of, take_step
 
@@ -174,12 +174,13 @@ LOSSES = {
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("budget", [11, 33, 1000])
-def test_ranks_and_micro_batches_do_not_change_a_step(monkeypatch, loss, world_size, budget):
+@pytest.mark.parametrize("kind", [PaddedCollator, PackedCollator])
+def test_ranks_and_micro_batches_do_not_change_a_step(monkeypatch, loss, world_size, budget, kind):
     logits, samples = batch()
     objective = {"opd": {"weight": 0.3}, "rl": {"weight": 1.0, **loss}}
     expected, gradient, _ = take_step(monkeypatch, logits, samples, objective, micro_batch_tokens=1000)
     step, found, engines = take_step(
-        monkeypatch, logits, samples, objective, world_size=world_size, micro_batch_tokens=budget
+        monkeypatch, logits, samples, objective, world_size=world_size, micro_batch_tokens=budget, kind=kind
     )
     assert step.loss == pytest.approx(expected.loss, rel=1e-5)
     assert step.sums == pytest.approx(dict(expected.sums), rel=1e-5) and step.maxima == expected.maxima

@@ -271,7 +271,7 @@ def test_the_stages_of_kat_keep_the_settings_of_kat(tmp_path):
     base = load_config("demo")
     arms = [config_of(base, parse_arm(a), 0, tmp_path) for a in ("kat", "kat_stages:put_back=after")]
     kat, stages = (a.termination for a in arms)
-    assert stages.put_back == "after" and kat.window == stages.window == 16
+    assert stages.put_back == "after" and kat.window == stages.window == 32
     assert stages.model_dump(exclude={"rule", "put_back"}) == kat.model_dump(exclude={"rule"})
 
 

@@ -345,7 +345,9 @@ def test_files_that_cannot_be_read(write, content, message):
 
 
 def test_missing_and_unreadable_files(tmp_path):
-    assert refusal(tmp_path / "no.yaml") == ("F: no such file; `demo` and `demo-rl` name embedded configurations")
+    assert refusal(tmp_path / "no.yaml") == (
+        "F: no such file; embedded configurations: `demo`, `demo-rl`, `demo-long`"
+    )
     assert refusal(tmp_path) == "F: cannot be read: Is a directory"
 
 
@@ -402,7 +404,8 @@ def test_demo_names(write):
     assert resolve_path("demo:student") == DEMO_FILES["demo:student"]
     assert resolve_path("some/where") == Path("some/where")
     with pytest.raises(
-        ConfigError, match=r"demo:studnt.*there are demo:student, demo:teacher, demo:train, demo:heldout"
+        ConfigError,
+        match=r"demo:studnt.*there are demo:student, demo:teacher, demo:train, demo:heldout, demo:long-",
     ):
         resolve_path("demo:studnt")
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kat_ray.data.batch import assign_ranks, collect_samples
 from kat_ray.data.chunks import PendingRollout, build_chunk, tail_logprobs, with_context
-from kat_ray.data.collate import PaddedCollator
+from kat_ray.data.collate import PackedCollator, PaddedCollator
 from kat_ray.types.records import EngineEnd, KeptRollout, TeacherRows
 from tests.support.chunks import K, stream
 
@@ -34,12 +34,12 @@ def test_samples_hold_the_kept_tokens_and_their_targets_whatever_the_chunks(roll
         assert sample.teacher_topk[:, -1].tolist() == expected
         assert sample.teacher_tail.tolist() == [t + 0.25 for t in expected]
         np.testing.assert_allclose(sample.sampled_logprobs, -np.array(expected) / 10, rtol=1e-6)
-    for budget in (1, 20, 1000):
-        batches = PaddedCollator(budget).micro_batches(samples)
+    for collator in (kind(budget) for kind in (PaddedCollator, PackedCollator) for budget in (1, 20, 1000)):
+        batches, budget = collator.micro_batches(samples), collator.max_tokens
         assert sorted(s.rollout_id for b in batches for s in b.samples) == sorted(rollouts)
         for batch in batches:
             ids, inputs = batch.inputs.input_ids, batch.inputs
-            assert ids.size <= max(budget, ids.shape[1])
+            assert ids.size <= budget or len(batch.samples) == 1
             assert inputs.attention_mask.sum() == sum(s.input_length for s in batch.samples)
             at = [int(ids[b, c]) for b, c in inputs.positions]
             before = [
@@ -55,6 +55,22 @@ def test_a_token_equal_to_the_padding_is_not_padding():
     samples = collect_samples(chunks, teacher, [KeptRollout(0, 2, 3), KeptRollout(1, 1, 1)])
     (batch,) = PaddedCollator(1000).micro_batches(samples)
     assert batch.inputs.attention_mask.sum(axis=1).tolist() == [1, 4]
+
+
+def test_a_packed_row_by_hand():
+    # The longest first: inputs of 5 and 3 tokens fill a row of 8, which leaves that of 4 for another.
+    rollouts = {0: ([7, 8], [1, 2]), 1: ([5], [6, 7, 8, 9, 4]), 2: ([0, 0, 0], [3, 2])}
+    chunks, teacher = stream(rollouts, 2)
+    samples = collect_samples(chunks, teacher, [KeptRollout(i, len(p), len(t)) for i, (p, t) in rollouts.items()])
+    first, second = PackedCollator(8).micro_batches(samples)
+    assert [s.rollout_id for s in first.samples] == [1, 0] and [s.rollout_id for s in second.samples] == [2]
+    given = {name: array.tolist() for name, array in first.inputs.arguments().items()}
+    assert given == {
+        "input_ids": [[5, 6, 7, 8, 9, 7, 8, 1]],
+        "attention_mask": [[1] * 8],
+        "position_ids": [[0, 1, 2, 3, 4, 0, 1, 2]],
+    }
+    assert first.inputs.positions.tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [0, 4], [0, 6], [0, 7]]
 
 
 def test_missing_rows_are_refused():

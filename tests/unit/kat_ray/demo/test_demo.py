@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kat_ray.config.load import DEMO_FILES, EMBEDDED, load_config
 from kat_ray.demo.corpus import (
     HONEST_CHECKS,
+    LONG_TEACHER,
     STUDENT,
     TEACHER,
     documents,
@@ -80,7 +81,7 @@ def test_the_vocabulary_exceeds_the_top_k_and_occurs():
 def test_the_teacher_never_learns_to_enter_a_mistake_or_a_loop():
     for seed in range(200):
         rng = random.Random(seed)
-        (entry, learnt), (_rest, rest_learnt) = endless_checks(rng, ["1 + 1 = 2\n"], learn_entry=False)
+        (entry, learnt), (_rest, rest_learnt) = endless_checks(rng, ["1 + 1 = 2\n"], TEACHER)
         assert not learnt and rest_learnt and entry.count("check") == HONEST_CHECKS
         assert 1 <= honest_checks(rng) <= HONEST_CHECKS
     wrong = [
@@ -113,19 +114,29 @@ def test_an_embedded_configuration_fits_its_models_and_data(name):
     assert facts.warnings == () and facts.student.vocabulary == 166
     prompts = load_prompts(config.data, facts.tokenizer, facts.max_prompt_tokens(config.rollout.max_tokens))
     assert len(prompts.prompts) == 6000 and prompts.skipped_too_long == 0
-    size = sum(f.stat().st_size for m in ("student", "teacher") for f in DEMO_FILES[f"demo:{m}"].iterdir())
-    assert size <= 15 * 2**20
+    models = ("student", "teacher", "long-student", "long-teacher")
+    assert sum(f.stat().st_size for m in models for f in DEMO_FILES[f"demo:{m}"].iterdir()) <= 15 * 2**20
+
+
+def test_loops_of_the_long_task_go_over_up_to_eight_lines_to_the_longest_rollout():
+    tokenizer, said = build_tokenizer(), [f"{i} + 1 = {i + 1}\n" for i in range(8)]
+    seen = set()
+    for seed in range(40):
+        text = "".join(t for t, _ in endless_checks(random.Random(seed), said, LONG_TEACHER))
+        assert len(tokenizer(text)["input_ids"]) > load_config("demo-long").rollout.max_tokens
+        seen.add(len(set(text.splitlines())))
+    assert seen == {1, 2, 4, 8}
 
 
 @pytest.mark.integration
-def test_a_model_is_made_again_from_its_seed(monkeypatch):
+@pytest.mark.parametrize("task", ["demo", "demo-long"])
+def test_a_model_is_made_again_from_its_seed(task):
     import dataclasses
 
     import torch
 
     from kat_ray.demo import make_models
 
-    short = dataclasses.replace(make_models.RECIPES["student"], steps=3)
-    monkeypatch.setitem(make_models.RECIPES, "student", short)
-    first, second = (make_models.train("student", 5).state_dict() for _ in range(2))
+    short = dataclasses.replace(make_models.RECIPES[task]["student"], steps=3, batch_tokens=2048)
+    first, second = (make_models.train("student", short, 5).state_dict() for _ in range(2))
     assert all(torch.equal(first[n], second[n]) for n in first)

@@ -1,62 +1,14 @@
-"""Reward functions in child processes: what they are called with, what becomes of what they return or do."""
+"""Reward functions: what they are called with, what becomes of what they return, and which are refused."""
 
-import os
 import re
-import subprocess
-import sys
-import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
 from kat_ray.errors import RewardError, UserError
-from kat_ray.rewards.child import GradingChild
-from kat_ray.rewards.limits import Call, Fault, GradingLimits, Outcome, Reply
-from kat_ray.rewards.scoring import Answer, RewardRules, RewardScorer, _silent
+from kat_ray.rewards.limits import Call, Fault, Outcome
+from kat_ray.rewards.scoring import Answer
 from kat_ray.rewards.task import Task
-
-CHAT = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "2+2?"}]
-TASKS = {
-    "text": Task("1+1?", "1+1?", "2", {"answer": "2", "level": 7}, "d.jsonl"),
-    "chat": Task(CHAT, "<s>2+2?</s>", ["4", "four"], {"data_source": "sums", "extra_info": {"i": 3}}, "d.jsonl"),
-}
-
-
-@pytest.fixture
-def file(tmp_path):
-    """Write a file of reward functions; the name of one of them."""
-
-    def write(code, name="score"):
-        path = tmp_path / "my_rewards.py"
-        path.write_text(code)
-        return f"{path}:{name}"
-
-    return write
-
-
-@contextmanager
-def scorer(functions, tasks=TASKS, **rules):
-    limits = {"processes": 1, "seconds": 30.0, "total_seconds": 120.0, "fields": "reward."}
-    limits |= {name: rules.pop(name) for name in (*limits, "memory_gib") if name in rules}
-    made = RewardScorer(RewardRules(functions, limits=GradingLimits(**limits), **rules), tasks)
-    try:
-        yield made
-    finally:
-        made.close()
-
-
-def ids_of(text):
-    return [7] * len(text)
-
-
-def answers(*texts, prompt="text", **fields):
-    return {i: Answer(prompt, text, (5, 6), **fields) for i, text in enumerate(texts)}
-
-
-def values(scored):
-    return [reward.value for reward in scored.rewards.values()]
-
+from tests.unit.kat_ray.rewards.functions import GOOD, TASKS, answers, ids_of, scorer, values
 
 SIGNATURES = """
 import asyncio
@@ -222,154 +174,6 @@ def test_verdicts_and_formats_beside_functions(file):
         assert not made._pool._children
 
 
-NASTY = r"""
-import os, sys, time
-
-def score(completions, **kwargs):
-    (what,) = completions
-    if what == "hangs":
-        time.sleep(1000)
-    if what == "spins":
-        while True: pass
-    if what == "prints":
-        for _ in range(200):
-            print('[1, "value", 9.0]' * 2000)
-            os.write(1, b'[1, "value", 9.0]\n' * 500)
-        sys.stderr.write("x" * 5_000_000)
-    if what == "reads":
-        return [float(len(sys.stdin.read()))]
-    if what == "eats":
-        return [len(bytearray(4 << 30))]
-    if what == "dies":
-        os._exit(3)
-    if what == "kills":
-        os.kill(os.getpid(), 9)
-    if what == "forks" or what == "forks and hangs":
-        if (child := os.fork()) == 0:
-            time.sleep(1000)
-        with open(__file__ + ".pids", "a") as pids: print(child, file=pids)
-        if what == "forks and hangs": time.sleep(1000)
-    if what == "returns twice":
-        os.fork()
-    if what == "who":
-        return [float(os.getpid())]
-    return [0.25]
-"""
-NASTIEST = {
-    "hangs": "took longer than reward.seconds = 2",
-    "spins": "took longer than reward.seconds = 2",
-    "prints": None,
-    "forks": None,
-    "returns twice": None,
-    "eats": "took more memory than reward.memory_gib = 1",
-    "dies": "ended its process (exit code 3)",
-    "kills": "ended its process (signal 9)",
-    "forks and hangs": "took longer than reward.seconds = 2",
-}
-
-
-def is_alive(pid):
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(what, seconds=60.0):
-    until = time.monotonic() + seconds
-    while not what() and time.monotonic() < until:
-        time.sleep(0.01)
-    assert what()
-
-
-def test_what_hangs_dies_forks_prints_or_eats_costs_its_own_reward_alone(file):
-    """And nothing of it is left running. A good answer follows each bad one."""
-    name = file(NASTY)
-    texts = [text for nasty in NASTIEST for text in (nasty, "good")]
-    with scorer({name: 1.0}, seconds=2.0, max_error_share=1.0) as made:
-        scored = made.score(answers(*texts, "reads"))
-    for text, reward in zip(texts, scored.rewards.values(), strict=False):
-        said = NASTIEST.get(text)
-        assert (reward.value, reward.error) == ((0.25, "") if said is None else (None, f"score: {said}")), text
-    assert scored.rewards[len(texts)].value == 0.0, "there is nothing to read"
-    assert (scored.metrics["reward/errors"], scored.metrics["reward/timeouts"]) == (3, 3)
-    assert scored.metrics["reward/part/score"] < 0.25
-    pids = list(map(int, Path(name.removesuffix(":score") + ".pids").read_text().split()))
-    assert len(pids) == 2
-    wait_until(lambda: not any(map(is_alive, pids)))
-
-
-def test_nothing_is_left_running_of_a_driver_that_was_killed(file):
-    """A function may hang with what it forked, and no one is left to end it; an alarm would not reach all of it."""
-    name = file(NASTY)
-    code = (
-        "import sys\n"
-        "from kat_ray.rewards.child import GradingChild\n"
-        "from kat_ray.rewards.limits import Call, GradingLimits\n"
-        "from kat_ray.rewards.task import Task\n"
-        "child = GradingChild(GradingLimits(seconds=900.0), [sys.argv[1]])\n"
-        "assert child.start(60.0)\n"
-        "print(child._child.pid, flush=True)\n"
-        "child.ask(Call(sys.argv[1], Task('p', 'p').arguments('forks and hangs', ())), 900.0)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, name], stdout=subprocess.PIPE, text=True) as driver:
-        grader = int(driver.stdout.readline())
-        pids = Path(name.removesuffix(":score") + ".pids")
-        wait_until(lambda: pids.exists() and pids.read_text().endswith("\n"))
-        driver.kill()
-    wait_until(lambda: not any(map(is_alive, [grader, int(pids.read_text())])))
-
-
-def test_a_function_that_waits_for_all_its_children_waits_for_none_of_ours(file):
-    code = "import os\n\ndef score(completions, **kwargs): return [float(os.wait()[0])]\n"
-    with scorer({file(code): 1.0}, seconds=20.0) as made:
-        assert (
-            made.score(answers("a")).rewards[0].error == "score: ChildProcessError: [Errno 10] No child processes"
-        )
-
-
-def test_a_process_that_a_function_forked_answers_nothing(file):
-    with scorer({file(NASTY): 1.0}) as made:
-        rewards = made.score(answers("who", "returns twice", *["who"] * 30)).rewards
-        assert {r.value for i, r in rewards.items() if i != 1} == {float(made._pool._children[0]._child.pid)}
-
-
-def test_answers_that_are_not_reached_in_a_step_are_late_and_the_next_step_is_graded(file):
-    with scorer({file(NASTY): 1.0}, processes=2, total_seconds=1.5, max_error_share=1.0) as made:
-        scored = made.score(answers(*["hangs"] * 6))
-        assert values(scored) == [None] * 6 and scored.metrics["reward/timeouts"] == 6
-        assert "not done within reward.step_seconds = 1.5" in scored.rewards[0].error
-        assert scored.rewards[5].error == "score: not reached within reward.step_seconds = 1.5"
-        made._pool.start(1)
-        assert values(made.score(answers("good"))) == [0.25]
-
-
-def test_what_ends_a_run_ends_its_grading_long_before_the_step_s_time(file):
-    """With the processes in the middle of a call, or still importing what grades."""
-
-    def check():
-        raise KeyboardInterrupt
-
-    slow = "import time; time.sleep(1000)\n" + GOOD
-    for code, start in ((NASTY, True), (slow, False)):
-        with scorer({file(code): 1.0}, processes=2, seconds=900.0, total_seconds=900.0) as made:
-            if start:
-                made._pool.start(2)
-            children = list(made._pool._of(2))
-            with pytest.raises(KeyboardInterrupt):
-                made.score(answers("hangs", "" if start else "hangs"), check)
-            assert not any(child._child is not None for child in children), "nobody works on"
-            if start:  # the run may go on, from an older step: one of the two had nothing to do when it was killed
-                assert values(made.score(answers("", ""))) == [0.25, 0.25]
-
-
-def test_all_processes_import_before_a_step_s_time_begins(file):
-    """The first answers may be few: those of the first rollouts that have ended."""
-    with scorer({file(GOOD): 1.0}, processes=2) as made:
-        made.score(answers("a"))
-        assert [child._ready for child in made._pool._of(2)] == [True, True]
-
-
 def test_too_many_errors_end_the_run_with_the_first_traceback(file):
     code = "def score(completions, **kw):\n    return [1.0 / len(completions[0])]\n"
     with scorer({file(code): 1.0}) as made:
@@ -394,9 +198,6 @@ def test_a_verifier_that_runs_out_of_time_counts_among_the_errors(file):
         two = given | {2: Answer("text", "2", (), Outcome.NOT_REACHED)}
         with pytest.raises(RewardError, match=r"2 of 3 answers .* = 0.05 .* of math: grading ran out$"):
             made.score(two)
-
-
-GOOD = "def score(completions, **kw): return [1.0]\n"
 
 
 @pytest.mark.parametrize(
@@ -439,46 +240,3 @@ def test_files_beside_the_functions_can_be_imported_and_a_module_is_shared(file,
     )
     with scorer({file(code, "a"): 1.0, file(code, "b"): 1.0}) as made:
         assert made.score(answers("x")).rewards[0].parts == {"a": 1.0, "b": 2.0}
-
-
-def test_hashes_are_the_same_in_every_child(file):
-    """So that a set or a dictionary's hash is no reason why a run that goes on has other rewards."""
-    name = file("def score(completions): return [hash(completions[0]) % 1000003]\n")
-    found = []
-    for _ in range(2):
-        with scorer({name: 1.0}) as made:
-            found += values(made.score(answers("abc")))
-    assert found[0] == found[1]
-
-
-def test_a_child_whose_parent_is_gone_ends(file):
-    child = GradingChild(GradingLimits(), [file(GOOD)])
-    try:
-        assert child.start(60.0)
-        process = child._child
-        process.stdin.close()
-        assert process.wait(timeout=60) == -9, "with all that is in its group"
-    finally:
-        child._child = None
-        process.stdout.close()
-
-
-def test_a_request_that_the_child_does_not_read_costs_its_time_alone(file):
-    """More than a pipe holds, while the child is at work on something that came back."""
-    code = "import os, signal\ndef score(completions):\n    return [1.0]\n"
-    with GradingChild(GradingLimits(seconds=1.0), [file(code)]) as child:
-        assert child.start(60.0)
-        os.kill(child._child.pid, 19)  # SIGSTOP
-        reply = child.ask(Call(file(code), TASKS["text"].arguments("x" * 5_000_000, ())))
-        assert reply.fault is Fault.TIME
-        assert child.ask(Call(file(code), TASKS["text"].arguments("x", ()))).value == 1.0
-
-
-def test_what_is_not_reached_says_so_and_is_no_silence(file):
-    """A child that is still starting: else its function would have nothing to say, and the others would count."""
-    slow = file("import time\ntime.sleep(60)\ndef score(completions):\n    return [1.0]\n")
-    with GradingChild(GradingLimits(1, 30.0, 0.5, fields="reward."), (slow,)) as child:
-        reply = child.ask(Call(slow, TASKS["text"].arguments("four", ())), within=0.1)
-    assert reply.fault is Fault.NOT_REACHED and reply.error == "not reached within reward.step_seconds = 0.5"
-    found = [{slow: reply, "format": Reply(1.0)}] * 2
-    assert _silent(["text", "text"], found) == {"text": frozenset()}

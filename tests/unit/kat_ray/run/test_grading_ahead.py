@@ -6,8 +6,9 @@ from contextlib import closing
 import pytest
 
 from kat_ray.errors import RewardError
-from kat_ray.rewards.limits import Fault, Outcome, Reply
+from kat_ray.rewards.limits import Fault, GradingLimits, Outcome, Reply, Verdicts
 from kat_ray.rewards.scoring import Scored
+from kat_ray.run import probes
 from kat_ray.run.grading_ahead import Ended, Found, GradingAhead
 from kat_ray.run.probes import RolloutGrader
 from kat_ray.types.records import Reward
@@ -121,3 +122,43 @@ def test_a_step_is_graded_the_same_whatever_was_begun(order):
     if len(order) == 1:
         assert sorted(scorer.asked) == [0, 1, 2, 3, 4, 5, 5]
     assert set(scorer.asked) >= set(final) and scorer.asked.count(5) >= 1 and {4} - begun <= {4} - {*scorer.asked}
+
+
+class Clock:
+    """Moves by what is graded alone; `begun` once a step looks at it."""
+
+    def __init__(self):
+        self.now, self.begun = 0.0, threading.Event()
+
+    def monotonic(self):
+        self.begun.set()
+        return self.now
+
+
+@pytest.mark.parametrize(("waits", "left"), [(True, (55.0, 7.0)), (False, (60.0, 0.0))])
+def test_what_a_step_waits_for_is_taken_off_the_time_of_those_who_took_it(monkeypatch, waits, left):
+    """Five seconds of the verifier, then seven of the functions, of a batch that a step finds running, or done."""
+    clock, given, spent = Clock(), [], []
+
+    def verify(texts, golds, verifier, pool, within, check):
+        if waits:
+            assert clock.begun.wait(60)
+        given.append(within)
+        clock.now += 5
+        return Verdicts.of([True] * len(texts))
+
+    class Slow(Scorer):
+        def ask(self, answers, check=nothing, seconds=0.0):
+            spent.append(seconds)
+            clock.now += 7
+            return super().ask(answers)
+
+    monkeypatch.setattr(probes, "time", clock)
+    monkeypatch.setattr(probes, "grade", verify)
+    limits = GradingLimits(total_seconds=60.0)
+    with closing(RolloutGrader({"p": "4"}, str, "integer", limits, Slow())) as grader:
+        grader.begin({0: ("p", [1])})
+        if not waits:
+            grader._ahead._running.result(60)
+        assert grader.grade({0: ("p", [1]), 1: ("p", [2])}).correct == {0: True, 1: True}
+    assert (given, spent) == ([60.0, left[0]], [0.0, left[1]])

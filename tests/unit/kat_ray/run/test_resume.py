@@ -47,6 +47,8 @@ def test_what_a_resume_may_change_is_what_it_was_when_it_was_a_list():
     expected |= {"run.check_agreement"}
     expected |= {f"evaluation.grading_{name}" for name in ("processes", "seconds", "step_seconds", "memory_gib")}
     expected |= {f"reward.{n}" for n in ("workers", "seconds", "step_seconds", "memory_gib", "max_error_share")}
+    expected |= {"learner.batching"}  # as `micro_batch_tokens`: what shares a pass
+    expected |= {"learner.reduce_dtype"}  # as `zero_stage`: how sums are rounded
     expected |= {"evaluation.every_k"}  # as `every`: how often and how well it is looked at, not what is done
     assert set(resumable()) == expected | {"rollout.max_chunks_ahead", "evaluation.every"}
 
