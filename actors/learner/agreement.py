@@ -68,38 +68,38 @@ def reference_logprobs(
 
 
 @contextmanager
-def _written_here(engine: Any, student: StudentModel) -> Iterator[list[Tensor]]:
+def _written_here(engine: Any, student: StudentModel) -> Iterator[dict[str, Tensor]]:
     """Whole parameters that this rank may write to: under ZeRO 3 the first rank's, which all ranks hold then."""
-    own = [p for _, p in student.trained_parameters()]
+    own = dict(student.trained_parameters())
     if engine.zero_optimization_stage() < 3:
-        yield [p.data for p in own]
+        yield {name: p.data for name, p in own.items()}
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(own, modifier_rank=0):
-        yield [p.data for p in own] if engine.global_rank == 0 else []
+    with deepspeed.zero.GatheredParameters(list(own.values()), modifier_rank=0):
+        yield {name: p.data for name, p in own.items()} if engine.global_rank == 0 else {}
 
 
 def save_parameters(engine: Any, student: StudentModel) -> list[Tensor]:
     """Copies on the host, for `restore_parameters`; under ZeRO 3 on the first rank alone."""
     with _written_here(engine, student) as own:
-        return [parameter.to("cpu", copy=True) for parameter in own]
+        return [parameter.to("cpu", copy=True) for parameter in own.values()]
 
 
 def restore_parameters(engine: Any, student: StudentModel, saved: Sequence[Tensor]) -> None:
     """The same bits again."""
     with _written_here(engine, student) as own, torch.no_grad():
-        for parameter, copy in zip(own, saved, strict=True):
+        for parameter, copy in zip(own.values(), saved, strict=True):
             parameter.copy_(copy)
 
 
 def change_parameters(engine: Any, student: StudentModel, scale: float) -> None:
     """Noise of `scale` times each parameter's own size; the same on every rank. The optimiser's copies stay."""
     with _written_here(engine, student) as own, torch.no_grad():
-        for i, parameter in enumerate(own):
+        for i, (name, parameter) in enumerate(own.items()):
             random = torch.Generator(parameter.device).manual_seed(i)
             noise = torch.randn(parameter.shape, generator=random, device=parameter.device)
-            parameter.mul_((1 + scale * noise).to(parameter.dtype))
+            parameter.copy_(student.changed(name, parameter, scale * noise))
 
 
 def _sample(number: int, prompt: Sequence[int], answer: Sequence[int], top_k: int) -> TrainingSample:

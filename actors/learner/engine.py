@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -80,14 +80,14 @@ def make_engine(
 
 
 @contextlib.contextmanager
-def gathered(engine: Any) -> Iterator[None]:
-    """Whole parameters inside, which ZeRO 3 holds in pieces. All ranks must call it."""
+def gathered(engine: Any, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[None]:
+    """These parameters (None: all) whole inside, which ZeRO 3 holds in pieces. All ranks must call it."""
     if engine.zero_optimization_stage() < 3:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters() if parameters is None else parameters)):
         yield
 
 
@@ -95,7 +95,7 @@ def complete_gradients(engine: Any) -> None:
     """Zeros for parameters that no token of a step has touched, such as experts: stage 0 makes them in bf16."""
     if engine.zero_optimization_stage() == 0:
         for parameter in engine.module.parameters():
-            if parameter.grad is None:
+            if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype or parameter.dtype)
 
 

@@ -11,6 +11,7 @@ import math
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +116,9 @@ class Learner:
 
     def _load(self) -> _Loaded:
         settings, learner = self._settings, self._settings.learner
-        student = load_student(settings.student, settings.student_dir, learner, settings.max_model_len)
+        student = load_student(
+            settings.student, settings.student_dir, learner, settings.max_model_len, settings.seed
+        )
         collator = collator_for(student, learner, f"student.path = {settings.student.path!r}")
         logprobs = LogprobLog() if settings.record_logprobs else None
 
@@ -224,11 +227,10 @@ class Learner:
         All ranks must call it.
         """
         loaded = self._ready()
-        with self._timeline.span("weights"), self._heartbeat.busy("weights"), gathered(loaded.engine):
-            if self._rank != 0:
-                return None, policy_version
-            dtype = DTYPES[self._settings.student.dtype]
-            return loaded.student.weight_update(policy_version, dtype), policy_version
+        dtype, gather = DTYPES[self._settings.student.dtype], partial(gathered, loaded.engine)
+        with self._timeline.span("weights"), self._heartbeat.busy("weights"):
+            update = loaded.student.collect_update(gather, policy_version, dtype, keep=self._rank == 0)
+        return update, policy_version
 
     def average(self, policy_version: int) -> tuple[WeightUpdate | None, int]:
         """The average of the student's weights, as `weights` gives those themselves. All ranks must call it."""
@@ -268,7 +270,8 @@ class Learner:
         All ranks must call it, between two steps. Training may go on when it returns.
         """
         loaded, beat = self._ready(), self._heartbeat.beat
-        with self._timeline.span("snapshot"), self._heartbeat.busy("snapshot"), gathered(loaded.engine):
+        saved = gathered(loaded.engine, loaded.student.saved_parameters())
+        with self._timeline.span("snapshot"), self._heartbeat.busy("snapshot"), saved:
             average = None if loaded.average is None else loaded.average.arrays
             loaded.snapshots.take(Path(path), tokenizer_dir, loaded.trainer.steps_taken, beat, average)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ from torch import Tensor, nn
 
 from actors.learner.packed_attention import ATTENTION, packed_pass
 from kat_ray.config import LearnerConfig, ModelConfig
+from kat_ray.models.adapter_files import BaseModelFacts, save_model
 from kat_ray.models.load import load_causal_lm
+from kat_ray.models.lora import base_digest
 from kat_ray.models.output_layer import output_layer
 from kat_ray.models.support import learner_role, require_directory
 from kat_ray.models.text_model import text_decoder
 from kat_ray.types.records import WeightUpdate
+
+# Makes parameters whole inside, which ZeRO 3 holds in pieces; all ranks enter it.
+Gather = Callable[[Iterable[nn.Parameter]], AbstractContextManager[None]]
 
 
 class StudentModel:
@@ -47,6 +53,24 @@ class StudentModel:
         with contextlib.nullcontext() if position_ids is None else packed_pass(position_ids):
             hidden_BLH: Tensor = text_decoder(self.network)(**arguments, use_cache=False)[0]
         return hidden_BLH
+
+    def saved_parameters(self) -> Iterable[nn.Parameter]:
+        """Those that `copy_for_saving` reads."""
+        return self.network.parameters()
+
+    def changed(self, name: str, parameter: Tensor, noise: Tensor) -> Tensor:
+        """A trained parameter, each element of which moves by a share `noise` of itself."""
+        return parameter * (1 + noise).to(parameter.dtype)
+
+    def check_base(self, checkpoint: Path) -> None:
+        """`CheckpointError` where a checkpoint holds only a part of a student, and of another one."""
+
+    def collect_update(
+        self, gather: Gather, policy_version: int, dtype: torch.dtype, keep: bool
+    ) -> WeightUpdate | None:
+        """`weight_update` on ranks that `keep` it, else None; all ranks must call it."""
+        with gather(self.network.parameters()):
+            return self.weight_update(policy_version, dtype) if keep else None
 
     def pack(self) -> None:
         """From now on `hidden_states` takes packed rows, and nothing else outside of `plain_attention`."""
@@ -78,24 +102,7 @@ class StudentModel:
         Names and shapes are those of a checkpoint on disk: transformers holds the experts of a mixture in one
         tensor, and some weights under names of its own, which readers of checkpoints do not know.
         """
-        from transformers.core_model_loading import revert_weight_conversion
-
-        state = dict(self.network.state_dict())
-        if "lm_head.weight" not in state and self.network.get_output_embeddings() is not None:
-            state["lm_head.weight"] = self.network.get_output_embeddings().weight
-        names, dtypes, arrays = [], [], []
-        copies: dict[tuple[int, torch.Size, tuple[int, ...]], Any] = {}
-        for name, tensor in revert_weight_conversion(self.network, state).items():
-            # Tied weights share one array under both names: an array that a record holds twice travels once.
-            where = (tensor.data_ptr(), tensor.shape, tensor.stride())
-            if where not in copies:
-                # A copy in any case: the record is frozen, the learner's parameters are not.
-                plain = tensor.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
-                copies[where] = (plain.view(torch.uint16) if dtype == torch.bfloat16 else plain).numpy()
-            names.append(name)
-            dtypes.append(str(dtype).removeprefix("torch."))
-            arrays.append(copies[where])
-        return WeightUpdate(policy_version, tuple(names), tuple(dtypes), tuple(arrays))
+        return update_of(self.network, dict(self.network.state_dict()), policy_version, dtype)
 
     def copy_for_saving(
         self, copy_to_host: Callable[[str, Tensor], Tensor], dtype: torch.dtype, stop_ids: Sequence[int]
@@ -116,36 +123,68 @@ class StudentModel:
         network = copy.copy(self.network)
         network.config = copy.deepcopy(self.network.config)
         network.config.use_cache = True
-        network.generation_config = copy.deepcopy(self.network.generation_config)
-        network.generation_config.eos_token_id = [i for i in stop_ids if i < self.vocabulary]
-        return lambda path: _save(network, weights, path)
+        network.generation_config = self.generation(stop_ids)
+        return lambda path: save_model(network, weights, path)
+
+    def generation(self, stop_ids: Sequence[int]) -> Any:
+        """What who generates with the student goes by (`GenerationConfig`)."""
+        found = copy.deepcopy(self.network.generation_config)
+        found.eos_token_id = [i for i in stop_ids if i < self.vocabulary]
+        return found
 
 
-def _save(network: Any, weights: Mapping[str, Tensor], path: Path) -> None:
-    """A full disk is an `OSError` that names the directory."""
-    from safetensors import SafetensorError
+def update_of(
+    network: Any, state: dict[str, Tensor], policy_version: int, dtype: torch.dtype, copied: bool = False
+) -> WeightUpdate:
+    """The record of a network's weights; those that are `copied` are in host memory of their own, of this type."""
+    from transformers.core_model_loading import revert_weight_conversion
 
-    try:
-        network.save_pretrained(path, state_dict=dict(weights))
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+    if "lm_head.weight" not in state and network.get_output_embeddings() is not None:
+        state["lm_head.weight"] = network.get_output_embeddings().weight
+    return record_of(revert_weight_conversion(network, state), policy_version, dtype, copied)
+
+
+def record_of(
+    tensors: Mapping[str, Tensor], policy_version: int, dtype: torch.dtype, copied: bool = True
+) -> WeightUpdate:
+    """The record of named tensors; see `update_of`."""
+    names, dtypes, arrays = [], [], []
+    copies: dict[tuple[int, torch.Size, tuple[int, ...]], Any] = {}
+    for name, tensor in tensors.items():
+        # Tied weights share one array under both names: an array that a record holds twice travels once.
+        where = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if where not in copies:
+            # A copy in any case: the record is frozen, the learner's parameters are not.
+            plain = tensor.detach().to(device="cpu", dtype=dtype, copy=not copied).contiguous()
+            copies[where] = (plain.view(torch.uint16) if dtype == torch.bfloat16 else plain).numpy()
+        names.append(name)
+        dtypes.append(str(dtype).removeprefix("torch."))
+        arrays.append(copies[where])
+    return WeightUpdate(policy_version, tuple(names), tuple(dtypes), tuple(arrays))
 
 
 def load_student(
-    model: ModelConfig, directory: str, learner: LearnerConfig, max_length: int | None = None
+    model: ModelConfig, directory: str, learner: LearnerConfig, max_length: int | None = None, seed: int = 0
 ) -> StudentModel:
     """The model of a directory or hub id in the learner's data type, without dropout or any other noise.
 
-    `max_length` is that of the longest prompt and answer together. UserError names a model that cannot be trained.
+    `max_length` is that of the longest prompt and answer together; adapters are drawn from `seed`. UserError names
+    a model that cannot be trained.
     """
-    require_directory(model, directory, learner_role(learner), f"student.path = {model.path!r}", max_length)
+    name = f"student.path = {model.path!r}"
+    require_directory(model, directory, learner_role(learner), name, max_length)
     network = load_causal_lm(model, directory, learner.dtype, "student")
-    student = StudentModel(network)
     network.config.use_cache = False
     if learner.gradient_checkpointing:
         network.gradient_checkpointing_enable()
-    prepare_for_training(network)
-    return student
+    if learner.lora is None:
+        student = StudentModel(network)
+        prepare_for_training(network)
+        return student
+    from actors.learner.adapters import adapted_student
+
+    base = BaseModelFacts(path=directory, revision=model.revision, dtype=learner.dtype, digest=base_digest(network))
+    return adapted_student(network, learner.lora, base, name, seed)
 
 
 def prepare_for_training(network: Any) -> None:

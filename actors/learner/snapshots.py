@@ -1,7 +1,7 @@
 """Checkpoints of a learner rank: copied to host memory between two steps, written while training continues.
 
-Rank 0 also writes the Hugging Face model directory. The driver makes the directory and completes it
-(`kat_ray.run.checkpoint`).
+Rank 0 also writes the Hugging Face model directory, or that of the adapters. The driver makes the directory and
+completes it (`kat_ray.run.checkpoint`).
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class Snapshots:
 
         `beat` is called after each tensor.
         """
+        self._student.check_base(path)
         with open_saved(path) as saved:
             restore_optimizer(self._engine, self._student, saved, self._rank, self._world_size, beat)
             saved.restore_rng(self._rank, self._world_size)

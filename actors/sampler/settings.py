@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kat_ray.config import ClusterConfig, Config, ModelConfig, RolloutConfig, SamplerConfig
+from kat_ray.config import ClusterConfig, Config, LoraConfig, ModelConfig, RolloutConfig, SamplerConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class SamplerSettings:
     scored_by: Mapping[str, ScoredBy] = field(default_factory=dict)  # of the rollouts of each teacher, by its name
     fp32_output: bool = False  # `numerics.fp32_output_layer`
     record_logprobs: bool = False  # every rollout comes with the log-probabilities of its tokens
+    lora: LoraConfig | None = None  # of adapters, which are published then, and not the whole model
 
     @classmethod
     def from_config(
@@ -63,4 +64,5 @@ class SamplerSettings:
             },
             fp32_output=config.numerics.fp32_output_layer,
             record_logprobs=config.objective.rl.weight > 0,
+            lora=config.learner.published_adapters if model == config.student else None,
         )

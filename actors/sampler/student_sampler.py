@@ -79,6 +79,7 @@ def vllm_engine(settings: SamplerSettings) -> Engine:
         top_k=settings.rollout.top_k_logprobs,
         seed=settings.seed,
         fp32_output=settings.fp32_output,
+        lora=settings.lora,
     )
 
 

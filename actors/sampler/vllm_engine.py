@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm import EngineArgs, LLMEngine, SamplingParams
 from vllm.inputs.engine import tokens_input
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 
-from actors.sampler.weight_loading import LoadReport, load, load_shared, shared
+from actors.sampler import adapter_loading, weight_loading
+from actors.sampler.weight_loading import LoadReport, shared
 from kat_ray.cluster.devices import device_of
-from kat_ray.config import ModelConfig
+from kat_ray.config import LoraConfig, ModelConfig
 from kat_ray.config.cluster import SamplerConfig
 from kat_ray.errors import ModelError, UserError
 from kat_ray.models.fp32_output import output_dtypes, require_fp32_output, vllm_arguments
@@ -26,6 +27,8 @@ from kat_ray.models.weight_updates import tensors_of
 from kat_ray.types.records import EngineEnd, EngineRows, SamplingSettings, WeightUpdate
 
 _ENDS = {FinishReason.STOP: EngineEnd.EOS, FinishReason.LENGTH: EngineEnd.MAX_TOKENS}
+
+Loader = Callable[..., LoadReport]
 
 _STEPS_UNDER_WAY = 4  # more than vLLM has at once: two, or one for each stage of a pipeline, which this has not
 
@@ -43,7 +46,9 @@ class VllmEngine:
         top_k: int,
         seed: int,
         fp32_output: bool = False,
+        lora: LoraConfig | None = None,
     ) -> None:
+        """With `lora`, `load_weights` is given adapters, and not the whole model."""
         device = device_of(sampler.num_gpus, "sampler").type
         check_build(device)
         args = EngineArgs(
@@ -64,10 +69,13 @@ class VllmEngine:
             seed=seed,
             **_memory(sampler, max_model_len, device),
             **vllm_arguments(fp32_output),
+            **adapter_loading.engine_arguments(lora, model, model_dir),
         )
         if device == "cpu" and args.create_model_config().has_inner_state:
             args.enable_prefix_caching = False  # states are cached at a block's end, where vLLM splits prompts
         self._model_path = model.path
+        self._lora = lora
+        self._adapters: Any = None  # what requests say of adapters, once there are any
         self._engine = LLMEngine.from_engine_args(args)
         self._core = self._engine.engine_core
         if fp32_output:
@@ -97,8 +105,9 @@ class VllmEngine:
         # would be taken for another of the same name.
         own = f"{request_id}#{next(self._numbers)}"
         request = self._engine.input_processor.process_inputs(
-            own, tokens_input(prompt_token_ids=list(prompt_ids)), params, supported_tasks=self._tasks
-        )
+            own, tokens_input(prompt_token_ids=list(prompt_ids)), params, supported_tasks=self._tasks,
+            lora_request=self._adapters,
+        )  # fmt: skip
         self._names[own] = request_id  # before: what fails half-way can be aborted
         self._core.add_request(request)
 
@@ -131,13 +140,21 @@ class VllmEngine:
         """
         assert not self._names, f"{len(self._names)} requests are running while weights are loaded"
         self._drain()
+        load, load_shared, more = self._loaders()
         if self._engine.vllm_config.parallel_config.world_size == 1:
-            reports = self._engine.collective_rpc(load, args=(tensors_of(update),))
+            reports = self._engine.collective_rpc(load, args=(tensors_of(update), *more))
         else:
             with shared(update) as weights:  # its workers are processes, which have no access to Ray's objects
-                reports = self._engine.collective_rpc(load_shared, args=(weights,))
+                reports = self._engine.collective_rpc(load_shared, args=(weights, *more))
         self.clear_cache()
         check_taken(LoadReport.of_all(reports), self._model_path, update.policy_version)
+
+    def _loaders(self) -> tuple[Loader, Loader, tuple[Any, ...]]:
+        """What puts an update into a worker in this process, and into one in another, with further arguments."""
+        if self._lora is None:
+            return weight_loading.load, weight_loading.load_shared, ()
+        self._adapters = adapter_loading.request()
+        return adapter_loading.load_adapters, adapter_loading.load_shared_adapters, (self._lora,)
 
     def clear_cache(self) -> None:
         """Drop what is cached of prompts. No request may be running."""

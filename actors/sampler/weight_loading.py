@@ -75,13 +75,15 @@ def shared(update: WeightUpdate) -> Iterator[SharedWeights]:
 
 def load_shared(worker: Any, weights: SharedWeights) -> LoadReport:
     """Run in a worker process: as `load`, from shared memory."""
+    return load(worker, shared_tensors(weights))
+
+
+def shared_tensors(weights: SharedWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an update in shared memory, read-only; in any process of its machine and user."""
     with open(weights.path, "rb") as file:
         memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    tensors = (
-        (name, tensor_of(np.frombuffer(memory, kind, int(np.prod(shape)), offset).reshape(shape), dtype))
-        for name, dtype, kind, shape, offset in weights.tensors
-    )
-    return load(worker, tensors)
+    for name, dtype, kind, shape, offset in weights.tensors:
+        yield name, tensor_of(np.frombuffer(memory, kind, int(np.prod(shape)), offset).reshape(shape), dtype)
 
 
 def load(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> LoadReport:

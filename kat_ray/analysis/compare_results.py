@@ -39,12 +39,13 @@ _BOOKS = (
 )  # fmt: skip
 
 MEANING = (
-    "Tokens are sums over a run; kept tokens / rollout is over all rollouts, including probes, which are "
-    "never cut. TFLOP: 2 per parameter and token forward, 6 with the backward pass. Student sampling: prompts and "
-    "generated tokens; teacher scoring: prompts and scored tokens; learning: prompts and kept tokens, with rewards "
-    "up to where a cut was confirmed, and 2 more for losses that need a pass without gradient first. Attention "
-    "over the past, padding and evaluation are left out. Training seconds are the sum of the steps' durations, "
-    "without start, loading and evaluation, on the machine as it was: compare them only where it was idle."
+    "Tokens are sums over a run; kept tokens / rollout is over all rollouts, including probes, which are never "
+    "cut. TFLOP: 2 per parameter and token forward, 6 with the backward pass (4 where adapters are trained, which "
+    "are not counted themselves). Student sampling: prompts and generated tokens; teacher scoring: prompts and "
+    "scored tokens; learning: prompts and kept tokens, with rewards up to where a cut was confirmed, and 2 more "
+    "for losses that need a pass without gradient first. Attention over the past, padding and evaluation are left "
+    "out. Training seconds are the sum of the steps' durations, without start, loading and evaluation, on the "
+    "machine as it was: compare them only where it was idle."
 )
 
 
@@ -218,11 +219,12 @@ def tflop_parts(summary: Mapping[str, Any], file: Path, config: Config) -> dict[
             "known only if its weights are safetensors, and a comparison counts arithmetic by it: fill them in"
         )
     learnt = summary["kept_tokens"] if learnt is None else learnt
-    passes = 8e-12 if config.objective.rl.rollout_ratio else 6e-12
+    # Weights beside which adapters are trained have no gradients of their own.
+    passes = (4 if config.learner.lora else 6) + (2 if config.objective.rl.rollout_ratio else 0)
     return {
         "tflop_sampling": 2e-12 * student * (prompts + summary["generated_tokens"]),
         "tflop_scoring": sum(2e-12 * teachers[name] * tokens for name, tokens in given.items()),
-        "tflop_learning": passes * student * (prompts + learnt),
+        "tflop_learning": 1e-12 * passes * student * (prompts + learnt),
     }
 
 

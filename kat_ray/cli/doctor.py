@@ -239,7 +239,7 @@ def disk_verdict(folder: Path, free: int) -> Check:
     if free < _LITTLE_DISK:
         return warn(
             "disk",
-            f"{text}: not much; a checkpoint takes 14 to 16 bytes for each parameter of the student, and "
+            f"{text}: not much; a checkpoint takes 14 to 16 bytes for each parameter that is trained, and "
             "run.keep_checkpoints sets how many are kept",
         )
     return ok("disk", text)

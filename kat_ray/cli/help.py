@@ -28,6 +28,10 @@ RUN is a run directory. The page needs no network: learning curves, how rollouts
 tokens, the stages before, during and after agreement, and a browser of rollouts. The pictures are saved as PNG too.
 Each FIELD is a setting of the KAT rule that divides rollouts into stages. The default is the run's own rule."""
 
+ABOUT_EXPORT = """\
+Checkpoints of a run with learner.lora hold its adapters, as peft, transformers and vLLM take them. This merges them
+with the student that they were trained on, which is found where it was then, and checked: docs/lora.md."""
+
 ABOUT_JOB = """\
 NAME is a job's id, or a run's name, which means its newest job. The cluster is reached through its dashboard."""
 
@@ -93,6 +97,10 @@ examples:
   kat-ray report runs/latest                                 RUN/report/report.html
   kat-ray report runs/none window=16 exempt=8 min_samples=64 min_steps=2
   kat-ray report runs/latest --gradients                     and which stage pulls the way that training went""",
+    "export": """\
+examples:
+  kat-ray export runs/latest out/model
+  kat-ray export runs/latest/checkpoints/step-100 out/model --base /models/Qwen3-0.6B --dtype bfloat16""",
     "bench": """\
 examples:
   kat-ray bench                               everything; writes docs/benchmarks.md and docs/benchmarks.json

@@ -15,7 +15,6 @@ import secrets
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kat_ray.cli import jobs as cli_jobs
@@ -214,6 +213,7 @@ def _keep_others_out(config: Config) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
+    from kat_ray.cli.export import newest_checkpoint, whole_model
     from kat_ray.config.load import load_config, resolve_path
 
     path = resolve_path(args.model)
@@ -232,7 +232,8 @@ def _eval(args: argparse.Namespace) -> int:
     from actors.driver.train import evaluate_model
     from kat_ray.run.summary import evaluation_fields
 
-    result = evaluate_model(config, model)
+    with whole_model(model) as directory:
+        result = evaluate_model(config, directory)
     if args.json:
         print(json.dumps({"model": model, **(evaluation_fields(result) or {})}))
     else:
@@ -242,18 +243,6 @@ def _eval(args: argparse.Namespace) -> int:
             f"{result.truncated_share:.1%} cut off at the limit"
         )
     return 0
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The checkpoint of the highest step in a run directory."""
-    steps = {
-        int(path.name.removeprefix("step-")): path
-        for path in (run / "checkpoints").glob("step-*")
-        if path.name.removeprefix("step-").isdigit()
-    }
-    if not steps:
-        raise UserError(f"{run}: holds no checkpoint (checkpoints/step-*)")
-    return steps[max(steps)]
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""`kat-ray replay | report | bench | config`: what starts no run of its own."""
+"""`kat-ray replay | report | bench | export | config`: what starts no run of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kat_ray.cli.arguments import count_of, path_of, share_of
-from kat_ray.cli.help import ABOUT_BENCH, ABOUT_REPORT, OVER_A_RUN
+from kat_ray.cli.help import ABOUT_BENCH, ABOUT_EXPORT, ABOUT_REPORT, OVER_A_RUN
 from kat_ray.errors import UserError
 
 
@@ -43,6 +43,15 @@ def add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Ar
         type=path_of,
         default=Path("runs/bench"),
         help="models and logs (default runs/bench)",
+    )
+    export = add("export", _export, "write the whole model of a run that trains adapters", ABOUT_EXPORT)
+    export.add_argument(
+        "source", metavar="RUN_OR_CHECKPOINT", type=path_of, help="its newest checkpoint, or this one"
+    )
+    export.add_argument("out", metavar="DIR", type=path_of, help="where the model goes; it must not be there yet")
+    export.add_argument("--base", metavar="MODEL", help="the student before training, if it is not where it was")
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the learner's)"
     )
     config = add("config", _config, "print the resolved configuration")
     config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
@@ -113,6 +122,13 @@ def _bench(args: argparse.Namespace) -> int:
 
     for file in bench(args.only, args.out, args.work.resolve(), lambda text: print(text, flush=True)):
         print(file)
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from kat_ray.cli.export import export
+
+    print(export(args.source, args.out, args.base, args.dtype))
     return 0
 
 

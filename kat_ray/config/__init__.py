@@ -6,6 +6,7 @@
 from kat_ray.config.cluster import (
     ClusterConfig,
     LearnerConfig,
+    LoraConfig,
     MonitorConfig,
     PlacementConfig,
     PoolConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "EvaluationConfig",
     "GuardsConfig",
     "LearnerConfig",
+    "LoraConfig",
     "ModelConfig",
     "MonitorConfig",
     "NamedTeacherConfig",

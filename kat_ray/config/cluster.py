@@ -171,6 +171,40 @@ class MonitorConfig(PlacementConfig):
     One suffices up to some hundred GPUs (docs/scaling.md)."""
 
 
+MOST_LORA_RANKS = 512  # of adapters that vLLM holds beside a model
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA, peft): docs/lora.md."""
+
+    rank: int = Field(16, ge=1)
+    """Rows of an adapter's first matrix, columns of its second: it adds rank x (inputs + outputs) parameters to a
+    layer."""
+    alpha: int = Field(32, ge=1)
+    """What an adapter adds is multiplied by alpha / rank."""
+    targets: Literal["all-linear"] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = (
+        "all-linear"
+    )
+    """Linear layers that get an adapter, by the last parts of their names, such as [q_proj, v_proj];
+    `all-linear` is every one of the language model but its output layer."""
+    dora: bool = False
+    """Also learn the length of each row of the adapted weights (DoRA); not with ZeRO 3. vLLM takes such a student
+    merged only."""
+    publish: Literal["merged", "adapters"] = "merged"
+    """What samplers are given after a step: `merged`, the whole model with the adapters added to its weights;
+    `adapters`, these alone, which vLLM applies beside the weights."""
+
+    @model_validator(mode="after")
+    def _as_vllm_takes_it(self) -> LoraConfig:
+        if self.publish == "adapters" and self.dora:
+            raise ValueError("publish = 'adapters': needs dora = false, which vLLM does not have; publish merged")
+        if self.publish == "adapters" and self.rank > MOST_LORA_RANKS:
+            raise ValueError(
+                f"rank = {self.rank}: must be <= {MOST_LORA_RANKS} with publish = 'adapters', as vLLM takes no more"
+            )
+        return self
+
+
 class LearnerConfig(PlacementConfig):
     """The student's trainer: DeepSpeed, one actor per rank."""
 
@@ -206,9 +240,25 @@ class LearnerConfig(PlacementConfig):
     """Tokens whose vocabulary log-softmax exists at once."""
     gradient_checkpointing: Resumable[bool] = False
     """Recompute activations in the backward pass: less memory, more time."""
+    lora: LoraConfig | None = None
+    """Train adapters beside the student's weights, which stay as they are; null trains the weights themselves."""
     max_skipped_steps: Resumable[int] = Field(5, ge=1)
     """Steps in a row whose loss or gradient is not finite, each of them skipped, after which the run stops and
     writes the last one's batch to `dumps/`."""
+
+    @model_validator(mode="after")
+    def _dora_has_whole_weights(self) -> LearnerConfig:
+        if self.zero_stage == 3 and self.lora is not None and self.lora.dora:
+            raise ValueError(
+                "zero_stage = 3: needs lora.dora = false; peft's DoRA reads weights that stage 3 holds in pieces. "
+                "Take stage 2, or LoRA"
+            )
+        return self
+
+    @property
+    def published_adapters(self) -> LoraConfig | None:
+        """Those that samplers are given alone; None where they are given the whole model."""
+        return self.lora if self.lora is not None and self.lora.publish == "adapters" else None
 
 
 class PoolsConfig(Section):

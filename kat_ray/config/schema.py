@@ -134,6 +134,17 @@ def _sections() -> Iterator[str]:
                     yield _table(f"{name}.{part}", of)
             else:
                 yield _table(name, schema, resumable=bool(field.get("resumable")))
+                yield from _parts(name, schema)
+
+
+def _parts(section: str, schema: Schema) -> Iterator[str]:
+    """The sections within a section, which may be null; but not those that are sections of their own, too."""
+    own = {variant.get("title") for field in root_schema()["properties"].values() for variant in variants(field)}
+    for name, field in schema["properties"].items():
+        for inner in variants(field):
+            if "properties" in inner and inner["title"] not in own:
+                yield f"### {section}.{name}\n\n{_one_line(inner)}\n"
+                yield _table(f"{section}.{name}", inner)
 
 
 def _table(section: str, schema: Schema, resumable: bool = False) -> str:

@@ -200,7 +200,9 @@ class Config(Section):
         check_column(self.teachers, self.data.teacher_column, None if heldout is None else heldout.teacher_column)
         for group in groups_of(self.all_teachers, self.scorer):
             for name in group.teachers:
-                check_student_as_teacher(name, self.all_teachers[name], self.student, group.scorer)
+                check_student_as_teacher(
+                    name, self.all_teachers[name], self.student, group.scorer, self.learner.lora
+                )
         average_decay_of(self.all_teachers)
         return self
 

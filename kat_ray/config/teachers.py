@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator
 
-from kat_ray.config.cluster import Resumable, ScorerConfig, Section
+from kat_ray.config.cluster import LoraConfig, Resumable, ScorerConfig, Section
 from kat_ray.config.context import check_context
 from kat_ray.config.local_paths import LocalPath
 from kat_ray.types.records import DEFAULT_TEACHER
@@ -134,7 +134,9 @@ def check_column(teachers: Mapping[str, NamedTeacherConfig], column: str | None,
         )
 
 
-def check_student_as_teacher(name: str, teacher: TeacherConfig, student: ModelConfig, scorer: ScorerConfig) -> None:
+def check_student_as_teacher(
+    name: str, teacher: TeacherConfig, student: ModelConfig, scorer: ScorerConfig, lora: LoraConfig | None
+) -> None:
     """ValueError where a teacher that is the student cannot be it."""
     if teacher.weights == "given":
         return
@@ -150,6 +152,11 @@ def check_student_as_teacher(name: str, teacher: TeacherConfig, student: ModelCo
     if scorer.engine == "vllm":
         raise ValueError(
             f"{live}: its scorers take new weights with backend = 'transformers' only, not {scorer.backend!r}"
+        )
+    if lora is not None and lora.publish == "adapters":
+        raise ValueError(
+            f"{live}: its scorers take whole weights, and learner.lora.publish = 'adapters' publishes none; "
+            "'merged' does"
         )
 
 

@@ -92,8 +92,10 @@ class _FusedHead(torch.autograd.Function):
     ) -> TermSums:
         total = _zero(hidden_TH, term)
         d_hidden = torch.empty_like(hidden_TH, dtype=total.loss.dtype)
-        d_weight = torch.zeros_like(weight_VH, dtype=total.loss.dtype)
-        d_bias = None if bias_V is None else torch.zeros_like(bias_V, dtype=total.loss.dtype)
+        # A weight that is not trained has none: beside adapters it would be the largest array of all.
+        of_weight, of_bias = ctx.needs_input_grad[1:3]
+        d_weight = torch.zeros_like(weight_VH, dtype=total.loss.dtype) if of_weight else None
+        d_bias = torch.zeros_like(bias_V, dtype=total.loss.dtype) if bias_V is not None and of_bias else None
         for start in range(0, len(hidden_TH), chunk_tokens):
             hidden_CH = hidden_TH[start : start + chunk_tokens]
             part, d_CV = _products_gradient(hidden_CH, layer, rows.part(slice(start, start + chunk_tokens)), term)
@@ -103,7 +105,8 @@ class _FusedHead(torch.autograd.Function):
             if layer.hidden_scale != 1.0:
                 d_CV *= layer.hidden_scale
             d_hidden[start : start + chunk_tokens] = product_with_weight(d_CV, weight_VH)
-            add_outer_(d_weight, d_CV, hidden_CH)
+            if d_weight is not None:
+                add_outer_(d_weight, d_CV, hidden_CH)
         ctx.dtypes = hidden_TH.dtype, weight_VH.dtype
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.mark_non_differentiable(total.sums, total.maxima)

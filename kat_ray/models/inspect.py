@@ -20,6 +20,7 @@ from kat_ray.config.load import resolve_path
 from kat_ray.config.teachers import section_of
 from kat_ray.errors import ModelError
 from kat_ray.models.edges import edges_of
+from kat_ray.models.lora_targets import MERGE_FIRST, check_targets, require_peft
 from kat_ray.models.shape import ModelShape, shape_of
 from kat_ray.models.support import check_roles, roles_of
 from kat_ray.models.tokenizers import compare_tokenizers
@@ -139,6 +140,9 @@ def check_models(config: Config) -> ModelFacts:
     facts = ModelFacts(student, teachers, tokenizers["student"], merged, tuple(warnings), tokenizers.get("teacher"))
     _check_lengths(config, facts)
     facts.check_roles(config, config.rollout.max_tokens + 1)  # a prompt has one token at least
+    if config.learner.lora is not None:
+        require_peft()
+        check_targets(student.config, config.learner.lora, f"student.path = {config.student.path!r}")
     return facts
 
 
@@ -173,6 +177,8 @@ def _unread_teachers(config: Config) -> Iterator[str]:
 def inspect_model(model: ModelConfig) -> tuple[ModelInfo, Any]:
     """One model's facts and its tokenizer; `ModelError` without the role's name."""
     directory, names = _files_of(model)
+    if "adapter_config.json" in names and "config.json" not in names:
+        raise ModelError(f"{model.path}: holds adapters, not a model: {MERGE_FIRST}")
     raw = _read_json(directory, "config.json", names)
     _refuse_code(model, raw)
     architecture = _causal_architecture(model, raw)

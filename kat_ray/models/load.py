@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ def load_causal_lm(model: ModelConfig, directory: str, dtype: str, role: str) ->
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if (Path(directory) / "adapter_config.json").is_file() and not (Path(directory) / "config.json").is_file():
+        raise UserError(f"{directory}: holds adapters, not a model: make one of them first, with `kat-ray export`")
     config = AutoConfig.from_pretrained(
         directory, revision=model.revision, trust_remote_code=model.trust_remote_code
     )

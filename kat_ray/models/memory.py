@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from kat_ray.config import Config, LearnerConfig
 from kat_ray.models.inspect import ModelFacts, ModelInfo
+from kat_ray.models.lora_targets import adapter_parameters
 
 GIB = 2**30
 MAKE_IT_FIT = (
     "lower learner.micro_batch_tokens or learner.logits_chunk_tokens, set learner.gradient_checkpointing, or take "
-    "more ranks (learner.world_size, learner.zero_stage)"
+    "more ranks (learner.world_size, learner.zero_stage), or train adapters (learner.lora)"
 )
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of a parameter in a rank of the learner: its weight and gradient, and what ZeRO divides among the ranks, an
@@ -58,6 +59,17 @@ def learner_bytes(config: Config, parameters: int) -> float:
     return parameters * (_WHOLE + _DIVIDED / ranks)
 
 
+def _rank_bytes(config: Config, facts: ModelFacts, parameters: int) -> float | None:
+    """`learner_bytes`, of a student with adapters too; None where their number is not known."""
+    learner = config.learner
+    if learner.lora is None:
+        return learner_bytes(config, parameters)
+    if (adapters := adapter_parameters(facts.student.config, learner.lora)) is None:
+        return None
+    ranks = learner.world_size if learner.zero_stage == 3 else 1
+    return parameters * _BYTES[learner.dtype] / ranks + learner_bytes(config, adapters)
+
+
 def memory_needed(
     config: Config, facts: ModelFacts, longest: int, gpu: int | None
 ) -> Iterator[tuple[str, float, str]]:
@@ -70,7 +82,9 @@ def memory_needed(
     if student is None or None in teachers.values():
         return
     batch = micro_batch(config, facts.student, longest)
-    rank = learner_bytes(config, student) + (batch.bytes if batch else 0.0)
+    if (rank := _rank_bytes(config, facts, student)) is None:
+        return
+    rank += batch.bytes if batch else 0.0
     words = "" if batch is None else _words(config, batch)
     if config.learner.num_gpus:
         if gpu is not None:

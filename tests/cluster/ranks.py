@@ -24,7 +24,7 @@ from tests.support.configs import make_config
 SECONDS = 120  # that a call may take
 PRELOADED = [
     "ray", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers.models.qwen3.modeling_qwen3",
-    "actors.learner.learner", "tests.cluster.ranks",
+    "actors.learner.learner", "peft.tuners.lora", "tests.cluster.ranks",
 ]  # fmt: skip
 
 

@@ -56,16 +56,20 @@ def test_rewards_alone_survive_kills(ray_local, files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("victims", "ranks"),
-    [(["sampler", "learner"], 1), pytest.param([*CLASSES], 2, marks=pytest.mark.nightly)],
-    ids=["gate", "long"],
+    ("victims", "ranks", "lora"),
+    [
+        (["sampler", "learner"], 1, None),
+        pytest.param([*CLASSES], 2, None, marks=pytest.mark.nightly),
+        pytest.param(["learner", "sampler"], 2, {"rank": 4, "publish": "adapters"}, marks=pytest.mark.nightly),
+    ],
+    ids=["gate", "long", "lora"],
 )
-def test_real_engines_die_one_after_the_other(ray_local, files, tmp_path, victims, ranks):
+def test_real_engines_die_one_after_the_other(ray_local, files, tmp_path, victims, ranks, lora):
     # Engines load their models for longer on a slow machine, and none is frozen here: a limit that nobody meets.
     config = config_of(
         files, tmp_path, run={"steps": 6, "checkpoint_every": 2}, cluster={"max_restarts": 100, "hang_timeout": 30},
         evaluation={"data": None}, sampler={"replicas": ranks}, scorer={"replicas": ranks},
-        learner={"world_size": ranks},
+        learner={"world_size": ranks, "lora": lora},
     )  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
     with Disturber(metrics, victims, kills=len(victims), pauses=(0.5, 2.0)) as disturber:

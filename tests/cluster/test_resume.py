@@ -35,6 +35,12 @@ class Kind:
     steps: int
     every: int  # steps from one checkpoint to the next
     rewards: bool = False  # whether it learns from them, beside the teacher
+    lora: bool = False  # whether adapters are trained, and not the weights
+
+    @property
+    def model(self):
+        """The file of a checkpoint that holds what was learnt."""
+        return "adapter_model.safetensors" if self.lora else "model.safetensors"
 
     def train(self, *arguments):
         """The command line of a training command."""
@@ -44,6 +50,7 @@ class Kind:
 STUBS = Kind("tests.cluster.stub_train", 12, 4)
 LONG = Kind("kat_ray.cli", 20, 5)
 REWARDS = Kind("kat_ray.cli", 12, 4, rewards=True)
+LORA = Kind("kat_ray.cli", 12, 4, lora=True)
 
 # Stubs in the gate, and runs with real engines in the nightly tier.
 KINDS = pytest.mark.parametrize(
@@ -52,6 +59,7 @@ KINDS = pytest.mark.parametrize(
         pytest.param(STUBS, id="gate"),
         pytest.param(LONG, id="long", marks=pytest.mark.nightly),
         pytest.param(REWARDS, id="rewards", marks=pytest.mark.nightly),
+        pytest.param(LORA, id="lora", marks=pytest.mark.nightly),
     ],
 )
 
@@ -82,7 +90,7 @@ def run_config(kind, files, tmp_path, name):
         run={"name": name, "steps": kind.steps, "checkpoint_every": kind.every, "deterministic": True,
              "keep_checkpoints": 10},
         evaluation={"every": 2 * kind.every}, sampler={"replicas": 1}, scorer={"replicas": 1},
-        learner={"world_size": 1}, **sections,
+        learner={"world_size": 1} | ({"lora": {"rank": 4}} if kind.lora else {}), **sections,
     )  # fmt: skip
     path = tmp_path / f"{name}.yaml"
     path.write_text(config_yaml(config))
@@ -99,7 +107,7 @@ def straight(files, tmp_path_factory):
         config, run = run_config(kind, files, folder, "straight")
         let_go(folder)
         finish(start(kind, config))
-        found = everything(run)
+        found = everything(run, kind.model)
         taught = [m["step"] for m in found["metrics"] if m.get("advantage/abs_mean")]
         assert bool(taught) == kind.rewards, "rewards that differ within a group, or none"
         return found
@@ -119,8 +127,8 @@ def complete(run):
     )
 
 
-def check_same(run, straight):
-    again = everything(run)
+def check_same(run, straight, kind):
+    again = everything(run, kind.model)
     for part in ("metrics", "evaluations", "traces", "summary", "state", "weights"):
         assert again[part] == straight[part], part
     assert any(m.get("kat/threshold") for m in again["metrics"])
@@ -142,14 +150,14 @@ def test_a_kill_and_a_resumption_change_nothing(straight, files, tmp_path, kind)
     before, newest = saved[-2:]
     # The same run with its newest checkpoint damaged: the one before it, which is named.
     damaged = shutil.copytree(run, tmp_path / "damaged")
-    weights = damaged / "checkpoints" / f"step-{newest}" / "model.safetensors"
+    weights = damaged / "checkpoints" / f"step-{newest}" / kind.model
     weights.write_bytes(weights.read_bytes()[:-10])
     resumed = [start(kind, "--resume", path) for path in (run, damaged)]  # beside each other
     (out, _), (other, _) = map(finish, resumed)
     assert f"after step {newest}" in out
-    check_same(run, straight(kind))
+    check_same(run, straight(kind), kind)
     assert f"step-{newest}" in other and f"after step {before}" in other
-    check_same(damaged, straight(kind))
+    check_same(damaged, straight(kind), kind)
 
 
 @KINDS
@@ -171,7 +179,7 @@ def test_told_to_end_and_killed_it_goes_on_to_the_same_bits(straight, files, tmp
     saved = complete(run)[-1]
     out, _ = finish(start(kind, "--resume", run))
     assert f"after step {saved}" in out
-    check_same(run, straight(kind))
+    check_same(run, straight(kind), kind)
     assert cli.main(["train", "--resume", str(run)]) == 0
     assert f"all {kind.steps} steps are done" in capsys.readouterr().out
     changed = yaml.safe_load(config.read_text())["run"]["seed"] + 1
@@ -215,4 +223,4 @@ def test_a_retried_job_goes_on_by_itself(straight, files, tmp_path, monkeypatch,
         saved = int(text.split("after step ")[1].split()[0])
         assert saved >= 2 * kind.every + 2
     assert not (tmp_path / "job-2").exists(), "it stayed one run"
-    check_same(run, straight(kind))
+    check_same(run, straight(kind), kind)

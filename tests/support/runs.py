@@ -126,12 +126,12 @@ def timeless(line):
     return {k: v for k, v in line.items() if not k.startswith(clocked)}
 
 
-def everything(run):
-    """What must not depend on how often a run was interrupted."""
+def everything(run, model="model.safetensors"):
+    """What must not depend on how often a run was interrupted; `model` is the file with what was learnt."""
     summary = json.loads((run / "summary.json").read_text())
     last = run / "checkpoints" / f"step-{summary['steps']}"
     names = [
-        "model.safetensors",
+        model,
         *(f"training/{p.name}" for p in sorted((last / "training").glob("*.safetensors"))),
     ]
     assert len(names) == 2

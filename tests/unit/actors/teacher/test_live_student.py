@@ -79,6 +79,7 @@ def test_weights_of_another_model_change_nothing(models, tmp_path):
         ("teacher.dtype=float32", "teacher.dtype = 'float32': must be 'bfloat16', that of the student"),
         ("teacher.context=null", "teacher.weights = 'live': needs teacher.context; told the same as the student"),
         ("scorer.backend=vllm", "take new weights with backend = 'transformers' only, not 'vllm'"),
+        ("learner.lora={publish: adapters}", "learner.lora.publish = 'adapters' publishes none"),
     ],
 )
 def test_what_a_teacher_that_is_the_student_cannot_be(tmp_path, override, said):

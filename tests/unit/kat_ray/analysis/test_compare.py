@@ -14,7 +14,7 @@ from kat_ray.analysis.compare import check_same, config_of, differences, order_o
 from kat_ray.analysis.compare_results import read_results, tflop_parts
 from kat_ray.analysis.compare_table import Compared, difference_table, paired, table, write_results
 from kat_ray.cli import main as cli
-from kat_ray.config import PolicyObjective
+from kat_ray.config import LoraConfig, PolicyObjective
 from kat_ray.config.load import load_config, save_config
 from kat_ray.errors import UserError
 from tests.support.comparisons import BASE, SUMMARY, changed, finish, finish_rule
@@ -165,6 +165,8 @@ def test_arithmetic_by_hand():
     assert parts == pytest.approx(
         {"tflop_sampling": 1e-9 * 1000, "tflop_scoring": 2e-9 * 980, "tflop_learning": 1e-9 * 2400}
     )
+    adapters = tflop_parts(SUMMARY, Path("s"), changed(BASE, "learner", lora=LoraConfig()))
+    assert adapters["tflop_learning"] == pytest.approx(1e-9 * 1600), "no gradients of the weights"
     alone = SUMMARY | {"parameters": {"student": 1000}, "scored_tokens": 0}
     assert tflop_parts(alone, Path("s"), BASE) == parts | {"tflop_scoring": 0.0}, "a run without a teacher"
     sizes, given = {"student": 500, "teacher": 1000, "teachers.math": 3000}, {"teacher": 80, "teachers.math": 900}

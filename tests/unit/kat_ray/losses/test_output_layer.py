@@ -52,6 +52,18 @@ def exact_loss(logits, rows):
     return (reverse_kl(*events) * rows.weights).sum()
 
 
+def test_a_frozen_output_layer_has_no_gradient_and_changes_no_other():
+    head, hidden, q = problem()
+    layer, rows = OutputLayer(head), rows_of(head(hidden), q)
+    hidden.requires_grad_()
+    (whole,) = torch.autograd.grad(head_loss(hidden, layer, rows, TERM, 4).loss, [hidden])
+    head.requires_grad_(False)
+    loss = head_loss(hidden, layer, rows, TERM, 4).loss
+    assert [t for t in loss.grad_fn.saved_tensors if t is not None and t.shape == head.weight.shape] == []
+    (alone,) = torch.autograd.grad(loss, [hidden])
+    assert torch.equal(alone, whole) and head.weight.grad is None
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_gradient_is_the_derivative_of_the_loss(shape, bias):

@@ -66,6 +66,22 @@ def test_one_memory_for_all_on_a_cpu():
     )
 
 
+def test_of_a_student_with_adapters_a_rank_holds_the_weights_and_little_more():
+    from transformers import LlamaConfig
+
+    shape = LlamaConfig(
+        vocab_size=1000, hidden_size=10, intermediate_size=20, num_hidden_layers=3, num_attention_heads=1
+    )
+    facts = replace(FACTS, student=replace(INFO, config=shape))
+    adapters = 3 * 4 * (4 * (10 + 10) + 3 * (10 + 20))  # rank 4 beside four matrices of attention and three others
+    for ranks, stage, held in ((1, 1, 4e6), (2, 1, 4e6), (2, 3, 2e6)):
+        learner = {"num_gpus": 1, "world_size": ranks, "zero_stage": stage, "lora": {"rank": 4}}
+        config = a_config(learner=learner)
+        ((_, needed, _),) = memory_needed(config, facts, 40, 10 * GIB)
+        batch = micro_batch(config, INFO, 40).bytes
+        assert needed == pytest.approx(held + adapters * (6 + 12 / ranks) + batch)
+
+
 def test_what_does_not_fit_is_said_and_what_to_do():
     (line,) = memory_notes(a_config(), FACTS, 40, 10**6, None)
     assert line.startswith("memory: weights, optimiser, KV caches and micro-batches (") and "will not fit" in line
