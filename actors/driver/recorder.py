@@ -70,23 +70,52 @@ class StepRecorder:
 
         `learner` are the learner's log-probabilities, by rollout id, where they are recorded.
         """
-        kept = {r.rollout_id: r.counts.kept for r in sampled.rollouts}
-        tokens = ScoredTokens(sampled.scored)
+        tokens, kept = ScoredTokens(sampled.scored), {r.rollout_id: r.counts.kept for r in sampled.rollouts}
         traces = tokens.column("d")
-        features = self._features(tokens) if sampled.scored else lambda rollout_id: None
-        policy = _policy(self._config, sampled, learner or {})
-        prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
         active = {
             name: is_active(self._config.termination, sampled.step_start.of(name).threshold)
             for name in self._config.used_teachers or (DEFAULT_TEACHER,)
         }
-        several = self._names_teachers
+        graded = self._graded(sampled)
+        self._run.write_traces(step, self._rows(step, sampled, tokens, graded, learner or {}))
+        self._count(sampled, totals)
+        return (
+            {"policy_version": float(sampled.version)}
+            | rollout_metrics(sampled.rollouts, sampled.step_start)
+            | score_metrics(sampled.scored, kept)
+            | (teacher_metrics(sampled.rollouts, traces, sampled.step_start) if self._names_teachers else {})
+            | probe_metrics(
+                [r.outcome for r in sampled.rollouts if active[r.outcome.teacher]], traces, graded.correct, True
+            )
+            | grading_metrics(graded)
+            | self._policy_metrics(sampled, graded)
+        )
+
+    def _graded(self, sampled: SampledStep) -> Graded:
+        """The verdicts on a step: those that were waited for, or on the rollouts that were seen to their end."""
+        if sampled.graded:
+            return sampled.graded
         effect = RULES[self._config.termination.rule].effect
+        prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
         untouched = seen_to_the_end(sampled.rollouts, cuts=effect is not Effect.NOTHING)
-        graded = sampled.graded or self._grader.grade(
+        return self._grader.grade(
             {r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in untouched}
         )
-        rows = [
+
+    def _rows(
+        self,
+        step: int,
+        sampled: SampledStep,
+        tokens: ScoredTokens,
+        graded: Graded,
+        learner: Mapping[int, FloatArray],
+    ) -> list[TraceRow]:
+        """A step's rows of the traces."""
+        traces = tokens.column("d")
+        features = self._features(tokens) if sampled.scored else lambda rollout_id: None
+        policy = _policy(self._config, sampled, learner)
+        prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
+        return [
             TraceRow(
                 rollout_id=rollout.rollout_id,
                 prompt_id=prompt_ids[rollout.rollout_id],
@@ -105,11 +134,13 @@ class StepRecorder:
                 weights=rollout.outcome.weights,
                 features=features(rollout.rollout_id),
                 policy=policy(rollout),
-                teacher=rollout.outcome.teacher if several else None,
+                teacher=rollout.outcome.teacher if self._names_teachers else None,
             )
             for rollout in sampled.rollouts
         ]
-        self._run.write_traces(step, rows)
+
+    def _count(self, sampled: SampledStep, totals: Totals) -> None:
+        """Add a step to the totals of its run."""
         totals.add_step(
             started=len(sampled.specs),
             ended=[r.outcome.stop_reason for r in sampled.rollouts],
@@ -118,17 +149,6 @@ class StepRecorder:
             prompt_tokens=sum(len(s.prompt_ids) for s in sampled.specs),
             learnt_tokens=sum(k.kept for k in sampled.credit.kept),
             teacher_tokens=self._teacher_tokens(sampled),
-        )
-        return (
-            {"policy_version": float(sampled.version)}
-            | rollout_metrics(sampled.rollouts, sampled.step_start)
-            | score_metrics(sampled.scored, kept)
-            | (teacher_metrics(sampled.rollouts, traces, sampled.step_start) if several else {})
-            | probe_metrics(
-                [r.outcome for r in sampled.rollouts if active[r.outcome.teacher]], traces, graded.correct, True
-            )
-            | grading_metrics(graded)
-            | self._policy_metrics(sampled, graded)
         )
 
     @property
