@@ -66,7 +66,10 @@ class _Loaded(NamedTuple):
 
 
 class Learner:
-    """One rank. Call order: `address` (rank 0), `start` on all ranks at once, then steps on all ranks."""
+    """One rank. Call order: `address` (rank 0), `start` on all ranks at once, then steps on all ranks.
+
+    Long, since each call of the driver is a method, with its heartbeat, its span and who of the ranks does what.
+    """
 
     def __init__(self, rank: int, settings: LearnerSettings) -> None:
         label_logs()

@@ -136,7 +136,7 @@ class RolloutConfig(Section):
 
 
 class Config(Section):
-    """The whole configuration of a training run."""
+    """The whole configuration of a training run. Long, since what two sections have to agree on is checked here."""
 
     run: RunConfig = RunConfig()
     student: ModelConfig
