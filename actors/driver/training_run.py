@@ -57,7 +57,7 @@ from kat_ray.run.summary import run_summary
 
 
 class TrainingRun:
-    """One run, from loading the models to the summary. Long, since it is all that a run does, read top to bottom."""
+    """One run, from loading the models to the summary. Long, since it is all that a run does, in its order."""
 
     def __init__(
         self,
