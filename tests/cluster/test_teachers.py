@@ -121,7 +121,8 @@ def test_a_scorer_of_the_second_group_dies(teachers, straight, tmp_path):
     def kill():
         while steps_done(metrics) < 1:  # before that the name may still be that of the run before
             time.sleep(0.02)
-        victim = ray.get_actor("kat:scorer-noisy:1")
+        (found,) = [a for a in ray.util.list_named_actors(True) if a["name"] == "kat:scorer-noisy:1"]
+        victim = ray.get_actor(**found)
         pid = ray.get(victim.__ray_call__.remote(lambda _: os.getpid()))
         os.kill(pid, signal.SIGKILL)
         killed.append(steps_done(metrics))
