@@ -24,10 +24,10 @@ bench: setup ## run the benchmark, its peer included (an hour): make bench ARGS=
 gpu-check: setup ## check what is computed on a GPU (8 minutes at most); without one, tiny sizes on the CPU
 	@$(BIN)/python -m actors.acceptance $(ARGS)
 
-test: setup ## run the tests: no cluster, 6 to 7 minutes on 2 cores
+test: setup ## run the tests: no cluster, 3 minutes on 2 idle cores
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-integration: setup ## run those on a real Ray and with real engines (20 minutes)
+test-integration: setup ## run those on a real Ray and with real engines (10 to 20 minutes)
 	@$(BIN)/python -m pytest -n $(LANES) --dist loadgroup -m "integration and not nightly" $(ARGS)
 
 test-nightly: setup ## run the long ones: many kills, two thousand steps, matrices, Redis (an hour)
