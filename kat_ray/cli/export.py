@@ -15,6 +15,8 @@ def export(source: Path, out: Path, base: str | None, dtype: str | None) -> str:
     """Write the model and say where it is; `source` is a checkpoint, or a run, whose newest is taken."""
     from kat_ray.models.adapter_files import is_adapter, write_merged
 
+    if not source.is_dir():
+        raise UserError(f"{source}: no such directory; name a run, such as runs/latest, or one of its checkpoints")
     is_run = (source / "config.yaml").is_file()
     checkpoint = newest_checkpoint(source) if is_run else source
     if not is_adapter(checkpoint):

@@ -239,6 +239,8 @@ def test_export_and_eval_make_a_model_of_a_runs_adapters(adapted, tmp_path, caps
     )
     assert cli.main(["export", str(tmp_path / "out"), str(tmp_path / "again")]) == 2
     assert "holds no adapters (adapter_config.json): it is a whole model as it is" in capsys.readouterr().err
+    assert cli.main(["export", str(tmp_path / "none"), str(tmp_path / "again")]) == 2
+    assert "none: no such directory; name a run" in capsys.readouterr().err
     with whole_model(str(checkpoint)) as merged:
         torch.testing.assert_close(
             logprobs(AutoModelForCausalLM.from_pretrained(merged)), wanted, rtol=0, atol=1e-4
