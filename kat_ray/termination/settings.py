@@ -12,6 +12,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+_WITHOUT_BUDGET = ("buffer", "min_samples", "min_steps")  # whose defaults depend on what sets the threshold
+
 
 class RuleSettings(BaseModel):
     """Base of all rules' settings. A rule declares `rule: Literal["name"] = "name"`."""
@@ -89,6 +91,31 @@ def with_threshold_of(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class KatSettings(KatParameters):
-    """KL Agreement Trap Termination (arXiv 2606.09471)."""
+    """KL Agreement Trap Termination (arXiv 2606.09471), with a budget where `eta` is not given.
+
+    With an `eta` or another `calibrate_on` than probes, and no budget, or with `budget: null`, the threshold is the
+    paper's quantile; buffer, min_samples and min_steps are then by default the paper's too: 4096, 512 and 50.
+    """
 
     rule: Literal["kat"] = "kat"
+    budget: float | None = Field(0.03, ge=0, lt=1)
+    """Share of a rollout's KL that cuts may remove, on average: the threshold is the largest that stays within it,
+    by the rollouts in the buffer and a bound that pays for how few they are. Fewer than 1 / budget - 1 rollouts
+    allow no cut. `null`: the paper's quantile."""
+    buffer: int = Field(256, ge=1)
+    """Capacity of the FIFO of what cuts would remove from recent rollouts (without a budget: of their minima)."""
+    min_samples: int = Field(128, ge=1)
+    """The rule is inactive until the buffer holds so many rollouts."""
+    min_steps: int = Field(2, ge=0)
+    """The rule is inactive in the first so many optimiser steps."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_in_the_paper_without_a_budget(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        paper = given.get("eta") is not None or given.get("calibrate_on", "probes") != "probes"
+        taken = {"budget": None, **given} if paper else dict(given)
+        if taken.get("budget", 0) is not None:
+            return taken
+        return {name: KatParameters.model_fields[name].default for name in _WITHOUT_BUDGET} | taken

@@ -47,7 +47,8 @@ def kl(values):
 
 
 def rule_of(**changes):
-    return KatSettings(**{"window": 4, "consecutive": 2, "exempt": 0, "min_samples": 1, "min_steps": 0} | changes)
+    few = {"window": 4, "consecutive": 2, "exempt": 0, "min_samples": 1, "min_steps": 0, "budget": None}
+    return KatSettings(**few | changes)
 
 
 def settings_from(**fields):

@@ -164,7 +164,7 @@ def test_gpus_that_are_not_there(files, monkeypatch):
 
 def test_settings_that_do_not_do_what_they_seem_to(files):
     kat = {"rule": "kat", "window": 32, "exempt": 30, "consecutive": 4, "min_samples": 10, "min_steps": 5}
-    kat["buffer"] = 40  # at 0.1 x 4 probes a step: 100 steps
+    kat |= {"budget": None, "buffer": 40}  # at 0.1 x 4 probes a step: 100 steps
     # 30 + 32 + 3 = 65 > 64
     late = list(doctor._settings(config(files, termination=kat)))
     assert levels(late) == {"termination": "warn"}

@@ -99,6 +99,24 @@ def test_another_rule_drops_the_files_termination_fields(write):
     assert load_config(path, ["termination.eta=0.2"]).termination.window == 8
 
 
+@pytest.mark.parametrize(
+    ("given", "budget", "waits"),
+    [
+        ("", 0.03, (256, 128, 2)),
+        ("budget: 0.05", 0.05, (256, 128, 2)),
+        ("budget: null", None, (4096, 512, 50)),
+        ("eta: 0.1", None, (4096, 512, 50)),
+        ("calibrate_on: all", None, (4096, 512, 50)),
+        ("eta: 0.1, budget: 0.05", 0.05, (256, 128, 2)),
+        ("eta: 0.1, buffer: 600", None, (600, 512, 50)),
+    ],
+)
+def test_what_sets_the_threshold_decides_how_long_the_rule_waits(write, given, budget, waits):
+    rule = load_config(write(f"termination: {{rule: kat, {given}}}\n")).termination
+    assert (rule.budget, (rule.buffer, rule.min_samples, rule.min_steps)) == (budget, waits)
+    assert type(rule).model_validate(rule.model_dump()) == rule, "as its record is read"
+
+
 def test_overridden_termination_fields_belong_to_the_new_rule(write):
     path = write("termination: {rule: none}\n")
     config = load_config(path, ["termination.window=8", "termination.rule=kat"])

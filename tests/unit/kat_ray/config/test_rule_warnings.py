@@ -26,7 +26,12 @@ from tests.support.rules import settings_from
         ({"rule": "random", "longest": 99}, []),
         ({"rule": "none"}, []),
         # 0.1 x 8 probes a step: 80 in 100 steps.
-        ({"rule": "kat", "window": 8, "exempt": 8, "min_samples": 8, "min_steps": 1, "buffer": 80}, []),
+        ({"rule": "kat", "window": 8, "exempt": 8, "min_samples": 8, "min_steps": 1, "buffer": 80, "eta": 0.3}, []),
+        (
+            {"rule": "kat", "window": 8, "exempt": 8, "min_samples": 8, "min_steps": 1, "buffer": 80},
+            ["buffer = 80 holds the probes of 100 steps (0.8 a step)"],
+        ),
+        ({"rule": "kat", "window": 8, "exempt": 8, "probe_share": 1}, []),
         (
             {"rule": "kat_stages", "window": 8, "exempt": 8, "min_samples": 8, "min_steps": 1, "buffer": 160},
             ["buffer = 160 holds the probes of 200 steps (0.8 a step)"],
@@ -35,7 +40,7 @@ from tests.support.rules import settings_from
             {"rule": "kat", "window": 8, "exempt": 8, "min_samples": 8, "min_steps": 1, "buffer": 160,
              "calibrate_on": "all"}, [],
         ),
-        ({"rule": "kat", "window": 60, "exempt": 0, "buffer": 64, "min_samples": 64, "min_steps": 20},
+        ({"rule": "kat", "window": 60, "exempt": 0, "eta": 0.3, "buffer": 64, "min_samples": 64, "min_steps": 20},
          ["after 63 tokens at the earliest", "no window is ever full", "before the rule becomes active"]),
     ],
 )  # fmt: skip

@@ -353,7 +353,7 @@ def test_every_rule_has_a_page(tmp_path, rule):
             row(i, STAGES if i % 3 else [1.0] * 11, would_cut=3 if own and probe and i % 3 else None, **changes)
         )
     run = write_run(tmp_path / "run", [rows[i : i + 12] for i in range(0, 48, 12)], rule)
-    settings = [] if own else ["window=4", "consecutive=2", "exempt=0", "min_samples=2", "min_steps=1"]
+    settings = [] if own else ["window=4", "consecutive=2", "exempt=0", "min_samples=2", "min_steps=1", "eta=0.3"]
     data = whole_data(run, *settings)
     assert data["own"] is own and len(data["rollouts"]) == 48
     active = [r for r in data["rollouts"] if r["seen_threshold"] is not None]

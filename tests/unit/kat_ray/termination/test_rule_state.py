@@ -26,7 +26,9 @@ from tests.support.rules import recorded_run, settings_from
 # Settings under which the rule does in a few steps of short rollouts what it is there for.
 FIELDS = {
     "none": {},
-    "kat": {"window": 4, "exempt": 2, "consecutive": 2, "buffer": 20, "min_samples": 8, "min_steps": 1},
+    "kat": {
+        "window": 4, "exempt": 2, "consecutive": 2, "buffer": 20, "min_samples": 8, "min_steps": 1, "budget": None,
+    },
     "kat with a budget": {
         "window": 4, "exempt": 2, "consecutive": 2, "buffer": 20, "min_samples": 8, "min_steps": 1, "budget": 0.5,
     },
