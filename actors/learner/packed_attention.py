@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from kat_ray.errors import UserError
-from kat_ray.models.attention import attention_by_steps, requests_beyond
+from kat_ray.models.attention import attention_by_steps, own_mask
 
 ATTENTION = "kat_ray_packed"
 
@@ -130,7 +130,7 @@ def _packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: PackedMask | None,
+    attention_mask: object,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -140,16 +140,13 @@ def _packed_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' attention functions. UserError names a keyword of a model that is not known here."""
-    name = type(module).__name__
-    if asked := requests_beyond(others, dropout, is_causal):
-        raise UserError(f"{name} asks its attention for {asked}, which attention over packed sequences does not do")
-    if not isinstance(attention_mask, PackedMask):
-        raise UserError(f"{name} does not take its mask from transformers' mask interface")
-    if sliding_window is not None and attention_mask.is_plain:
-        raise UserError(f"{name} names sliding_window = {sliding_window} and asks for the mask of full attention")
-    if softcap is None and s_aux is None and flash_takes(query, key, value) and attention_mask.window is not None:
-        return flash_attention(query, key, value, attention_mask, scaling), None
-    return _by_sequence(query, key, value, attention_mask, scaling, softcap, s_aux), None
+    mask = own_mask(
+        attention_mask, PackedMask, module, "packed sequences",
+        dropout=dropout, sliding_window=sliding_window, is_causal=is_causal, others=others,
+    )  # fmt: skip
+    if softcap is None and s_aux is None and flash_takes(query, key, value) and mask.window is not None:
+        return flash_attention(query, key, value, mask, scaling), None
+    return _by_sequence(query, key, value, mask, scaling, softcap, s_aux), None
 
 
 def _by_sequence(

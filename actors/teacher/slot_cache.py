@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from actors.teacher.slot_groups import Pass, SpanGroup
 from actors.teacher.slot_masks import ATTENTION, SlotMask, Span, View
 from kat_ray.errors import UserError
-from kat_ray.models.attention import attention_by_steps, requests_beyond
+from kat_ray.models.attention import attention_by_steps, own_mask
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -156,7 +156,7 @@ def _slot_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: SlotMask | None,
+    attention_mask: object,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -166,19 +166,16 @@ def _slot_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' attention functions. UserError names a keyword of a model that is not known here."""
-    name = type(module).__name__
-    if asked := requests_beyond(others, dropout, is_causal):
-        raise UserError(f"{name} asks its attention for {asked}, which attention over slots does not do")
-    if not isinstance(attention_mask, SlotMask):
-        raise UserError(f"{name} does not take its mask from transformers' mask interface")
-    if sliding_window is not None and attention_mask.is_plain:
-        raise UserError(f"{name} names sliding_window = {sliding_window} and asks for the mask of full attention")
+    mask = own_mask(
+        attention_mask, SlotMask, module, "slots",
+        dropout=dropout, sliding_window=sliding_window, is_causal=is_causal, others=others,
+    )  # fmt: skip
     # The layer that stored them may be an earlier one, whose keys this one shares.
     owners = [getattr(states, "slot_layer", None) for states in (key, value)]
     if owners[0] is None or owners[0] is not owners[1]:
-        raise UserError(f"{name} changes keys or values after they are stored")
+        raise UserError(f"{type(module).__name__} changes keys or values after they are stored")
     layer = cast(_SlotLayer, owners[0])
-    return layer.attend(query, attention_mask, scaling, softcap, s_aux), None
+    return layer.attend(query, mask, scaling, softcap, s_aux), None
 
 
 AttentionInterface.register(ATTENTION, _slot_attention)

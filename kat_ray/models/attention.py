@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+from kat_ray.errors import UserError
 
 # Keywords of transformers' attention functions that change no output: positions are in the keys already, lengths
 # are known otherwise, and what is asked to be returned beside the output is not used.
@@ -16,7 +18,7 @@ _HARMLESS = frozenset(
 )  # fmt: skip
 
 
-def requests_beyond(others: Mapping[str, Any], dropout: float, is_causal: bool | None) -> str:
+def _requests_beyond(others: Mapping[str, Any], dropout: float, is_causal: bool | None) -> str:
     """What a model asks its attention for that nobody here does, as part of a sentence; or nothing."""
     asked = {k: v for k, v in others.items() if k not in _HARMLESS and v is not None and v is not False}
     if dropout:
@@ -24,6 +26,43 @@ def requests_beyond(others: Mapping[str, Any], dropout: float, is_causal: bool |
     if is_causal is False:
         asked["is_causal"] = is_causal
     return ", ".join(f"{k} ({type(v).__name__})" for k, v in sorted(asked.items()))
+
+
+class Mask(Protocol):
+    """A mask that attention of our own gives transformers' mask interface, and gets back in each layer."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is that of full causal attention."""
+
+
+M = TypeVar("M", bound=Mask)
+
+
+def own_mask(
+    mask: object,
+    kind: type[M],
+    module: object,
+    over: str,
+    *,
+    dropout: float,
+    sliding_window: int | None,
+    is_causal: bool | None,
+    others: Mapping[str, Any],
+) -> M:
+    """The mask, if attention of ours, which sees by masks of this kind, computes what the layer asks for.
+
+    `over` names the attention: what it runs over. `others` are the keywords that it does not know. UserError says
+    what the layer asks for beyond it.
+    """
+    name = type(module).__name__
+    if asked := _requests_beyond(others, dropout, is_causal):
+        raise UserError(f"{name} asks its attention for {asked}, which attention over {over} does not do")
+    if not isinstance(mask, kind):
+        raise UserError(f"{name} does not take its mask from transformers' mask interface")
+    if sliding_window is not None and mask.is_plain:
+        raise UserError(f"{name} names sliding_window = {sliding_window} and asks for the mask of full attention")
+    return mask
 
 
 def attention_by_steps(

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.chromium import chromium
 from tests.support.paths import ROOT
+from tests.support.tokenizers import make_tokenizer
 
 
 @pytest.fixture
@@ -32,3 +33,11 @@ def browser(tmp_path_factory):
     """For Ray's dashboard."""
     with chromium(tmp_path_factory.mktemp("profile")) as session:
         yield session
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory):
+    """For checkpoints, which have one beside the weights."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(path)
+    return str(path)

@@ -245,17 +245,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(models, tmp_path, stage):
     assert all((after[n] == before[n]).all() for n in before)
 
 
-def test_steps_learn_and_the_checkpoint_is_the_student(models, tmp_path):
-    from tokenizers import Tokenizer
-    from tokenizers import models as token_models
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+def test_steps_learn_and_the_checkpoint_is_the_student(models, tmp_path, tokenizer_dir):
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(token_models.WordLevel({"a": 0}, "a")))
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
     step = step_of(models, random_rollouts(8))
     with Group(models, 1, lr=3e-3) as group:
         losses = [group.step(*step) for _ in range(8)]
-        group.save(tmp_path / "out", str(tmp_path / "tokenizer"))
+        group.save(tmp_path / "out", tokenizer_dir)
         weights = group.weights()
     assert losses[0].logprob_diff_max < 1e-4, "before any step the learner is the sampler's student"
     assert losses[-1].loss < 0.7 * losses[0].loss

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from kat_ray.run.checkpoint import CheckpointError, Checkpoints, FileDigest
 from tests.cluster.ranks import Group
 from tests.support.models import make_model
+from tests.support.tokenizers import make_tokenizer
 
 
 @pytest.fixture
@@ -24,18 +25,6 @@ def group(models):
     yield make
     for one in made:
         one.close()
-
-
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory):
-    from tokenizers import Tokenizer
-    from tokenizers import models as token_models
-    from transformers import PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(token_models.WordLevel({"a": 0}, "a")))
-    tokenizer.save_pretrained(path)
-    return str(path)
 
 
 def saved_tensors(path):
@@ -164,7 +153,8 @@ def test_steps_while_it_is_written_do_not_change_what_is_written(group, models, 
     one.all("release")
     assert one.written() == before
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "step-2")
-    assert loaded.config.use_cache and len(AutoTokenizer.from_pretrained(tmp_path / "step-2")) == 1
+    assert loaded.config.use_cache
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "step-2")) == len(make_tokenizer())
     assert one.save(tmp_path / "step-5", tokenizer_dir) != before
 
 

@@ -23,18 +23,6 @@ PAIRS = [([5, 6, 7], [9, 4, 2]), (list(range(100, 140)), [8] * 12), ([3], [1])]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def tokenizer_dir(tmp_path_factory):
-    from tokenizers import Tokenizer
-    from tokenizers import models as token_models
-    from transformers import PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(token_models.WordLevel({"a": 0}, "a")))
-    tokenizer.save_pretrained(path)
-    return str(path)
-
-
 def group_of(models, world_size=1, lora=LORA, **learner):
     return Group(models, world_size, lora=lora, lr=1e-2, **learner)
 
