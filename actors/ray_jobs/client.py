@@ -11,12 +11,12 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from actors.ray_jobs.upload import Upload
+from actors.ray_jobs.upload import Upload, silence_packager
 from kat_ray.cluster.auth import choose_mode, refused
 from kat_ray.cluster.versions import CLIENT_VARIABLE, versions
 from kat_ray.config import Config
@@ -30,7 +30,14 @@ ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 RUN_KEY = "kat-ray-run"  # in a job's metadata
 _STOP_MARGIN = 30  # seconds for a driver beside run.grace_seconds
 _ENDED = {"SUCCEEDED": 0, "STOPPED": 143, "FAILED": 1}
-_PATIENCE = 60.0  # seconds to find a cluster again whose log was followed
+# Seconds to find a cluster again whose log was followed, and for the agent of a new one to come up.
+_PATIENCE = 60.0
+_NO_AGENT = "No available agent"  # what the dashboard answers while none has told it where it is
+_NO_AGENT_CAME = (
+    f"no agent that starts jobs within {_PATIENCE:g} s. It listens on port 52365 of the head's machine, which "
+    "another Ray there may hold: end that one, or start this head with a port of its own (ray start --head "
+    "--dashboard-agent-listen-port=PORT); see dashboard_agent.log of the head's session"
+)
 # Seconds for the first call, and for any later one, an upload among them: Ray's client itself would wait for ever.
 _CONNECT, _ANSWER, _CALL = 10.0, 30.0, 300.0
 _SILENCE = 300.0  # of a followed log, until it is asked for anew: a connection may break without a word
@@ -84,9 +91,9 @@ class Jobs:
         self.address = address
         choose_mode(os.environ)
         self._knock()
-        logging.getLogger("ray").setLevel(logging.WARNING)
         from ray.job_submission import JobSubmissionClient
 
+        silence_packager()
         with self._asking("the cluster's version"), _sent_to(address):
             self._client = JobSubmissionClient(address)
         self._client._do_request = partial(self._client._do_request, timeout=(_CONNECT, _CALL))
@@ -130,6 +137,8 @@ class Jobs:
 
         try:
             yield
+        except UserError:  # ours, and says all
+            raise
         except AuthenticationError as error:
             raise UserError(f"{self.address}: {refused(os.environ)}") from error
         except (ConnectionError, requests.exceptions.RequestException) as error:
@@ -176,8 +185,11 @@ class Jobs:
 
     # --- what is done ----------------------------------------------------------------------------------------
 
-    def submit(self, config: Config, command: Sequence[str], upload: Upload, variables: Mapping[str, str]) -> str:
-        """Upload a folder and run `command` in it on the head; returns the job's id."""
+    def submit(self, config: Config, command: Sequence[str], upload: Upload, waits: Callable[[str], object]) -> str:
+        """Upload a folder and run `command` in it on the head; returns the job's id.
+
+        `waits` is told, in one line, where it takes longer than it should.
+        """
         name, taken = config.run.name, self.all()
         running = [j.submission_id for j in taken if run_of(j) == name and not is_over(j)]
         if running:
@@ -190,16 +202,37 @@ class Jobs:
         env = {
             "RAY_JOB_STOP_WAIT_TIME_S": str(int(config.run.grace_seconds) + _STOP_MARGIN),
             CLIENT_VARIABLE: versions(),
-            **variables,
         }
+        send = partial(
+            self._client.submit_job,
+            entrypoint=shlex.join(command),
+            submission_id=job_id,
+            runtime_env={"working_dir": str(upload.folder), "excludes": list(upload.excludes), "env_vars": env},
+            metadata={RUN_KEY: name, "name": name},
+            entrypoint_num_cpus=0,
+        )
         with self._asking("the upload"):
-            return self._client.submit_job(
-                entrypoint=shlex.join(command),
-                submission_id=job_id,
-                runtime_env={"working_dir": str(upload.folder), "excludes": list(upload.excludes), "env_vars": env},
-                metadata={RUN_KEY: name, "name": name},
-                entrypoint_num_cpus=0,
-            )
+            return self._once_an_agent_is_there(send, waits)
+
+    def _once_an_agent_is_there(self, send: Callable[[], str], waits: Callable[[str], object]) -> str:
+        """Send a job, again for a minute while no agent takes it: the head's comes up after its dashboard.
+
+        What was uploaded is there the second time, and is not uploaded again.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        told = False
+        while True:
+            try:
+                return send()
+            except RuntimeError as error:
+                if _NO_AGENT not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise UserError(f"{self.address}: {_NO_AGENT_CAME}") from error
+            if not told:
+                waits(f"the cluster's agent, which starts jobs, is not ready: trying again for {_PATIENCE:g} s")
+                told = True
+            time.sleep(1.0)
 
     def stop(self, job_id: str) -> bool:
         """Ask a job to end; False if it had ended."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.ray_jobs.client import Jobs, exit_code, is_over, run_of, status_of
-from actors.ray_jobs.upload import dashboard_limit, plan_upload
+from actors.ray_jobs.upload import Upload, dashboard_limit, plan_upload
 from kat_ray.cluster.versions import other_ray
 from kat_ray.config import Config
 from kat_ray.config.load import EMBEDDED
@@ -50,6 +52,27 @@ def submit(
     """Submit a run whose configuration was found right; follow it if told to. Returns the exit code."""
     check_ray_version(jobs)
     command = train_command(config, source, overrides, folder)
+    upload = _checked_upload(config, source, command, folder, console)
+    job_id = jobs.submit(config, command, upload, partial(_say, console))
+    _say(console, f"job {job_id} is submitted: {jobs.link(job_id)}")
+    if not wait:
+        _say(console, f"follow it: kat-ray logs {job_id} --follow; end it: kat-ray stop {job_id}")
+        return 0
+    return follow(jobs, job_id, console)
+
+
+def show_upload(config: Config, source: str, overrides: Sequence[str], folder: Path, console: Console) -> int:
+    """Show each file that `submit` would upload, the largest first, and what the job would run; send nothing."""
+    command = train_command(config, source, overrides, folder)
+    upload = _checked_upload(config, source, command, folder, console)
+    for line in upload.listing():
+        _say(console, line)
+    _say(console, f"the job would run: {shlex.join(command)}")
+    return 0
+
+
+def _checked_upload(config: Config, source: str, command: Sequence[str], folder: Path, console: Console) -> Upload:
+    """What is to be uploaded, said in a few lines; `UserError` for a file that the job would miss, or too much."""
     upload = plan_upload(folder, config)
     for line in upload.lines():
         _say(console, line)
@@ -58,12 +81,7 @@ def submit(
     for name in reward_files(config):
         upload.check_holds(name)
     upload.check_size(dashboard_limit())
-    job_id = jobs.submit(config, command, upload, {})
-    _say(console, f"job {job_id} is submitted: {jobs.link(job_id)}")
-    if not wait:
-        _say(console, f"follow it: kat-ray logs {job_id} --follow; end it: kat-ray stop {job_id}")
-        return 0
-    return follow(jobs, job_id, console)
+    return upload
 
 
 def check_ray_version(jobs: Jobs) -> None:

@@ -6,6 +6,7 @@ far as names and first lines tell, and nothing that a run does not need.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -66,6 +67,11 @@ class Upload:
             more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
             yield f"left out, {reason}: {', '.join(paths[:_NAMED])}{more}"
 
+    def listing(self) -> Iterator[str]:
+        """Every file with its size, the largest first."""
+        for name, size in self._by_size():
+            yield f"{size:>13,} bytes  {name}"
+
     def check_holds(self, source: str) -> None:
         """`UserError` where a file that the job reads, by its path below the folder, is left out."""
         if source not in self.files:
@@ -84,8 +90,10 @@ class Upload:
             )
 
     def _largest(self) -> str:
-        largest = sorted(self.files.items(), key=lambda item: (-item[1], item[0]))[:_NAMED]
-        return ", ".join(f"{name} ({_mib(size)})" for name, size in largest) or "nothing"
+        return ", ".join(f"{name} ({_mib(size)})" for name, size in self._by_size()[:_NAMED]) or "nothing"
+
+    def _by_size(self) -> list[tuple[str, int]]:
+        return sorted(self.files.items(), key=lambda item: (-item[1], item[0]))
 
 
 def plan_upload(folder: Path, config: Config) -> Upload:
@@ -93,6 +101,7 @@ def plan_upload(folder: Path, config: Config) -> Upload:
     from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE, get_runtime_env_default_excludes
     from ray._private.runtime_env.packaging import _dir_travel
 
+    silence_packager()
     root = folder.resolve()
     weights = (*WEIGHTS, *(f"!/{_escaped(kept)}/**" for kept in _kept(root, config)))
     debris = (*_DEBRIS, *get_runtime_env_default_excludes())
@@ -112,6 +121,15 @@ def plan_upload(folder: Path, config: Config) -> Upload:
     # Ray has one list, whose last pattern that fits holds: what is kept of the weights may still be a secret.
     excludes = (*weights, *RECORDS, *debris, *SECRETS, *(f"/{_escaped(name)}" for name in sieve.found))
     return Upload(root, files, {k: v for k, v in sieve.left_out.items() if v}, excludes)
+
+
+def silence_packager() -> None:
+    """Ray's packager and websocket tell of each folder that they skip; `Upload.lines` says what matters.
+
+    Ray sets these levels when it is imported, so this comes after.
+    """
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def dashboard_limit() -> int:

@@ -109,6 +109,7 @@ examples:
 examples:
   kat-ray submit demo run.dir=/runs                      to the dashboard of this machine, 127.0.0.1:8265
   kat-ray submit my.yaml --address http://HEAD:8265      a YAML file inside the working tree
+  kat-ray submit my.yaml --dry-run                       what would be uploaded: every file, the largest first
   kat-ray submit my.yaml --no-wait                       return as soon as it is submitted
 
 The configuration is checked first, then the working tree is uploaded (without .git, runs and whatever .gitignore

@@ -24,6 +24,9 @@ def add_jobs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argum
     submit.add_argument(
         "--working-dir", metavar="DIR", type=Path, default=Path(), help="the folder to upload (default: this one)"
     )
+    submit.add_argument(
+        "--dry-run", action="store_true", help="show every file that would be uploaded; ask and send nothing"
+    )
     submit.add_argument("--no-wait", action="store_true", help="do not follow the job")
     status = add("status", _status, "show a job's state and last step", ABOUT_JOB)
     logs = add("logs", _logs, "print a job's log", ABOUT_JOB)
@@ -77,7 +80,7 @@ def _console() -> Console:
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from actors.ray_jobs.commands import submit, train_command
+    from actors.ray_jobs.commands import show_upload, submit, train_command
     from kat_ray.config.load import load_config
     from kat_ray.errors import UserError
 
@@ -85,6 +88,8 @@ def _submit(args: argparse.Namespace) -> int:
     if not folder.is_dir():
         raise UserError(f"--working-dir {folder}: not a directory")
     config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        return show_upload(config, args.config, args.overrides, folder, _console())
     train_command(config, args.config, args.overrides, folder)  # before the cluster is asked for anything
     return submit(
         _jobs(args.address), config, args.config, args.overrides, folder, wait=not args.no_wait, console=_console()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from kat_ray.cli import jobs as cli_jobs
 from kat_ray.cli.arguments import path_of
 from kat_ray.cli.help import DESCRIPTION, EXAMPLES, EXIT_CODES, OVERRIDES
+from kat_ray.cli.interpreter import missing
 from kat_ray.cli.records import add_records
 from kat_ray.errors import Stopped, UserError
 from kat_ray.observability.logs import log_to_terminal
@@ -40,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         return _complain(str(error))
+    except ModuleNotFoundError as error:
+        if (said := missing(error)) is None:
+            raise
+        return _complain(said)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.code

@@ -73,6 +73,8 @@ def helm_values(words):
             at[last] = yaml.safe_load(value) if value else ""
         elif word == "--namespace":
             assert next(words) == NAMESPACE
+        elif word == "--timeout":
+            assert re.fullmatch(r"[0-9]+[hms]", next(words))
         else:
             rest.append(word)
     values = {}
@@ -96,7 +98,7 @@ def test_every_helm_command_renders():
         assert verb in ("install", "template") and ROOT / chart == CHART
         assert rendered(values, release)
         seen.append(release)
-    assert seen == ["smoke", "r1", "lab", "r1"]
+    assert seen == ["smoke", "r1", "lab", "big", "r1"]
 
 
 def test_a_wrong_helm_command_is_noticed():

@@ -9,9 +9,10 @@ import ray
 
 from tests.cluster.local_cluster import local_cluster
 
-# An image's `python`: killed at once, or without the package, as long as a file says so.
+# An image's `python`: killed at once, without the package, or without what it needs, as long as a file says so.
 PYTHON = """#!/bin/sh
 [ -e killed ] && kill -9 $$
+[ -e foreign ] && exec "{python}" -S "$@"
 [ -e "{bare}" ] && exec "{python}" -I -S "$@"
 exec "{python}" "$@"
 """

@@ -1,13 +1,14 @@
 """A cluster that cannot be used as asked: each time one message that says what to do, exit code 2, nothing left."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from kat_ray.cluster.auth import WHERE_FROM
-from tests.deploy.ray_process import until
+from tests.deploy.manifests import ROOT
 from tests.support.commands import refusal
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("own_ray")]
@@ -106,15 +107,14 @@ def submit(cluster, call, tmp_path_factory):
         folder = tmp_path_factory.mktemp("tree")
         for file in ("README", *files):
             (folder / file).touch()
-
-        def sent():  # the agent that starts jobs comes up after the dashboard
-            done = call(
-                "submit", "demo", "run.dir=/runs", f"run.name={name}", "--working-dir", str(folder),
-                "--address", f"http://127.0.0.1:{cluster.dashboard}", RAY_AUTH_TOKEN=cluster.token,
-            )  # fmt: skip
-            return None if "No available agent" in done.stderr else done
-
-        return until(sent, 240, "the cluster takes a job")
+        if "foreign" in files:
+            shutil.copytree(ROOT / "kat_ray", folder / "kat_ray", ignore=shutil.ignore_patterns("demo", "*.pyc"))
+        done = call(  # the agent that starts jobs comes up after the dashboard: it is waited for
+            "submit", "demo", "run.dir=/runs", f"run.name={name}", "--working-dir", str(folder),
+            "--address", f"http://127.0.0.1:{cluster.dashboard}", RAY_AUTH_TOKEN=cluster.token, seconds=240,
+        )  # fmt: skip
+        assert not [line for line in done.stderr.splitlines() if " INFO " in line or " WARNING " in line]
+        return done
 
     return run
 
@@ -126,6 +126,15 @@ def test_an_image_without_the_package(submit, bare_python):
     assert last.startswith(
         "the image lacks the package: build it from docker/Dockerfile, or submit from a working tree"
     )
+
+
+def test_another_python_than_rays_is_named_with_rays(submit):
+    done = submit("foreign", "foreign")
+    assert done.returncode == 2 and "job foreign-1: FAILED" in done.stdout, done.stdout + done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    # The test's wrapper runs the same program as Ray does; in life they differ (tests/unit, test_interpreter).
+    assert line.startswith(f"error: {sys.executable} (Python 3.") and "Ray runs under it too" in line, line
+    assert "the cluster lacks a package" not in done.stdout, "said once"
 
 
 def test_a_job_that_dies_at_once(submit):

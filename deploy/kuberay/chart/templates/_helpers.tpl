@@ -55,11 +55,12 @@ seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
 {{- define "kat-ray.containerSecurity" -}}
+{{- /* The root context; with `ipcLock` in it: memory may be locked, for RDMA. */ -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 runAsNonRoot: true
 runAsUser: {{ .Values.security.userId }}
-capabilities: {drop: [ALL]}
+capabilities: {drop: [ALL]{{ if .ipcLock }}, add: [IPC_LOCK]{{ end }}}
 seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 

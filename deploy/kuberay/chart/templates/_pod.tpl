@@ -8,7 +8,13 @@ The root file system is read-only. What is written goes to volumes: /tmp (Ray's 
 {{- $values := $root.Values -}}
 {{- $head := eq .role "head" -}}
 {{- $grace := include "kat-ray.grace" $root | float64 | ceil | int -}}
+{{- $all := $values.pods -}}
+{{- $own := .size -}}
 metadata:
+  {{- with merge (dict) ($own.annotations | default dict) $all.annotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
   labels:
     {{- include "kat-ray.nodeLabels" $root | nindent 4 }}
     app.kubernetes.io/component: {{ .role }}
@@ -17,6 +23,15 @@ spec:
   automountServiceAccountToken: false
   {{- end }}
   enableServiceLinks: false
+  {{- range $field := list "serviceAccountName" "priorityClassName" "runtimeClassName" }}
+  {{- with get $own $field | default (get $all $field) }}
+  {{ $field }}: {{ . }}
+  {{- end }}
+  {{- end }}
+  {{- with merge (dict) ($own.affinity | default dict) $all.affinity }}
+  affinity:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
   restartPolicy: Never # the operator makes a new pod; a node that starts again in an old one is two nodes to Ray
   # The run's own grace, then Ray's kill, then the hook below gives up, then Ray itself ends: each a little later.
   terminationGracePeriodSeconds: {{ add $grace 60 }}
@@ -55,16 +70,21 @@ spec:
         {{- end }}
         - {containerPort: 8080, name: metrics}
       env:
-        {{- include "kat-ray.env" $root | nindent 8 }}
+        {{- include "kat-ray.merged" (dict "ours" (include "kat-ray.env" $root) "given" (concat $all.env ($own.env | default list))) | nindent 8 }}
         # `ray job stop` ends with SIGKILL after this many seconds; without it, after 3.
         - {name: RAY_JOB_STOP_WAIT_TIME_S, value: {{ add $grace 15 | quote }}}
+      {{- with concat $all.envFrom ($own.envFrom | default list) }}
+      envFrom:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
       resources:
         {{- $limits := dict "cpu" (toString .size.cpus) "memory" .size.memory -}}
+        {{- range $name, $amount := $own.resources }}{{ $limits = set $limits $name (toString $amount) }}{{ end }}
         {{- if .size.gpus }}{{ $limits = set $limits "nvidia.com/gpu" (toString .size.gpus) }}{{ end }}
         requests: {{- toYaml $limits | nindent 10 }}
         limits: {{- toYaml $limits | nindent 10 }}
       securityContext:
-        {{- include "kat-ray.containerSecurity" $root | nindent 8 }}
+        {{- include "kat-ray.containerSecurity" (merge (dict "ipcLock" (ternary $own.ipcLock $all.ipcLock (hasKey $own "ipcLock"))) $root) | nindent 8 }}
       {{- if or $head (eq .role "learner") }}
       # Ray ends at once with its pod. Before that: stop the job, and keep its learners until it has written a checkpoint.
       lifecycle:
@@ -81,6 +101,9 @@ spec:
         {{- if $values.storage.modelsClaim }}
         - {name: models, mountPath: /models, readOnly: true}
         {{- end }}
+        {{- with concat $all.volumeMounts ($own.volumeMounts | default list) }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
   volumes:
     - name: tmp
       emptyDir: {sizeLimit: {{ $values.storage.tmpSize }}}
@@ -96,6 +119,34 @@ spec:
     - name: models
       persistentVolumeClaim: {claimName: {{ . }}, readOnly: true}
     {{- end }}
+    {{- with concat $all.volumes ($own.volumes | default list) }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+{{- end -}}
+
+{{- /*
+The environment: the chart's, but for names that are given, then what is given, each name once, the last one.
+dict ours (text, of a list), given (a list).
+*/ -}}
+{{- define "kat-ray.merged" -}}
+{{- $by := dict -}}
+{{- $names := list -}}
+{{- range .given -}}
+{{- if has .name (list "RAY_JOB_STOP_WAIT_TIME_S" "RAY_ADDRESS" "RAY_AUTH_MODE" "RAY_AUTH_TOKEN") -}}
+{{- fail (printf "env: %s is set by the chart and the operator: use run.grace_seconds, auth.secretName" .name) -}}
+{{- end -}}
+{{- if and (hasKey . "value") (regexMatch "(?i)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$" .name) -}}
+{{- fail (printf "env: %s has the name of a secret and a plain value: put it into a Secret, and give valueFrom.secretKeyRef" .name) -}}
+{{- end -}}
+{{- $_ := set $by .name . -}}
+{{- $names = append $names .name -}}
+{{- end -}}
+{{- $out := list -}}
+{{- range .ours | fromYamlArray -}}
+{{- if not (hasKey $by .name) }}{{ $out = append $out . }}{{ end -}}
+{{- end -}}
+{{- range uniq $names }}{{ $out = append $out (get $by .) }}{{ end -}}
+{{- toYaml $out -}}
 {{- end -}}
 
 {{- define "kat-ray.env" -}}
@@ -116,8 +167,12 @@ spec:
 {{- if .Values.hub.offline }}
 - {name: HF_HUB_OFFLINE, value: "1"}
 {{- end }}
-{{- with .Values.hub.secretName }}
+{{ include "kat-ray.token" . }}
+{{- end -}}
+
+{{- define "kat-ray.token" -}}
+{{- with .Values.hub.secretName -}}
 - name: HF_TOKEN
   valueFrom: {secretKeyRef: {name: {{ . }}, key: token}}
-{{- end }}
+{{- end -}}
 {{- end -}}

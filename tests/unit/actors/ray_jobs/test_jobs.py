@@ -205,11 +205,59 @@ def test_a_failure_of_the_dashboard_is_one_line():
     reply = "Request failed with status code 500: Traceback (most recent call last):\n  File x\nKeyError: 'r-1'\n."
     for said, words in (
         (reply.removesuffix("."), "KeyError: 'r-1'"),
-        ("No available agent\nx", "No available agent"),
+        ("status code 413: too large\nx", "status code 413: too large"),
     ):
         with pytest.raises(UserError) as error, known._asking("the upload"):
             raise RuntimeError(said)
         assert str(error.value).startswith("http://a: the upload: ") and str(error.value).endswith(words)
+
+
+def without_an_agent(monkeypatch, answers):
+    """Jobs of a cluster that answers so to what is submitted: an error, or an id. And what was said meanwhile."""
+    known, said, left = Jobs.__new__(Jobs), [], list(answers)
+    known.address, known.all = "http://a", lambda: []
+
+    def submit_job(**_):
+        answer = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    known._client = SimpleNamespace(submit_job=submit_job)
+    now = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: next(now), sleep=lambda _: None))
+    upload = SimpleNamespace(folder="/tree", excludes=())
+    return (lambda: known.submit(config_in(), ["python"], upload, said.append)), said
+
+
+# What Ray's client makes of the dashboard's answer.
+NOBODY = RuntimeError(
+    "Request failed with status code 500: No available agent to submit job, please try again later.."
+)
+
+
+def test_an_agent_that_comes_up_late_is_waited_for(monkeypatch):
+    submit, said = without_an_agent(monkeypatch, [NOBODY, NOBODY, "run-1"])
+    assert submit() == "run-1"
+    assert said == ["the cluster's agent, which starts jobs, is not ready: trying again for 60 s"], "said once"
+
+
+def test_an_agent_that_never_comes_up_may_have_lost_its_port(monkeypatch):
+    submit, said = without_an_agent(monkeypatch, [NOBODY])
+    with pytest.raises(
+        UserError, match=r"^http://a: no agent that starts jobs within 60 s.* another Ray .*-port=PORT"
+    ):
+        submit()
+    assert len(said) == 1
+
+
+def test_other_answers_to_a_job_are_not_asked_for_again(monkeypatch):
+    submit, said = without_an_agent(
+        monkeypatch, [RuntimeError("Request failed with status code 500: disk full."), "x"]
+    )
+    with pytest.raises(UserError, match=r"the upload: .*disk full"):
+        submit()
+    assert said == []
 
 
 def test_versions_that_differ_are_said():

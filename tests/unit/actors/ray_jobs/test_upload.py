@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from actors.ray_jobs.upload import MIB, dashboard_limit, plan_upload
+from kat_ray.cli import main as cli
 from kat_ray.errors import UserError
 from tests.support.configs import make_config
 from tests.support.paths import ROOT
@@ -132,6 +133,30 @@ def test_too_much_is_refused_before_it_is_sent(tree, tmp_path):
         UserError, match=r"4\.0 MiB would be uploaded.*takes 4\.0 MiB\. The largest: data/big\.jsonl \(3"
     ):
         upload.check_size(4 * MIB)
+
+
+def test_a_dry_run_shows_every_file_the_largest_first_and_asks_no_cluster(tree, capfd, monkeypatch):
+    monkeypatch.setattr("actors.ray_jobs.client.Jobs", lambda *_: pytest.fail("the cluster was asked"))
+    write(tree, "data/train.jsonl", content="x" * 5000)
+    write(tree, "my.yaml", content="student: {path: a}\nteacher: {path: b}\ndata: {path: data/train.jsonl}\n")
+    command = ["submit", str(tree / "my.yaml"), "run.dir=/runs", "--working-dir", str(tree), "--dry-run"]
+    assert cli.main(command) == 0
+    out, err = capfd.readouterr()
+    first, *lines = out.splitlines()
+    assert first.startswith(f"uploading {tree}: {len(KEPT)} files, ")
+    listed = [line.split(" bytes  ") for line in lines if " bytes  " in line]
+    assert [int(size.replace(",", "")) for size, _ in listed[:2]] == [5000, (tree / "my.yaml").stat().st_size]
+    assert [name for _, name in listed[:2]] == ["data/train.jsonl", "my.yaml"]
+    assert {name for _, name in listed} == set(KEPT)
+    assert lines[-1] == "the job would run: python -m kat_ray.cli train my.yaml run.dir=/runs"
+    assert "packaging.py" not in err and "INFO" not in err
+
+
+def test_a_dry_run_refuses_what_the_job_would_miss(tree, capfd):
+    (tree / "ignored" / "my.yaml").write_text("student: {path: a}\nteacher: {path: b}\ndata: {path: c.jsonl}\n")
+    command = ["submit", str(tree / "ignored/my.yaml"), "run.dir=/runs", "--working-dir", str(tree), "--dry-run"]
+    assert cli.main(command) == 2
+    assert "error: ignored/my.yaml: is not uploaded" in capfd.readouterr().err
 
 
 def test_a_configuration_that_is_left_out_is_refused(tree):
