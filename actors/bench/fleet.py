@@ -32,11 +32,13 @@ from actors.testing.stub_engine import PlainMonitor, StubSampler, stub_engine
 from actors.testing.stub_teacher import StubScorer, stub_teacher
 from kat_ray.config import Config
 from kat_ray.data.prompts import PromptOrder
+from kat_ray.run.carried import Carried
 from kat_ray.termination import RunFacts
 from kat_ray.types.records import DEFAULT_TEACHER, Prompt
 
 CHUNK_TOKENS = 16
 MAX_TOKENS = 64
+_MOST_PROMPTS = 100_000  # of a step: its ids are its own
 _SYSTEM = ("raylet", "gcs_server")
 
 
@@ -199,7 +201,8 @@ class Fleet:
         return _measured(setting, parts, before, _usage(used), time.monotonic() - started)
 
     def _one_step(self, steps: Steps) -> SampledStep:
-        self._step += 1
+        self._step += 1  # over all settings: actors know those that were
+        steps.reset_carried(self._step, Carried(prompts=self._step * _MOST_PROMPTS))
         return steps.sample(self._step)
 
 
@@ -224,11 +227,11 @@ def _part(sampled: SampledStep) -> _Part:
         tokens=tokens,
         chunks=len(sampled.chunks),
         # A score and an observe for every chunk; what the driver calls once a step is small and counted by hand.
-        calls=2 * len(sampled.chunks) + 2 * len(sampled.reports) + 2,
+        calls=2 * len(sampled.chunks) + 2 * sum(map(len, sampled.reports)) + 2,
         bytes_put=sum(nbytes(r) for r in records) / max(1, records[0].tokens) * tokens,
         trapped=sum(r.outcome.cut is not None for r in sampled.rollouts),
         rollouts=len(sampled.rollouts),
-        decision_seconds=np.concatenate([r.decision_seconds for r in sampled.reports]),
+        decision_seconds=np.concatenate([r.decision_seconds for batch in sampled.reports for r in batch]),
     )
 
 

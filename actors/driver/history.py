@@ -138,10 +138,13 @@ class RunHistory:
         return bool(self.done) and self.writer.saved != self.done
 
     def _state(self) -> RunState:
+        carried = self._steps.carried(self.done)
         return RunState(
             done=self.done,
             rule=dict(self.rule_state),
-            probe_rewards=list(self._steps.probe_rewards(self.done)),
+            probe_rewards=list(carried.probe_rewards),
+            prompts_taken=carried.prompts,
+            curriculum=dict(carried.curriculum),
             totals=self.totals.state(),
             evaluations=self._evaluation.results,
             evaluated=self._evaluation.evaluated,
@@ -168,7 +171,7 @@ class RunHistory:
         self.totals = Totals.from_state(state.totals.model_dump(mode="json"))
         self._seconds_before = state.seconds
         self._steps.reset_rule(state.rule)
-        self._steps.reset_probe_rewards(state.done, state.probe_rewards)
+        self._steps.reset_carried(state.done, state.carried(self._config.rollout.prompts_per_step))
         self.rule_state = self._steps.rule_state
         self._evaluation.go_back(state.evaluations, state.evaluated)
         self.writer.go_back(state.done, None)

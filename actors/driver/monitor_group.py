@@ -20,7 +20,7 @@ from actors.cluster.handles import Ref, remote
 from actors.driver.dispatcher import CompletedRequest
 from actors.monitor.trap_monitor import TrapMonitor
 from kat_ray.data.accounting import finished
-from kat_ray.types.records import StepEnd, StepStart, StopReason
+from kat_ray.types.records import RolloutOutcome, StepEnd, StepStart, StopReason
 
 
 class MonitorGroup:
@@ -38,10 +38,9 @@ class MonitorGroup:
         assert all(start == starts[0] for start in starts), f"monitors disagree: {starts}"
         return starts[0]
 
-    def end_step(self, step: int, completed: Sequence[CompletedRequest], state: Mapping[str, Any]) -> StepEnd:
-        """Close the step everywhere; the seconds are those of the busiest monitor.
-
-        `state` is the calibration that the step began with.
+    def close(self, completed: Sequence[CompletedRequest]) -> StepEnd:
+        """The outcomes of these requests of the step that is open; the seconds are those of the busiest monitor in
+        the step so far. More may follow before `end_step`.
         """
         own = [[c for c in completed if c.monitor == i] for i in range(len(self._actors.replicas))]
         closed = self._actors.call(
@@ -50,6 +49,13 @@ class MonitorGroup:
             prepare=lambda i: self._replay(i, own[i]),
         )
         outcomes = sorted((o for end in closed for o in end.outcomes), key=lambda o: o.rollout_id)
+        return StepEnd(tuple(outcomes), max(end.busy_seconds for end in closed))
+
+    def end_step(self, step: int, outcomes: Sequence[RolloutOutcome], state: Mapping[str, Any]) -> None:
+        """Have all monitors learn from all outcomes of the step, in the order of rollout ids.
+
+        `state` is the calibration that the step began with.
+        """
         ended = ray.put([finished(o) for o in outcomes if o.stop_reason is not StopReason.FAILED])
         learnt = self._actors.call(
             lambda _, monitor: remote(monitor, TrapMonitor.learn)(step, ended),
@@ -57,7 +63,6 @@ class MonitorGroup:
             prepare=partial(self._start_one, step, state),
         )
         self.state = learnt[0]
-        return StepEnd(tuple(outcomes), max(end.busy_seconds for end in closed))
 
     def _start_one(self, step: int, state: Mapping[str, Any], index: int) -> None:
         monitor = self._actors.handles[index]

@@ -79,6 +79,7 @@ def prepare(config: Config) -> Prepared:
     verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
     functions = has_functions(config)
     train = prompts(config.data, config.rollout.max_tokens, False, functions, config.teacher_contexts)
+    _check_refill(config, train)
     golds = training_golds(config.data, train, verifier, limits, rewards_need_them=needs_golds(config))
     check_golds_for_rewards(config, train, golds)
     heldout = None
@@ -100,3 +101,14 @@ def prepare(config: Config) -> Prepared:
         scored_len=scored,
     )
     return Prepared(facts, train, golds, heldout, paths, file_digests(config))
+
+
+def _check_refill(config: Config, train: PromptSet) -> None:
+    """There are other prompts than those of one batch, where others are to be drawn."""
+    batches, each = config.objective.rl.max_num_gen_batches, config.rollout.prompts_per_step
+    if batches > 1 and config.objective.rl.weight and len(train.prompts) <= each:
+        raise UserError(
+            f"objective.rl.max_num_gen_batches = {batches}: draws other prompts for a step, and {train.source} has "
+            f"only {len(train.prompts)}, of which a step takes rollout.prompts_per_step = {each}; lower that, or "
+            "use 1"
+        )

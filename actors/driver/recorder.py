@@ -24,7 +24,13 @@ from kat_ray.run.probes import (
     probe_metrics,
     seen_to_the_end,
 )
-from kat_ray.run.step_metrics import answer_metrics, rollout_metrics, score_metrics, teacher_metrics
+from kat_ray.run.step_metrics import (
+    answer_metrics,
+    rollout_metrics,
+    score_metrics,
+    source_metrics,
+    teacher_metrics,
+)
 from kat_ray.run.summary import Totals
 from kat_ray.termination import RULES, Effect
 from kat_ray.types.records import DEFAULT_TEACHER, FloatArray, Reward
@@ -42,9 +48,11 @@ class StepRecorder:
         golds: Mapping[str, str],
         facts: ModelFacts,
         scorer: RewardScorer | None = None,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
-        """`golds`: gold answers by prompt id; `scorer` rewards rollouts, where functions do."""
-        self._config, self._run = config, run
+        """`golds` and `sources` by prompt id; `scorer` rewards rollouts, where functions do."""
+        self._config, self._run, self._sources = config, run, sources or {}
+        self._has_levels = config.environment is not None and config.environment.curriculum is not None
         self._grader = RolloutGrader(
             golds,
             lambda ids: str(facts.tokenizer.decode(ids, skip_special_tokens=True)),
@@ -88,7 +96,18 @@ class StepRecorder:
                 [r.outcome for r in sampled.rollouts if active[r.outcome.teacher]], traces, graded.correct, True
             )
             | grading_metrics(graded)
+            | self._source_metrics(sampled, graded)
             | self._policy_metrics(sampled, graded)
+        )
+
+    def _source_metrics(self, sampled: SampledStep, graded: Graded) -> dict[str, float]:
+        """Of each source, where prompts say what they are from."""
+        if not self._sources:
+            return {}
+        sources = {s.rollout_id: self._sources[s.prompt_id] for s in sampled.specs}
+        levels = {f"source/level/{n}": float(sampled.levels.get(n, 0)) for n in {*sources.values()}}
+        return source_metrics(sampled.rollouts, sources, graded.correct, graded.rewards) | (
+            levels if self._has_levels else {}
         )
 
     def _graded(self, sampled: SampledStep) -> Graded:
@@ -174,9 +193,23 @@ class StepRecorder:
             return {}
         tokens = {i: own.policy_tokens for i, own in credit.items()}
         rewarded = {i: r.value > 0 for i, r in graded.rewards.items() if r.value is not None}
-        return answer_metrics(sampled.rollouts, rewarded | dict(graded.correct), tokens) | dict(
-            sampled.credit.metrics
+        return (
+            answer_metrics(sampled.rollouts, rewarded | dict(graded.correct), tokens)
+            | dict(sampled.credit.metrics)
+            | self._refill_metrics(sampled)
         )
+
+    def _refill_metrics(self, sampled: SampledStep) -> dict[str, float]:
+        """How a step came to its groups, where others are drawn for those that tell nothing."""
+        if self._config.objective.rl.max_num_gen_batches == 1:
+            return {}
+        missing = self._config.rollout.prompts_per_step - (sampled.credit.groups or 0)
+        prompts = len(sampled.specs) // self._config.rollout.rollouts_per_prompt
+        return {
+            "group/gen_batches": float(len(sampled.reports)),
+            "group/prompts": float(prompts),
+            "group/missing": float(max(0, missing)),
+        }
 
     def _features(self, tokens: ScoredTokens) -> Callable[[int], TokenFeatures | None]:
         """What is recorded of a rollout's tokens beside their KL."""

@@ -24,12 +24,16 @@ from actors.learner.learner import Learner
 from kat_ray.algorithms.base import Credit, EndedStep
 from kat_ray.algorithms.choice import algorithm_of
 from kat_ray.config import Config
+from kat_ray.config.environment import is_environment
 from kat_ray.data.accounting import FinishedRollout, join_outcomes
 from kat_ray.data.batch import assign_ranks
 from kat_ray.data.prompts import PromptOrder, probe_share, rollout_specs
 from kat_ray.observability.timeline import Span
 from kat_ray.run.batch_dump import StepBatch
-from kat_ray.run.probes import Graded, RolloutGrader
+from kat_ray.run.carried import Carried
+from kat_ray.run.curriculum import Move, advanced, answers_by_family
+from kat_ray.run.probes import Graded, RolloutGrader, together
+from kat_ray.run.refill import missing_prompts
 from kat_ray.run.step_result import LearnerReport
 from kat_ray.termination import RunFacts
 from kat_ray.termination.by_teacher import TeacherRules
@@ -47,6 +51,18 @@ from kat_ray.types.records import (
 
 
 @dataclass(frozen=True)
+class SampledBatch:
+    """Prompts of a step that were sampled together; all of a step's, unless it had to draw others."""
+
+    specs: Sequence[RolloutSpec]
+    rollouts: list[FinishedRollout]  # in the order of ids
+    reports: list[SamplerReport]
+    scored: list[ScoredChunk]
+    monitor_seconds: float  # that the monitor was busy in the step so far
+    graded: Graded | None  # verdicts, where rollouts are graded before they are learnt from
+
+
+@dataclass(frozen=True)
 class SampledStep:
     """One step's rollouts, each at its end."""
 
@@ -57,22 +73,31 @@ class SampledStep:
     rollouts: list[FinishedRollout]  # in the order of ids
     chunks: list[ChunkRefs]
     scored: list[ScoredChunk]
-    reports: list[SamplerReport]
+    reports: list[list[SamplerReport]]  # of each batch of prompts
     monitor_seconds: float  # that the monitor was busy
     ended_with: Mapping[str, Any]  # the rule's calibration
     probe_share: float  # chance with which a rollout was a probe
     credit: Credit
     graded: Graded | None  # verdicts, where rollouts are graded before they are learnt from
+    levels: Mapping[str, int]  # of the families of a curriculum
+    moves: Sequence[Move]  # of these after the step
 
 
 class Steps:
     """The verbs of a step. They move references; no token or logit passes through but for the accounting."""
 
     def __init__(
-        self, config: Config, actors: RunActors, order: PromptOrder, grader: RolloutGrader | None = None
+        self,
+        config: Config,
+        actors: RunActors,
+        order: PromptOrder,
+        grader: RolloutGrader | None = None,
+        sources: Mapping[str, str] | None = None,
     ) -> None:
-        """`grader` is asked for rewards, where the objective has a use for them."""
-        self._config = config
+        """`grader` is asked for rewards, where the objective has a use for them; `sources` are by prompt id."""
+        self._config, self._sources = config, sources or {}
+        environment = config.environment if is_environment(config.data.path) else None
+        self._curriculum = None if environment is None else environment.curriculum
         self._algorithm = algorithm_of(config)
         self._grader = grader if config.objective.rl.weight else None
         self._actors = actors
@@ -84,7 +109,7 @@ class Steps:
         self._monitors: MonitorGroup | Unmonitored = Unmonitored(self._initial)
         if config.used_teachers:
             self._monitors = MonitorGroup(actors.monitors, self._initial)
-        self._probe_rewards: dict[int, tuple[float, ...]] = {0: ()}  # by the step that begins with them
+        self._carried = {0: Carried()}  # by the step that begins with it
 
     @property
     def rule_state(self) -> Mapping[str, Any]:
@@ -95,13 +120,13 @@ class Steps:
         """Go on with this calibration; None: with an empty one."""
         self._monitors.state = self._initial if state is None else state
 
-    def probe_rewards(self, done: int) -> tuple[float, ...]:
-        """`Credit.probe_rewards` after `done` steps, also where the next one was sampled ahead."""
-        return self._probe_rewards[done]
+    def carried(self, done: int) -> Carried:
+        """What `done` steps leave to those after them, also where the next one was sampled ahead."""
+        return self._carried[done]
 
-    def reset_probe_rewards(self, done: int, rewards: Sequence[float]) -> None:
-        """Go on after `done` steps with these."""
-        self._probe_rewards = {done: tuple(rewards)}
+    def reset_carried(self, done: int, carried: Carried) -> None:
+        """Go on after `done` steps with this."""
+        self._carried = {done: carried}
 
     def sample(self, step: int) -> SampledStep:
         """Generate, score and monitor the rollouts of one step, each to its end."""
@@ -109,50 +134,83 @@ class Steps:
 
     def start_sampling(self, step: int, rule_state: Mapping[str, Any]) -> RolloutDispatcher:
         """Set the samplers going on the rollouts of one step, which begins with this calibration."""
-        start = self._monitors.start_step(step, rule_state)
-        specs = rollout_specs(self._order, self._config, step, start)
-        begin = None if self._grader is None else partial(self._begin_grading, self._grader, _prompts(specs))
+        start, first = self._monitors.start_step(step, rule_state), self._carried[step].prompts
+        places = range(first, first + self._config.rollout.prompts_per_step)
+        return self._start_batch(step, places, start, rule_state)
+
+    def _start_batch(
+        self, step: int, places: range, start: StepStart, rule_state: Mapping[str, Any]
+    ) -> RolloutDispatcher:
+        specs = rollout_specs(self._order, self._config, places, start, self._carried[step].levels)
+        begin = None if self._grader is None else partial(_begin_grading, self._grader, _prompts(specs))
         return RolloutDispatcher(self._actors, step, specs, start, rule_state, self._attempts, begin)
 
     def finish_sampling(self, sampling: RolloutDispatcher) -> SampledStep:
-        """Wait until every rollout of a step has ended and is scored, where anybody scores; count its tokens."""
+        """Wait until every rollout of a step has ended and is scored, where anybody scores; count its tokens.
+
+        Where too few of its prompts tell anything, others are sampled: from the weights that the samplers hold,
+        which are those that the step began with.
+        """
+        step, start = sampling.step, sampling.step_start
+        carried = self._carried[step]
+        batches = [self._finish_batch(sampling)]
+        taken = carried.prompts + self._config.rollout.prompts_per_step
+        ended, credit = self._credit(sampling, batches)
+        while more := missing_prompts(self._config, credit.groups, len(batches)):
+            places, taken = range(taken, taken + more), taken + more
+            batches.append(self._finish_batch(self._start_batch(step, places, start, sampling.rule_state)))
+            ended, credit = self._credit(sampling, batches)
+        self._monitors.end_step(step, [r.outcome for r in ended.rollouts], sampling.rule_state)
+        # The step before may still be learnt: its checkpoint holds what this step began with, and where its
+        # records are lost it is sampled again.
+        kept = {s: own for s, own in self._carried.items() if s >= step - 1}
+        graded = together([batch.graded for batch in batches if batch.graded is not None])
+        standings, moves = carried.curriculum, list[Move]()
+        if self._curriculum is not None and graded is not None:
+            families = {s.rollout_id: self._sources[s.prompt_id] for s in ended.specs}
+            answers = answers_by_family(ended.rollouts, families, graded.correct)
+            standings, moves = advanced(self._curriculum, standings, answers)
+        self._carried = kept | {step + 1: Carried(taken, credit.probe_rewards, standings)}
+        reports = [batch.reports for batch in batches]
+        return SampledStep(
+            step=step,
+            version=sampling.version,
+            specs=ended.specs,
+            step_start=start,
+            rollouts=list(ended.rollouts),
+            chunks=[c for of_batch in reports for report in of_batch for c in report.chunks],
+            scored=[c for batch in batches for c in batch.scored],
+            reports=reports,
+            monitor_seconds=max(batch.monitor_seconds for batch in batches),
+            ended_with=self.rule_state,
+            probe_share=ended.probe_share,
+            credit=credit,
+            graded=graded,
+            levels=carried.levels,
+            moves=moves,
+        )
+
+    def _finish_batch(self, sampling: RolloutDispatcher) -> SampledBatch:
+        """Wait for the rollouts of a batch of prompts, and grade them."""
         completed = sampling.finish()
+        closed = self._monitors.close(completed)
         reports = [done.report for done in completed]
-        closed = self._monitors.end_step(sampling.step, completed, sampling.rule_state)
         chunks = [c for report in reports for c in report.chunks]
         scored: list[ScoredChunk] = self._actors.supervisor.wait(_given(c.scored for c in chunks), "scores")
         rollouts = join_outcomes((r for report in reports for r in report.rollouts), closed.outcomes)
         graded = self._grade(rollouts, sampling.specs)
-        rewards = {} if graded is None else graded.rewards
-        share = self._probe_share(sampling.step_start)
-        step = sampling.step
-        ended = EndedStep(rollouts, sampling.specs, rewards, share, self._probe_rewards[step])
-        credit = self._algorithm.credit(ended)
-        # The step before may still be learnt: its checkpoint holds what this step began with, and where its
-        # records are lost it is sampled again.
-        kept = {s: r for s, r in self._probe_rewards.items() if s >= step - 1}
-        self._probe_rewards = kept | {step + 1: credit.probe_rewards}
-        return SampledStep(
-            step=step,
-            version=sampling.version,
-            specs=sampling.specs,
-            step_start=sampling.step_start,
-            rollouts=rollouts,
-            chunks=chunks,
-            scored=scored,
-            reports=reports,
-            monitor_seconds=closed.busy_seconds,
-            ended_with=self.rule_state,
-            probe_share=share,
-            credit=credit,
-            graded=graded,
-        )
+        return SampledBatch(sampling.specs, rollouts, reports, scored, closed.busy_seconds, graded)
 
-    def _probe_share(self, start: StepStart) -> float:
-        """The chance with which a rollout of a step was a probe."""
-        shares = {probe_share(self._config, start.of(name)) for name in self._config.used_teachers}
-        # `Config` refuses rewards that are weighed by it where the teachers' shares may differ.
-        return max(shares, default=probe_share(self._config, start))
+    def _credit(self, sampling: RolloutDispatcher, batches: Sequence[SampledBatch]) -> tuple[EndedStep, Credit]:
+        """What the step has so far, and what is learnt of it. Rollouts are in the order of ids, as batches are."""
+        ended = EndedStep(
+            rollouts=[r for batch in batches for r in batch.rollouts],
+            specs=[s for batch in batches for s in batch.specs],
+            rewards={i: r for batch in batches if batch.graded for i, r in batch.graded.rewards.items()},
+            probe_share=_probe_share(self._config, sampling.step_start),
+            probe_rewards=self._carried[sampling.step].probe_rewards,
+        )
+        return ended, self._algorithm.credit(ended)
 
     def _grade(self, rollouts: Sequence[FinishedRollout], specs: Sequence[RolloutSpec]) -> Graded | None:
         """Verdicts on all that have an answer, where the algorithm learns from them."""
@@ -163,12 +221,6 @@ class Steps:
         ended = [r for r in rollouts if r.outcome.cut is None and r.outcome.stop_reason is not failed]
         answers = {r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in ended}
         return self._grader.grade(answers, partial(self._actors.supervisor.check, True))
-
-    def _begin_grading(
-        self, grader: RolloutGrader, prompt_ids: Mapping[int, str], ended: Sequence[EndedRollout]
-    ) -> None:
-        """Of rollouts that a decision may cut still: what is found of those is not asked for."""
-        grader.begin({r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in ended})
 
     def hand_over(self, sampled: SampledStep) -> float:
         """Bring the step's kept tokens to the learner's ranks; returns their weight in all.
@@ -230,6 +282,18 @@ class Steps:
             except ACTOR_LOST:
                 continue
         return drained
+
+
+def _probe_share(config: Config, start: StepStart) -> float:
+    """The chance with which a rollout of a step was a probe."""
+    shares = {probe_share(config, start.of(name)) for name in config.used_teachers}
+    # `Config` refuses rewards that are weighed by it where the teachers' shares may differ.
+    return max(shares, default=probe_share(config, start))
+
+
+def _begin_grading(grader: RolloutGrader, prompt_ids: Mapping[int, str], ended: Sequence[EndedRollout]) -> None:
+    """Of rollouts that a decision may cut still: what is found of those is not asked for."""
+    grader.begin({r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in ended})
 
 
 def _prompts(specs: Iterable[RolloutSpec]) -> dict[int, str]:

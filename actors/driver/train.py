@@ -91,6 +91,12 @@ def _notes(config: Config, prepared: Prepared) -> Iterator[str]:
     for split in (prepared.train, prepared.heldout):
         if split is not None and split.skipped_too_long:
             yield f"{split.source}: {split.skipped_too_long} prompts are too long and were skipped"
+    if (few := len(prepared.train.prompts)) < config.rollout.prompts_per_step:
+        yield (
+            f"{prepared.train.source}: {few} prompts, and a step takes rollout.prompts_per_step = "
+            f"{config.rollout.prompts_per_step}: it has the same ones several times"
+            + (", and all rollouts of one are one group" if config.objective.rl.weight else "")
+        )
     if config.reward.functions and not config.objective.rl.weight:
         yield "reward.functions is not used: objective.rl.weight = 0"
     if prepared.golds.note:

@@ -17,6 +17,7 @@ are functions of the step; a step that the learner did not finish never happened
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict
 from functools import partial
@@ -49,6 +50,7 @@ from kat_ray.observability.timeline import ChromeTrace, Timeline
 from kat_ray.observability.trackers import ConsoleTracker, TensorBoardTracker, Tracker, Trackers
 from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.checkpoint import Loaded
+from kat_ray.run.curriculum import Move
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.jsonl_tracker import JsonlTracker
 from kat_ray.run.reward_functions import make_scorer
@@ -75,8 +77,9 @@ class TrainingRun:
         self._trackers = _trackers(config, run, progress)
         order = PromptOrder(prepared.train.prompts, config.run.seed, config.data.shuffle)
         scorer = make_scorer(config, prepared.train)
-        self._recorder = StepRecorder(config, run, prepared.golds.answers, prepared.facts, scorer)
-        self._steps = Steps(config, self._actors, order, self._recorder.grader)
+        sources = {p.prompt_id: p.source for p in prepared.train.prompts if p.source is not None}
+        self._recorder = StepRecorder(config, run, prepared.golds.answers, prepared.facts, scorer, sources)
+        self._steps = Steps(config, self._actors, order, self._recorder.grader, sources)
         self._prefetch: Prefetch[RolloutDispatcher, SampledStep] = Prefetch(
             self._steps.start_sampling, self._steps.finish_sampling, self._records_lost
         )
@@ -204,8 +207,8 @@ class TrainingRun:
         )  # fmt: skip
         result = StepResult(
             done=step + 1, learner=report, times=times, staleness=report.policy_version - sampled.version,
-            restarts=self._uncounted_restarts() + sum(r.recovered for r in sampled.reports), recorded=recorded,
-            store=store,
+            restarts=self._uncounted_restarts() + sum(r.recovered for batch in sampled.reports for r in batch),
+            recorded=recorded, store=store,
         )  # fmt: skip
         self._finish_step(result, sampled, goes_on)
         if not goes_on:
@@ -245,10 +248,18 @@ class TrainingRun:
         if self._trace is not None:
             self._trace.add({"driver": self._timeline.drain(), **self._steps.spans()}, result.done)
         history.step_done(result.done, sampled.ended_with)
+        self._announce(result.done, sampled.moves)
         if result.done > self._furthest:
             self._furthest = result.done
             self._actors.supervisor.step_done()
         history.guards.end_if_due(partial(self._steps.batch_of, sampled), history.save)
+
+    def _announce(self, done: int, moves: Sequence[Move]) -> None:
+        """Families of a curriculum that go to another level."""
+        environment = self._config.environment
+        for move in moves:
+            assert environment is not None and environment.curriculum is not None, "it moves them"
+            self._progress.note(move.words(done, environment.curriculum.levels))
 
     def _stage_times(self, times: StepTimes) -> StageTimes:
         idle = {group.role: 0.0 for group in self._config.scorer_groups}  # where no rollout is theirs

@@ -34,7 +34,10 @@ class Unmonitored:
         """No limits."""
         return StepStart(threshold=None, budget=None)
 
-    def end_step(self, step: int, completed: Sequence[CompletedRequest], state: Mapping[str, Any]) -> StepEnd:
+    def end_step(self, step: int, outcomes: Sequence[RolloutOutcome], state: Mapping[str, Any]) -> None:
+        """Nothing is learnt from them."""
+
+    def close(self, completed: Sequence[CompletedRequest]) -> StepEnd:
         """The outcomes in the order of ids. Every rollout must have ended."""
         outcomes = [
             _outcome(spec, rollout)

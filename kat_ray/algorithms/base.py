@@ -40,6 +40,7 @@ class Credit:
     metrics: Mapping[str, float] = field(default_factory=dict)
     reward_weights: Mapping[int, float] = field(default_factory=dict)  # by id, of all where there are rewards
     probe_rewards: tuple[float, ...] = ()  # what the next step's `credit` is given; part of a checkpoint
+    groups: int | None = None  # whose rewards differ, so that something is learnt; None where that is not asked
 
     def by_rollout(self) -> dict[int, RolloutCredit]:
         """Of every rollout by its id; empty where nothing is learnt from rewards."""

@@ -56,6 +56,7 @@ class PolicyOptimization:
             | ({} if treatment.probe_mean is None else {"probe/q": treatment.probe_mean}),
             probe_rewards=self._newest((*ended.probe_rewards, *_would_cut(graded, graded_ones))),
             reward_weights={i: float(w) for i, (_, w, _) in values.items()},
+            groups=int((~constant_groups(graded_ones)).sum()),
         )
 
     def _treatment(self, ended: EndedStep) -> Treatment:

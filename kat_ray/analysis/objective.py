@@ -23,10 +23,14 @@ from kat_ray.data.accounting import FinishedRollout, count_tokens
 from kat_ray.errors import UserError
 from kat_ray.types.records import FloatArray, Reward, RolloutOutcome, RolloutSpec, StopReason
 
-# What the learner does with an advantage: a replay has no loss, and would show no difference.
-AT_THE_LEARNER = (
-    "weight", "final_weight", "anneal_steps", "loss", "clip", "dual_clip", "correction", "correction_range",
-)  # fmt: skip
+# What the learner does with an advantage, and which prompts are sampled: a replay has neither a loss nor a sampler,
+# and would show no difference.
+ELSEWHERE = {
+    "the learner's": (
+        "weight", "final_weight", "anneal_steps", "loss", "clip", "dual_clip", "correction", "correction_range",
+    ),
+    "the sampling's": ("max_num_gen_batches",),
+}  # fmt: skip
 _LEFT_OUT = "reward/left_out_"
 
 
@@ -80,9 +84,10 @@ def recorded_steps(run_dir: Path, config: Config) -> tuple[list[RecordedStep], l
         )
     steps, incomplete = [], []
     numbers, first, counts = np.unique(table.column("step").to_numpy(), return_index=True, return_counts=True)
+    first_ids = dict(zip(numbers.tolist(), table.column("rollout_id").to_numpy()[first].tolist(), strict=True))
     for step, start, count in zip(numbers.tolist(), first.tolist(), counts.tolist(), strict=True):
         part = table.slice(start, count)
-        whole = len(part) == config.rollout.rollouts_per_step
+        whole = _is_whole(part.column("rollout_id").to_numpy(), first_ids.get(step + 1), config)
         if whole and not any(part.column(name).null_count for name in ("reward_weight", "probe_share")):
             steps.append(_recorded_step(step, part, config.rollout.max_tokens))
         else:
@@ -93,6 +98,18 @@ def recorded_steps(run_dir: Path, config: Config) -> tuple[list[RecordedStep], l
     if not steps:
         raise UserError(f"{run_dir}: none of its steps is whole: its groups cannot be put together")
     return steps, list(notes)
+
+
+def _is_whole(ids: np.ndarray, following: int | None, config: Config) -> bool:
+    """Whether these are all rollouts of a step; `following` is the first of the next step, where that is there."""
+    rollout, batches = config.rollout, config.objective.rl.max_num_gen_batches
+    if batches == 1:
+        return len(ids) == rollout.rollouts_per_step
+    ends = following is None or following - ids[-1] == 1
+    groups, rest = divmod(len(ids), rollout.rollouts_per_prompt)
+    in_a_row = int(ids[-1]) - int(ids[0]) + 1 == len(ids) and ids[0] % rollout.rollouts_per_prompt == 0
+    most = batches * rollout.prompts_per_step
+    return bool(ends and in_a_row and not rest and rollout.prompts_per_step <= groups <= most)
 
 
 def _recorded_step(step: int, table: pa.Table, longest: int) -> RecordedStep:

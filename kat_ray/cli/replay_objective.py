@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kat_ray.analysis.objective import (
-    AT_THE_LEARNER,
+    ELSEWHERE,
     Difference,
     RecordedStep,
     Worth,
@@ -68,12 +68,13 @@ def replay_objective(run_dir: Path, settings: Sequence[str], out: Path | None) -
 
 
 def _grid(settings: Sequence[str]) -> dict[str, list[Any]]:
-    known = {name: None for name in PolicyObjective.model_fields if name not in AT_THE_LEARNER}
+    whose = {name: who for who, names in ELSEWHERE.items() for name in names}
+    known = {name: None for name in PolicyObjective.model_fields if name not in whose}
     for setting in settings:
         name = setting.partition("=")[0]
-        if name in AT_THE_LEARNER:
+        if name in whose:
             raise UserError(
-                f"{setting!r}: objective.rl.{name} is the learner's, which a replay does without; what makes "
+                f"{setting!r}: objective.rl.{name} is {whose[name]}, which a replay does without; what makes "
                 f"advantages is one of {', '.join(known)}"
             )
     return grid_of(tuple(known), settings)

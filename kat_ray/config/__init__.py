@@ -16,7 +16,7 @@ from kat_ray.config.cluster import (
     Section,
 )
 from kat_ray.config.data import DataConfig, EvaluationConfig
-from kat_ray.config.environment import EnvironmentConfig
+from kat_ray.config.environment import CurriculumConfig, EnvironmentConfig
 from kat_ray.config.guards import GuardsConfig
 from kat_ray.config.objective import DistillationObjective, ObjectiveConfig, PolicyObjective
 from kat_ray.config.reward import RewardConfig
@@ -26,6 +26,7 @@ from kat_ray.config.teachers import Dtype, ModelConfig, NamedTeacherConfig, Scor
 __all__ = [
     "ClusterConfig",
     "Config",
+    "CurriculumConfig",
     "DataConfig",
     "DistillationObjective",
     "Dtype",

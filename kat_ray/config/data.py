@@ -39,6 +39,10 @@ class DataConfig(Section):
     teacher_column: str | None = Field(None, min_length=1)
     """Column in which a prompt names its teacher of the section `teachers`, or dotted path of it; a row without a
     value has the section `teacher`. A name that no teacher has is refused. Not of held-out problems."""
+    source_column: str | None = Field(None, min_length=1)
+    """Column that says what a prompt is from, such as verl's `data_source`, or dotted path of it: pass rate, reward
+    and length of rollouts are then shown for each of its values, at most 50 (metrics source/...). null: of an
+    environment's problems their family, of others nothing. Not of held-out problems."""
     chat_template: bool | Annotated[str, Field(min_length=1)] = False
     """Chat template that makes a prompt (with the start of an answer): `true` or `student` applies the student's,
     `teacher` the teacher's, a path that of a file (Jinja); `false` applies none."""
@@ -106,6 +110,11 @@ class EvaluationConfig(Section):
     def _answers_are_graded(self) -> EvaluationConfig:
         if self.data is not None and self.data.answer_column is None:
             raise ValueError("data.answer_column = null: held-out problems need a column with the gold answer")
+        if self.data is not None and self.data.source_column is not None:
+            raise ValueError(
+                f"data.source_column = {self.data.source_column!r}: metrics by source are of rollouts of training, "
+                "not of held-out problems; leave it out"
+            )
         return self
 
     @model_validator(mode="after")

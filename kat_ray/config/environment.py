@@ -25,6 +25,28 @@ class FamilyConfig(Section):
     """The family's own settings, such as {min_terms: 2, max_terms: 3}; what is left out has its default."""
 
 
+class CurriculumConfig(Section):
+    """Problems that become harder as the student answers them: the curricula that reasoning-gym's families have."""
+
+    levels: int = Field(ge=2)
+    """Levels that are made of each family, from its easiest on; each has environment.train problems."""
+    window: int = Field(256, ge=1)
+    """Answers to a family's problems after which its level is looked at, and the count begins anew."""
+    success_threshold: float = Field(0.7, gt=0, le=1)
+    """Share of right answers from which on a family goes one level up; it stays at the last."""
+    failure_threshold: float | None = Field(None, ge=0, lt=1)
+    """Share of right answers up to which it goes one level down; null never does."""
+
+    @model_validator(mode="after")
+    def _goes_one_way(self) -> CurriculumConfig:
+        down = self.failure_threshold
+        if down is not None and down >= self.success_threshold:
+            raise ValueError(
+                f"failure_threshold = {down:g}: must be below success_threshold = {self.success_threshold:g}"
+            )
+        return self
+
+
 class EnvironmentConfig(Section):
     """Problems that are made at the start and graded by what made them: environment:train and environment:heldout
     as data.path (docs/rl.md).
@@ -35,6 +57,9 @@ class EnvironmentConfig(Section):
     families: dict[str, FamilyConfig] = Field(min_length=1)
     """Families by name, such as {chain_sum: {settings: {max_terms: 3}}, gcd: {weight: 2}}. `settings` are the
     family's own; `weight` is its share of the problems, relative to those of the others (1)."""
+    curriculum: CurriculumConfig | None = None
+    """Makes each family in several levels, and moves from one to the next in training (docs/rl.md); null has one,
+    of `settings`. Held-out problems are of all levels, in equal numbers."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seeds the problems. `run.seed` does not: runs that differ in it alone have the same ones."""
     train: int = Field(2000, ge=1)
@@ -104,13 +129,21 @@ class EnvironmentConfig(Section):
             found[name] += 1
         return found
 
-    def first(self, name: str) -> Problem:
-        """The first problem of a family; the others differ from it in `index` alone.
+    def heldout_of(self, name: str, level: int) -> int:
+        """Problems of a family's level in environment:heldout; without a curriculum there is level 0 alone."""
+        whole, levels = self.counts("heldout")[name], 1 if self.curriculum is None else self.curriculum.levels
+        return whole // levels + (level < whole % levels)
+
+    def first(self, name: str, level: int = 0) -> Problem:
+        """The first problem of a family's level; the others of it differ from it in `index` alone.
+
+        The settings of a level are not known here: its `settings` are the configuration's.
 
         reasoning-gym makes a problem from the sum of seed and index. So each family has a seed of its own, far from
         those of another `seed`: they would be the same problems, some places on.
         """
-        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        named = f"{self.seed}:{name}:{level}" if level else f"{self.seed}:{name}"
+        digest = hashlib.sha256(named.encode()).digest()
         family, needed = self.families[name], self.counts("train")[name] + self.counts("heldout")[name]
         return Problem(
             family=name,

@@ -125,7 +125,12 @@ class PolicyObjective(_Weighted):
     `factor`, in units of the reward."""
     filter_constant_groups: bool = False
     """Leave prompts whose rollouts all have one reward, penalties aside, out of the policy's denominator; the KL of
-    their tokens counts as ever. No other prompts are drawn for them."""
+    their tokens counts as ever."""
+    max_num_gen_batches: int = Field(1, ge=1)
+    """Batches of prompts that a step may sample, the first included. Above 1 other prompts are drawn in the place
+    of those that `filter_constant_groups` leaves out, as many as are missing each time, until the step has
+    rollout.prompts_per_step groups or has sampled so many batches; then it is taken with those that it has, and the
+    log says so. For objective.opd.weight = 0: a teacher teaches on constant groups, too."""
     advantage_clip: float | None = Field(None, gt=0)
     """Largest size of an advantage; null sets no limit."""
 
@@ -163,6 +168,11 @@ class PolicyObjective(_Weighted):
             raise ValueError(
                 f"correction = {self.correction!r}: counts the ratio of learner to sampler twice, since loss = "
                 f"{self.loss!r} has it already; use loss = 'reinforce', or correction = 'none'"
+            )
+        if self.max_num_gen_batches > 1 and not self.filter_constant_groups:
+            raise ValueError(
+                f"max_num_gen_batches = {self.max_num_gen_batches}: draws prompts for those that are left out, "
+                "and filter_constant_groups = false leaves out none; set it to true, or max_num_gen_batches = 1"
             )
         if self.probe_min > self.probe_buffer:
             raise ValueError(f"probe_min = {self.probe_min}: must be <= probe_buffer = {self.probe_buffer}")

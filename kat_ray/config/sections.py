@@ -24,7 +24,7 @@ from kat_ray.config.cluster import (
     Section,
 )
 from kat_ray.config.data import DataConfig, EvaluationConfig
-from kat_ray.config.environment import EnvironmentConfig, check_environment
+from kat_ray.config.environment import EnvironmentConfig, check_environment, is_environment
 from kat_ray.config.guards import GuardsConfig
 from kat_ray.config.local_paths import LocalPath
 from kat_ray.config.numerics import NumericsConfig
@@ -211,6 +211,18 @@ class Config(Section):
         evaluation = self.evaluation
         heldout = None if evaluation.data is None else evaluation.data.path
         check_environment(self.environment, evaluation.verifier, self.data.path, heldout)
+        if not is_environment(self.data.path):
+            return self
+        if self.data.source_column is not None:
+            raise ValueError(
+                f"data.source_column = {self.data.source_column!r}: problems of the environment are told apart "
+                "by their family; leave it out"
+            )
+        if self.environment is not None and self.environment.curriculum and not self.objective.rl.weight:
+            raise ValueError(
+                "environment.curriculum: needs objective.rl.weight > 0: without rewards not all rollouts are "
+                "graded before the next step is sampled; leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -268,6 +280,12 @@ class Config(Section):
             raise ValueError(
                 f"objective.rl.overlong.buffer = {rl.overlong.buffer}: must be <= rollout.max_tokens = "
                 f"{rollout.max_tokens}, whose last tokens it is"
+            )
+        if rl.max_num_gen_batches > 1 and self.objective.opd.weight:
+            raise ValueError(
+                f"objective.rl.max_num_gen_batches = {rl.max_num_gen_batches}: needs objective.opd.weight = 0 (it "
+                f"is {self.objective.opd.weight:g}): where a teacher teaches, groups of one reward have their KL, "
+                "and no other prompts are needed for them; set one of the two"
             )
         self._check_reward(needs)
         share = getattr(self.termination, "probe_share", 0.0)

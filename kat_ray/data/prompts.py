@@ -1,7 +1,8 @@
 """Prompts from JSONL, Parquet or a Hugging Face data set: read, checked, tokenised, and assigned to steps.
 
 Every error names file and line (row, for formats without lines). The order of prompts, the seeds of rollouts and
-the choice of probes depend on (run seed, step, rollout id) alone, so that a run can resume at any step.
+the choice of probes depend on (run seed, place in the order, rollout id) alone, so that a run can resume at any
+step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kat_ray.config import Config, DataConfig, EnvironmentConfig
 from kat_ray.config.environment import is_environment
 from kat_ray.config.teachers import section_of
 from kat_ray.data.chat import ChatTemplate, chat_template_of, messages_of
-from kat_ray.data.environment import PROBLEM
+from kat_ray.data.environment import FAMILY, LEVEL, PROBLEM
 from kat_ray.data.routing import Route, Routing
 from kat_ray.data.rows import BATCH, Row, kind, names_of, open_rows
 from kat_ray.errors import DataError
@@ -31,6 +32,7 @@ from kat_ray.rewards.task import Task, is_plain, plain_columns
 from kat_ray.types.records import DEFAULT_TEACHER, Prompt, RolloutSpec, StepStart
 
 ID_COLUMN = "id"
+_MOST_SOURCES = 50
 Ids = tuple[int, ...]
 
 # Domains of the run seed: independent random streams.
@@ -124,7 +126,10 @@ def load_prompts(
                 skipped += 1
             else:
                 problem = row.columns[PROBLEM] if is_environment(data.path) else None
-                prompts.append(Prompt(prompt_id, ids, answer, route.teacher, problem, context_ids))
+                source_of, level = _source(row, data), row.columns.get(LEVEL, 0) if problem is not None else 0
+                prompts.append(
+                    Prompt(prompt_id, ids, answer, route.teacher, problem, context_ids, source_of, level)
+                )
                 if with_tasks:
                     tasks[prompt_id] = _task(row, data, text)
     if not count:
@@ -136,6 +141,8 @@ def load_prompts(
         )
     found = PromptSet(tuple(prompts), skipped, source, tasks)
     _refuse_unanswered(data, found, columns)
+    _refuse_too_many_sources(data, found)
+    _refuse_empty_levels(found, environment if is_environment(data.path) and not graded else None)
     routing.refuse_unused(source, {p.teacher for p in found.prompts}, skipped)
     return found
 
@@ -179,6 +186,45 @@ def _prompt_id(row: Row, stem: str, seen: dict[str, str]) -> str:
         raise DataError(f"{row.where}: the id {prompt_id!r} is also that of {seen[prompt_id]}; ids must be unique")
     seen[prompt_id] = row.where
     return prompt_id
+
+
+def _source(row: Row, data: DataConfig) -> str | None:
+    """What a row's prompt is from, where that is asked."""
+    column = data.source_column
+    if column is None:
+        return str(row.columns[FAMILY]) if is_environment(data.path) else None
+    value = row.value(column)
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: what pandas makes of a gap
+        raise DataError(f"{row.where}: {row.lacks(column, 'data.source_column')}")
+    if isinstance(value, str) and not value.strip():
+        raise DataError(f"{row.where}: {column} is empty")
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise DataError(f"{row.where}: {column} is {kind(value)}; what a prompt is from is a name or a number")
+    return str(value).strip()
+
+
+def _refuse_too_many_sources(data: DataConfig, found: PromptSet) -> None:
+    """Each one is a handful of metrics; a column of ids would be thousands."""
+    names = {p.source for p in found.prompts if p.source is not None}
+    if len(names) > _MOST_SOURCES and data.source_column is not None:
+        raise DataError(
+            f"{found.source}: column {data.source_column!r} has {len(names)} different values, such as "
+            f"{min(names)!r}; metrics are shown for at most {_MOST_SOURCES} (data.source_column; null: none)"
+        )
+
+
+def _refuse_empty_levels(found: PromptSet, environment: EnvironmentConfig | None) -> None:
+    """A level that a curriculum may come to has problems."""
+    levels = 1 if environment is None or environment.curriculum is None else environment.curriculum.levels
+    there = {(p.source, p.level) for p in found.prompts}
+    for family in environment.families if environment is not None and levels > 1 else ():
+        for level in range(levels):
+            if (family, level) not in there:
+                raise DataError(
+                    f"environment.curriculum: {family} has no problem of level {level} among the "
+                    f"{len(found.prompts)} of {found.source}: {found.skipped_too_long} are too long, and "
+                    "data.limit may leave out others"
+                )
 
 
 def _task(row: Row, data: DataConfig, text: str) -> Task:
@@ -237,23 +283,32 @@ def _text(row: Row, data: DataConfig, template: ChatTemplate | None) -> str:
 class PromptOrder:
     """An endless order of prompts, epoch after epoch, each a permutation drawn from (seed, epoch).
 
-    It keeps no position: `batch` is a pure function.
+    It keeps no position: `take` is a pure function. Prompts of other levels than 0 are not in the order: they stand
+    in for those of level 0 of their source, one for each as far as there are as many.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool) -> None:
-        assert prompts, "an order needs at least one prompt"
-        self._prompts = tuple(prompts)
+        self._prompts = tuple(p for p in prompts if not p.level)
+        assert self._prompts, "an order needs at least one prompt"
+        self._by_level: dict[tuple[str | None, int], list[Prompt]] = {}
+        self._number: dict[str, int] = {}  # of a prompt among those of its source and level
+        for prompt in prompts:
+            alike = self._by_level.setdefault((prompt.source, prompt.level), [])
+            self._number[prompt.prompt_id] = len(alike)
+            alike.append(prompt)
         self._permutation = functools.lru_cache(maxsize=2)(
             functools.partial(_permutation, len(self._prompts), seed, shuffle)
         )
 
-    def batch(self, step: int, n: int) -> list[Prompt]:
-        """Prompts n * step to n * (step + 1) of the order; `step` counts from 0."""
+    def take(self, places: range, levels: Mapping[str, int] | None = None) -> list[Prompt]:
+        """The prompts at these places of the order, from 0; `levels` are by source, 0 where nothing is said."""
         size = len(self._prompts)
-        return [
-            self._prompts[self._permutation(position // size)[position % size]]
-            for position in range(step * n, (step + 1) * n)
-        ]
+        first = [self._prompts[self._permutation(place // size)[place % size]] for place in places]
+        return [self._at(prompt, levels.get(prompt.source or "", 0)) for prompt in first] if levels else first
+
+    def _at(self, prompt: Prompt, level: int) -> Prompt:
+        alike = self._by_level[prompt.source, level]
+        return alike[self._number[prompt.prompt_id] % len(alike)]
 
 
 def _permutation(size: int, seed: int, shuffle: bool, epoch: int) -> list[int]:
@@ -264,19 +319,24 @@ def _permutation(size: int, seed: int, shuffle: bool, epoch: int) -> list[int]:
 
 
 def rollout_specs(
-    order: PromptOrder, config: Config, step: int, start: StepStart | None = None
+    order: PromptOrder,
+    config: Config,
+    places: range,
+    start: StepStart | None = None,
+    levels: Mapping[str, int] | None = None,
 ) -> list[RolloutSpec]:
-    """The rollouts of a step (from 0): those of one prompt are adjacent, ids are consecutive over the run.
+    """The rollouts of the prompts at these places of the order: those of one prompt are adjacent, and ids are
+    consecutive over the run, since each follows from its prompt's place.
 
     Each rollout is a probe with the probability that its teacher's rule says in `start`, by default
     `termination.probe_share`, independently; a larger share only adds probes. Others are no longer than its budget.
+    `levels` are those of a curriculum.
     """
     rollout, seed = config.rollout, config.run.seed
     start = start or StepStart(None, None)
-    prompts = order.batch(step, rollout.prompts_per_step)
-    first = step * rollout.rollouts_per_step
+    prompts, each = order.take(places, levels), rollout.rollouts_per_prompt
     specs = []
-    for rollout_id, prompt in enumerate((p for p in prompts for _ in range(rollout.rollouts_per_prompt)), first):
+    for rollout_id, prompt in enumerate((p for p in prompts for _ in range(each)), places.start * each):
         limits = start.of(prompt.teacher)
         probe = is_probe(seed, rollout_id, probe_share(config, limits))
         budget = None if probe else limits.budget

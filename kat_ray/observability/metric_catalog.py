@@ -66,6 +66,9 @@ METRICS = {
         Metric(
             "group/std", "reward", "standard deviation of the rewards of a prompt's rollouts, mean over prompts"
         ),
+        Metric("group/gen_batches", "batches", "of prompts that the step sampled (rl.max_num_gen_batches > 1)"),
+        Metric("group/prompts", "prompts", "of these batches"),
+        Metric("group/missing", "groups", "of rollout.prompts_per_step, that none of these prompts gave"),
         Metric("group/size_min", "rollouts", "that count, of the smallest group"),
         Metric("advantage/abs_mean", "1", "mean size of the advantages"),
         Metric("advantage/max", "1", "largest size of an advantage"),
@@ -199,6 +202,12 @@ FAMILIES = {
     m.name: m
     for m in (
         Metric("reward/part/", "reward", "mean of what this reward function gave, before its weight"),
+        Metric("source/rollouts/", "rollouts", "of prompts from this source, such as a family of an environment"),
+        Metric("source/tokens/", "tokens", "generated to its prompts"),
+        Metric("source/mean_length/", "tokens", "generated tokens per rollout of its prompts"),
+        Metric("source/pass_rate/", "share", "of its rollouts that have a verdict, that are right"),
+        Metric("source/reward/", "reward", "mean of its rollouts that have one"),
+        Metric("source/level/", "level", "of its problems in the step, from 0 (environment.curriculum)"),
         Metric("teacher/rollouts/", "rollouts", "that this teacher scored; of several teachers"),
         Metric("teacher/mean_length/", "tokens", "generated tokens per rollout of this teacher's"),
         Metric("teacher/kept_tokens/", "tokens", "of this teacher's rollouts, that are trained on"),

@@ -90,10 +90,11 @@ class Progress:
         kl = "-" if line.kl is None else f"{line.kl:.4f}"
         threshold = "-" if line.threshold is None else f"{line.threshold:.4f}"
         reward = "" if line.reward is None else f"reward {line.reward:.3f}  "
+        with_teacher = line.kl is not None or line.reward is None  # without one there is nothing to say of it
+        rule = f"trapped {line.trapped_share:>4.0%}  threshold {threshold}  "
         return (
-            f"step {line.step:>{len(str(self._steps))}}/{self._steps}  KL {kl}  {reward}"
-            f"{line.generated_tokens:>6,} tokens  "
-            f"trapped {line.trapped_share:>4.0%}  threshold {threshold}  "
+            f"step {line.step:>{len(str(self._steps))}}/{self._steps}  {f'KL {kl}  ' * with_teacher}{reward}"
+            f"{line.generated_tokens:>6,} tokens  {rule * with_teacher}"
             f"{line.tokens_per_second:>6,.0f} tok/s  ETA {int(left) // 60}:{int(left) % 60:02d}"
         )
 

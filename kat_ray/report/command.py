@@ -15,6 +15,7 @@ from kat_ray.report.page import Card, Section, embedded_json, png_of, render, sc
 from kat_ray.report.phases import Lens, PhaseRow, Phases, lens_of, phase_table, phases_of, teacher_tokens
 from kat_ray.report.rewards import reward_cards, reward_sections
 from kat_ray.report.run_records import RunRecords, read_run
+from kat_ray.report.sources import source_sections
 from kat_ray.termination import RULES, Effect, kat_parameters
 from kat_ray.termination.settings import KatParameters, KatSettings
 from kat_ray.types.records import DEFAULT_TEACHER
@@ -200,6 +201,7 @@ def _step_sections(records: RunRecords, phases: Phases | None, lens: Lens) -> li
             curves.learning(records),
         ),
         *reward_sections(records),
+        *source_sections(records),
         _section(
             "stops", "How rollouts ended",
             "Trapped rollouts were ended by the rule, max_tokens ones reached their limit (or the rule's length "

@@ -51,18 +51,21 @@ def load_grader() -> Callable[[Mapping[str, Any]], float]:
     return grade
 
 
-def load_maker() -> Callable[[Mapping[str, Any]], list[list[Any]]]:
+def load_maker() -> Callable[[Mapping[str, Any]], list[Any]]:
     """Import reasoning-gym; what is returned makes the next problems of a family: (index, question, answer) each.
 
     It is asked with `problem` (JSON of the family's first one) and `count`, and gives fewer where they are long; of
-    one process's questions no two are the same. `Unusable` says what is wrong with a family or its settings.
+    one process's questions no two are the same. Asked with `problem` and `levels` it gives the settings of that
+    many levels of its curriculum. `Unusable` says what is wrong with a family or its settings.
     """
     _library()
     seen: set[str] = set()
     streams: dict[str, Iterator[list[Any]]] = {}
 
-    def make(asked: Mapping[str, Any]) -> list[list[Any]]:
+    def make(asked: Mapping[str, Any]) -> list[Any]:
         name = asked["problem"]
+        if "levels" in asked:
+            return _levels(Problem.from_json(name), asked["levels"])
         if name not in streams:
             streams[name] = _usable(Problem.from_json(name), seen)
         page: list[list[Any]] = []
@@ -73,6 +76,32 @@ def load_maker() -> Callable[[Mapping[str, Any]], list[list[Any]]]:
         return page
 
     return make
+
+
+def _levels(problem: Problem, count: int) -> list[dict[str, Any]]:
+    """The settings of a family's first `count` levels, with those of the user's that no level moves."""
+    factory, where = _library(), f"environment.families.{problem.family}"
+    _dataset(problem)  # says what is wrong with its name or settings
+    if problem.family not in factory.CURRICULA:
+        raise Unusable(
+            f"{where}: reasoning-gym {VERSION} has no curriculum of this family; leave one of the two out"
+        )
+    curriculum = factory.create_curriculum(problem.family)
+    attributes = curriculum.attributes.values()
+    names = ("field_name", "lower_field_name", "upper_field_name")
+    moved = {getattr(attribute, name) for attribute in attributes for name in names if hasattr(attribute, name)}
+    for name in problem.settings:
+        if name in moved:
+            raise Unusable(f"{where}.settings.{name}: is moved by environment.curriculum; leave it out")
+    most = max(len(attribute.levels) for attribute in attributes)
+    if count > most:
+        raise Unusable(f"environment.curriculum.levels = {count}: the curriculum of {problem.family} has {most}")
+    found = []
+    for level in range(count):
+        curriculum.set_global_level(level)
+        made = curriculum.generate_configuration(dict(problem.settings))
+        found.append({**problem.settings, **{name: getattr(made, name) for name in sorted(moved)}})
+    return found
 
 
 def _usable(problem: Problem, seen: set[str]) -> Iterator[list[Any]]:

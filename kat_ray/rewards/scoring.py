@@ -24,6 +24,8 @@ from kat_ray.types.records import Reward
 
 log = logging.getLogger("kat_ray.rewards")
 
+PART = "reward/part/"  # metrics of single functions, by their labels
+
 _VERDICTS = {Outcome.RIGHT: 1.0, Outcome.WRONG: 0.0}
 _NO_GOLD = "0"  # an answer to try a function with, where the first prompt has no gold answer
 
@@ -166,7 +168,7 @@ class RewardScorer:
         for name, label in self._labels.items():
             values = [parts[name].value for parts in found if parts[name].value is not None]
             if values:
-                figures[f"reward/part/{label}"] = float(np.mean(values))
+                figures[PART + label] = float(np.mean(values))
         return figures
 
 

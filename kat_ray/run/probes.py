@@ -13,7 +13,7 @@ import numpy as np
 from kat_ray.data.accounting import FinishedRollout
 from kat_ray.rewards.grader_pool import Check, GraderPool, nothing
 from kat_ray.rewards.limits import GradingLimits, Verdicts
-from kat_ray.rewards.scoring import Answer, RewardScorer, Scored, check_failed
+from kat_ray.rewards.scoring import PART, Answer, RewardScorer, Scored, check_failed
 from kat_ray.rewards.verifiers import Verifier, grade, pool_of
 from kat_ray.run.grading_ahead import Ended, Found, GradingAhead
 from kat_ray.termination import RULES
@@ -168,6 +168,27 @@ def seen_to_the_end(rollouts: Sequence[FinishedRollout], cuts: bool) -> list[Fin
 def is_active(settings: RuleSettings, threshold: float | None) -> bool:
     """Whether the rule could do anything in a step: one that calibrates a threshold must have one."""
     return threshold is not None or not RULES[settings.rule].calibrates
+
+
+def together(batches: Sequence[Graded]) -> Graded | None:
+    """The verdicts on a step whose prompts were sampled in several batches; None of none."""
+    if len(batches) < 2:
+        return batches[0] if batches else None
+    rewards = {i: reward for batch in batches for i, reward in batch.rewards.items()}
+    metrics: dict[str, float] = {}
+    for name in dict.fromkeys(name for batch in batches for name in batch.reward_metrics):
+        if name.startswith(PART):  # a mean, where the others are sums
+            parts = (reward.parts.get(name.removeprefix(PART)) for reward in rewards.values())
+            metrics[name] = float(np.mean([value for value in parts if value is not None]))
+        else:
+            metrics[name] = sum(batch.reward_metrics.get(name, 0.0) for batch in batches)
+    return Graded(
+        correct={i: right for batch in batches for i, right in batch.correct.items()},
+        ran_out=sum(batch.ran_out for batch in batches),
+        seconds=sum(batch.seconds for batch in batches),
+        rewards=rewards,
+        reward_metrics=metrics,
+    )
 
 
 def grading_metrics(graded: Graded) -> dict[str, float]:

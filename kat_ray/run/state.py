@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from kat_ray.rewards.verifiers import EvalResult
+from kat_ray.run.carried import Carried
 from kat_ray.run.checkpoint import Loaded
+from kat_ray.run.curriculum import Standing
 from kat_ray.types.records import StopReason
 
 Count = Annotated[int, Field(strict=True, ge=0)]
@@ -84,6 +86,8 @@ class RunState(_Saved):
     done: Count = 0  # optimiser steps
     rule: dict[str, Any] | None = None  # the termination rule's calibration; None: an empty one
     probe_rewards: list[float] = []  # `Credit.probe_rewards` of the last step
+    curriculum: dict[str, tuple[Count, Count, Count]] = {}  # `Standing` by family
+    prompts_taken: Count | None = None  # from their order; an earlier version took as many in every step
     totals: TotalsState = TotalsState()
     evaluations: dict[str, EvalResult] = {}  # "before", "after", and of teachers
     evaluated: Count | None = None  # steps done at the last evaluation
@@ -102,6 +106,12 @@ class RunState(_Saved):
     def from_json(cls, state: dict[str, Any]) -> RunState:
         """What `to_json` gave; pydantic's `ValidationError` where it is something else."""
         return cls.model_validate(state)
+
+    def carried(self, prompts_per_step: int) -> Carried:
+        """What the steps that are done leave to the next."""
+        taken = self.done * prompts_per_step if self.prompts_taken is None else self.prompts_taken
+        standings = {family: Standing(*counts) for family, counts in self.curriculum.items()}
+        return Carried(taken, tuple(self.probe_rewards), standings)
 
     def to_json(self) -> dict[str, Any]:
         """A copy of everything, which does not change when the run goes on."""

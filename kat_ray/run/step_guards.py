@@ -16,6 +16,7 @@ from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.batch_dump import StepBatch, dump_batch
 from kat_ray.run.collapse_guards import CollapseGuards
 from kat_ray.run.held_out import HeldOutWatch
+from kat_ray.run.refill import RefillReport
 from kat_ray.run.skipped_steps import SkipGuard
 from kat_ray.run.step_result import StepResult
 from kat_ray.run.tail_report import TailReport
@@ -32,6 +33,7 @@ class StepGuards:
             guards = guards.model_copy(update={"kl_rise": None, "kl_fall": None})
         self._guards = CollapseGuards(guards, (config.student.dtype, config.learner.dtype))
         self._tail = TailReport(config.rollout.top_k_logprobs)
+        self._refill = RefillReport(config)
         self._held_out, self._leak = HeldOutWatch(), HeldOutWatch()
         self._has_context = any(context is not None for context in config.teacher_contexts.values())
         self._skips = SkipGuard(config.learner.max_skipped_steps)
@@ -55,8 +57,9 @@ class StepGuards:
         self._skips_due = self._skips.observe(report.skipped, report.tokens)
         if report.skipped and self._skips.in_a_row == 1:
             self._note(f"step {step.done} was skipped: its loss or gradient was not finite")
-        if (line := self._tail.observe(step)) is not None:
-            self._note(line)
+        for line in (self._tail.observe(step), self._refill.observe(step)):
+            if line is not None:
+                self._note(line)
         verdict = self._guards.observe(step)
         for text in verdict.notes:
             self._note(text)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kat_ray.data.accounting import FinishedRollout, kept_rows
-from kat_ray.types.records import FloatArray, ScoredChunk, StepStart, StopReason
+from kat_ray.types.records import FloatArray, Reward, ScoredChunk, StepStart, StopReason
 
 _FEATURES = {
     "health/overlap": "overlap",
@@ -71,6 +71,33 @@ def teacher_metrics(
             "window_min_mean": sum(minima) / len(minima) if minima else None,
         }
         figures |= {f"teacher/{what}/{name}": float(v) for what, v in found.items() if v is not None}
+    return figures
+
+
+def source_metrics(
+    rollouts: Sequence[FinishedRollout],
+    sources: Mapping[int, str],
+    correct: Mapping[int, bool],
+    rewards: Mapping[int, Reward],
+) -> dict[str, float]:
+    """The figures of each source's rollouts, where it had any; all mappings are by rollout id.
+
+    A rate is of the rollouts that have a verdict, a mean of those that have a reward.
+    """
+    figures: dict[str, float] = {}
+    for name in sorted({*sources.values()}):
+        own = [r for r in rollouts if sources.get(r.rollout_id) == name]
+        right = [correct[r.rollout_id] for r in own if r.rollout_id in correct]
+        values = [rewards[r.rollout_id].value for r in own if r.rollout_id in rewards]
+        worth = [value for value in values if value is not None]
+        found: dict[str, float | None] = {
+            "rollouts": len(own),
+            "tokens": sum(r.counts.generated for r in own),
+            "mean_length": sum(r.counts.generated for r in own) / len(own),
+            "pass_rate": sum(right) / len(right) if right else None,
+            "reward": sum(worth) / len(worth) if worth else None,
+        }
+        figures |= {f"source/{what}/{name}": float(v) for what, v in found.items() if v is not None}
     return figures
 
 

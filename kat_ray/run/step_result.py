@@ -122,7 +122,7 @@ class StepTimes:
     @classmethod
     def of(
         cls,
-        reports: Sequence[SamplerReport],
+        reports: Sequence[Sequence[SamplerReport]],
         scored: Sequence[ScoredChunk],
         monitor: float,
         *,
@@ -131,21 +131,25 @@ class StepTimes:
         learn: float,
         publish: float,
     ) -> StepTimes:
-        """The driver's clock, and what samplers, scorers and monitors say of themselves."""
-        decisions = np.concatenate([r.decision_seconds for r in reports])
+        """The driver's clock, and what samplers, scorers and monitors say of themselves.
+
+        `reports` are those of each batch of prompts, which were sampled one after the other.
+        """
+        every = [r for batch in reports for r in batch]
+        decisions = np.concatenate([r.decision_seconds for r in every])
         return cls(
             step=step,
             sample=sample,
             learn=learn,
             publish=publish,
-            sampling=max(r.seconds for r in reports),
-            score_wait=max(r.wait_seconds for r in reports),
-            control=max(r.control_seconds for r in reports),
+            sampling=sum(max(r.seconds for r in batch) for batch in reports),
+            score_wait=max(r.wait_seconds for r in every),
+            control=max(r.control_seconds for r in every),
             monitor=monitor,
             sampler=StageWork(
-                tokens=sum(len(rollout.token_ids) for r in reports for rollout in r.rollouts),
-                seconds=sum(r.seconds - r.wait_seconds for r in reports),
-                replicas=len(reports),
+                tokens=sum(len(rollout.token_ids) for r in every for rollout in r.rollouts),
+                seconds=sum(r.seconds - r.wait_seconds for r in every),
+                replicas=max(map(len, reports)),
             ),
             scorer=_scoring(scored) if scored else None,
             scorers={
@@ -202,6 +206,11 @@ class StepResult:
     def constant_groups(self) -> float | None:
         """Prompts whose rollouts all have one reward, as a share; None without rewards."""
         return self.recorded.get("group/constant_share")
+
+    @property
+    def missing_groups(self) -> float | None:
+        """That other prompts were to be drawn for, and were not; None where none are."""
+        return self.recorded.get("group/missing")
 
     @property
     def reward_mean(self) -> float | None:

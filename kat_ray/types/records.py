@@ -67,6 +67,8 @@ class Prompt:
     teacher: str = DEFAULT_TEACHER  # the name of the one that scores its rollouts
     problem: str | None = None  # of an environment, as JSON
     context_ids: tuple[int, ...] | None = None  # what the teacher is given instead of `token_ids`; None: the same
+    source: str | None = None  # what it is from, where metrics tell sources apart
+    level: int = 0  # how hard it is, in a curriculum
 
     @property
     def gold(self) -> str | None:

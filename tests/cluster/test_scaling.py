@@ -33,8 +33,8 @@ def outcomes_of(fleet, samplers, scorers, shards, steps=3):
     for s in sampled:
         for counts in (r.counts for r in s.rollouts):
             assert counts.generated == counts.kept + counts.cut_back + counts.overshoot
-        assert all(len(r.decision_seconds) == len(r.chunks) for r in s.reports)
-        assert all(len(r.chunks) and r.control_seconds > 0 for r in s.reports)
+        assert all(len(r.decision_seconds) == len(r.chunks) for batch in s.reports for r in batch)
+        assert all(len(r.chunks) and r.control_seconds > 0 for batch in s.reports for r in batch)
     outcomes = [r.outcome for s in sampled for r in s.rollouts]
     return [(o.rollout_id, o.cut, o.confirmed, o.threshold, o.minimum) for o in outcomes]
 

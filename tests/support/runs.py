@@ -92,8 +92,7 @@ def check_books(config, path):
     assert books["kept"] == books["trained"] == sum(m["learner/tokens"] for m in metrics)
     prompts = load_prompts(config.data, load_tokenizer(config.student), 10_000, graded=False).prompts
     order = PromptOrder(prompts, config.run.seed, config.data.shuffle)
-    n = config.rollout.prompts_per_step
-    planned = Counter(p.prompt_id for step in range(steps) for p in order.batch(step, n))
+    planned = Counter(p.prompt_id for p in order.take(range(steps * config.rollout.prompts_per_step)))
     trained = Counter(t["prompt_id"] for t in traces)
     assert trained == Counter({p: c * config.rollout.rollouts_per_prompt for p, c in planned.items()})
     return summary, traces, metrics

@@ -26,5 +26,5 @@ def a_step(**changes):
         replace(chunk([0], [0], [[1.0]]), scorer=name, seconds=s)
         for name, s in (("a", 1.0), ("a", 1.5), ("b", 0.5))
     ]
-    result = StepResult(4, REPORT, StepTimes.of(reports, scored, 0.25, **CLOCK), staleness=1, restarts=2)
+    result = StepResult(4, REPORT, StepTimes.of([reports], scored, 0.25, **CLOCK), staleness=1, restarts=2)
     return replace(result, **changes)

@@ -1,5 +1,6 @@
 """A run on a fake cluster whose answers real children grade by what made the problems: as if by gold answers."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from kat_ray.config import EnvironmentConfig
 from kat_ray.data.environment import columns_of
 from kat_ray.rewards.child import GradingChild
+from kat_ray.run.probes import RolloutGrader
+from kat_ray.types.records import Prompt
 from tests.support.scenarios import HELDOUT, LAYOUTS, PROMPTS, Run, check, compare
 
 MADE = EnvironmentConfig(families={"gcd": {"settings": {"max_value": 30}}}, train=40, heldout=30, binarise=False)
@@ -85,3 +88,72 @@ def test_rewards_probes_and_evaluations_are_those_of_the_gold_answers(plain, mon
     assert again.finished
     compare(again, whole.fingerprint())
     assert [record["right"] for _, record in again.run.evaluations] == rights
+
+
+LADDER = {
+    **LAYOUT, "data": {"path": "environment:train"},
+    "environment": {
+        "families": {"gcd": {}, "lcm": {}}, "curriculum": {"levels": 3, "window": 4, "success_threshold": 0.4}
+    },
+    "evaluation": {"verifier": "environment"}, "run": {"checkpoint_every": 1, "steps": 5},
+}  # fmt: skip
+
+
+class Climbing(Run):
+    """The small run on prompts of two families in three levels; a rollout whose last token is odd is right."""
+
+    def __init__(self, staleness=0, start_from=None):
+        rollout = {**LAYOUT["rollout"], "staleness": staleness}
+        super().__init__(0, {**LADDER, "rollout": rollout}, start_from)
+        prompts = [
+            Prompt(f"{family}{level}{i}", (20 + i, 30 + level, 40), source=family, level=level)
+            for i in range(3) for level in range(3) for family in ("gcd", "lcm")
+        ]  # fmt: skip
+        self.train = replace(PROMPTS, prompts=tuple(prompts))
+        self.golds = {p.prompt_id: "1" for p in prompts}
+
+    def _replaced(self):
+        integers = {"actors.driver.recorder.RolloutGrader": by_integers}
+        return super()._replaced() | {"tests.support.scenarios.PROMPTS": self.train} | integers
+
+
+def by_integers(golds, decode, verifier, *rest):
+    return RolloutGrader(golds, decode, "integer", *rest)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_family_climbs_by_its_answers_and_a_resumed_run_where_it_would_have(staleness):
+    whole = Climbing(staleness).go()
+    check(whole)
+    assert whole.error is None and whole.finished
+    standings, expected = {"gcd": [0, 0, 0], "lcm": [0, 0, 0]}, []
+    for step, rows in sorted(whole.run.traces.items()):
+        metrics = dict(whole.run.metrics)[step + 1]
+        for family in dict.fromkeys(row.prompt_id[:3] for row in rows):
+            own, standing = [row for row in rows if row.prompt_id.startswith(family)], standings[family]
+            assert {int(row.prompt_id[3]) for row in own} == {standing[0]} == {metrics[f"source/level/{family}"]}
+            standing[1] += sum(bool(row.correct) for row in own)
+            standing[2] += len(own)
+            if standing[2] >= 4:
+                level, right, count = standing
+                standings[family] = [min(2, level + (right >= 0.4 * count)), 0, 0]
+                if standings[family][0] != level:
+                    expected.append(f"curriculum, after step {step + 1}: {family} goes from level {level} to")
+        assert json.loads(whole.checkpoints.written[step + 1][0])["curriculum"] == {
+            family: standing for family, standing in standings.items() if family in families_until(whole, step)
+        }
+    said = [note for note in whole.notes if note.startswith("curriculum")]
+    assert expected and len(said) == len(expected) and all(map(str.startswith, said, expected))
+    run = Climbing(staleness)
+    run.cluster.when("learner:0", "learn", run.cluster.terminate, nth=3)
+    broken = run.go()
+    assert not broken.finished
+    again = Climbing(staleness, start_from=broken).go()
+    check(again)
+    assert again.finished
+    compare(again, whole.fingerprint())
+
+
+def families_until(result, step):
+    """Families that some step up to this one had rollouts of."""
+    return {row.prompt_id[:3] for s, rows in result.run.traces.items() if s <= step for row in rows}

@@ -20,7 +20,7 @@ def test_ends_are_the_engines_in_the_order_of_ids():
     ends = Unmonitored({"a": 1})
     assert (start := ends.start_step(0, {})).threshold is None and start.budget is None
     requests = [completed(2, {5: EngineEnd.EOS, 1: EngineEnd.FAILED}), completed(1, {3: EngineEnd.MAX_TOKENS})]
-    closed = ends.end_step(0, requests, {})
+    closed = ends.close(requests)
     assert [(o.rollout_id, o.stop_reason) for o in closed.outcomes] == [
         (1, StopReason.FAILED), (3, StopReason.MAX_TOKENS), (5, StopReason.EOS),
     ]  # fmt: skip
@@ -30,4 +30,4 @@ def test_ends_are_the_engines_in_the_order_of_ids():
 
 def test_one_that_has_not_ended_is_a_mistake_of_ours():
     with pytest.raises(AssertionError, match="rollout 5 has not ended"):
-        Unmonitored({}).end_step(0, [completed(1, {5: EngineEnd.RUNNING})], {})
+        Unmonitored({}).close([completed(1, {5: EngineEnd.RUNNING})])

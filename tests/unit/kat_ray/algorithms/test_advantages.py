@@ -54,8 +54,13 @@ def test_whitening_is_over_the_tokens_of_the_whole_batch(kind, expected):
     found = members(group((1, 0), "p") + group((1, 1), "q", 2), Treatment())
     assert advantages(kind, found, TOKENS) == pytest.approx(expected, abs=1e-6)
     # With the sample variance, as others have it: smaller by sqrt((N - 1) / N) over N = 8 tokens.
-    of_samples = {"reinforce_pp_baseline": 1.365332, "reinforce_pp": 0.353553}[kind]
-    assert advantages(kind, found, TOKENS)[0] * np.sqrt(7 / 8) == pytest.approx(of_samples, abs=1e-6)
+    of_samples = {
+        "reinforce_pp_baseline": [1.365332, -1.755426, -0.195047, -0.195047],
+        "reinforce_pp": [0.353553, -2.474874, 0.353553, 0.353553],
+    }[kind]
+    assert advantages(kind, found, TOKENS) * np.sqrt(7 / 8) == pytest.approx(of_samples, abs=1e-6)
+    one = of(kind, RIGHT, TOKENS) * np.sqrt(7 / 8)
+    assert one == pytest.approx([1.620185, -0.540062, -0.540062, -0.540062], abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,6 +171,14 @@ RIGHTS = {"good": 0.8, "leave": 0.5, "loop": 0.2}
 def exact_gradient(credit, probe_share=0.1, looped=True):
     """Expectation over rollouts of credit(path, right, probe) times the score, in (choose good, leave the trap).
 
+    See `exact_moments`.
+    """
+    return exact_moments(credit, probe_share, looped)[0]
+
+
+def exact_moments(credit, probe_share=0.1, looped=True):
+    """That expectation, and the variance of one rollout's estimate, summed over both choices.
+
     Scores are those of logits with gradient 1 - p and -p. The baseline has a fixed value here, and is part of
     the credit. Without `looped` the choice to loop is outside the policy's mask, which then ends at the cut.
     """
@@ -175,13 +188,15 @@ def exact_gradient(credit, probe_share=0.1, looped=True):
         "leave": ((1 - p_good) * p_leave, np.array([-p_good, 1 - p_leave])),
         "loop": ((1 - p_good) * (1 - p_leave), np.array([-p_good, -p_leave * looped])),
     }
-    total = np.zeros(2)
+    total, squared = np.zeros(2), 0.0
     for path, (chance, score) in paths.items():
         for right in (1.0, 0.0):
             for probe, share in ((True, probe_share), (False, 1 - probe_share)):
                 p = chance * share * (RIGHTS[path] if right else 1 - RIGHTS[path])
-                total += p * credit(path, right, probe) * score
-    return total
+                estimate = credit(path, right, probe) * score
+                total += p * estimate
+                squared += p * estimate @ estimate
+    return total, squared - total @ total
 
 
 def treated(treatment):
@@ -224,6 +239,41 @@ def test_weighted_probes_are_an_unbiased_estimate_and_what_is_left_out_is_not():
 )
 def test_what_each_treatment_is_an_estimate_of(treatment, expected):
     assert exact_gradient(treated(treatment), probe_share=0.0) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("treatment", "share", "expected"),
+    [
+        (Treatment("probe_weighted", probe_share=1.0), 1.0, 0.0784),  # all run to their end
+        (Treatment("probe_weighted", probe_share=0.1), 0.1, 0.4393),
+        (Treatment("failure"), 0.0, 0.0694),
+        (Treatment("probe_mean", probe_mean=0.2), 0.0, 0.0585),
+        (Treatment("exclude"), 0.0, 0.0512),
+    ],
+)
+def test_what_each_treatment_costs_in_variance(treatment, share, expected):
+    """Of one rollout, against the mean reward that the treatment gives."""
+    p_good, p_leave = 1 / (1 + np.exp(-CHOICES))
+    loop = (1 - p_good) * (1 - p_leave)
+    answered = 0.8 * p_good + 0.5 * (1 - p_good) * p_leave
+    mean = {"failure": answered, "exclude": 0.0}.get(treatment.cut, answered + 0.2 * loop)
+    given = treated(treatment)
+
+    def credit(path, right, probe):
+        row = Graded(0, "p", Ending.ANSWERED, right, path == "loop" and probe)
+        weight = 0.0 if path == "loop" and not probe else members([row], treatment).weight[0]
+        counts = weight if treatment.cut == "probe_weighted" else 1.0
+        return given(path, right, probe) - mean * counts
+
+    assert exact_moments(credit, share)[1] == pytest.approx(expected, abs=5e-5)
+
+
+def test_imputed_rewards_up_to_the_cut_alone_would_teach_to_stay_too():
+    mean = treated(Treatment("probe_mean", probe_mean=0.2))
+    p_good, p_leave = 1 / (1 + np.exp(-CHOICES))
+    average = 0.8 * p_good + (1 - p_good) * (0.5 * p_leave + 0.2 * (1 - p_leave))
+    found = exact_gradient(lambda *rollout: mean(*rollout) - average, probe_share=0.0, looped=False)
+    assert found == pytest.approx([0.113661, -0.010758], abs=1e-6)
 
 
 def test_a_policy_whose_mask_ended_at_the_cut_would_be_taught_to_stay_in_the_trap():

@@ -35,7 +35,7 @@ def test_gspo_has_the_mean_over_rollouts():
 
 
 def test_the_preset_of_the_page_is_dapo():
-    block = PAGE.read_text().split("without its drawing again:\n\n")[1].split("\n\n")[0]
+    block = PAGE.read_text().split("DAPO (arXiv 2503.14476):\n\n")[1].split("\n\n")[0]
     rl = ObjectiveConfig.model_validate(yaml.safe_load(textwrap.dedent(block))["objective"]).rl
     assert (rl.clip, rl.dual_clip, rl.aggregate, rl.filter_constant_groups) == (
         (0.2, 0.28),
@@ -43,4 +43,4 @@ def test_the_preset_of_the_page_is_dapo():
         "token_mean",
         True,
     )
-    assert (rl.overlong.buffer, rl.overlong.factor) == (128, 1.0)
+    assert (rl.overlong.buffer, rl.overlong.factor) == (128, 1.0) and rl.max_num_gen_batches > 1

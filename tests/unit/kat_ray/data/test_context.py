@@ -110,7 +110,7 @@ def test_the_scorer_gets_the_context_and_the_learner_the_prompt(load, takes_over
     """From the row to the learner's sample; where another scorer takes over, it gets the context again."""
     prompts = load([{"prompt": "12", "solution": "345"}], "{solution}{prompt}").prompts
     config = make_config("a", "b", rollout={"prompts_per_step": 1})
-    (spec,) = rollout_specs(PromptOrder(prompts, 0, False), config, 0)
+    (spec,) = rollout_specs(PromptOrder(prompts, 0, False), config, range(1))
     assert spec.prompt_ids == prompts[0].token_ids and spec.scored_prompt == prompts[0].context_ids
     pending = PendingRollout(spec.rollout_id, spec.scored_prompt, scorer=0)
     chunks = []

@@ -12,7 +12,7 @@ from kat_ray.config.load import load_config
 from kat_ray.data import environment as rows_module
 from kat_ray.data.environment import columns_of
 from kat_ray.data.golds import training_golds
-from kat_ray.data.prompts import load_prompts
+from kat_ray.data.prompts import PromptOrder, load_prompts
 from kat_ray.errors import DataError
 from kat_ray.rewards.limits import Fault, Reply
 from tests.support.paths import ROOT
@@ -186,3 +186,80 @@ def test_what_can_be():
     unsafe = {"families": {"countdown": {}, "gcd": {}}, "allow_unsafe": ["countdown"]}
     made = config(unsafe).environment
     assert made.first("countdown").unsafe and not made.first("gcd").unsafe
+
+
+# --- curricula --------------------------------------------------------------------------------------------
+
+
+LADDER = {
+    "families": {"chain_sum": {}, "gcd": {"settings": {}}},
+    "train": 12,
+    "heldout": 7,
+    "curriculum": {"levels": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def ladder():
+    made = EnvironmentConfig(**LADDER)
+    return {split: columns_of(made, split) for split in ("train", "heldout")}
+
+
+def test_levels_are_those_of_the_librarys_curriculum(ladder):
+    train, heldout = ladder["train"], ladder["heldout"]
+    assert len(train) == 36 and len(heldout) == 7, "train for each level, heldout in all"
+    assert [sum(r["level"] == level for r in heldout) for level in range(3)] == [3, 2, 2]
+    assert len({*questions(train), *questions(heldout)}) == len({r["id"] for r in (*train, *heldout)}) == 43
+    settings = {r["level"]: json.loads(r["problem"])["settings"] for r in train if r["family"] == "chain_sum"}
+    assert {level: (s["max_terms"], s["max_digits"]) for level, s in settings.items()} == {
+        0: (2, 1), 1: (3, 2), 2: (4, 3)
+    }  # fmt: skip
+    numbers = [max(map(int, re.findall(r"\d+", r["prompt"]))) for r in train if r["family"] == "chain_sum"]
+    levels = [r["level"] for r in train if r["family"] == "chain_sum"]
+    assert all(n < 10 ** (level + 1) for n, level in zip(numbers, levels, strict=True)) and max(numbers) > 99
+    rows_module._splits.cache_clear()
+    again = columns_of(EnvironmentConfig(**LADDER), "train")
+    assert again == train
+
+
+def test_prompts_of_a_level_stand_in_for_those_of_the_first(ladder):
+    tokenizer, environment = make_tokenizer(), EnvironmentConfig(**LADDER)
+    found = load_prompts(DataConfig(path="environment:train"), tokenizer, None, environment=environment)
+    order = PromptOrder(found.prompts, 0, True)
+    first = order.take(range(12))
+    assert len({*first}) == 12 and {p.level for p in first} == {0}, "an epoch is the prompts of one level"
+    assert order.take(range(5), {}) == first[:5]
+    harder = order.take(range(12), {"gcd": 2})
+    for before, after in zip(first, harder, strict=False):
+        assert after.source == before.source and after.level == (2 if before.source == "gcd" else 0)
+        assert (after == before) == (before.source == "chain_sum")
+    assert len({p.prompt_id for p in harder}) == 12, "another one for each"
+    few = DataConfig(path="environment:train", limit=2)
+    with pytest.raises(DataError, match=r"environment.curriculum: .* has no problem of level . among the 2 of"):
+        load_prompts(few, tokenizer, None, environment=environment)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"families": {"list_functions": {}}},
+            "environment.families.list_functions: reasoning-gym .* no curriculum",
+        ),
+        ({"families": {"gcd": {"settings": {"max_value": 9}}}}, "gcd.settings.max_value: is moved by"),
+        (
+            {"curriculum": {"levels": 9}, "families": {"gcd": {}}},
+            "curriculum.levels = 9: the curriculum of gcd has 4",
+        ),
+        ({"families": {"gdc": {}}}, "has no family of this name; did you mean gcd"),
+    ],
+)
+def test_what_has_no_such_levels_is_said(changes, said):
+    rows_module._splits.cache_clear()
+    with pytest.raises(DataError, match=said):
+        columns_of(EnvironmentConfig(**{**LADDER, **changes}), "train")
+
+
+def test_a_curriculum_needs_rewards():
+    with pytest.raises(ValueError, match=r"environment.curriculum: needs objective.rl.weight > 0"):
+        config({"families": {"gcd": {}}, "curriculum": {"levels": 2}})

@@ -69,11 +69,12 @@ def test_probes_and_lengths_are_those_of_the_teachers_rule(load):
     config = make_config("a", "b", rollout={"prompts_per_step": 200, "max_tokens": 64},
                          termination={"rule": "kat", "probe_share": 0.5})  # fmt: skip
     start = StepStart(None, None, by_teacher={"math": StepStart(0.1, 20, 0.0), "code": StepStart(None, None, None)})
-    specs = rollout_specs(PromptOrder(prompts, 0, False), config, 0, start)
+    specs = rollout_specs(PromptOrder(prompts, 0, False), config, range(200), start)
     math, code = ([s for s in specs if s.teacher == name] for name in ("math", "code"))
     assert len(math) == len(code) == 100
     assert {(s.probe, s.max_tokens) for s in math} == {(False, 20)}
     assert {s.max_tokens for s in code} == {64} and 30 < sum(s.probe for s in code) < 70
     capped = StepStart(None, None, by_teacher={"math": StepStart(0.1, 20), "code": StepStart(None, None)})
-    mine = [s for s in rollout_specs(PromptOrder(prompts, 0, False), config, 0, capped) if s.teacher == "math"]
+    again = rollout_specs(PromptOrder(prompts, 0, False), config, range(200), capped)
+    mine = [s for s in again if s.teacher == "math"]
     assert {s.max_tokens for s in mine if s.probe} == {64} and {s.max_tokens for s in mine if not s.probe} == {20}

@@ -75,6 +75,8 @@ def test_one_ratio_for_a_whole_answer():
     sequence = by_rollout(NEW - OLD)
     assert sequence.exp()[[0, 2, 3, 6]].tolist() == pytest.approx([1.161895, 0.5, 0.916566, 1.581139], abs=1e-6)
     assert sequence_mean(gspo_loss(NEW, sequence, GRPO, 0.2, 0.2).loss) == pytest.approx(-0.023497567, abs=1e-9)
+    token_mean = float(gspo_loss(NEW, sequence, GRPO, 0.2, 0.2).loss.mean())
+    assert token_mean == pytest.approx(-0.016212214, abs=1e-9), "another number, which the configuration refuses"
     assert sequence_mean(gspo_loss(NEW, sequence, GRPO, 3e-4, 4e-4).loss) == pytest.approx(0.072417354, abs=1e-9)
     logp = NEW.clone().requires_grad_()
     loss = gspo_loss(logp, sequence, GRPO, 0.2, 0.2).loss
@@ -94,7 +96,8 @@ def test_corrections_of_the_sampler():
     assert float((ppo() * truncated).mean()) == pytest.approx(-0.0725)
     inside = interval_weight(W.log(), 0.5, 2.0)
     assert inside.tolist() == pytest.approx([1, 0, 0, 1, 1.2, 0.9, 0, 1])
-    assert float((ppo() * inside).mean()) == pytest.approx(0.08875)
+    assert float((ppo() * inside).mean()) == pytest.approx(0.08875), "over all tokens, as ours is"
+    assert float((ppo() * inside).sum() / (inside > 0).sum()) == pytest.approx(0.142), "over those that are kept"
     product = torch.stack([part.log().sum() for part in W.split(LENGTHS.tolist())]).repeat_interleave(LENGTHS)
     assert product.exp()[[0, 2, 3, 6]].tolist() == pytest.approx([3, 0.4, 1.08, 2.5])
     cap = 3.0 + 1e-9  # the first one's product is 3

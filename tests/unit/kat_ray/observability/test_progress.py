@@ -64,3 +64,8 @@ def test_a_terminal_gets_a_live_line(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     text = shown(stream)
     assert "\x1b[" in text and "a note that stays" in text
+
+
+def test_rewards_alone_say_nothing_of_a_teacher():
+    line = Progress(100, io.StringIO()).describe(replace(LINE, kl=None, trapped_share=0.0, reward=0.5))
+    assert line == "step   7/100  reward 0.500   5,120 tokens   2,346 tok/s  ETA 0:00"

@@ -8,6 +8,7 @@ import pytest
 from kat_ray.cli import main as cli
 from kat_ray.report import curves, rewards
 from kat_ray.report.run_records import read_run
+from kat_ray.report.sources import by_source, source_sections, sources
 from tests.support.reports import row, small_run, write_run
 
 
@@ -106,3 +107,19 @@ def test_a_run_without_a_ratio_or_without_spread_has_its_rewards(run):
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     (section,) = rewards.reward_sections(read_run(run))
     assert section.name == "rewards" and section.png
+
+
+def test_sources_are_drawn_those_with_the_most_rollouts_first(run):
+    assert source_sections(read_run(run)) == []
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line, share in zip(lines, (0.25, 0.5), strict=True):
+        line |= {"source/rollouts/gcd": 4, "source/rollouts/openai/gsm8k": 12, "source/mean_length/gcd": 3.0}
+        line |= {"source/pass_rate/gcd": share, "source/pass_rate/openai/gsm8k": 1.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    records = read_run(run)
+    assert sources(records) == ["openai/gsm8k", "gcd"]
+    passed, lengths = by_source(records).axes
+    assert lines_of(passed) == {"openai/gsm8k": [1.0, 1.0], "gcd": [0.25, 0.5]}
+    assert lines_of(lengths) == {"gcd": [3.0, 3.0]}
+    (section,) = source_sections(records)
+    assert section.png and "Drawn are" not in section.text

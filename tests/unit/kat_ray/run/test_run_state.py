@@ -54,6 +54,7 @@ def test_a_checkpoint_without_a_version_is_read_whole(tmp_path):
     evaluations = AT_3AA4268["evaluations"] | {"before": before}
     assert state.to_json() == AT_3AA4268 | {
         "version": 1, "watch": watch, "evaluations": evaluations, "probe_rewards": [], "reward_files": {},
+        "prompts_taken": None, "curriculum": {},
         "totals": AT_3AA4268["totals"] | {"teacher_tokens": {}},
     }  # fmt: skip
 

@@ -47,7 +47,7 @@ def test_weights_of_the_losses_are_metrics_where_they_change():
 
 
 def test_a_step_that_nobody_scored_says_nothing_of_scores_and_decisions():
-    times = StepTimes.of([a_report(0, 0.0, 20)], [], 0.0, **CLOCK)
+    times = StepTimes.of([[a_report(0, 0.0, 20)]], [], 0.0, **CLOCK)
     assert times.decisions is None and times.scorer is None
     absent = {"time/decision_mean", "time/score_wait", "time/scorer_busy", "time/monitor", "throughput/scorer"}
     assert (
