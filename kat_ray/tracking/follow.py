@@ -8,7 +8,7 @@ over what is left and ends.
 
 Nothing is told twice. What a run takes again after it has gone back to a checkpoint was told the first time, and
 stays as it was told: no tracker but TensorBoard can take back a value. How far it has come is in
-RUN/tracking/SERVICE.json, after each round.
+RUN/tracking/SERVICE.json, or SERVICE-online.json, after each round; another server is told everything.
 """
 
 from __future__ import annotations
@@ -44,10 +44,11 @@ _LONGEST_TEXT = 500  # characters of a reason
 
 @dataclass
 class Told:
-    """The last step of each kind that a tracker was told."""
+    """The last step of each kind that a tracker was told at a place."""
 
     step: int = -1
     evaluation: int = -1
+    place: str = ""
 
     def is_new(self, step: int, kind: str) -> bool:
         """Whether this is the first time; it counts as told from now on."""
@@ -63,7 +64,8 @@ class Follower:
     def __init__(self, service: Service, run: Path, note: Path) -> None:
         """`note` is where it keeps how far it has come."""
         self._service, self._metrics, self._summary, self._note = service, run / METRICS, run / "summary.json", note
-        self._told = Told(**json.loads(note.read_text(encoding="utf-8"))) if note.is_file() else Told()
+        told = Told(**json.loads(note.read_text(encoding="utf-8"))) if note.is_file() else Told()
+        self._told = told if told.place == service.place else Told(place=service.place)
         self._position, self._generation = 0, 0
 
     def catch_up(self, generation: int) -> None:
@@ -125,7 +127,7 @@ def serve(order: Mapping[str, Any], requests: TextIO, say: Callable[..., None]) 
         tree = plain_yaml.construct(plain_yaml.compose((run / "config.yaml").read_text(encoding="utf-8")))
         at = service.open(Shown(order["id"], run.name, order["project"], tree, folder, order["online"]))
         say("at", redact(at))
-        follower = Follower(service, run, folder / f"{name}.json")
+        follower = Follower(service, run, folder / f"{name}{'-online' if order['online'] else ''}.json")
         for line in requests:
             follower.catch_up(int(line))
         signal.alarm(LAST_SECONDS)  # its driver has ended, or is about to end it

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from kat_ray.observability.redact import redact
 from kat_ray.tracking.service import Service, Shown, flat
 
 RUN_ID = "kat_ray.run_id"  # the tag by which a resumed run is found
@@ -21,6 +22,7 @@ class MlflowService(Service):
         from mlflow.tracking import MlflowClient
 
         uri = os.environ["MLFLOW_TRACKING_URI"] if shown.online else f"sqlite:///{shown.folder / 'mlflow.db'}"
+        self.place = redact(uri) if shown.online else ""
         self._client = client = MlflowClient(tracking_uri=uri)
         place = None if shown.online else (shown.folder / "mlflow-artifacts").as_uri()
         experiment = _experiment(client, shown.project, place)

@@ -23,6 +23,8 @@ class Shown:
 class Service:
     """One package's client, in the tracker's own process, which ends with whatever it raises."""
 
+    place = ""  # set by `open`, without secrets: another one has not been told anything
+
     def open(self, shown: Shown) -> str:
         """Begin the run, or go on with the one of this id; returns where it can be seen."""
         raise NotImplementedError

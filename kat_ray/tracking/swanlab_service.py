@@ -29,7 +29,7 @@ class SwanlabService(Service):
             mode="online" if shown.online else "offline", log_dir=str(shown.folder / "swanlab"),
             config=dict(shown.config), settings=settings,
         )  # fmt: skip
-        return str(self._run.url if shown.online else f"{self._run.dir} (later: swanlab sync --id {shown.id})")
+        return str(self._run.url if shown.online else f"swanlab sync --id {shown.id} {self._run.dir}")
 
     def log(self, step: int, values: Mapping[str, float], seconds: float) -> None:
         """SwanLab ignores a second value of one step; none comes."""

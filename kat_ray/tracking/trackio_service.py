@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from kat_ray.observability.redact import redact
 from kat_ray.tracking.service import Service, Shown
 
 PLACES = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")  # of which online needs one
@@ -30,7 +31,8 @@ class TrackioService(Service):
             auto_log_gpu=False, auto_log_cpu=False,
         )  # fmt: skip
         there = next((os.environ[name] for name in PLACES if name in os.environ), None)
-        return there or f"{shown.folder / 'trackio'} (TRACKIO_DIR=... trackio show --project {shown.project})"
+        self.place = redact(there or "")
+        return there or f"TRACKIO_DIR={shown.folder / 'trackio'} trackio show --project {shown.project}"
 
     def log(self, step: int, values: Mapping[str, float], seconds: float) -> None:
         """A row has the time at which it is told: trackio takes no other."""

@@ -27,7 +27,7 @@ class WandbService(Service):
             mode="online" if shown.online else "offline", dir=str(shown.folder), config=dict(shown.config),
             allow_val_change=True, settings=settings,
         )  # fmt: skip
-        return str(self._run.url or f"{shown.folder / 'wandb'} (later: wandb sync --help)")
+        return str(self._run.url or f"wandb sync {shown.folder / 'wandb'}/offline-run-*")
 
     def log(self, step: int, values: Mapping[str, float], seconds: float) -> None:
         """A step that lies before its last one is refused by wandb; none comes."""

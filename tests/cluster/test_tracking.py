@@ -58,7 +58,11 @@ def test_a_killed_run_is_one_curve(packages, files, tmp_path):
     assert "failed" not in out, out[-3000:]
     for name in TRACKERS:
         assert f"tracking: {name}: " in out, "where it can be seen"
-        assert json.loads((run / "tracking" / f"{name}.json").read_text()) == {"step": STEPS, "evaluation": STEPS}
+        assert json.loads((run / "tracking" / f"{name}.json").read_text()) == {
+            "step": STEPS,
+            "evaluation": STEPS,
+            "place": "",
+        }
     with sqlite3.connect(run / "tracking" / "trackio" / "kat-ray.db") as store:
         rows = [(step, json.loads(text)) for step, text in store.execute("select step, metrics from metrics")]
     assert sorted(step for step, values in rows if "kl/mean" in values) == list(range(1, STEPS + 1))

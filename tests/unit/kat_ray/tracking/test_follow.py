@@ -106,3 +106,14 @@ def test_what_is_no_number_is_left_out_and_what_is_no_record_passed_over(tmp_pat
     following.end()
     assert service.told == [(1, {"a/b": 1.0}, 0.0)]
     assert service.summary is None, "a run without a summary may be resumed"
+
+
+def test_another_server_is_told_everything(tmp_path, service):
+    write(tmp_path, 1, 2)
+    service.place = "http://here"
+    follower(tmp_path, service).catch_up(1)
+    for place, steps in (("http://there", [1, 2]), ("http://there", [])):
+        other = Recorded()
+        other.place = place
+        follower(tmp_path, other).catch_up(1)
+        assert [step for step, *_ in other.told] == steps
