@@ -7,7 +7,7 @@ WORKERS ?= 2
 LANES ?= 2
 SBOM := $(BIN)/cyclonedx-py requirements --output-reproducible --output-format JSON
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench gpu-check test test-integration test-nightly docs audit lint format format-check types check sbom clean
+.PHONY: help setup train bench gpu-check test test-integration test-nightly test-trackers docs audit lint format format-check types check sbom clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,6 +32,10 @@ test-integration: setup ## run those on a real Ray and with real engines (10 to 
 
 test-nightly: setup ## run the long ones: many kills, two thousand steps, matrices, Redis (an hour)
 	@$(BIN)/python -m pytest -n $(LANES) --dist loadgroup -m nightly $(ARGS)
+
+test-trackers: setup ## test the trackers with their real packages, which go into an environment of their own (a few minutes)
+	@docker/install.sh --trackers $(VENV)
+	@KAT_RAY_REQUIRE_TRACKERS=1 $(VENV)-trackers/bin/python -m pytest -m nightly tests/unit/kat_ray/tracking tests/cluster/test_tracking.py $(ARGS)
 
 docs: setup ## write anew what is generated: configuration.md, the table of models.md, the dashboard
 	@$(BIN)/kat-ray config --docs >docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md

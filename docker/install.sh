@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Set up a virtual environment with the whole stack: docker/install.sh [--gpu] [--runtime] [VENV], default .venv.
+# Set up a virtual environment with the whole stack: docker/install.sh [--gpu] [--runtime | --trackers] [VENV],
+# default .venv.
 # A second call that finds nothing changed installs nothing.
 #
 #   --gpu      vLLM's and torch's CUDA builds instead of those for a CPU
 #   --runtime  only the locked runtime, without tests, tools and this package: for images, which add it in a layer
 #              of its own
+#   --trackers beside VENV, which is there: VENV-trackers, which sees all that is in VENV, and has the packages of
+#              other people's trackers, which only their own tests need
 #   --list     print the packages of the runtime, torch among them, and install nothing: for the SBOM
 #
 # In this order, and why:
@@ -35,6 +38,7 @@ tools=("$root/docker/requirements-dev.lock")
 package=(-e "$root")
 modules="ray, deepspeed, transformers, vllm, kat_ray, actors"
 list=
+trackers=
 while [ $# -gt 0 ]; do
     case $1 in
     --gpu)
@@ -47,7 +51,11 @@ while [ $# -gt 0 ]; do
         modules="ray, deepspeed, transformers, vllm"
         ;;
     --list) list=1 ;;
-    -*) fail "unknown option '$1': only --gpu, --runtime and --list are known" ;;
+    --trackers)
+        trackers=1
+        lock=$root/docker/requirements-trackers.lock
+        ;;
+    -*) fail "unknown option '$1': only --gpu, --runtime, --trackers and --list are known" ;;
     *) break ;;
     esac
     shift
@@ -66,6 +74,11 @@ command -v "$python" >/dev/null || fail "no '$python' found: install Python 3.11
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "$("$python" --version) has no venv module: install it (Debian: apt install python3-venv)"
 
+base=$venv
+if [ "$trackers" ]; then
+    [ -x "$base/bin/python" ] || fail "no environment at $base: docker/install.sh makes it"
+    venv=$base-trackers
+fi
 stamp=$venv/.kat-ray-stamp
 wanted=$(cat "$lock" ${tools[@]+"${tools[@]}"} "${BASH_SOURCE[0]}" "$root/pyproject.toml" - <<<"${KAT_RAY_TORCH_INDEX:-}" |
     sha256sum | cut -d' ' -f1)
@@ -87,6 +100,19 @@ step() { # step TEXT COMMAND...: run quietly, and show the output if it fails
         fail "'$*' failed"
     fi
 }
+
+if [ "$trackers" ]; then
+    echo "setting up $venv (once; about a minute and 400 MB)"
+    [ -x "$venv/bin/python" ] || step "virtual environment" "$python" -m venv --without-pip "$venv"
+    there=$("$base/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    own=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    echo "import site; site.addsitedir('$there')" >"$own/kat-ray.pth"
+    step "trackers" "$base/bin/python" -m pip --python "$venv/bin/python" install --disable-pip-version-check \
+        --no-input --no-deps -r "$lock"
+    step "check" "$venv/bin/python" -c "import kat_ray, wandb, mlflow, trackio, swanlab"
+    echo "$wanted" >"$stamp"
+    exit 0
+fi
 
 echo "setting up $venv (once; about 3 minutes and 4 GB)"
 [ -x "$venv/bin/python" ] || step "virtual environment" "$python" -m venv "$venv"

@@ -35,6 +35,7 @@ from kat_ray.run.checkpoint import Loaded, unread
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.resume import check_prompts, run_config, unfinished_run
 from kat_ray.run.reward_functions import changed_files, check_sources, has_functions, try_functions
+from kat_ray.tracking.choice import check_trackers
 
 log = logging.getLogger("kat_ray.run")
 
@@ -48,6 +49,7 @@ def train(config: Config, resume: Path | None = None, engines: Engines | None = 
     resume = resume or unfinished_run(config)
     config = pinned(config if resume is None else pinned_like(config, run_config(resume)))
     check_sources(config)
+    check_trackers(config.tracking, config.trackers)
     prepared = prepare(config)
     if has_functions(config):
         try_functions(config, prepared.train, prepared.facts.tokenizer.encode)

@@ -56,6 +56,7 @@ from kat_ray.run.jsonl_tracker import JsonlTracker
 from kat_ray.run.reward_functions import make_scorer
 from kat_ray.run.step_result import StepResult, StepTimes
 from kat_ray.run.summary import run_summary
+from kat_ray.tracking.choice import service_trackers
 
 
 class TrainingRun:
@@ -316,7 +317,8 @@ class TrainingRun:
 def _trackers(config: Config, run: RunDirectory, progress: Progress) -> Trackers:
     """Where the run's figures go."""
     own: list[Tracker] = [JsonlTracker(run.path)]
-    if config.run.tensorboard:
+    if "tensorboard" in config.trackers:
         own.append(TensorBoardTracker(run.path / "tensorboard"))
+    own += service_trackers(config.tracking, config.trackers, run.path, progress.note)
     steps = config.run.steps
     return Trackers([*own, RayMetrics(run.path.name, steps), ConsoleTracker(progress, steps)])

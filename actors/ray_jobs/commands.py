@@ -24,6 +24,7 @@ from kat_ray.config import Config
 from kat_ray.config.load import EMBEDDED
 from kat_ray.errors import UserError
 from kat_ray.run.reward_functions import reward_files
+from kat_ray.watch.view import View, view_of_log
 
 # A step's line of `kat_ray.observability.progress`: in a terminal one replaces the other.
 _STEP = re.compile(r"^step +\d+/\d+ ")
@@ -211,6 +212,13 @@ def show_status(jobs: Jobs, name: str, console: Console) -> int:
     for label, value in rows.items():
         console.print(Text(f"{label:<10} {value}"), soft_wrap=True)
     return 1 if status_of(job) == "FAILED" else 0
+
+
+def view_of(jobs: Jobs, name: str) -> View:
+    """A job's run as its log shows it."""
+    job = jobs.find(name)
+    status = status_of(job)
+    return view_of_log(run_of(job), jobs.logs(job.submission_id).splitlines(), status == "SUCCEEDED", is_over(job))
 
 
 def show_logs(jobs: Jobs, name: str, console: Console, keep_on: bool) -> int:

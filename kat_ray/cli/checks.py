@@ -10,6 +10,8 @@ from typing import Literal
 from kat_ray.cluster.roles import ROLE_LABEL, Node, Role, place, roles_of
 from kat_ray.cluster.versions import other_ray
 from kat_ray.config import Config
+from kat_ray.errors import UserError
+from kat_ray.tracking.choice import check_trackers
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,18 @@ def warn(name: str, text: str) -> Check:
 def fail(name: str, text: str) -> Check:
     """It will not run."""
     return Check("FAIL", name, text)
+
+
+def trackers(config: Config) -> Iterator[Check]:
+    """Whether the trackers that the configuration names can be had here."""
+    named = [name for name in config.trackers if name != "tensorboard"]
+    try:
+        check_trackers(config.tracking, named)
+    except UserError as error:
+        yield fail("trackers", str(error))
+    else:
+        if named:
+            yield ok("trackers", f"{', '.join(named)}: {'online' if config.tracking.online else 'RUN/tracking'}")
 
 
 def resources(config: Config, cores: int, gpus: int) -> Iterator[Check]:

@@ -15,7 +15,7 @@ from importlib import metadata
 from itertools import chain
 from pathlib import Path
 
-from kat_ray.cli.checks import Check, ClusterSeen, fail, ok, placements, resources, same_ray, warn
+from kat_ray.cli.checks import Check, ClusterSeen, fail, ok, placements, resources, same_ray, trackers, warn
 from kat_ray.cli.gpu_driver import driver_check, driver_version
 from kat_ray.cluster.auth import fault
 from kat_ray.cluster.machine import free_memory, own_cores
@@ -61,6 +61,7 @@ def examine(config: Config | None) -> Iterator[Check]:
         elif config is not None:
             yield from _disk(config)
             yield from _settings(config)
+            yield from trackers(config)
             yield from resources(config, os.cpu_count() or 1, _gpus())
             yield _threads(config)
             yield from (warn("data types", line) for line in slow_dtypes(config, cpu_flags()))

@@ -28,6 +28,15 @@ RUN is a run directory. The page needs no network: learning curves, how rollouts
 tokens, the stages before, during and after agreement, and a browser of rollouts. The pictures are saved as PNG too.
 Each FIELD is a setting of the KAT rule that divides rollouts into stages. The default is the run's own rule."""
 
+ABOUT_WATCH = """\
+RUN is a run directory: one that goes on, has ended, or is about to begin. The screen has progress, time left, and
+the course of KL, reward, accuracy, rollouts that the rule ended, thresholds and speed. Ctrl-C leaves it alone.
+A submitted job is shown by the lines of its log, which have fewer figures than its records."""
+
+ABOUT_TRACK = """\
+RUN is a run directory, finished or not. Its metrics, configuration and summary go to trackers that lack them, under
+the run's one id; what a tracker was told before is not told again (docs/tracking.md)."""
+
 ABOUT_EXPORT = """\
 Checkpoints of a run with learner.lora hold its adapters, as peft, transformers and vLLM take them. This merges them
 with the student that they were trained on, which is found where it was then, and checked: docs/lora.md."""
@@ -96,7 +105,17 @@ all rollouts of a run with termination.rule=none.""",
 examples:
   kat-ray report runs/latest                                 RUN/report/report.html
   kat-ray report runs/none window=16 exempt=8 min_samples=64 min_steps=2
+  kat-ray report runs/a runs/b                               side by side: runs/a/report/side-by-side.html
   kat-ray report runs/latest --gradients                     and which stage pulls the way that training went""",
+    "watch": """\
+examples:
+  kat-ray watch runs/latest
+  kat-ray watch runs/latest --once | tail -n 20              one frame, for a pipe
+  kat-ray watch my-run --address http://127.0.0.1:8265       a submitted job""",
+    "track": """\
+examples:
+  kat-ray track runs/latest --to wandb mlflow                into RUN/tracking, without a network
+  MLFLOW_TRACKING_URI=http://mlflow:5000 kat-ray track runs/latest --to mlflow --online""",
     "export": """\
 examples:
   kat-ray export runs/latest out/model

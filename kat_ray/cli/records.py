@@ -1,4 +1,4 @@
-"""`kat-ray replay | report | bench | export | config`: what starts no run of its own."""
+"""`kat-ray replay | report | watch | track | bench | export | config`: what starts no run of its own."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kat_ray.cli.arguments import count_of, path_of, share_of
-from kat_ray.cli.help import ABOUT_BENCH, ABOUT_EXPORT, ABOUT_REPORT, OVER_A_RUN
+from kat_ray.cli.help import ABOUT_BENCH, ABOUT_EXPORT, ABOUT_REPORT, ABOUT_TRACK, ABOUT_WATCH, OVER_A_RUN
 from kat_ray.errors import UserError
+
+SERVICES = ("wandb", "mlflow", "trackio", "swanlab")  # trackers that are packages of their own
 
 
 def add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.ArgumentParser]:
@@ -17,8 +19,9 @@ def add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Ar
     report = add("report", _report, "write a run's report: one page with pictures and its rollouts", ABOUT_REPORT)
     report.add_argument("run", metavar="RUN", type=path_of, help="run directory, such as runs/latest")
     report.add_argument(
-        "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a setting of the rule that divides rollouts"
-    )
+        "settings", metavar="RUN | FIELD=VALUE", nargs="*", default=[],
+        help="more runs, to see them side by side; or a setting of the rule that divides rollouts",
+    )  # fmt: skip
     report.add_argument(
         "--rollouts", metavar="N", type=count_of, default=300, help="rollouts to show in the page (default 300)"
     )
@@ -28,6 +31,8 @@ def add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Ar
         "newest checkpoint, or between the two checkpoints named",
     )  # fmt: skip
     report.add_argument("--out", metavar="DIR", type=path_of, help="where report.html goes (default RUN/report)")
+    _add_watch(add)
+    _add_track(add)
     bench = add("bench", _bench, "measure the pipeline against its peer and the machine", ABOUT_BENCH)
     bench.add_argument("--only", metavar="GROUP", nargs="+", default=[], help="only these groups")
     bench.add_argument(
@@ -57,6 +62,27 @@ def add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Ar
     config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     config.add_argument("--docs", action="store_true", help="print the text of docs/configuration.md instead")
     return [config]
+
+
+def _add_watch(add: Callable[..., argparse.ArgumentParser]) -> None:
+    watch = add("watch", _watch, "show a run on one screen while it goes on", ABOUT_WATCH)
+    watch.add_argument("run", metavar="RUN", help="run directory, such as runs/latest; with --address a job")
+    watch.add_argument("--once", action="store_true", help="print one frame, as where there is no terminal")
+    watch.add_argument(
+        "--address", metavar="URL", help="the dashboard of a cluster: RUN is a job's id there, or its run's name"
+    )
+
+
+def _add_track(add: Callable[..., argparse.ArgumentParser]) -> None:
+    track = add("track", _track, "tell trackers what a run has recorded", ABOUT_TRACK)
+    track.add_argument("run", metavar="RUN", type=path_of, help="run directory, such as runs/latest")
+    track.add_argument(
+        "--to", metavar="TRACKER", nargs="+", choices=SERVICES, help="which (default: those of tracking.to)"
+    )
+    track.add_argument("--project", help="the project that the run is shown in (default: tracking.project)")
+    track.add_argument(
+        "--online", action="store_true", help="to their services, whose addresses and accounts the environment has"
+    )
 
 
 def _add_replay(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -102,9 +128,13 @@ def _replay(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from kat_ray.cli.replay import rule_with
+    from kat_ray.config.load import usable_path
     from kat_ray.report.command import report
 
     settings = [*args.settings, *getattr(args, "overrides", [])]
+    more = [usable_path(text) for text in settings if "=" not in text and usable_path(text).is_dir()]
+    if more:
+        return _side_by_side(args, more, [text for text in settings if "=" in text])
     rule = rule_with(args.run, settings) if settings else None
     report(
         args.run,
@@ -115,6 +145,47 @@ def _report(args: argparse.Namespace) -> int:
         say=lambda text: print(text, flush=True),
     )
     return 0
+
+
+def _side_by_side(args: argparse.Namespace, more: list[Path], settings: list[str]) -> int:
+    from kat_ray.report.side_by_side import side_by_side
+
+    others = [*settings, *(["--gradients"] if args.gradients is not None else [])]
+    if others:
+        raise UserError(f"{others[0]}: is for the report of one run; leave it out, or name one run")
+    side_by_side([args.run, *more], args.out, lambda text: print(text, flush=True))
+    return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from kat_ray.watch.command import watch, watch_run
+
+    console = Console(highlight=False)
+    if args.address is None:
+        return watch_run(path_of(args.run), console, args.once)
+    from actors.ray_jobs.client import Jobs, address_of
+    from actors.ray_jobs.commands import view_of
+
+    jobs = Jobs(address_of(args.address))
+    return watch(lambda: view_of(jobs, args.run), console, args.once, seconds=3.0)
+
+
+def _track(args: argparse.Namespace) -> int:
+    from kat_ray.config.load import load_config
+    from kat_ray.run.resume import run_config
+    from kat_ray.tracking.choice import check_trackers, tell_again
+
+    configured = run_config(args.run)
+    names = args.to or [name for name in configured.trackers if name in SERVICES]
+    if not names:
+        raise UserError(f"{args.run}: its tracking.to names none of {', '.join(SERVICES)}; name one with --to")
+    overrides = [f"tracking.to=[{', '.join(names)}]", *(["tracking.online=true"] if args.online else [])]
+    overrides += [f"tracking.project={args.project}"] if args.project else []
+    tracking = load_config(args.run / "config.yaml", overrides).tracking
+    check_trackers(tracking, tracking.to)
+    return 0 if tell_again(args.run, tracking, tracking.to, lambda text: print(text, flush=True)) else 1
 
 
 def _bench(args: argparse.Namespace) -> int:

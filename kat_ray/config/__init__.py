@@ -22,6 +22,7 @@ from kat_ray.config.objective import DistillationObjective, ObjectiveConfig, Pol
 from kat_ray.config.reward import RewardConfig
 from kat_ray.config.sections import Config, RolloutConfig, RunConfig
 from kat_ray.config.teachers import Dtype, ModelConfig, NamedTeacherConfig, ScorerGroup, TeacherConfig
+from kat_ray.config.tracking import TrackerName, TrackingConfig
 
 __all__ = [
     "ClusterConfig",
@@ -51,4 +52,6 @@ __all__ = [
     "ScorerGroup",
     "Section",
     "TeacherConfig",
+    "TrackerName",
+    "TrackingConfig",
 ]

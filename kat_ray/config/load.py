@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from kat_ray.config import Config, plain_yaml, schema
 from kat_ray.config.local_paths import ADVICE, URL, is_url
+from kat_ray.config.tracking import LISTED
 from kat_ray.errors import ConfigError
 from kat_ray.observability.redact import redact
 from kat_ray.termination import RULES
@@ -206,6 +207,8 @@ def _apply(tree: dict[str, Any], override: str, source: _Source) -> None:
         below = target.get(part)
         if below is None:
             below = {}
+        if depth == 0 and part in LISTED and isinstance(below, list):
+            below = {LISTED[part]: below}
         if not isinstance(below, dict):
             name = ".".join(parents[: depth + 1])
             raise ConfigError(f"override {override}: {name} is {_shown(below)}, it has no fields")

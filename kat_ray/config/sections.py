@@ -42,6 +42,7 @@ from kat_ray.config.teachers import (
     groups_of,
     with_common_scorer,
 )
+from kat_ray.config.tracking import TrackerName, TrackingConfig
 from kat_ray.rewards.extraction import Reading
 from kat_ray.termination import RULES, TerminationConfig
 from kat_ray.termination.settings import KatSettings
@@ -65,7 +66,7 @@ class RunConfig(Section):
     overwrite: Resumable[bool] = False
     """Replace an existing run directory of this name; otherwise a number is appended to the name."""
     tensorboard: Resumable[bool] = True
-    """Also write metrics as TensorBoard events."""
+    """false leaves TensorBoard out of `tracking`; the older way to say it."""
     trace_features: bool = True
     """Record, beside the KL of every scored token, the teacher's top token and the health features: about
     14 bytes a token before compression. The report's pictures of phases need them."""
@@ -161,6 +162,7 @@ class Config(Section):
     guards: Resumable[GuardsConfig] = GuardsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: Resumable[ClusterConfig] = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -371,6 +373,11 @@ class Config(Section):
     def reading(self) -> Reading:
         """Where an environment's answer stands in a text."""
         return "stated" if self.environment is None else self.environment.answer
+
+    @property
+    def trackers(self) -> tuple[TrackerName, ...]:
+        """Where metrics go beside the run's own records."""
+        return tuple(name for name in self.tracking.to if name != "tensorboard" or self.run.tensorboard)
 
     @property
     def compared_tokens(self) -> int:

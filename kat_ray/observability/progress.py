@@ -9,7 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -33,6 +33,7 @@ class StepLine:
     threshold: float | None
     tokens_per_second: float
     reward: float | None = None  # mean of the rollouts that have one; None without rewards
+    thresholds: Mapping[str, float | None] = field(default_factory=dict)  # of each teacher, if there are several
 
 
 class Progress:
@@ -87,8 +88,9 @@ class Progress:
     def describe(self, line: StepLine) -> str:
         """A step in one line; the time left is estimated from the last ten steps."""
         left = sum(self._durations) / max(1, len(self._durations)) * (self._steps - line.step)
-        kl = "-" if line.kl is None else f"{line.kl:.4f}"
-        threshold = "-" if line.threshold is None else f"{line.threshold:.4f}"
+        kl = _nats(line.kl)
+        threshold = ", ".join(f"{name} {_nats(value)}" for name, value in line.thresholds.items())
+        threshold = threshold or _nats(line.threshold)
         reward = "" if line.reward is None else f"reward {line.reward:.3f}  "
         with_teacher = line.kl is not None or line.reward is None  # without one there is nothing to say of it
         rule = f"trapped {line.trapped_share:>4.0%}  threshold {threshold}  "
@@ -127,6 +129,10 @@ class Progress:
         if self._phase:
             return Text(f"{self._phase} ... {time.monotonic() - self._phase_started:.0f} s")
         return Text(self._line, overflow="ellipsis", no_wrap=True)
+
+
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _evaluations(summary: Mapping[str, Any]) -> Table:

@@ -2,7 +2,7 @@
 
 A place that cannot be reached is said once and costs the run nothing, unless the run's own records are kept there
 (`essential`). Here are the console and TensorBoard; metrics.jsonl is `kat_ray.run.jsonl_tracker`, Ray's gauges are
-`actors.driver.ray_metrics`.
+`actors.driver.ray_metrics`, other people's trackers `kat_ray.tracking`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from kat_ray.observability.progress import Progress, StepLine
 
 log = logging.getLogger("kat_ray.trackers")
 
+_SCORED = "teacher/rollouts/"
 # Of an evaluation's fields, those that are metrics.
 _EVALUATED = ("avg_at_k", "pass_at_k", "mean_length", "ran_out")
 
@@ -31,6 +32,7 @@ class Tracker:
     """
 
     essential = False  # True: an error of this tracker ends the run
+    name = ""  # in messages, in place of the class's
 
     def start(self, done: int) -> None:
         """The run goes on after `done` steps; what was told of later ones is taken back.
@@ -74,6 +76,11 @@ class Trackers:
             for tracker in reversed(self._trackers):
                 stack.callback(self._tell, tracker, lambda t: t.close())
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether one of them has failed so far."""
+        return bool(self._failed)
+
     def start(self, done: int) -> None:
         self._tell_all(lambda t: t.start(done))
 
@@ -106,7 +113,7 @@ class Trackers:
                 self._failed.add(tracker)
                 log.warning(
                     "%s failed (%s: %s): it may miss figures, the run goes on; this is not said again",
-                    type(tracker).__name__,
+                    tracker.name or type(tracker).__name__,
                     type(error).__name__,
                     error,
                 )
@@ -128,6 +135,7 @@ class ConsoleTracker(Tracker):
                 generated_tokens=int(metrics["rollout/generated_tokens"]),
                 trapped_share=metrics["rollout/trapped_share"],
                 threshold=metrics.get("kat/threshold"),
+                thresholds=thresholds_by_teacher(metrics),
                 tokens_per_second=metrics["throughput/tokens_per_second"],
             )
         )
@@ -142,6 +150,12 @@ class ConsoleTracker(Tracker):
 
     def finish(self, summary: Mapping[str, Any], paths: Mapping[str, Path]) -> None:
         self._progress.finish(summary, paths)
+
+
+def thresholds_by_teacher(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Of a step with several teachers, the threshold of each that scored rollouts; None while inactive."""
+    names = [name.removeprefix(_SCORED) for name in metrics if name.startswith(_SCORED)]
+    return {name: metrics.get(f"teacher/threshold/{name}") for name in names}
 
 
 class TensorBoardTracker(Tracker):

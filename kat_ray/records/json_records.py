@@ -91,10 +91,12 @@ def read_json_lines(path: Path, kind: TypeAdapter[Any]) -> tuple[list[dict[str, 
     A file that is missing is empty.
     """
     lines: list[dict[str, Any]] = []
-    for number, line in enumerate(_text(path).splitlines() if path.is_file() else (), 1):
+    for number, line in enumerate(_text(path).splitlines(keepends=True) if path.is_file() else (), 1):
         try:
             lines.append(_record(line, kind))
         except (ValueError, RecursionError):
+            if not line.endswith("\n"):
+                return lines, [f"{path}:{number} is half a line: the run is writing it, or ended in it; left out"]
             return lines, [f"{path}:{number} is damaged: read up to it"]
     return lines, []
 

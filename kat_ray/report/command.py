@@ -11,6 +11,7 @@ from kat_ray.errors import UserError
 from kat_ray.models.inspect import load_tokenizer
 from kat_ray.report import curves, rollout_figures
 from kat_ray.report.browser import choose, prompts_of, rollouts_for
+from kat_ray.report.cut_figure import cut_picture, example
 from kat_ray.report.page import Card, Section, embedded_json, png_of, render, script, write_page
 from kat_ray.report.phases import Lens, PhaseRow, Phases, lens_of, phase_table, phases_of, teacher_tokens
 from kat_ray.report.rewards import reward_cards, reward_sections
@@ -50,7 +51,7 @@ def report(
             "the run had no teacher (objective.opd.weight = 0, termination.rule = none), and so no KL to look at"
         )
     lens = lens_of(records, settings, own, phases)
-    sections = [*_step_sections(records, phases, lens), *_rollout_sections(records, lens)]
+    sections = [*_step_sections(records, phases, lens), *_rollout_sections(records, lens, tokenizer)]
     if not len(records.traces.d):  # no teacher was asked
         sections = [section for section in sections if section.name not in _OF_SCORES]
     if phases is not None and not trouble:
@@ -233,8 +234,9 @@ def _step_sections(records: RunRecords, phases: Phases | None, lens: Lens) -> li
     return sections
 
 
-def _rollout_sections(records: RunRecords, lens: Lens) -> list[Section]:
+def _rollout_sections(records: RunRecords, lens: Lens, tokenizer: Any) -> list[Section]:
     return [
+        *_cut_section(records, tokenizer),
         _section(
             "heatmap", "KL of single tokens",
             "Each row is a rollout; dark is agreement, grey is no token. Rollouts with a mark come first, in the "
@@ -250,6 +252,17 @@ def _rollout_sections(records: RunRecords, lens: Lens) -> list[Section]:
             rollout_figures.position(records),
         ),
     ]  # fmt: skip
+
+
+def _cut_section(records: RunRecords, tokenizer: Any) -> list[Section]:
+    index = example(records)
+    if index is None:
+        return []
+    text = (
+        "The rollout whose KL fell furthest before the run's rule ended it. A cut is where the first low window "
+        "began, and is known when enough of them are low; tokens that came in meanwhile are cut away, too."
+    )
+    return [_section("cut", "A cut", text, cut_picture(records, index, lambda ids: str(tokenizer.decode(ids))))]
 
 
 def _phase_sections(

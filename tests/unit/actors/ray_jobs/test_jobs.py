@@ -179,6 +179,18 @@ def test_a_job_is_found_by_its_id_or_its_run():
         known.find("x")
 
 
+def test_a_job_is_watched_by_its_log(monkeypatch, capsys):
+    found = job(status="STOPPED", submission_id="r-1")
+    found.metadata = {RUN_KEY: "r"}
+    line = "step  2/40  KL 0.5000    512 tokens  trapped  25%  threshold 0.1250   2,346 tok/s  ETA 0:00\n"
+    monkeypatch.setattr(Jobs, "__init__", lambda self, address: None)
+    monkeypatch.setattr(Jobs, "find", lambda self, name: found)
+    monkeypatch.setattr(Jobs, "logs", lambda self, name: "loading models: 9 s\n" + line)
+    assert cli.main(["watch", "r", "--address", "http://a"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("r  stopped\nstep 2/40  5%\n") and "0.5000" in out and "loading models: 9 s" in out
+
+
 def test_a_log_that_falls_silent_is_asked_for_anew(monkeypatch):
     """A connection may break without a word; what was written is not written again."""
     monkeypatch.setattr(jobs, "_SILENCE", 0.05)

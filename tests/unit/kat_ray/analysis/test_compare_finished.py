@@ -106,7 +106,7 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path, capsys):
         ("summary.json", '{"steps": 3, "kept', "is damaged"),
         ("summary.json", "{}", "rollouts_started, .* are missing"),
         ("evaluations.jsonl", None, "is missing or empty"),
-        ("evaluations.jsonl", '{"k": 3, "right": [0, 0]}\n{"k": 3, "ri', "jsonl:2 is damaged"),
+        ("evaluations.jsonl", '{"k": 3, "right": [0, 0]}\n{"k": 3, "ri', "jsonl:2 is half a line"),
         ("evaluations.jsonl", '{"k": 3, "right": [0, 0]}\n', "cut off: its last line"),
     ],
 )
@@ -126,9 +126,9 @@ def test_metrics_are_read_up_to_the_damage(tmp_path, capsys):
     assert math.isnan(read_finished(runs[1]).measures["training_seconds"])
     assert cli.main(["compare", "--runs", *map(str, runs), "--out", str(tmp_path / "page")]) == 0
     out = capsys.readouterr().out
-    assert "metrics.jsonl:4 is damaged" in out and "holds 2 of 3 steps: training seconds are not known" in out
+    assert "metrics.jsonl:4 is half a line" in out and "holds 2 of 3 steps: training seconds are not known" in out
     assert json.loads((tmp_path / "page" / "compare.json").read_text())["rules"]["kat"]["training_seconds"] == [
         None
     ]
     html = (tmp_path / "page" / "compare.html").read_text()
-    assert html.count("metrics.jsonl:4 is damaged") == 1 and "<td>-</td>" in html
+    assert html.count("metrics.jsonl:4 is half a line") == 1 and "<td>-</td>" in html

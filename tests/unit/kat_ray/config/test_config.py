@@ -62,10 +62,27 @@ def test_minimal_file_takes_the_defaults(write):
         (" run.steps = 7 ", "run", "steps", 7),
         ("evaluation.grading_seconds=2", "evaluation", "grading_seconds", 2.0),
         ("run.tensorboard=false", "run", "tensorboard", False),
+        ("tracking=[wandb, mlflow]", "tracking", "to", ("wandb", "mlflow")),
+        ("tracking.to=[]", "tracking", "to", ()),
     ],
 )
 def test_override_values_are_read_as_yaml(write, override, section, field, value):
     assert getattr(getattr(load_config(write(""), [override]), section), field) == value
+
+
+def test_trackers_are_a_list_or_a_section(write):
+    file = write("tracking: [wandb, tensorboard]")
+    assert load_config(file).trackers == ("wandb", "tensorboard")
+    config = load_config(file, ["tracking.online=true", "run.tensorboard=false"])
+    assert config.tracking.online and config.trackers == ("wandb",), "older configurations say it this way"
+    assert load_config(write("")).trackers == ("tensorboard",)
+    assert load_config(write(""), ["run.tensorboard=false"]).trackers == ()
+    with pytest.raises(ConfigError, match=r'tracking\.to = "wandbb": must be a list of one of tensorboard, wandb,'):
+        load_config(write("tracking: [wandbb]"))
+    with pytest.raises(ConfigError, match=r"tracking\.to: wandb is named twice"):
+        load_config(write("tracking: [wandb, wandb]"))
+    with pytest.raises(ConfigError, match="tracking"):
+        load_config(write("tracking: 3"))
 
 
 def test_arguments_of_the_chat_template_are_given_as_a_mapping_or_one_by_one(write):

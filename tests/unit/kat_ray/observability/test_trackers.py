@@ -124,3 +124,13 @@ def test_the_console_shows_steps_and_evaluations():
         assert f"evaluation {when}: avg@2 50.0%, pass@2 100.0%, mean length 7\n" in text
     assert "step 7/9  KL 0.5000   5,120 tokens  trapped  25%  threshold 0.1250" in text
     assert "step 8/9  KL -   5,120 tokens  trapped  25%  threshold -" in text
+
+
+def test_the_console_shows_the_threshold_of_each_teacher():
+    stream = io.StringIO()
+    several = {name: value for name, value in STEP.items() if name != "kat/threshold"} | {
+        "teacher/rollouts/maths": 8.0, "teacher/threshold/maths": 0.125, "teacher/rollouts/code": 4.0,
+    }  # fmt: skip
+    with Progress(9, stream) as progress:
+        Trackers([ConsoleTracker(progress, 9)]).step(7, several)
+    assert "trapped  25%  threshold maths 0.1250, code -  " in stream.getvalue()

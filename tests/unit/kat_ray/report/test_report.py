@@ -120,7 +120,7 @@ def test_a_run_without_rule_probes_or_end_still_has_a_page(tmp_path):
     (run / "metrics.jsonl").write_text('{"step": 1, "kl/mean": 0.5}\n{"step": 2, "kl')
     assert cli.main(["report", str(run)]) == 0
     html = (run / "report" / "report.html").read_text()
-    assert "metrics.jsonl:2 is damaged" in html and "the rule was never active" in html
+    assert "metrics.jsonl:2 is half a line" in html and "the rule was never active" in html
 
 
 def test_a_run_without_a_teacher_has_a_page_and_nothing_to_replay(tmp_path, capsys):

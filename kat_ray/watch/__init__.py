@@ -1,0 +1,1 @@
+"""`kat-ray watch`: a run on one screen, from its records, while they are written and afterwards."""
