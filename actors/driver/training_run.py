@@ -11,7 +11,7 @@
 
 After each step everything that the next one depends on is in two places: with the learner, and in `RunState`. A
 checkpoint is both. A step's rollouts can be sampled again at any time, since the order of prompts, seeds and probes
-are functions of the step; a step that the learner did not finish never happened.
+are functions of what was taken before it; a step that the learner did not finish never happened.
 """
 
 from __future__ import annotations
