@@ -21,7 +21,9 @@ class Hub:
 
     name: str
     files: Mapping[str, bytes]
-    breaks_at: str = ""  # a file that is answered with an error
+    breaks_at: str = (
+        ""  # a file that is answered with an error, one that is not asked for again by the client itself
+    )
     asked: list[str] = field(default_factory=list)
     address: str = ""
 
@@ -47,7 +49,7 @@ def hub_server(hub: Hub) -> Iterator[Hub]:
                 siblings = [{"rfilename": name, "size": len(text)} for name, text in hub.files.items()]
                 self._send(json.dumps({"id": hub.name, "sha": COMMIT, "siblings": siblings}).encode(), body)
             elif path.startswith(files) and (name := path.removeprefix(files).partition("/")[2]) in hub.files:
-                self._send(hub.files[name], body, 503 if name == hub.breaks_at and body else 200)
+                self._send(hub.files[name], body, 410 if name == hub.breaks_at and body else 200)
             else:
                 self._send(b"", body, 404)
 
