@@ -1,4 +1,4 @@
-"""What is said where the Python that runs a command lacks kat-ray's packages: which one it is, and what to do.
+"""What is said where the Python that runs a command is too old or lacks packages: which one it is, and what to do.
 
 A job of a cluster is started as `python` by the PATH of the head. A head that was started by the path of an
 environment's `ray`, the environment not active, gives it whatever `python` comes first there.
@@ -15,23 +15,34 @@ REQUIRED = (
     "deepspeed", "huggingface_hub", "jinja2", "matplotlib", "numpy", "packaging", "pyarrow", "pydantic", "ray",
     "rich", "safetensors", "tensorboard", "torch", "transformers", "yaml",
 )  # fmt: skip
+OLDEST = (3, 11)
 _WORKERS = "--python_worker_command="  # of a raylet: the Python that its Ray runs under, and what it runs
 _ANCESTORS = 8  # a job's shell, its supervisor, a raylet: fewer
+
+
+def too_old(version: tuple[int, ...] = sys.version_info) -> str | None:
+    """One message for a Python below `OLDEST`; it must run in one."""
+    if tuple(version[:2]) >= OLDEST:
+        return None
+    return f"{sys.executable} (Python {platform.python_version()}) is too old: 3.11 or newer is needed{_mend()}"
 
 
 def missing(error: ModuleNotFoundError) -> str | None:
     """One message for a package of the project that this Python lacks; None for any other module."""
     if (error.name or "").partition(".")[0] not in REQUIRED:
         return None
-    here = f"{sys.executable or 'this Python'} (Python {platform.python_version()}) lacks {error.name}"
+    return f"{sys.executable} (Python {platform.python_version()}) lacks {error.name}{_mend()}"
+
+
+def _mend() -> str:
     rays = python_of_ray()
     if rays is None:
-        return f"{here}: run kat-ray by an environment that has it, as `make setup` makes one: .venv/bin/kat-ray"
+        return ": run kat-ray by an environment that is made for it, as `make setup` makes one: .venv/bin/kat-ray"
     if rays == sys.executable:
-        return f"{here}; Ray runs under it too: install docker/*.lock there, or use the project's image"
+        return "; Ray runs under it too: install docker/*.lock there, or use the project's image"
     return (
-        f"{here}, and is what `python` means on the head, where the job runs. Ray itself runs under {rays}: end "
-        "the head and start it with that environment active, or by "
+        ", and is what `python` means on the head, where the job runs. "
+        f"Ray itself runs under {rays}: end the head and start it with that environment active, or by "
         f"PATH={Path(rays).parent}:$PATH ray start --head"
     )
 

@@ -1,5 +1,6 @@
 """What a cluster asks of its pods: environment, annotations, volumes, further resources; and models fetched."""
 
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from tests.deploy.crd import crd_errors
+from tests.deploy.hub_server import COMMIT, Hub, hub_server
 from tests.deploy.manifests import CHART, KUBERNETES, ROOT, helm, one, profile_values, ray_pods, render
 from tests.deploy.operator_rules import operator_errors
 from tests.deploy.pod_security import restricted_errors
@@ -164,50 +166,42 @@ def test_the_claim_is_the_one_that_the_profile_names():
     assert claim["metadata"]["name"] == profile_values("teacher-70b")["storage"]["modelsClaim"]
 
 
-HUB = """
-import sys
-from pathlib import Path
-import huggingface_hub as hub
-
-class HfApi:
-    def model_info(self, name, revision=None):
-        return type("Info", (), {"sha": "c0ffee"})()
-
-def snapshot_download(name, revision, local_dir, allow_patterns, ignore_patterns):
-    assert revision == "c0ffee", "the commit that was resolved, whatever a branch does meanwhile"
-    if Path("broken").exists():
-        (Path(local_dir) / "half").touch()
-        raise OSError("the hub is gone")
-    (Path(local_dir) / "config.json").touch()
-
-hub.HfApi, hub.snapshot_download = HfApi, snapshot_download
-"""
+FILES = {
+    "config.json": b"{}", "model.safetensors": b"weights", "tokenizer.model": b"words", "LICENSE": b"mine",
+    "original/consolidated.00.pth": b"the same", "consolidated.safetensors": b"again",
+    "pytorch_model.bin": b"again",
+}  # fmt: skip
+TAKEN = {"config.json", "model.safetensors", "tokenizer.model", "LICENSE"}
 
 
-def fetched(tmp_path, *wanted):
-    """Run what the Job runs, as it runs it, against a hub that is a few lines."""
+def fetched(hub, folder, *wanted):
+    """Run what the Job runs, as it runs it."""
     command = fetch_job()["spec"]["template"]["spec"]["containers"][0]["command"]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env = kept | {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1"}
     return subprocess.run(
-        [sys.executable, "-c", HUB + command[2].replace("from __future__ import annotations", ""),
-         str(tmp_path / "models"), *wanted],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", command[2], str(folder / "models"), *wanted],
+        env=env, cwd=folder, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
 
 def test_a_model_is_there_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "models/a/b"
-    (tmp_path / "broken").touch()
-    assert fetched(tmp_path, "a/b@main").returncode == 1
-    assert not target.exists() and (tmp_path / "models/.partial/a/b/half").exists(), "a retry goes on there"
-    (tmp_path / "broken").unlink()
-    done = fetched(tmp_path, "a/b@main")
-    assert done.returncode == 0 and f"{target}: fetched, commit c0ffee" in done.stdout, done.stderr
-    assert (target / "config.json").is_file() and not (tmp_path / "models/.partial/a/b").exists()
-    (tmp_path / "broken").touch()
-    for same in ("a/b", "a/b@main", "a/b@c0ffee"):
-        assert f"{target}: is there" in fetched(tmp_path, same).stdout, "not fetched again"
-    other = fetched(tmp_path, "a/b@v2")
-    assert other.returncode == 1 and f"{target}: is there, of revision c0ffee main, not v2" in other.stderr
+    target, partial = tmp_path / "models/a/b", tmp_path / "models/.partial/a/b"
+    with hub_server(Hub("a/b", FILES, breaks_at="model.safetensors")) as hub:
+        broken = fetched(hub, tmp_path, "a/b@main")
+        assert broken.returncode == 1 and "410" in broken.stderr, broken.stderr[-2000:]
+        assert not target.exists() and partial.is_dir(), "a retry goes on there"
+        hub.breaks_at = ""
+        done = fetched(hub, tmp_path, "a/b@main")
+        assert done.returncode == 0 and f"{target}: fetched, commit {COMMIT}" in done.stdout, done.stderr[-2000:]
+        found = {p.relative_to(target).as_posix(): p.read_bytes() for p in target.rglob("*") if p.is_file()}
+        assert {k: v for k, v in found.items() if not k.startswith(".")} == {k: FILES[k] for k in TAKEN}
+        assert not partial.exists()
+        hub.asked.clear()
+        same = fetched(hub, tmp_path, "a/b", "a/b@main", f"a/b@{COMMIT}")
+        assert same.stdout.splitlines() == [f"{target}: is there"] * 3 and hub.asked == [], "not fetched again"
+        other = fetched(hub, tmp_path, "a/b@v2")
+    assert other.returncode == 1 and f"{target}: is there, of revision {COMMIT} main, not v2" in other.stderr
 
 
 def test_the_script_is_what_the_job_runs():

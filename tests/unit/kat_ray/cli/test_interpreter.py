@@ -1,5 +1,6 @@
 """A command that is run by a Python without kat-ray's packages: which one, and what to do, before anything else."""
 
+import ast
 import subprocess
 import sys
 import tomllib
@@ -8,7 +9,7 @@ import pytest
 
 from kat_ray.cli import interpreter
 from kat_ray.cli import main as cli
-from kat_ray.cli.interpreter import REQUIRED, missing, python_of_ray
+from kat_ray.cli.interpreter import OLDEST, REQUIRED, missing, python_of_ray, too_old
 from tests.support.paths import ROOT
 
 IMPORTED_AS = {"pyyaml": "yaml"}
@@ -22,6 +23,29 @@ def test_a_python_without_the_packages_is_named_and_no_traceback_shown():
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {sys.executable} (Python 3.") and "make setup" in line, line
+
+
+@pytest.mark.parametrize(
+    "version, old", [((3, 8, 1), True), ((3, 10), True), ((3, 11), False), ((3, 12, 1), False)]
+)
+def test_a_python_that_is_too_old_is_named(version, old):
+    said = too_old(version)
+    assert said is None or (said.startswith(sys.executable) and "is too old: 3.11 or newer is needed" in said)
+    assert (said is not None) == old
+
+
+def test_the_oldest_is_that_of_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == f">={'.'.join(map(str, OLDEST))}"
+
+
+@pytest.mark.parametrize("name", ["__init__", "__main__", "interpreter"])
+def test_what_an_older_python_reads_is_written_for_it(name):
+    source = (ROOT / f"kat_ray/cli/{name}.py").read_text()
+    ast.parse(source, feature_version=(3, 8))
+    imports = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {getattr(node, "module", None) or node.names[0].name for node in imports}
+    assert {n for n in names if n.startswith(("kat_ray", "actors"))} <= {"kat_ray.cli.interpreter"}
 
 
 def test_what_is_required_is_what_the_project_depends_on():
