@@ -15,6 +15,7 @@ from actors.teacher.server import Listening, TeacherServer
 from actors.teacher.service import Limits, TeacherService
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.transformers_backend import TransformersTeacher
+from kat_ray.config import Config
 from kat_ray.errors import StateLost, UserError
 from kat_ray.remote.client import HttpClient, Request
 from kat_ray.remote.info import INFO, PLAIN, SCORE, ServerInfo
@@ -30,8 +31,11 @@ FAST = {"retry_seconds": 20.0, "connect_seconds": 2.0}
 
 
 def settings_of(models, url=None, **http):
-    teacher = {"type": "http", "url": url, "http": {**FAST, **http}} if url else {}
-    config = make_config(models["student"][0], models["teacher"][0], teacher=teacher)
+    config = make_config(models["student"][0], models["teacher"][0])
+    if url:
+        tree = config.model_dump(mode="json")
+        tree["teacher"] |= {"type": "http", "url": url, "http": {**FAST, **http}}
+        config = Config.model_validate(tree)
     return ScorerSettings.from_config(config, models["teacher"][0], (1, 5), 64, 200)
 
 
@@ -99,13 +103,14 @@ def test_runs_with_other_stop_ids_and_equal_numbers_share_a_server(models, serve
     _, url = served
     own = settings_of(models, url)
     other = replace(own, stop_ids=(1, 9, 11))
-    rollouts, others = random_rollouts(3), {i: (p, t) for i, (p, t) in random_rollouts(3, seed=5).items()}
-    scorers = {s: TeacherScorer("scorer:0", s) for s in (own, other)}
-    local = {s: TeacherScorer("scorer:0", replace(settings_of(models), stop_ids=s.stop_ids)) for s in (own, other)}
-    student = models["student"][1]
-    for a, b in zip(pieces(student, rollouts, 4), pieces(student, others, 4), strict=False):
-        for settings, chunk in ((own, a), (other, b)):
-            assert_same(scorers[settings].score(chunk), local[settings].score(chunk))
+    student, runs = models["student"][1], []
+    for settings, seed in ((own, 0), (other, 5)):
+        local = replace(settings_of(models), stop_ids=settings.stop_ids)
+        chunks = [*pieces(student, random_rollouts(3, seed=seed), 4)]
+        runs.append((TeacherScorer("scorer:0", settings), TeacherScorer("scorer:0", local), chunks))
+    for pair in zip(*(chunks for *_, chunks in runs), strict=False):
+        for (remote, local, _), chunk in zip(runs, pair, strict=True):
+            assert_same(remote.score(chunk), local.score(chunk))
 
 
 def test_a_server_that_comes_back_empty_is_sent_the_past_again(models):
