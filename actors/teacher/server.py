@@ -128,7 +128,7 @@ class TeacherServer:
                 return _error(400, str(error))
             except web.HTTPException:
                 raise
-            except Exception:
+            except Exception:  # of the engine: its caller is told, and the server goes on for the others
                 log.exception("a request failed")
                 return _error(500, "the server failed at this request; its log says why")
             finally:
