@@ -49,9 +49,9 @@ def make_evaluator(config: Config, prepared: Prepared, pool: GraderPool | None =
     return Evaluator(config, prepared.heldout.prompts, prepared.facts.tokenizer, pool)
 
 
-def prepare(config: Config) -> Prepared:
-    """Check models and data; `UserError` names what is wrong."""
-    facts = check_models(config)
+def prepare(config: Config, ask_servers: bool = True) -> Prepared:
+    """Check models and data; `UserError` names what is wrong. See `check_models` for `ask_servers`."""
+    facts = check_models(config, ask_servers)
     # A rule that cannot be made says so now, not in the monitor.
     rule, cuts = (
         make_rule(config.termination, RunFacts(config.run.seed, config.rollout.max_tokens)),

@@ -120,7 +120,7 @@ def evaluate_model(config: Config, model_dir: str) -> EvalResult:
         config = config.model_copy(update={"student": config.student.model_copy(update=changes)})
     config = pinned(config)
     name_driver(config.run.name)
-    prepared = prepare(config)
+    prepared = prepare(config, ask_servers=False)
     evaluator = make_evaluator(config, prepared)
     if evaluator is None:
         raise ValueError("evaluation.data is empty: name the held-out problems")

@@ -288,10 +288,10 @@ class TrainingRun:
         return self._evaluator.run(self._actors.samplers, k)
 
     def _evaluate_teachers(self) -> None:
-        """Each checkpoint on all held-out problems, once in a run."""
+        """Each checkpoint on all held-out problems, once in a run; what a server has generates nothing."""
         for group in self._config.scorer_groups:
             key = teacher_key(group.name)
-            if key in self._evaluation.results:
+            if group.model.is_remote or key in self._evaluation.results:
                 continue
             self._actors.samplers.use_teacher(group)
             result = self._evaluation.teacher(self._evaluate, key)

@@ -58,7 +58,7 @@ class SamplerSettings:
             deterministic=config.run.deterministic,
             seed=config.run.seed,
             scored_by={
-                name: ScoredBy(group.name, group.scorer.chunk_block)
+                name: ScoredBy(group.name, group.chunk_block)
                 for group in config.scorer_groups
                 for name in group.teachers
             },

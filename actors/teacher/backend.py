@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol, runtime_checkable
 
@@ -62,6 +62,31 @@ class Teacher(Protocol):
 
     def plain_logprobs(self, sequences: Sequences) -> list[FloatArray]:
         """Log-probabilities [tokens] of each answer by a pass of its own, which holds and uses no state."""
+
+
+@dataclass(frozen=True)
+class RunNeeds:
+    """What a run asks of a teacher, beside its chunks."""
+
+    stop_ids: tuple[int, ...]  # of all its models
+    student_vocabulary: int  # ids that its chunks may hold; 0: those of the teacher
+    top_needed: bool  # its rule cannot do without the teacher's most likely ids
+
+
+@runtime_checkable
+class ServesRuns(Protocol):
+    """A teacher that can score for one run after another."""
+
+    def serve(self, run: RunNeeds) -> None:
+        """Score for this run, from the next chunk on; states of other runs are kept."""
+
+
+@runtime_checkable
+class ReportsProgress(Protocol):
+    """A teacher whose scoring of a chunk may take long, and shows that it goes on."""
+
+    def on_progress(self, beat: Callable[[], None]) -> None:
+        """Have `beat` called whenever something was done."""
 
 
 @runtime_checkable

@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from actors.teacher.agreement import chunked_logprobs
-from actors.teacher.backend import FollowsStudent, Sequences, Teacher, TeacherColumns
+from actors.teacher.backend import FollowsStudent, ReportsProgress, Sequences, Teacher, TeacherColumns
 from actors.teacher.settings import ScorerSettings
 from kat_ray.cluster.devices import device_of
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
@@ -38,7 +39,14 @@ from kat_ray.types.records import (
 
 
 def make_teacher(settings: ScorerSettings) -> Teacher:
-    """The engine that `scorer.backend` names; `auto` takes vLLM where scorers have GPUs, transformers elsewhere."""
+    """The engine that `scorer.backend` names, or what asks the teacher's server.
+
+    `auto` takes vLLM where scorers have GPUs, transformers elsewhere.
+    """
+    if settings.remote is not None:
+        from actors.teacher.remote import remote_teacher
+
+        return remote_teacher(settings, settings.remote)
     if settings.scorer.engine == "vllm":
         if device_of(settings.scorer.num_gpus, "scorer").type != "cuda":
             raise UserError(
@@ -72,11 +80,14 @@ class TeacherScorer:
         self._teacher_name = settings.model_name
         self._eos: EosMode = settings.rollout.eos
         self._top_k = settings.rollout.top_k_logprobs
-        self._teacher = make(settings)
+        self._heartbeat = Heartbeat()
+        number = name.rpartition(":")[2]
+        self._teacher = make(replace(settings, replica=int(number)) if number.isdecimal() else settings)
+        if isinstance(self._teacher, ReportsProgress):
+            self._teacher.on_progress(self._heartbeat.beat)
         # Of the student's weights that it holds; None of a new process that does not know which it is to hold.
         self._version: int | None = None if settings.follows_student else 0
         self._timeline = Timeline()
-        self._heartbeat = Heartbeat()
         self._abandoned: set[int] = set()
         self._scored_tokens = 0
         self._busy_seconds = 0.0

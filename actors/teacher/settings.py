@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kat_ray.config import Config, ModelConfig, RolloutConfig, ScorerConfig, ScorerGroup
+from kat_ray.config import Config, ModelConfig, RolloutConfig, ScorerConfig, ScorerGroup, TeacherConfig
 from kat_ray.termination import RULES
 
 
@@ -24,6 +24,13 @@ class ScorerSettings:
     top_needed: bool = False  # the rule cannot do without the teacher's most likely ids
     follows_student: bool = False  # it is given the student's weights
     section: str = "teacher"  # where the configuration names the model
+    replica: int = 0  # the number of the scorer among those of its group
+
+    @property
+    def remote(self) -> TeacherConfig | None:
+        """How the server that has the teacher is asked; None where scorers load it."""
+        teacher = self.teacher
+        return teacher if isinstance(teacher, TeacherConfig) and teacher.is_remote else None
 
     @property
     def model_name(self) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from actors.teacher.backend import Sequences, TeacherColumns, columns_of
+from actors.teacher.backend import RunNeeds, Sequences, TeacherColumns, columns_of
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.slot_cache import SlotCache, run_spans
 from actors.teacher.slot_check import check_slots, refused_by_name
@@ -116,6 +116,10 @@ class TransformersTeacher:
         for rollout_id in rollout_ids:
             if (state := self._states.pop(rollout_id, None)) is not None:
                 self._cache.free(state.slot)
+
+    def serve(self, run: RunNeeds) -> None:
+        self._stop_ids = run.stop_ids
+        self._vocabulary = max(self._own_vocabulary, run.student_vocabulary)
 
     def load_weights(self, update: WeightUpdate) -> None:
         self.release(list(self._states))  # of rollouts that were cut, and are let go of late

@@ -37,7 +37,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs.engine import tokens_input
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
-from actors.teacher.backend import OVERLAP_TOP, Sequences, TeacherColumns, overlap_share
+from actors.teacher.backend import OVERLAP_TOP, RunNeeds, Sequences, TeacherColumns, overlap_share
 from actors.teacher.plain_copy import logprobs_of_copy
 from actors.teacher.prefix_cache import PrefixCacheWatch
 from actors.teacher.settings import ScorerSettings
@@ -85,14 +85,17 @@ class VllmTeacher:
         self._settings = settings
         self._tasks = self._engine.get_supported_tasks()
         self._name = settings.model_name
-        # An id that the teacher has no token for has no mass, and vLLM refuses it.
-        self._stop_ids = np.array([i for i in settings.stop_ids if i < self.vocabulary], dtype=np.int32)
-        self._top = min(OVERLAP_TOP, settings.rollout.top_k_logprobs) if settings.top_needed else None
+        self.serve(RunNeeds(settings.stop_ids, settings.student_vocabulary, settings.top_needed))
         self._tokens: dict[int, list[int]] = {}  # by rollout; the one scored last is last
         self._alone: set[int] = set()
         self._numbers = count()
         self._watch = self._make_watch(settings.scorer.cache_block)
         self.run_tokens = 0
+
+    def serve(self, run: RunNeeds) -> None:
+        # An id that the teacher has no token for has no mass, and vLLM refuses it.
+        self._stop_ids = np.array([i for i in run.stop_ids if i < self.vocabulary], dtype=np.int32)
+        self._top = min(OVERLAP_TOP, self._settings.rollout.top_k_logprobs) if run.top_needed else None
 
     def _make_watch(self, block: int) -> PrefixCacheWatch:
         cache = self._engine.vllm_config.cache_config

@@ -41,6 +41,11 @@ ABOUT_EXPORT = """\
 Checkpoints of a run with learner.lora hold its adapters, as peft, transformers and vLLM take them. This merges them
 with the student that they were trained on, which is found where it was then, and checked: docs/lora.md."""
 
+ABOUT_SERVE = """\
+Runs with teacher.type = http ask it for the scores that a teacher of their own would give: docs/teachers.md. It
+has one model and any number of runs. It ends on SIGTERM or Ctrl-C, once the requests under way are answered; one
+that is started again in its place takes runs up where they are."""
+
 ABOUT_JOB = """\
 NAME is a job's id, or a run's name, which means its newest job. The cluster is reached through its dashboard."""
 
@@ -120,6 +125,10 @@ examples:
 examples:
   kat-ray export runs/latest out/model
   kat-ray export runs/latest/checkpoints/step-100 out/model --base /models/Qwen3-0.6B --dtype bfloat16""",
+    "serve-teacher": """\
+examples:
+  kat-ray serve-teacher demo:teacher --dtype float32
+  kat-ray serve-teacher org/model --num-gpus 1 --host 0.0.0.0 --token-env TEACHER_TOKEN""",
     "bench": """\
 examples:
   kat-ray bench                               everything; writes docs/benchmarks.md and docs/benchmarks.json

@@ -22,6 +22,7 @@ from kat_ray.cli.arguments import path_of
 from kat_ray.cli.help import DESCRIPTION, EXAMPLES, EXIT_CODES, OVERRIDES
 from kat_ray.cli.interpreter import missing
 from kat_ray.cli.records import add_records
+from kat_ray.cli.serve_teacher import add_serve_teacher
 from kat_ray.errors import Stopped, UserError
 from kat_ray.observability.logs import log_to_terminal
 from kat_ray.observability.redact import redact
@@ -103,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     configured = [*_add_runs(add), *cli_jobs.add_jobs(add), *add_records(add)]
+    add_serve_teacher(add)
     for sub in configured:
         sub.add_argument("overrides", metavar="section.field=value", nargs="*", default=[], help="override a field")
     return parser

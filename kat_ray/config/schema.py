@@ -144,7 +144,7 @@ def _parts(section: str, schema: Schema) -> Iterator[str]:
         for inner in variants(field):
             if "properties" in inner and inner["title"] not in own:
                 yield f"### {section}.{name}\n\n{_one_line(inner)}\n"
-                yield _table(f"{section}.{name}", inner)
+                yield _table(f"{section}.{name}", inner, resumable=bool(field.get("resumable")))
 
 
 def _table(section: str, schema: Schema, resumable: bool = False) -> str:

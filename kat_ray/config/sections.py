@@ -38,6 +38,7 @@ from kat_ray.config.teachers import (
     average_decay_of,
     check_column,
     check_names,
+    check_servers,
     check_student_as_teacher,
     groups_of,
     with_common_scorer,
@@ -206,6 +207,7 @@ class Config(Section):
                     name, self.all_teachers[name], self.student, group.scorer, self.learner.lora
                 )
         average_decay_of(self.all_teachers)
+        check_servers(groups_of(self.all_teachers, self.scorer), self.cluster.hang_timeout)
         return self
 
     @model_validator(mode="after")
@@ -334,7 +336,7 @@ class Config(Section):
     def _rule_gets_what_it_needs(self) -> Config:
         lacking = [name for name in RULES[self.termination.rule].needs if name in _NOT_FROM_VLLM]
         for group in self.scorer_groups if lacking else ():
-            if group.scorer.engine == "vllm":
+            if group.engine == "vllm":
                 raise ValueError(
                     f"termination.rule = {self.termination.rule!r}: it needs {', '.join(lacking)} of every token, "
                     f"which a teacher on vLLM does not report; set {group.scorer_section}.backend = "

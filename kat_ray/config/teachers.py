@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from kat_ray.config.cluster import LoraConfig, Resumable, ScorerConfig, Section
 from kat_ray.config.context import check_context
+from kat_ray.config.http_teacher import HttpConfig, Urls, check_urls
 from kat_ray.config.local_paths import LocalPath
 from kat_ray.types.records import DEFAULT_TEACHER
 
@@ -38,6 +39,14 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     """A model that scores rollouts. Its scorers are those of the section `scorer`."""
 
+    type: Literal["local", "http"] = "local"
+    """`local`: scorers load it. `http`: they ask a server that has it, at `url`; `path` then names its
+    configuration and tokenizer, `dtype` what the server computes in; weights are not read (docs/teachers.md)."""
+    url: Resumable[Urls | None] = None
+    """Where the server is, such as http://10.0.0.5:8000, of type = http: `kat-ray serve-teacher`, or vLLM's. Of
+    several each scorer takes one, and another where that does not answer."""
+    http: Resumable[HttpConfig] = HttpConfig()
+    """How it is asked."""
     weight: float = Field(1.0, gt=0)
     """What the KL of its rollouts' tokens is multiplied by in the loss, which is divided by the kept tokens of all
     teachers' rollouts."""
@@ -58,6 +67,30 @@ class TeacherConfig(ModelConfig):
     @classmethod
     def _is_a_template(cls, context: str | None) -> str | None:
         return None if context is None else check_context(context)
+
+    @model_validator(mode="after")
+    def _has_a_server(self) -> TeacherConfig:
+        if self.type == "local" and self.url is not None:
+            raise ValueError(f"url = {self.url!r}: is of a teacher with type = 'http', and type is 'local'")
+        if self.type == "http" and not self.urls:
+            raise ValueError("type = 'http': needs url, the address of the teacher's server")
+        if self.type == "http" and self.weights != "given":
+            raise ValueError(
+                f"weights = {self.weights!r}: needs type = 'local'; a server is given no weights of the student"
+            )
+        check_urls(self.urls, "url")
+        return self
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses, without a slash at the end; none of a local teacher."""
+        given = [self.url] if isinstance(self.url, str) else self.url or []
+        return tuple(url.rstrip("/") for url in given)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a server has it."""
+        return self.type == "http"
 
 
 class NamedTeacherConfig(TeacherConfig):
@@ -85,6 +118,16 @@ class ScorerGroup:
     def follows_student(self) -> bool:
         """Whether its scorers are given the student's weights, as samplers are."""
         return self.model.weights != "given"
+
+    @property
+    def engine(self) -> Literal["transformers", "vllm", "http"]:
+        """What its scorers run, or that they ask a server."""
+        return "http" if self.model.is_remote else self.scorer.engine
+
+    @property
+    def chunk_block(self) -> int:
+        """Tokens of a rollout that its chunks end at a multiple of."""
+        return 1 if self.model.is_remote else self.scorer.chunk_block
 
     @property
     def section(self) -> str:
@@ -197,12 +240,17 @@ def groups_of(teachers: Mapping[str, TeacherConfig], common: ScorerConfig) -> tu
 
     ValueError where names of one checkpoint ask for different scorers.
     """
-    found: dict[tuple[ModelConfig, str], ScorerGroup] = {}
+    found: dict[tuple[object, ...], ScorerGroup] = {}
     for name, teacher in teachers.items():
         scorer = teacher.scorer if isinstance(teacher, NamedTeacherConfig) else common
         model = ModelConfig(**{field: getattr(teacher, field) for field in ModelConfig.model_fields})
-        key = (model, teacher.weights)
+        key = (model, teacher.weights, teacher.urls)
         group = found.get(key)
+        if group is not None and group.model.http != teacher.http:
+            raise ValueError(
+                f"{section_of(name)}.http: asks the server of {group.section} in another way; names of one server "
+                "share their scorers: give both the same fields"
+            )
         if group is not None and group.scorer != scorer:
             raise ValueError(
                 f"{section_of(name)}.path = {teacher.path!r}: is the checkpoint of {group.section}, whose scorers "
@@ -211,3 +259,24 @@ def groups_of(teachers: Mapping[str, TeacherConfig], common: ScorerConfig) -> tu
         names = (*group.teachers, name) if group else (name,)
         found[key] = ScorerGroup(names, group.model if group else teacher, scorer)
     return tuple(found.values())
+
+
+def check_servers(groups: Sequence[ScorerGroup], hang_timeout: float) -> None:
+    """ValueError where scorers that ask a server are to have a GPU, or to wait for longer than they may hang."""
+    for group in groups:
+        if not group.model.is_remote:
+            continue
+        scorer, http = group.scorer, group.model.http
+        if scorer.num_gpus or scorer.backend != "auto":
+            what, other = f"num_gpus = {scorer.num_gpus:g}", "num_gpus = 0"
+            if not scorer.num_gpus:
+                what, other = f"backend = {scorer.backend!r}", "backend = 'auto'"
+            raise ValueError(
+                f"{group.scorer_section}.{what}: {group.section}.type = 'http', whose scorers run no model: the "
+                f"server's own command says what it runs on; set {other}"
+            )
+        if http.retry_seconds >= hang_timeout:
+            raise ValueError(
+                f"{group.section}.http.retry_seconds = {http.retry_seconds:g}: must be < {hang_timeout:g}, "
+                "cluster.hang_timeout, after which a scorer is taken for one that hangs"
+            )

@@ -29,7 +29,7 @@ def slow_dtypes(config: Config, flags: frozenset[str] | None) -> Iterator[str]:
     asked: dict[str, tuple[str, float]] = {
         "student.dtype": (config.student.dtype, config.sampler.num_gpus),
     }
-    for group in config.scorer_groups:
+    for group in (g for g in config.scorer_groups if g.engine != "http"):
         asked[f"{group.section}.dtype"] = (group.model.dtype, group.scorer.num_gpus)
     asked["learner.dtype"] = (config.learner.dtype, config.learner.num_gpus)
     for dtype, fast in _FAST.items():

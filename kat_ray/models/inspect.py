@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kat_ray.config import Config, ModelConfig
+from kat_ray.config import Config, ModelConfig, TeacherConfig
 from kat_ray.config.load import resolve_path
 from kat_ray.config.teachers import section_of
 from kat_ray.errors import ModelError
 from kat_ray.models.edges import edges_of
 from kat_ray.models.lora_targets import MERGE_FIRST, check_targets, require_peft
+from kat_ray.models.servers import check_servers
 from kat_ray.models.shape import ModelShape, shape_of
 from kat_ray.models.support import check_roles, roles_of
 from kat_ray.models.tokenizers import compare_tokenizers
@@ -116,8 +117,11 @@ def load_tokenizer(model: ModelConfig) -> Any:
         raise ModelError(f"{model.path}: its tokenizer cannot be loaded: {_first_line(error)}") from error
 
 
-def check_models(config: Config) -> ModelFacts:
-    """Inspect the models that are asked; `ModelError` says what does not fit, names the field and what to do."""
+def check_models(config: Config, ask_servers: bool = True) -> ModelFacts:
+    """Inspect the models that are asked; `ModelError` says what does not fit, names the field and what to do.
+
+    Servers that have teachers are asked, too, unless nothing is going to be scored.
+    """
     infos: dict[str, ModelInfo] = {}
     tokenizers: dict[str, Any] = {}
     models: dict[str, ModelConfig] = {g.section: g.model for g in config.scorer_groups}
@@ -137,6 +141,10 @@ def check_models(config: Config) -> ModelFacts:
         _check_pair(config, student, teacher, section, tokenizers)
         warnings += stop_id_warnings(config, student, teacher, tokenizers["student"], section)
     merged = tuple(sorted({i for info in infos.values() for i in info.stop_ids}))
+    for group in (g for g in config.scorer_groups if g.model.is_remote and ask_servers):
+        found = check_servers(config, group, teachers[group.section], student, tokenizers["student"], merged)
+        teachers[group.section] = found[0]
+        warnings += found[1]
     facts = ModelFacts(student, teachers, tokenizers["student"], merged, tuple(warnings), tokenizers.get("teacher"))
     _check_lengths(config, facts)
     facts.check_roles(config, config.rollout.max_tokens + 1)  # a prompt has one token at least
@@ -361,6 +369,8 @@ def _weights(model: ModelConfig, directory: Path, names: frozenset[str]) -> tupl
             raise ModelError(f"{model.path}: {index} names {missing[0]}, which is not there")
     else:
         shards = sorted(n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_"))
+    if not shards and isinstance(model, TeacherConfig) and model.is_remote:
+        return None, None  # its server has them
     if not shards:
         pickles = sorted(n for n in names if n.endswith(_PICKLES))
         if not pickles:

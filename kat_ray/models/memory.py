@@ -78,7 +78,8 @@ def memory_needed(
     `gpu` is a GPU's memory, None without one. Nothing where the number of parameters is not known.
     """
     student = facts.student.parameters
-    teachers = {section: info.parameters for section, info in facts.teachers.items()}
+    loaded = [group for group in config.scorer_groups if group.engine != "http"]
+    teachers = {group.section: facts.teachers[group.section].parameters for group in loaded}
     if student is None or None in teachers.values():
         return
     batch = micro_batch(config, facts.student, longest)
@@ -94,7 +95,7 @@ def memory_needed(
         return
     sampler = config.sampler
     rest = sampler.bounds[1] * (student * _BYTES[config.student.dtype] + sampler.kv_cache_gib * GIB)
-    for group in config.scorer_groups:
+    for group in loaded:
         rest += group.scorer.bounds[1] * (teachers[group.section] or 0) * _BYTES[group.model.dtype]
     total = config.learner.world_size * rank + rest
     yield "memory", total, f"weights, optimiser, KV caches and micro-batches{words}"

@@ -22,9 +22,9 @@ def pinned(config: Config) -> Config:
     answer from the hub (or from its cache, with HF_HUB_OFFLINE=1) a model is left as it is; whoever reads it first
     says why it cannot be had.
     """
-    models: dict[str, Any] = {"student": _pinned(config.student)}
+    models: dict[str, Any] = {"student": pinned_model(config.student)}
     if config.used_teachers:
-        models |= _teachers({name: _pinned(teacher) for name, teacher in config.used_teachers.items()})
+        models |= _teachers({name: pinned_model(teacher) for name, teacher in config.used_teachers.items()})
     return config.model_copy(update=models)
 
 
@@ -52,7 +52,8 @@ def is_commit(revision: str | None) -> bool:
     return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
-def _pinned(model: Model) -> Model:
+def pinned_model(model: Model) -> Model:
+    """A hub model at the commit that its revision is now; see `pinned`."""
     if Path(resolve_model(model)).is_dir() or is_commit(model.revision):
         return model
     from huggingface_hub import snapshot_download

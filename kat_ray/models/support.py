@@ -42,6 +42,12 @@ _NO_GRADIENTS: Mapping[str, str] = {
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
 
+# By the engine of a group's scorers; what a server can run, it has found out itself.
+_SCORER_ROLES: Mapping[str, tuple[Role, ...]] = {
+    "transformers": ("scorer-transformers",), "vllm": ("scorer-vllm",), "http": (),
+}  # fmt: skip
+
+
 class Refusal(NamedTuple):
     """Why a model cannot play a role: in two or three words, and as part of a sentence with what to do."""
 
@@ -190,7 +196,7 @@ def roles_of(config: Config) -> Mapping[str, tuple[Role, ...]]:
         ),
     }  # fmt: skip
     for group in config.scorer_groups:
-        roles[group.section] = ("scorer-vllm" if group.scorer.engine == "vllm" else "scorer-transformers",)
+        roles[group.section] = _SCORER_ROLES[group.engine]
     return roles
 
 

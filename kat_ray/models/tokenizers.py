@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kat_ray.errors import ModelError
 
 # Text on which tokenizers with equal vocabularies still differ: normalisation, digits, spaces, added prefixes.
-_SAMPLES = (
+SAMPLES = (
     "answer 42",
     " leading space",
     "two  spaces\tand a tab\nnewline\n\n",
@@ -28,14 +30,26 @@ def compare_tokenizers(student: Any, teacher: Any) -> None:
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
         raise ModelError(_first_vocabulary_difference(ours, theirs))
-    added = sorted(str(t) for t in {*student.added_tokens_decoder.values(), *teacher.added_tokens_decoder.values()})
-    for text in (*_SAMPLES, *(f"a{token} b" for token in added)):
+    for text in sample_texts(student, teacher):
         a, b = list(student(text)["input_ids"]), list(teacher(text)["input_ids"])
         if a != b:
             raise ModelError(
                 f"the tokenizers encode {text!r} differently: student {_some(a)}, teacher {_some(b)}. "
                 "On-policy distillation scores the student's token ids with the teacher: use models of one family"
             )
+
+
+def sample_texts(*tokenizers: Any) -> list[str]:
+    """Texts that tell tokenizers of equal vocabularies apart, with the added tokens of these."""
+    added = sorted({str(token) for t in tokenizers for token in t.added_tokens_decoder.values()})
+    return [*SAMPLES, *(f"a{token} b" for token in added)]
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """A digest that is equal where `compare_tokenizers` finds no difference."""
+    parts = [sorted(tokenizer.get_vocab().items())]
+    texts = [[text, list(tokenizer(text)["input_ids"])] for text in sample_texts(tokenizer)]
+    return hashlib.sha256(json.dumps([parts, texts]).encode()).hexdigest()
 
 
 def _first_vocabulary_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, get_args, get_origin
+from types import UnionType
+from typing import Any, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -27,12 +28,19 @@ def resumable(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str
     A `*` stands for whatever name the user has given.
     """
     for name, field in model.model_fields.items():
+        annotation = _without_none(field.annotation)
         if is_resumable(field):
             yield prefix + name
-        elif _is_section(field.annotation):
-            yield from resumable(field.annotation, f"{prefix}{name}.")
-        elif get_origin(field.annotation) is dict and _is_section(of := get_args(field.annotation)[1]):
+        elif _is_section(annotation):
+            yield from resumable(annotation, f"{prefix}{name}.")
+        elif get_origin(annotation) is dict and _is_section(of := get_args(annotation)[1]):
             yield from resumable(of, f"{prefix}{name}.*.")
+
+
+def _without_none(annotation: Any) -> Any:
+    """The section of one that may be left out."""
+    members = [a for a in get_args(annotation) if a is not type(None)]
+    return members[0] if get_origin(annotation) in (Union, UnionType) and len(members) == 1 else annotation
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[Section]]:

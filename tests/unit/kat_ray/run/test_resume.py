@@ -51,6 +51,10 @@ def test_what_a_resume_may_change_is_what_it_was_when_it_was_a_list():
     expected |= {"learner.reduce_dtype"}  # as `zero_stage`: how sums are rounded
     expected |= {"evaluation.every_k"}  # as `every`: how often and how well it is looked at, not what is done
     expected |= {"teachers.*.scorer"}  # as `scorer`
+    # Where a teacher's server is, and how it is asked: as `cluster`, and `scorer`.
+    expected |= {f"{section}.{name}" for section in ("teacher", "teachers.*") for name in ("url", "http")}
+    # Marked since they were made, and refused until sections that may be left out were looked into.
+    expected |= {"environment.seconds", "environment.memory_gib"}
     assert set(resumable()) == expected | {"rollout.max_chunks_ahead", "evaluation.every"}
 
 
