@@ -29,13 +29,17 @@ def example(records: RunRecords) -> int | None:
     rule = kat_parameters(records.config.termination)
     if rule is None or RULES[records.config.termination.rule].effect is not Effect.CUTS:
         return None
-    traces, best = records.traces, (-np.inf, None)
+    traces = records.traces
+    best: tuple[float, int | None] = (-np.inf, None)
     cuts, confirmed = records.per_rollout("cut"), records.per_rollout("confirmed")
     for index in np.flatnonzero(traces.trapped).tolist():
         values = traces.d[traces.offsets[index] : traces.offsets[index + 1]]
         if confirmed[index] is None or cuts[index] < rule.window or not np.isfinite(traces.threshold[index]):
             continue
-        fall = float(np.nanmean(values[: rule.window]) - np.nanmean(values[cuts[index] :]))
+        before, after = (part[np.isfinite(part)] for part in (values[: rule.window], values[cuts[index] :]))
+        if not len(before) or not len(after):
+            continue
+        fall = float(before.mean() - after.mean())
         best = max(best, (fall, index), key=lambda found: found[0])
     return best[1]
 

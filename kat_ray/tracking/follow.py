@@ -139,7 +139,8 @@ def _wait_for(lock: TextIO, name: str) -> None:
     end = time.monotonic() + LAST_SECONDS + _SPARE_SECONDS
     while True:
         try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except BlockingIOError:
             if time.monotonic() > end:
                 raise RuntimeError(f"another process tells {name} of this run") from None
