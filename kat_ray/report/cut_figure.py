@@ -60,12 +60,8 @@ def cut_picture(records: RunRecords, index: int, decode: Decode) -> Any:
     )
     axes.axhline(row["threshold"], color="black", linestyle="--", linewidth=1, label="threshold")
     axes.axvline(cut - 0.5, color=CUT, linewidth=2, label=f"cut at token {cut}, where the first low window began")
-    axes.axvline(
-        confirmed + 0.5,
-        color=WOULD,
-        linewidth=1.2,
-        label=f"confirmed at token {confirmed}: the engine is told to end",
-    )
+    told = f"confirmed at token {confirmed}: the engine is told to end"
+    axes.axvline(confirmed + 0.5, color=WOULD, linewidth=1.2, label=told)
     right, most = int(end * _ROOM) + 1, records.config.rollout.max_tokens
     axes.axvspan(end - 0.5, right, facecolor="#f3f4f6", edgecolor="#d1d5db", hatch="///", linewidth=0)
     axes.text(
@@ -88,7 +84,7 @@ def cut_picture(records: RunRecords, index: int, decode: Decode) -> Any:
 
 def _parts(kept: str, cut: str) -> Iterator[tuple[str, str]]:
     """Lines of the text with their colours: of what is kept, and of what is not."""
-    for title, part, colour, most in (("trained on", kept, KEPT, _LINES - 3), ("cut away", cut, CUT, 3)):
+    for title, part, colour, most in (("kept", kept, KEPT, _LINES - 3), ("cut away", cut, CUT, 3)):
         yield title, "black"
         lines = list(_lines(part))
         hidden = len(lines) - most
