@@ -114,14 +114,17 @@ def pinned(text: str) -> str:
 
 
 def locks() -> dict[str, str]:
-    """Name -> pins of what the images install, torch included, and of the tools beside them."""
+    """Name -> pins of what the images install, torch included, and of the tools and trackers beside them."""
 
     def runtime(*build: str) -> str:
         command = [str(ROOT / "docker" / "install.sh"), "--list", *build]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS).stdout
 
-    tools = (ROOT / "docker" / "requirements-dev.lock").read_text(encoding="utf-8")
-    return {"cpu": pinned(runtime()), "gpu": pinned(runtime("--gpu")), "dev": pinned(tools)}
+    others = {
+        name: pinned((ROOT / "docker" / f"requirements-{name}.lock").read_text(encoding="utf-8"))
+        for name in ("dev", "trackers")
+    }
+    return {"cpu": pinned(runtime()), "gpu": pinned(runtime("--gpu")), **others}
 
 
 def main() -> int:

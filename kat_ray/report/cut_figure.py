@@ -29,13 +29,17 @@ def example(records: RunRecords) -> int | None:
     rule = kat_parameters(records.config.termination)
     if rule is None or RULES[records.config.termination.rule].effect is not Effect.CUTS:
         return None
-    traces, best = records.traces, (-np.inf, None)
+    traces = records.traces
+    best: tuple[float, int | None] = (-np.inf, None)
     cuts, confirmed = records.per_rollout("cut"), records.per_rollout("confirmed")
     for index in np.flatnonzero(traces.trapped).tolist():
         values = traces.d[traces.offsets[index] : traces.offsets[index + 1]]
         if confirmed[index] is None or cuts[index] < rule.window or not np.isfinite(traces.threshold[index]):
             continue
-        fall = float(np.nanmean(values[: rule.window]) - np.nanmean(values[cuts[index] :]))
+        before, after = (part[np.isfinite(part)] for part in (values[: rule.window], values[cuts[index] :]))
+        if not len(before) or not len(after):
+            continue
+        fall = float(before.mean() - after.mean())
         best = max(best, (fall, index), key=lambda found: found[0])
     return best[1]
 
@@ -56,12 +60,8 @@ def cut_picture(records: RunRecords, index: int, decode: Decode) -> Any:
     )
     axes.axhline(row["threshold"], color="black", linestyle="--", linewidth=1, label="threshold")
     axes.axvline(cut - 0.5, color=CUT, linewidth=2, label=f"cut at token {cut}, where the first low window began")
-    axes.axvline(
-        confirmed + 0.5,
-        color=WOULD,
-        linewidth=1.2,
-        label=f"confirmed at token {confirmed}: the engine is told to end",
-    )
+    told = f"confirmed at token {confirmed}: the engine is told to end"
+    axes.axvline(confirmed + 0.5, color=WOULD, linewidth=1.2, label=told)
     right, most = int(end * _ROOM) + 1, records.config.rollout.max_tokens
     axes.axvspan(end - 0.5, right, facecolor="#f3f4f6", edgecolor="#d1d5db", hatch="///", linewidth=0)
     axes.text(
@@ -84,7 +84,7 @@ def cut_picture(records: RunRecords, index: int, decode: Decode) -> Any:
 
 def _parts(kept: str, cut: str) -> Iterator[tuple[str, str]]:
     """Lines of the text with their colours: of what is kept, and of what is not."""
-    for title, part, colour, most in (("trained on", kept, KEPT, _LINES - 3), ("cut away", cut, CUT, 3)):
+    for title, part, colour, most in (("kept", kept, KEPT, _LINES - 3), ("cut away", cut, CUT, 3)):
         yield title, "black"
         lines = list(_lines(part))
         hidden = len(lines) - most

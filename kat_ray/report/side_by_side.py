@@ -47,7 +47,8 @@ class _Run:
 
 def side_by_side(folders: Sequence[Path], out: Path | None, say: Callable[[str], None]) -> list[Path]:
     """Write the page and its pictures, into the first run's report unless `out` is given; returns the files."""
-    runs, notes = [], []
+    runs: list[_Run] = []
+    notes: list[str] = []
     for folder, name in zip(folders, _names(folders), strict=True):
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{folder}: no config.yaml in it; name run directories, such as runs/latest")

@@ -124,7 +124,8 @@ def serve(order: Mapping[str, Any], requests: TextIO, say: Callable[..., None]) 
         _wait_for(lock, name)
         module, kind = SERVICES[name]
         service: Service = getattr(import_module(module), kind)()
-        tree = plain_yaml.construct(plain_yaml.compose((run / "config.yaml").read_text(encoding="utf-8")))
+        node = plain_yaml.compose((run / "config.yaml").read_text(encoding="utf-8"))
+        tree = {} if node is None else plain_yaml.construct(node)
         at = service.open(Shown(order["id"], run.name, order["project"], tree, folder, order["online"]))
         say("at", redact(at))
         follower = Follower(service, run, folder / f"{name}{'-online' if order['online'] else ''}.json")
@@ -139,7 +140,8 @@ def _wait_for(lock: TextIO, name: str) -> None:
     end = time.monotonic() + LAST_SECONDS + _SPARE_SECONDS
     while True:
         try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
         except BlockingIOError:
             if time.monotonic() > end:
                 raise RuntimeError(f"another process tells {name} of this run") from None

@@ -11,6 +11,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from kat_ray.config import plain_yaml
 from kat_ray.run.directory import METRICS
 
@@ -145,7 +147,7 @@ def _plain(path: Path) -> dict[str, Any] | None:
     try:
         node = plain_yaml.compose(path.read_text(encoding="utf-8"))
         tree = None if node is None else plain_yaml.construct(node)
-    except (OSError, ValueError, plain_yaml.yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):
         return None
     return tree if isinstance(tree, dict) else None
 

@@ -95,4 +95,4 @@ def test_text_that_repeats_itself_stands_there_once():
     assert list(_lines("a\nb\nb\nb\n\n" + "c " * 30)) == ["a", "b  (x 3)", "c " * 16 + "c", "c " * 12 + "c"]
     kept = "\n".join(map(str, range(20)))
     shown = [line for line, _ in _parts(kept, "x\nx")]
-    assert shown == ["trained on", *map(str, range(6)), "...", "19", "", "cut away", "x  (x 2)", ""]
+    assert shown == ["kept", *map(str, range(6)), "...", "19", "", "cut away", "x  (x 2)", ""]
