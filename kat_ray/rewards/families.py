@@ -101,6 +101,13 @@ def _levels(problem: Problem, count: int) -> list[dict[str, Any]]:
         curriculum.set_global_level(level)
         made = curriculum.generate_configuration(dict(problem.settings))
         found.append({**problem.settings, **{name: getattr(made, name) for name in sorted(moved)}})
+        try:
+            _dataset(dataclasses.replace(problem, settings=found[-1]))
+        except Unusable as error:  # of some families the library refuses what its own curriculum says
+            raise Unusable(
+                f"environment.curriculum: level {level} of {problem.family} cannot be made, as the library has it "
+                f"({error}); take fewer levels, or leave the family out"
+            ) from error
     return found
 
 

@@ -252,6 +252,10 @@ def test_prompts_of_a_level_stand_in_for_those_of_the_first(ladder):
             "curriculum.levels = 9: the curriculum of gcd has 4",
         ),
         ({"families": {"gdc": {}}}, "has no family of this name; did you mean gcd"),
+        (
+            {"families": {"survo": {}}},
+            r"environment.curriculum: level . of survo cannot be made.*max_empty must be",
+        ),
     ],
 )
 def test_what_has_no_such_levels_is_said(changes, said):
