@@ -2,12 +2,13 @@
 SHELL := /bin/bash
 VENV ?= .venv
 BIN := $(VENV)/bin
+SITE_VENV ?= .venv-docs
 ARGS ?=
 WORKERS ?= 2
 LANES ?= 2
 SBOM := $(BIN)/cyclonedx-py requirements --output-reproducible --output-format JSON
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench gpu-check test test-integration test-nightly test-trackers docs audit lint format format-check types check sbom clean
+.PHONY: help setup train bench gpu-check test test-integration test-nightly test-trackers docs site audit lint format format-check types check sbom clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -37,10 +38,16 @@ test-trackers: setup ## test the trackers with their real packages, which go int
 	@docker/install.sh --trackers $(VENV)
 	@KAT_RAY_REQUIRE_TRACKERS=1 $(VENV)-trackers/bin/python -m pytest -m nightly tests/unit/kat_ray/tracking tests/cluster/test_tracking.py $(ARGS)
 
-docs: setup ## write anew what is generated: configuration.md, the table of models.md, the dashboard
+docs: setup ## write anew what is generated: configuration.md, the table of models.md, the dashboard; then the site
 	@$(BIN)/kat-ray config --docs >docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md
 	@$(BIN)/python -m tests.support.verdicts
 	@$(BIN)/python deploy/monitoring/make_dashboard.py
+	@$(MAKE) --no-print-directory site
+
+site: setup ## build the documentation's site, strictly, its links checked: build/site/README.html
+	@[ -x $(SITE_VENV)/bin/python ] || python3 -m venv $(SITE_VENV)
+	@$(SITE_VENV)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r docker/requirements-docs.lock
+	@$(BIN)/python docs/site/build.py build/site --sphinx $(SITE_VENV)/bin/python
 
 audit: ## known holes in the locked packages; says so where no advisory service answers
 	@python3 .ci/audit.py
@@ -65,4 +72,4 @@ sbom: setup ## list what the images hold, as CycloneDX: build/sbom-cpu.json, bui
 	@docker/install.sh --list --gpu | $(SBOM) --output-file build/sbom-gpu.json -
 
 clean: ## remove the virtual environment and caches; runs stay
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv-audit build *.egg-info
+	rm -rf $(VENV) $(SITE_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .venv-audit build *.egg-info

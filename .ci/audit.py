@@ -120,11 +120,9 @@ def locks() -> dict[str, str]:
         command = [str(ROOT / "docker" / "install.sh"), "--list", *build]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS).stdout
 
-    others = {
-        name: pinned((ROOT / "docker" / f"requirements-{name}.lock").read_text(encoding="utf-8"))
-        for name in ("dev", "trackers")
-    }
-    return {"cpu": pinned(runtime()), "gpu": pinned(runtime("--gpu")), **others}
+    files = {name: ROOT / "docker" / f"requirements-{name}.lock" for name in ("dev", "docs", "trackers")}
+    tools = {name: pinned(file.read_text(encoding="utf-8")) for name, file in files.items()}
+    return {"cpu": pinned(runtime()), "gpu": pinned(runtime("--gpu")), **tools}
 
 
 def main() -> int:

@@ -14,7 +14,9 @@ from hypothesis import settings
 from tests.deploy.ray_process import agent_port_of_its_own
 from tests.order import place
 from tests.support.models import make_model, write_job_files
+from tests.support.quick_workers import quick_workers
 
+quick_workers()
 # A law holds however long an example takes on a machine that has other things to do.
 settings.register_profile("kat-ray", settings.default, deadline=None)
 settings.load_profile("kat-ray")

@@ -81,6 +81,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def help_texts() -> dict[str, str]:
+    """What `--help` says: of `kat-ray`, and of each of its commands."""
+    parser = _parser()
+    (commands,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
+    return {"kat-ray": parser.format_help()} | {f"kat-ray {n}": sub.format_help() for n, sub in commands.items()}
+
+
 def _parser() -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(

@@ -144,8 +144,9 @@ class LocalCluster:
     ) -> None:
         words = ",".join(f"{k}={v}" for k, v in (labels or {}).items())
         command = [
-            sys.executable, "-m", "ray.scripts.scripts", "start", *own, f"--num-cpus={cpus}", f"--num-gpus={gpus}",
-            f"--resources={json.dumps(dict(resources or {}))}", "--object-store-memory=150000000",
+            sys.executable, "-m", "tests.support.quick_workers", "start", *own,
+            f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--resources={json.dumps(dict(resources or {}))}",
+            "--object-store-memory=150000000",
             f"--dashboard-agent-listen-port={outside_port()}", "--disable-usage-stats",
             *([f"--labels={words}"] if words else []),
         ]  # fmt: skip

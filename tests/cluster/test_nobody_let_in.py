@@ -59,26 +59,65 @@ def short_folder():
         )
 
 
+# What the command line does, in one process and one Ray: a run, a score of its checkpoint. Then the Ray stays until
+# a line comes in. Where it is and its token go to a file that the run knows nothing of.
+KEPT = """
+import contextlib, json, os, sys
+from kat_ray.cli.main import _keep_others_out, main
+from kat_ray.config.load import load_config
+
+commands, where = json.loads(sys.argv[1]), sys.argv[2]
+_keep_others_out(load_config("demo", []))  # as `main` would first of all: Ray reads the mode when it is imported
+assert os.environ["RAY_AUTH_MODE"] == "token"
+import ray
+from actors.cluster.session import ray_session
+from actors.driver import train
+from tests.deploy.ray_process import agent_port_of_its_own
+
+with contextlib.ExitStack() as sessions:
+    @contextlib.contextmanager
+    def kept(config):
+        with agent_port_of_its_own():
+            fixed_size = sessions.enter_context(ray_session(config))
+        yield fixed_size
+
+    train.ray_session = kept
+    for command in commands:
+        if code := main(command):
+            sys.exit(code)
+    gcs, dashboard = ray.get_runtime_context().gcs_address, ray._private.worker._global_node.webui_url
+    with open(where + ".new", "w") as file:
+        json.dump([gcs, dashboard, os.environ["RAY_AUTH_TOKEN"]], file)
+    os.rename(where + ".new", where)
+    sys.stdin.readline()
+"""
+
+
 @pytest.fixture(scope="module")
 def trained(own_ray, short_folder):
-    """A run with marked secrets in its environment, watched from outside: its folder, output and listeners."""
-    root = short_folder()
+    """A run with marked secrets in its environment, watched from outside: its folder, output and listeners, and its
+    Ray, which stays: address, dashboard and token.
+    """
+    root, where = short_folder(), short_folder() / "where"
+    commands = json.dumps([TRAIN, ["eval", "runs/latest", "--json"]])
     with (root / "out.txt").open("wb") as out:
         run = subprocess.Popen(
-            [sys.executable, "-m", "kat_ray.cli", *TRAIN],
-            cwd=root, env=environment(root, RAY_AUTH_MODE="token", **SECRETS), stdout=out, stderr=subprocess.STDOUT,
+            [sys.executable, "-c", KEPT, commands, where], cwd=root, stdin=subprocess.PIPE, stdout=out,
+            stderr=subprocess.STDOUT, env=environment(root, **SECRETS) | {"PYTHONPATH": str(Path.cwd())},
         )  # fmt: skip
         seen = set()
-        while run.poll() is None:
-            seen |= listeners(psutil.Process(run.pid))
-            time.sleep(1.0)  # a look takes a third of a second of a core
-    text = (root / "out.txt").read_text()
-    assert run.returncode == 0, text
-    return root, text, seen
+        try:
+            while not where.exists():
+                assert run.poll() is None, (root / "out.txt").read_text()
+                seen |= listeners(psutil.Process(run.pid))
+                time.sleep(3.0)  # a look takes a third of a second of a core
+            yield root, (root / "out.txt").read_text(), seen, json.loads(where.read_text())
+        finally:
+            run.communicate(b"end\n", timeout=180)
 
 
 def test_the_embedded_task_is_trained_and_what_it_leaves_is_scored(trained):
-    root, text, _ = trained
+    root, text, *_ = trained
     for said in (
         "starting Ray",
         "evaluation of the teacher",
@@ -91,17 +130,12 @@ def test_the_embedded_task_is_trained_and_what_it_leaves_is_scored(trained):
     assert "Traceback" not in text
     summary = json.loads((root / "runs" / "latest" / "summary.json").read_text())
     assert summary["steps"] == 3 and summary["eval_before"]["problems"] == 10
-    scored = subprocess.run(
-        [sys.executable, "-m", "kat_ray.cli", "eval", "runs/latest", "--json"],
-        cwd=root, env=environment(root), capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert scored.returncode == 0, scored.stderr
-    result = json.loads(scored.stdout.splitlines()[-1])
+    result = json.loads(text.splitlines()[-1])
     assert result["avg_at_k"] == summary["eval_after"]["avg_at_k"], "vLLM loads the checkpoint, and draws the same"
 
 
 def test_everything_listens_on_loopback(trained):
-    _, _, seen = trained
+    _, _, seen, _ = trained
     names = " ".join(name for _, name in seen)
     for role in (
         "gcs_server",
@@ -118,59 +152,55 @@ def test_everything_listens_on_loopback(trained):
 
 
 def test_secrets_are_nowhere_in_what_a_run_leaves(trained):
-    root, text, _ = trained
+    root, text, _, (*_, token) = trained
     assert (root / "runs" / "demo" / "timeline.json").is_file() and list((root / "r").rglob("*.log"))
     files = [p for p in root.rglob("*") if p.is_file() and not p.is_symlink()]
     assert len(files) > 20
-    for name, value in SECRETS.items():
+    for name, value in {**SECRETS, "RAY_AUTH_TOKEN": token}.items():
         assert value not in text
         holding = [str(p) for p in files if value.encode() in p.read_bytes()]
         assert not holding, f"{name} stands in them"
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
+SAY_NO = """
+import contextlib, io, json, sys
+from kat_ray.cli.main import main
+
+for arguments in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+
+
+def test_secrets_are_not_repeated_in_messages(tmp_path):
+    commands = [
         ["train", "demo", "cluster.address=ray://me:{HF_TOKEN}@127.0.0.1:1"],
         ["train", "demo", "cluster.address=127.0.0.1:1?token={RAY_AUTH_TOKEN}"],
         ["train", "demo", "student.path=https://me:{HF_TOKEN}@hub/model"],
         ["train", "demo", "run.name={WANDB_API_KEY}", "run.stpes=3"],
         ["train", "{HF_TOKEN}.yaml"],
         ["eval", "{HF_TOKEN}", "--config", "demo"],
-    ],
-)
-def test_secrets_are_not_repeated_in_messages(tmp_path, arguments):
-    given = [a.format(**SECRETS) for a in arguments]
+    ]
+    given = [[a.format(**SECRETS) for a in arguments] for arguments in commands]
     done = subprocess.run(
-        [sys.executable, "-m", "kat_ray.cli", *given], cwd=tmp_path, env=environment(tmp_path, **SECRETS),
-        capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", SAY_NO, json.dumps(given)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=environment(tmp_path, **SECRETS) | {"PYTHONPATH": str(Path.cwd())},
     )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+    assert done.returncode == 0, done.stderr
     assert not [v for v in SECRETS.values() if v in done.stdout + done.stderr]
-    assert redact(done.stderr, SECRETS) == done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == len(commands)
+    for code, _, said in answers:
+        assert code == 2 and said.startswith("error: "), said
+        assert redact(said, SECRETS) == said
     assert not list(tmp_path.iterdir())
 
 
 # --- the token -----------------------------------------------------------------------------------------------
 
-CLUSTER = """
-import os, sys
-from kat_ray.cli.main import _keep_others_out
-from kat_ray.config.load import load_config
-
-config = load_config("demo", ["cluster.dashboard=true", "cluster.object_store_gib=0.1"])
-_keep_others_out(config)
-assert os.environ["RAY_AUTH_MODE"] == "token"
-with open("token", "w") as file:
-    file.write(os.environ["RAY_AUTH_TOKEN"])
-import ray
-from actors.cluster.session import ray_session
-
-with ray_session(config):
-    context = ray.get_runtime_context()
-    print(context.gcs_address, ray._private.worker._global_node.webui_url, flush=True)
-    sys.stdin.readline()
-"""
 CLIENT = """
 import sys, ray
 
@@ -195,21 +225,6 @@ for attempt in range(60):
 """
 
 
-@pytest.fixture(scope="module")
-def cluster(own_ray, short_folder):
-    """A cluster that the command line would start, with its dashboard: folder, addresses, token."""
-    root = short_folder()
-    process = subprocess.Popen(
-        [sys.executable, "-c", CLUSTER], cwd=root, env=environment(root) | {"PYTHONPATH": str(Path.cwd())},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        gcs, dashboard = process.stdout.readline().split()
-        yield root, gcs, dashboard, (root / "token").read_text()
-    finally:
-        process.communicate("end\n", timeout=180)
-
-
 def call(root, code, address, **variables):
     # A driver looks for its node at the machine's address on the network, where a cluster on loopback has none.
     variables["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -227,8 +242,8 @@ def call(root, code, address, **variables):
     ],
     ids=["without", "wrong"],
 )
-def test_without_the_token_nobody_gets_in(cluster, variables):
-    root, gcs, dashboard, _ = cluster
+def test_without_the_token_nobody_gets_in(trained, variables):
+    root, _, _, (gcs, dashboard, _) = trained
     for code, address in ((CLIENT, gcs), (JOB, dashboard)):
         done = call(root, code, address, **variables)
         assert done.returncode != 0 and "let in" not in done.stdout and "ran 42" not in done.stdout, done.stdout
@@ -236,8 +251,8 @@ def test_without_the_token_nobody_gets_in(cluster, variables):
 
 
 @pytest.mark.parametrize(("token", "code"), [(None, 401), ("0" * 64, 403)])
-def test_the_job_api_refuses_plain_calls(cluster, token, code):
-    _, _, dashboard, _ = cluster
+def test_the_job_api_refuses_plain_calls(trained, token, code):
+    *_, (_, dashboard, _) = trained
     body = json.dumps({"entrypoint": "touch broken-into"}).encode()
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     request = urllib.request.Request(f"http://{dashboard}/api/jobs/", body, headers)
@@ -246,8 +261,8 @@ def test_the_job_api_refuses_plain_calls(cluster, token, code):
     assert refused.value.code == code
 
 
-def test_with_the_token_a_job_runs(cluster):
-    root, gcs, dashboard, token = cluster
+def test_with_the_token_a_job_runs(trained):
+    root, _, _, (gcs, dashboard, token) = trained
     variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     client = call(root, CLIENT, gcs, **variables)
     assert client.returncode == 0 and "let in 42" in client.stdout, client.stderr[-2000:]

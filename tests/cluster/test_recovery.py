@@ -92,6 +92,7 @@ def test_an_actor_that_keeps_dying_stops_the_run(ray_local, files, tmp_path):
         job.train(config, engines=STUBS)
 
 
+@pytest.mark.nightly  # in virtual time: test_control_plane
 def test_a_step_that_always_kills_the_learner_stops_the_run(ray_local, files, tmp_path, monkeypatch):
     """Its step before, taken again each time, is no progress that would forgive the deaths."""
     config = stub_config(

@@ -84,6 +84,7 @@ def ray_process(code: str, log: Path, cpus: int = 2) -> Iterator[tuple[int, int,
     with tempfile.TemporaryDirectory(prefix="kat-", ignore_cleanup_errors=True) as folder:  # socket paths are short
         start = (
             f"import ray\nfrom tests.deploy.ray_process import agent_port_of_its_own\n"
+            f"from tests.support.quick_workers import quick_workers\nquick_workers()\n"
             f"with agent_port_of_its_own(): ray.init(address='local', num_cpus={cpus}, include_dashboard=True,"
             f" dashboard_host='127.0.0.1', dashboard_port={dashboard}, _metrics_export_port={metrics},"
             f" _temp_dir={folder!r}, object_store_memory=100_000_000, log_to_driver=False, namespace='kat-ray')\n"

@@ -232,6 +232,22 @@ def test_a_role_that_dies_too_often_in_one_step_ends_the_run(role, method):
     assert isinstance(result.error, UserError) and "cluster.max_restarts = 2" in str(result.error)
 
 
+def test_a_step_that_always_kills_the_learner_ends_the_run():
+    """The step before it, taken again each time, is no progress that would forgive the deaths."""
+    run = Run(0, {"run": {"steps": 6, "checkpoint_every": 2}, "cluster": {"max_restarts": 2}})
+    taken = []
+    for nth in range(1, 13):  # steps 1 and 2, then 3 and 4 again and again: each second one of these is its last
+        run.cluster.when("learner:0", "learn", lambda nth=nth: taken.append(nth), nth=nth)
+        if nth >= 4 and nth % 2 == 0:
+            run.cluster.when("learner:0", "learn", lambda: run.cluster.kill("learner:0"), nth=nth)
+    result = run.go()
+    check(result)
+    assert isinstance(result.error, UserError) and "lost 3 times in one step (cluster.max_restarts = 2)" in str(
+        result.error
+    )
+    assert taken == [*range(1, 9)]
+
+
 # --- faults ------------------------------------------------------------------------------------------------------
 
 
