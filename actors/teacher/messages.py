@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ def needs_of(meta: Mapping[str, Any]) -> RunNeeds:
     return RunNeeds(tuple(stops), vocabulary, meta.get("top_needed") is True)
 
 
-def is_count(value: Any, most: int) -> bool:
+def is_count(value: Any, most: int) -> TypeGuard[int]:
     """Whether a value is a whole number from 0 to `most`."""
     return type(value) is int and 0 <= value <= most
 

@@ -14,7 +14,7 @@ from kat_ray.config import ModelConfig, RolloutConfig, ScorerConfig
 from kat_ray.errors import UserError
 from kat_ray.models.inspect import inspect_model, resolve_model
 from kat_ray.models.revisions import pinned_model
-from kat_ray.models.support import require
+from kat_ray.models.support import Role, require
 from kat_ray.models.tokenizers import fingerprint
 from kat_ray.remote.info import ServerInfo
 from kat_ray.remote.token import Token
@@ -39,7 +39,7 @@ def serve(served: Served, listening: Listening, token: Token | None, say: Callab
     check_host(listening.host, token)
     model = pinned_model(served.model)
     info, tokenizer = inspect_model(model)
-    role = "scorer-vllm" if served.scorer.engine == "vllm" else "scorer-transformers"
+    role: Role = "scorer-vllm" if served.scorer.engine == "vllm" else "scorer-transformers"
     longest = served.max_length or info.max_length
     if longest is None:
         raise UserError(f"{model.path}: its configuration does not say how long a text it takes; give --max-length")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # What the project depends on, as it is imported; what else is missing is said by who asks for it.
@@ -20,7 +21,7 @@ _WORKERS = "--python_worker_command="  # of a raylet: the Python that its Ray ru
 _ANCESTORS = 8  # a job's shell, its supervisor, a raylet: fewer
 
 
-def too_old(version: tuple[int, ...] = sys.version_info) -> str | None:
+def too_old(version: Sequence[object] = sys.version_info) -> str | None:
     """One message for a Python below `OLDEST`; it must run in one."""
     if tuple(version[:2]) >= OLDEST:
         return None

@@ -65,7 +65,9 @@ def check_servers(
 
     `UserError` where one does not answer, has another model, or cannot give what objective and rule need.
     """
-    asked, lengths, warnings = _Asked(config, group, model, student, tokenizer, stop_ids), [], []
+    asked = _Asked(config, group, model, student, tokenizer, stop_ids)
+    lengths: list[int | None] = []
+    warnings: list[str] = []
     http = group.model.http
     http = http.model_copy(update={"retry_seconds": min(_PATIENCE, http.retry_seconds)})
     token = read_token(http, group.section)
