@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kat_ray.data.batch import TrainingSample
-from kat_ray.losses.term import LossTerm, SeesGradient, StudentLogprobs, TermSums, TokenRows
+from kat_ray.losses.term import LossTerm, SeesGradient, StudentLogprobs, TermSums, TokenRows, temperature_of
 from kat_ray.types.records import FloatArray
 
 
@@ -49,6 +49,10 @@ class _Watched:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         return self._term.stop_ids
+
+    @property
+    def temperature(self) -> float:
+        return temperature_of(self._term)
 
     @property
     def sum_names(self) -> tuple[str, ...]:

@@ -9,7 +9,13 @@ from actors.learner.settings import LearnerSettings
 from kat_ray.config import PolicyObjective
 from kat_ray.config.objective import DistillationObjective
 from kat_ray.losses.distillation import Distillation, Divergence
-from kat_ray.losses.divergence import forward_kl, generalised_jsd, reverse_kl
+from kat_ray.losses.divergence import (
+    forward_kl,
+    generalised_jsd,
+    reverse_kl,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+)
 from kat_ray.losses.policy import (
     Correction,
     PolicyAndDistillation,
@@ -33,7 +39,7 @@ def make_term(settings: LearnerSettings, step: int = 0) -> LossTerm:
     if not settings.top_k:
         statistics = StudentStatistics(settings.stop_ids)
         return PolicyAndDistillation(statistics, _loss(rl), _correction(rl), 0.0, weights["rl"])
-    distillation = Distillation(settings.stop_ids, settings.eos, _divergence(opd))
+    distillation = Distillation(settings.stop_ids, settings.eos, _divergence(opd), opd.student_temperature)
     if not rl.weight and opd.weight == 1.0 and not settings.objective.is_annealed:
         return distillation
     return PolicyAndDistillation(distillation, _loss(rl), _correction(rl), weights["opd"], weights["rl"])
@@ -53,6 +59,10 @@ def _divergence(opd: DistillationObjective) -> Divergence:
             return forward_kl
         case "jsd":
             return partial(generalised_jsd, beta=opd.beta)
+        case "skewed_forward":
+            return partial(skewed_forward_kl, alpha=opd.skew_alpha)
+        case "skewed_reverse":
+            return partial(skewed_reverse_kl, alpha=opd.skew_alpha)
 
 
 def _loss(rl: PolicyObjective) -> PolicyLoss:

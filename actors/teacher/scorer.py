@@ -196,4 +196,5 @@ class TeacherScorer:
             asked_tokens=chunk.tokens + len(chunk.context_ids),
             run_tokens=run,
         )
-        return scored, TeacherRows(teacher.topk.half().numpy(), teacher.tail.numpy(), teacher.stop.numpy())
+        given = teacher.targets or teacher  # d is of temperature 1 in any case
+        return scored, TeacherRows(given.topk.half().numpy(), given.tail.numpy(), given.stop.numpy())

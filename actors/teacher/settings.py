@@ -23,6 +23,7 @@ class ScorerSettings:
     fp32_output: bool = False  # `numerics.fp32_output_layer`
     top_needed: bool = False  # the rule cannot do without the teacher's most likely ids
     follows_student: bool = False  # it is given the student's weights
+    temperature: float = 1.0  # `objective.opd.teacher_temperature`, of the rows that the learner gets
     section: str = "teacher"  # where the configuration names the model
 
     @property
@@ -54,6 +55,7 @@ class ScorerSettings:
             student_vocabulary=student_vocabulary,
             fp32_output=config.numerics.fp32_output_layer,
             top_needed=bool({"overlap", "teacher_max"} & {*RULES[config.termination.rule].needs}),
+            temperature=config.objective.opd.teacher_temperature,
             section=group.section,
             follows_student=group.follows_student,
         )

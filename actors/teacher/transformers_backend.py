@@ -91,7 +91,7 @@ class TransformersTeacher:
         self._vocabulary = max(self._own_vocabulary, settings.student_vocabulary)
         self._cache = SlotCache(text.num_hidden_layers, takes_together(self._device))
         self._budget = settings.scorer.max_batch_tokens
-        self._stop_ids = settings.stop_ids
+        self._stop_ids, self._temperature = settings.stop_ids, settings.temperature
         self._fp32_output = settings.fp32_output  # of the plain pass: scores have it in any case
         self._states: dict[int, _State] = {}
         self.run_tokens = 0
@@ -158,9 +158,14 @@ class TransformersTeacher:
         Ids that only the student has rows for are padding, which this teacher never chooses. They get the floor
         instead of no mass at all: with -inf, rows whose top k reaches into the padding would be lost.
         """
-        columns = columns_of(self.logprobs(hidden_NH), ids, self._stop_ids)
-        floor = torch.full_like(columns.topk, LOG_FLOOR)
-        return replace(columns, topk=torch.where(ids.cpu() >= self._own_vocabulary, floor, columns.topk))
+        columns = columns_of(self.logprobs(hidden_NH), ids, self._stop_ids, self._temperature)
+        floored, targets = self._floored(columns.topk, ids), columns.targets
+        if targets is not None:
+            targets = replace(targets, topk=self._floored(targets.topk, ids))
+        return replace(columns, topk=floored, targets=targets)
+
+    def _floored(self, topk: Tensor, ids: Tensor) -> Tensor:
+        return torch.where(ids.cpu() >= self._own_vocabulary, torch.full_like(topk, LOG_FLOOR), topk)
 
     def logprobs(self, hidden_NH: Tensor) -> Tensor:
         """Log-probabilities [N, V] float32 over the larger of the two models' vocabularies, on the device."""

@@ -322,6 +322,18 @@ class Config(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _teachers_give_what_is_learnt(self) -> Config:
+        temperature = self.objective.opd.teacher_temperature
+        for group in self.scorer_groups if temperature != 1 else ():
+            if group.scorer.engine == "vllm":
+                raise ValueError(
+                    f"objective.opd.teacher_temperature = {temperature:g}: takes the teacher's whole distribution, "
+                    f"and vLLM gives log-probabilities of single ids at temperature 1; set "
+                    f"{group.scorer_section}.backend = 'transformers', or leave the temperature at 1"
+                )
+        return self
+
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
         """The teachers by name, whether or not anybody asks them; that of the section `teacher` first."""

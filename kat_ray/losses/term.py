@@ -29,13 +29,30 @@ class TokenRows(NamedTuple):
         return TokenRows(**{name: column[rows] for name, column in columns.items()})
 
 
+class EventLogprobs(NamedTuple):
+    """The student at a temperature: log-masses of C tokens as those of `StudentLogprobs`."""
+
+    topk: Tensor  # [C, k]
+    tail: Tensor  # [C]
+    stop: Tensor  # [C]
+
+
 class StudentLogprobs(NamedTuple):
-    """All that a term may depend on: four kinds of log-probabilities of C tokens, each with its gradient."""
+    """All that a term may depend on: four kinds of log-probabilities of C tokens, each with its gradient.
+
+    They are at temperature 1. Where the term has another one, `tempered` has the events at that, too.
+    """
 
     topk: Tensor  # [C, k] at `TokenRows.topk_ids`
     tail: Tensor  # [C] of the mass of ids that are neither there nor stop ids; -inf where there is none
     stop: Tensor  # [C] of the mass of the stop ids outside the top k; -inf where there is none
     sampled: Tensor  # [C] at `TokenRows.token_ids`
+    tempered: EventLogprobs | None = None
+
+    @property
+    def learnt(self) -> EventLogprobs:
+        """The events at the term's temperature."""
+        return self.tempered or EventLogprobs(self.topk, self.tail, self.stop)
 
 
 class TermSums(NamedTuple):
@@ -75,3 +92,17 @@ class SeesGradient(Protocol):
 
     def with_gradient(self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs) -> TermSums:
         """`result` with more counted; `derivatives` are those of its loss in each of `student`, 0 where none is."""
+
+
+@runtime_checkable
+class HasTemperature(Protocol):
+    """What a term may have besides: a temperature at which it wants the student's events."""
+
+    @property
+    def temperature(self) -> float:
+        """Of `StudentLogprobs.tempered`; with 1 there is none."""
+
+
+def temperature_of(term: LossTerm) -> float:
+    """The temperature at which a term wants the student's events."""
+    return term.temperature if isinstance(term, HasTemperature) else 1.0

@@ -2,8 +2,8 @@
 
 Each stage writes a new record to the object store; none changes a record that it was given.
 Ragged data is flat: `offsets[i]:offsets[i + 1]` are the rows of the i-th rollout of a chunk. All
-log-probabilities are natural logarithms of the *unfiltered* distributions at temperature 1; all KL
-values are in nats.
+log-probabilities are natural logarithms of the *unfiltered* distributions at temperature 1, but for the teacher's
+rows, which have `objective.opd.teacher_temperature`; all KL values are in nats.
 
 A worked example. Rollout 7 has the prompt `[5, 6]` and the student has generated `[9, 4, 2]` so far.
 Its first chunk (two tokens) has `start = 0`, `token_ids = [9, 4]`, `context_ids = [5, 6]`; row 0 holds
