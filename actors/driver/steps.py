@@ -18,6 +18,7 @@ from actors.cluster.handles import Actor, Ref, remote
 from actors.cluster.run_actors import RunActors
 from actors.cluster.waiting import ACTOR_LOST
 from actors.driver.dispatcher import RolloutDispatcher
+from actors.driver.given import GivenStep, prepare_given
 from actors.driver.monitor_group import MonitorGroup
 from actors.driver.unmonitored import Unmonitored
 from actors.learner.learner import Learner
@@ -26,7 +27,7 @@ from kat_ray.algorithms.choice import algorithm_of
 from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, join_outcomes
 from kat_ray.data.batch import assign_ranks
-from kat_ray.data.prompts import PromptOrder, probe_share, rollout_specs
+from kat_ray.data.prompts import PromptOrder, given_completions, probe_share, rollout_specs
 from kat_ray.observability.timeline import Span
 from kat_ray.run.batch_dump import StepBatch
 from kat_ray.run.probes import Graded, RolloutGrader
@@ -63,6 +64,7 @@ class SampledStep:
     probe_share: float  # chance with which a rollout was a probe
     credit: Credit
     graded: Graded | None  # verdicts, where rollouts are graded before they are learnt from
+    given: GivenStep | None = None  # completions of the data, which are in none of the above
 
 
 class Steps:
@@ -128,6 +130,8 @@ class Steps:
         step = sampling.step
         ended = EndedStep(rollouts, sampling.specs, rewards, share, self._probe_rewards[step])
         credit = self._algorithm.credit(ended)
+        completions = given_completions(self._order, self._config, step)
+        given = prepare_given(self._config, self._actors, completions) if completions else None
         # The step before may still be learnt: its checkpoint holds what this step began with, and where its
         # records are lost it is sampled again.
         kept = {s: r for s, r in self._probe_rewards.items() if s >= step - 1}
@@ -146,6 +150,7 @@ class Steps:
             probe_share=share,
             credit=credit,
             graded=graded,
+            given=given,
         )
 
     def _probe_share(self, start: StepStart) -> float:
@@ -176,16 +181,20 @@ class Steps:
         Nothing is learnt yet: `ObjectLostError` says that records were lost with a node, and the step's rollouts
         must be sampled again.
         """
-        kept = sampled.credit.kept
+        kept, given = sampled.credit.kept, sampled.given
         learners = self._actors.learners
         pending = []
-        shares = assign_ranks(kept, len(learners.replicas))
-        for rank, share in zip(learners.handles, shares, strict=True):
+        shares = assign_ranks([*kept, *(given.kept if given else ())], len(learners.replicas))
+        for rank, whole in zip(learners.handles, shares, strict=True):
+            share = [k for k in whole if given is None or k.rollout_id not in given.ids]
             ids = {k.rollout_id for k in share}
             needed = [c for c in sampled.chunks if not ids.isdisjoint(c.rollout_ids)]
             collect = remote(rank, Learner.collect)
-            pending.append(collect([c.chunk for c in needed], _given(c.teacher for c in needed), share))
+            own = (given.share([k.rollout_id for k in whole]),) if given else ()
+            pending.append(collect([c.chunk for c in needed], _given(c.teacher for c in needed), share, *own))
         learners.wait(pending, "the batch to reach the learner")
+        if given is not None:
+            return sum(k.weight for k in kept) or 1.0  # the given tokens' weights have their denominator already
         if not self._config.objective.weights_at(sampled.step)["opd"] and not any(k.policy for k in kept):
             return 0.0  # nothing is in the loss: no pass, and no optimiser step that momentum alone would make
         # Without a token that has a KL the policy may have some: its weights have their denominator already.

@@ -66,6 +66,8 @@ class _Watched:
         self._keep(student.sampled.detach().float())
         return self._term(student, rows)
 
-    def with_gradient(self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs) -> TermSums:
+    def with_gradient(
+        self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs, rows: TokenRows
+    ) -> TermSums:
         term = self._term
-        return term.with_gradient(result, student, derivatives) if isinstance(term, SeesGradient) else result
+        return term.with_gradient(result, student, derivatives, rows) if isinstance(term, SeesGradient) else result

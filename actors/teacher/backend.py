@@ -21,9 +21,10 @@ OVERLAP_TOP = 16  # ids compared for the overlap ratio (arXiv 2604.13016)
 class TeacherTargets:
     """What the learner is given of each row, where it is not what the KL of the rules is taken from."""
 
-    topk: Tensor  # [N, k] log q at the temperature of the loss, at the student's top-k ids
+    topk: Tensor  # [N, k] log q at the temperature of the loss, at the student's top-k ids or at `ids`
     tail: Tensor  # [N] as in `TeacherColumns`
     stop: Tensor  # [N]
+    ids: Tensor | None = None  # [N, k] int64, the teacher's own top k, most likely first; None: the student's
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class TeacherColumns:
         names = [f.name for f in fields(cls) if f.name != "targets"]
         targets = [p.targets for p in parts if p.targets is not None]
         return cls(
-            *(torch.cat([getattr(p, name) for p in (empty, *parts)]) for name in names),
+            **{name: torch.cat([getattr(p, name) for p in (empty, *parts)]) for name in names},
             targets=_joined(targets) if targets else None,
         )
 
@@ -69,8 +70,11 @@ class Teacher(Protocol):
     def cache_bytes(self) -> int:
         """Memory of these states."""
 
-    def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
-        """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked."""
+    def score(self, chunk: RolloutChunk, topk_ids: IntArray, own_top: int = 0) -> TeacherColumns:
+        """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked.
+
+        With `own_top` the targets are those of so many of the teacher's own most likely ids.
+        """
 
     def release(self, rollout_ids: Sequence[int]) -> None:
         """Drop the state of rollouts; unknown ones are ignored."""
@@ -88,14 +92,24 @@ class FollowsStudent(Protocol):
 
 
 def _joined(parts: Sequence[TeacherTargets]) -> TeacherTargets:
-    return TeacherTargets(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(TeacherTargets)))
+    ids = [p.ids for p in parts if p.ids is not None]
+    topk, tail, stop = (torch.cat([getattr(p, name) for p in parts]) for name in ("topk", "tail", "stop"))
+    return TeacherTargets(topk, tail, stop, torch.cat(ids) if ids else None)
 
 
-def columns_of(logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int], temperature: float = 1.0) -> TeacherColumns:
+def columns_of(
+    logprobs: Tensor,
+    ids: Tensor,
+    stop_ids: Sequence[int],
+    temperature: float = 1.0,
+    own_top: int = 0,
+    common: int | None = None,
+) -> TeacherColumns:
     """Columns from the whole distribution: log-probabilities [N, V] and the student's top-k ids [N, k].
 
     They are made where the log-probabilities are; only the columns, k + 6 numbers a row, go to the CPU, and with
-    another temperature than 1 k + 2 more.
+    another temperature than 1 k + 2 more, with `own_top` so many ids besides. These are among the first
+    `common`, which the student has too; None: it has all.
     """
     ids = ids.to(logprobs.device)
     top = min(OVERLAP_TOP, ids.shape[-1], logprobs.shape[-1])
@@ -111,14 +125,21 @@ def columns_of(logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int], temperatu
         top=best_ids[:, 0].int(),
     )
     own = TeacherColumns(*(getattr(columns, f.name).cpu() for f in fields(columns) if f.name != "targets"))
-    return own if temperature == 1.0 else replace(own, targets=_targets(logprobs, ids, stop_ids, temperature))
+    if temperature == 1.0 and not own_top:
+        return own
+    return replace(own, targets=_targets(logprobs, ids, stop_ids, temperature, own_top, common))
 
 
-def _targets(logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int], temperature: float) -> TeacherTargets:
+def _targets(
+    logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int], temperature: float, own_top: int, common: int | None
+) -> TeacherTargets:
     """The same distribution with its logits divided by a temperature: masses take the whole vocabulary."""
-    learnt = torch.log_softmax(logprobs / temperature, dim=-1)
-    tail, stop = tail_and_stop(learnt, ids, stop_ids)
-    return TeacherTargets(learnt.gather(-1, ids).cpu(), tail.cpu(), stop.cpu())
+    learnt = logprobs if temperature == 1.0 else torch.log_softmax(logprobs / temperature, dim=-1)
+    # A row that is not a number has no most likely ids; any will do, the row is dropped.
+    events = learnt[:, :common].topk(own_top, dim=-1).indices if own_top else ids
+    tail, stop = tail_and_stop(learnt, events, stop_ids)
+    named = events.cpu() if own_top else None
+    return TeacherTargets(learnt.gather(-1, events).cpu(), tail.cpu(), stop.cpu(), named)
 
 
 def overlap_share(ids: Tensor, best_ids: Tensor) -> Tensor:

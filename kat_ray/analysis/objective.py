@@ -20,6 +20,7 @@ from kat_ray.algorithms.choice import algorithm_of
 from kat_ray.analysis.replay import load_table, with_changes
 from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, count_tokens
+from kat_ray.data.prompts import given_places
 from kat_ray.errors import UserError
 from kat_ray.types.records import FloatArray, Reward, RolloutOutcome, RolloutSpec, StopReason
 
@@ -82,7 +83,8 @@ def recorded_steps(run_dir: Path, config: Config) -> tuple[list[RecordedStep], l
     numbers, first, counts = np.unique(table.column("step").to_numpy(), return_index=True, return_counts=True)
     for step, start, count in zip(numbers.tolist(), first.tolist(), counts.tolist(), strict=True):
         part = table.slice(start, count)
-        whole = len(part) == config.rollout.rollouts_per_step
+        generated = config.rollout.prompts_per_step - len(given_places(config, step))
+        whole = len(part) == generated * config.rollout.rollouts_per_prompt
         if whole and not any(part.column(name).null_count for name in ("reward_weight", "probe_share")):
             steps.append(_recorded_step(step, part, config.rollout.max_tokens))
         else:

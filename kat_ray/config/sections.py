@@ -29,6 +29,7 @@ from kat_ray.config.guards import GuardsConfig
 from kat_ray.config.local_paths import LocalPath
 from kat_ray.config.numerics import NumericsConfig
 from kat_ray.config.objective import ObjectiveConfig
+from kat_ray.config.off_policy import check_off_policy
 from kat_ray.config.reward import RewardConfig
 from kat_ray.config.teachers import (
     ModelConfig,
@@ -320,6 +321,15 @@ class Config(Section):
                     f"which a teacher on vLLM does not report; set {group.scorer_section}.backend = "
                     "'transformers', or take another rule"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _completions_are_there(self) -> Config:
+        heldout = self.evaluation.data
+        check_off_policy(
+            self.objective.off_policy, self.rollout.prompts_per_step, self.data.completion_column,
+            None if heldout is None else heldout.completion_column, bool(self.used_teachers),
+        )  # fmt: skip
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ states and weight are computed in the forward pass too, no product twice; the we
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,8 +60,12 @@ class HeadLoss(nn.Module):
 
     def forward(self, hidden_TH: Tensor, rows: TokenRows) -> TermSums:
         if self.curve is not None:
-            some = torch.linspace(0, len(hidden_TH) - 1, min(_CURVE_TOKENS, len(hidden_TH))).long()
-            logits_CV = self._layer[0].logits(hidden_TH.detach()[some.to(hidden_TH.device)])
+            generated_TH = hidden_TH.detach()
+            if rows.given_weights is not None:
+                generated_TH = generated_TH[rows.given_weights == 0]
+            tokens = len(generated_TH)
+            some = torch.linspace(0, tokens - 1, min(_CURVE_TOKENS, tokens)).long()
+            logits_CV = self._layer[0].logits(generated_TH[some.to(hidden_TH.device)])
             self.curve.add(logits_CV.div_(temperature_of(self.term)))
         return head_loss(hidden_TH, self._layer[0], rows, self.term, self._chunk_tokens)
 
@@ -172,7 +177,7 @@ def loss_and_gradient(logits_CV: Tensor, rows: TokenRows, term: LossTerm, *, gra
         d = d._replace(tempered=EventLogprobs(*of_events[:3]))
         tempered.gradient_(of_events, rows, stop_index)
     if isinstance(term, SeesGradient):
-        result = term.with_gradient(result, student, d)
+        result = term.with_gradient(result, student, d, rows)
     plain.gradient_(d, rows, stop_index)
     if tempered is not None:
         logits_CV += tempered.weights_CV.div_(temperature)
@@ -241,12 +246,14 @@ def _partition_(logits_CV: Tensor, rows: TokenRows, stop_index: Tensor) -> _Part
 
 def _differentiate(term: LossTerm, student: StudentLogprobs, rows: TokenRows) -> tuple[TermSums, StudentLogprobs]:
     """The term, detached, and the derivatives of its loss in each of the student's log-probabilities."""
-    tempered = student.tempered or ()
-    leaves = [leaf.requires_grad_() for leaf in (*student[:4], *tempered)]
-    given = StudentLogprobs(*leaves[:4], EventLogprobs(*leaves[4:]) if tempered else None)
+    leaves = [leaf.requires_grad_() for leaf in (*student[:4], *(student.tempered or ()))]
     # A checkpoint around this stores no tensors of this small graph: it would compute everything again right here.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        result = term(given, rows)
+        result = term(_of_list(leaves), rows)
         found = torch.autograd.grad(result.loss, leaves, allow_unused=True, materialize_grads=True)
-    derivatives = StudentLogprobs(*found[:4], EventLogprobs(*found[4:]) if tempered else None)
-    return result._replace(loss=result.loss.detach()), derivatives
+    return result._replace(loss=result.loss.detach()), _of_list(found)
+
+
+def _of_list(columns: Sequence[Tensor]) -> StudentLogprobs:
+    topk, tail, stop, sampled, *tempered = columns
+    return StudentLogprobs(topk, tail, stop, sampled, EventLogprobs(*tempered) if tempered else None)

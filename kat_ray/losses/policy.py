@@ -177,7 +177,9 @@ class PolicyAndDistillation:
         loss = self.opd_weight * kl.loss + self.rl_weight * policy
         return TermSums(loss, torch.cat([kl.sums, own, unknown]), torch.cat([kl.maxima, largest.to(kl.maxima)]))
 
-    def with_gradient(self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs) -> TermSums:
+    def with_gradient(
+        self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs, rows: TokenRows
+    ) -> TermSums:
         """Counts how hard each of the two losses, with its weight, pulls at the logits: see `gradient_pulls`."""
         found = gradient_pulls(student, derivatives, self.temperature)
         pulls = torch.stack([pull.double().sum() for pull in found])

@@ -22,6 +22,7 @@ class TokenRows(NamedTuple):
     advantages: Tensor | None = None  # [T] float32, of the sampled tokens
     policy_weights: Tensor | None = None  # [T] float32, what each counts in the policy's loss; 0 leaves it out
     sequence: Tensor | None = None  # [T] float32, log of its rollout's ratio, where a pass was made for it
+    given_weights: Tensor | None = None  # [T] float32, what a token of a given completion counts; 0: generated
 
     def part(self, rows: slice | Tensor) -> TokenRows:
         """Some rows of every column."""
@@ -48,6 +49,11 @@ class StudentLogprobs(NamedTuple):
     stop: Tensor  # [C] of the mass of the stop ids outside the top k; -inf where there is none
     sampled: Tensor  # [C] at `TokenRows.token_ids`
     tempered: EventLogprobs | None = None
+
+    def part(self, rows: Tensor) -> StudentLogprobs:
+        """Some tokens of every column."""
+        tempered = None if self.tempered is None else EventLogprobs(*(column[rows] for column in self.tempered))
+        return StudentLogprobs(self.topk[rows], self.tail[rows], self.stop[rows], self.sampled[rows], tempered)
 
     @property
     def learnt(self) -> EventLogprobs:
@@ -90,7 +96,9 @@ class LossTerm(Protocol):
 class SeesGradient(Protocol):
     """What a term may have besides: it is shown the gradient of its loss, where there is one."""
 
-    def with_gradient(self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs) -> TermSums:
+    def with_gradient(
+        self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs, rows: TokenRows
+    ) -> TermSums:
         """`result` with more counted; `derivatives` are those of its loss in each of `student`, 0 where none is."""
 
 
