@@ -9,6 +9,7 @@ from pathlib import Path
 from actors.cluster.samplers import ModelPaths
 from actors.driver.evaluator import Evaluator
 from kat_ray.config import Config, DataConfig, RunConfig
+from kat_ray.data.completions import CompletionLimits
 from kat_ray.data.golds import TrainingGolds, training_golds
 from kat_ray.data.prompts import PromptSet, load_prompts
 from kat_ray.errors import UserError
@@ -74,6 +75,7 @@ def prepare(config: Config, ask_servers: bool = True) -> Prepared:
         return load_prompts(
             data, facts.tokenizer, longest, graded=graded, teacher=teacher, with_tasks=with_tasks,
             environment=config.environment, teachers=teachers,
+            completions=CompletionLimits(facts.end_ids, max_tokens),
         )  # fmt: skip
 
     verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits

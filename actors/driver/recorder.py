@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.driver.given import GivenStep
 from actors.driver.steps import SampledStep
 from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, ScoredTokens
@@ -98,6 +99,7 @@ class StepRecorder:
             | grading_metrics(graded)
             | self._source_metrics(sampled, graded)
             | self._policy_metrics(sampled, graded)
+            | _given_metrics(sampled.given, self._config.rollout.max_tokens)
         )
 
     def _source_metrics(self, sampled: SampledStep, graded: Graded) -> dict[str, float]:
@@ -169,6 +171,8 @@ class StepRecorder:
             learnt_tokens=sum(k.kept for k in sampled.credit.kept),
             teacher_tokens=self._teacher_tokens(sampled),
         )
+        if (given := sampled.given) is not None:
+            totals.add_given(given.prompt_tokens, given.tokens, sum(given.scored_tokens.values()))
 
     @property
     def _names_teachers(self) -> bool:
@@ -184,6 +188,8 @@ class StepRecorder:
         counts = dict.fromkeys(sections.values(), 0)
         for rollout in sampled.rollouts:
             counts[sections[rollout.outcome.teacher]] += prompts[rollout.rollout_id] + (rollout.outcome.scored or 0)
+        for name, tokens in (sampled.given.scored_tokens if sampled.given else {}).items():
+            counts[sections[name]] += tokens
         return counts
 
     def _policy_metrics(self, sampled: SampledStep, graded: Graded) -> dict[str, float]:
@@ -217,6 +223,16 @@ class StepRecorder:
             return lambda rollout_id: None
         columns: dict[str, Mapping[int, Any]] = {f.name: tokens.column(f.name) for f in fields(TokenFeatures)}
         return lambda rollout_id: TokenFeatures(**{name: column[rollout_id] for name, column in columns.items()})
+
+
+def _given_metrics(given: GivenStep | None, longest: int) -> dict[str, float]:
+    """Counts of a step's given completions; one with as many tokens as a rollout may have was maybe longer."""
+    if given is None:
+        return {}
+    return {
+        "offpolicy/completions": float(len(given.completions)),
+        "offpolicy/cut_off": float(sum(len(c.token_ids) >= longest for c in given.completions)),
+    }
 
 
 def _policy(

@@ -18,6 +18,7 @@ from actors.cluster.handles import Actor, Ref, remote
 from actors.cluster.run_actors import RunActors
 from actors.cluster.waiting import ACTOR_LOST
 from actors.driver.dispatcher import RolloutDispatcher
+from actors.driver.given import GivenStep, prepare_given
 from actors.driver.monitor_group import MonitorGroup
 from actors.driver.unmonitored import Unmonitored
 from actors.learner.learner import Learner
@@ -27,7 +28,7 @@ from kat_ray.config import Config
 from kat_ray.config.environment import is_environment
 from kat_ray.data.accounting import FinishedRollout, join_outcomes
 from kat_ray.data.batch import assign_ranks
-from kat_ray.data.prompts import PromptOrder, probe_share, rollout_specs
+from kat_ray.data.prompts import PromptOrder, given_completions, given_places, probe_share, rollout_specs
 from kat_ray.observability.timeline import Span
 from kat_ray.run.batch_dump import StepBatch
 from kat_ray.run.carried import Carried
@@ -81,6 +82,7 @@ class SampledStep:
     graded: Graded | None  # verdicts, where rollouts are graded before they are learnt from
     levels: Mapping[str, int]  # of the families of a curriculum
     moves: Sequence[Move]  # of these after the step
+    given: GivenStep | None = None  # completions of the data, which are in none of the above
 
 
 class Steps:
@@ -136,12 +138,17 @@ class Steps:
         """Set the samplers going on the rollouts of one step, which begins with this calibration."""
         start, first = self._monitors.start_step(step, rule_state), self._carried[step].prompts
         places = range(first, first + self._config.rollout.prompts_per_step)
-        return self._start_batch(step, places, start, rule_state)
+        return self._start_batch(step, places, start, rule_state, given_places(self._config, step))
 
     def _start_batch(
-        self, step: int, places: range, start: StepStart, rule_state: Mapping[str, Any]
+        self,
+        step: int,
+        places: range,
+        start: StepStart,
+        rule_state: Mapping[str, Any],
+        given: frozenset[int] = frozenset(),
     ) -> RolloutDispatcher:
-        specs = rollout_specs(self._order, self._config, places, start, self._carried[step].levels)
+        specs = rollout_specs(self._order, self._config, places, start, self._carried[step].levels, given)
         begin = None if self._grader is None else partial(_begin_grading, self._grader, _prompts(specs))
         return RolloutDispatcher(self._actors, step, specs, start, rule_state, self._attempts, begin)
 
@@ -171,6 +178,7 @@ class Steps:
             answers = answers_by_family(ended.rollouts, families, graded.correct)
             standings, moves = advanced(self._curriculum, standings, answers)
         self._carried = kept | {step + 1: Carried(taken, credit.probe_rewards, standings)}
+        completions = given_completions(self._order, self._config, step)
         reports = [batch.reports for batch in batches]
         return SampledStep(
             step=step,
@@ -188,6 +196,7 @@ class Steps:
             graded=graded,
             levels=carried.levels,
             moves=moves,
+            given=prepare_given(self._config, self._actors, completions) if completions else None,
         )
 
     def _finish_batch(self, sampling: RolloutDispatcher) -> SampledBatch:
@@ -228,16 +237,20 @@ class Steps:
         Nothing is learnt yet: `ObjectLostError` says that records were lost with a node, and the step's rollouts
         must be sampled again.
         """
-        kept = sampled.credit.kept
+        kept, given = sampled.credit.kept, sampled.given
         learners = self._actors.learners
         pending = []
-        shares = assign_ranks(kept, len(learners.replicas))
-        for rank, share in zip(learners.handles, shares, strict=True):
+        shares = assign_ranks([*kept, *(given.kept if given else ())], len(learners.replicas))
+        for rank, whole in zip(learners.handles, shares, strict=True):
+            share = [k for k in whole if given is None or k.rollout_id not in given.ids]
             ids = {k.rollout_id for k in share}
             needed = [c for c in sampled.chunks if not ids.isdisjoint(c.rollout_ids)]
             collect = remote(rank, Learner.collect)
-            pending.append(collect([c.chunk for c in needed], _given(c.teacher for c in needed), share))
+            own = (given.share([k.rollout_id for k in whole]),) if given else ()
+            pending.append(collect([c.chunk for c in needed], _given(c.teacher for c in needed), share, *own))
         learners.wait(pending, "the batch to reach the learner")
+        if given is not None:
+            return sum(k.weight for k in kept) or 1.0  # the given tokens' weights have their denominator already
         if not self._config.objective.weights_at(sampled.step)["opd"] and not any(k.policy for k in kept):
             return 0.0  # nothing is in the loss: no pass, and no optimiser step that momentum alone would make
         # Without a token that has a KL the policy may have some: its weights have their denominator already.

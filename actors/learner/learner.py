@@ -39,8 +39,9 @@ from actors.learner.step import StudentTrainer
 from actors.learner.tensors import dummy_sample
 from kat_ray.cluster.devices import device_of
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
-from kat_ray.data.batch import check_vocabulary, collect_samples
+from kat_ray.data.batch import TrainingSample, check_vocabulary, collect_samples
 from kat_ray.data.collate import Collator, MicroBatch
+from kat_ray.data.given import GivenShare, given_samples
 from kat_ray.errors import StateLost
 from kat_ray.losses.coverage import MassCurve
 from kat_ray.losses.term import LossTerm
@@ -152,8 +153,14 @@ class Learner:
             raise StateLost(f"learner {self._rank} was not started: its process is new")
         return self._loaded
 
-    def collect(self, chunks: Sequence[Any], teacher: Sequence[Any], kept: Sequence[KeptRollout]) -> None:
-        """Fetch this rank's share of a batch, by references to its records, for `learn`.
+    def collect(
+        self,
+        chunks: Sequence[Any],
+        teacher: Sequence[Any],
+        kept: Sequence[KeptRollout],
+        given: GivenShare | None = None,
+    ) -> None:
+        """Fetch this rank's share of a batch, by references to its records, for `learn`; `given` beside it.
 
         Raises Ray's ObjectLostError if records are lost, and UserError for a token id that the student's vocabulary
         does not have.
@@ -163,13 +170,14 @@ class Learner:
         self._ready()
         started = time.monotonic()
         with self._timeline.span("collect"), self._heartbeat.busy("collect"):
-            self._take(ray.get(list(chunks)), ray.get(list(teacher)), kept)
+            samples = collect_samples(ray.get(list(chunks)), ray.get(list(teacher)), kept)
+            if given is not None:
+                records = ray.get(list(given.chunks)), ray.get(list(given.teacher))
+                samples += given_samples(given, *records, self._settings.top_k)
+            self._take(samples)
         self._collect_seconds = time.monotonic() - started
 
-    def _take(
-        self, chunks: Sequence[RolloutChunk], teacher: Sequence[TeacherRows], kept: Sequence[KeptRollout]
-    ) -> None:
-        samples = collect_samples(chunks, teacher, kept)
+    def _take(self, samples: Sequence[TrainingSample]) -> None:
         loaded, source = self._ready(), f"student.path = {self._settings.student.path!r}"
         check_vocabulary(samples, loaded.student.vocabulary, source)
         self._batches = loaded.collator.micro_batches(samples)
@@ -213,7 +221,7 @@ class Learner:
         policy_version: int,
     ) -> LearnerReport:
         """`collect` and `learn` in one, from records instead of references to them."""
-        self._take(chunks, teacher, kept)
+        self._take(collect_samples(chunks, teacher, kept))
         return self.learn(global_weight, policy_version)
 
     def step_logprobs(self) -> dict[int, FloatArray]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kat_ray.data.batch import TrainingSample
-from kat_ray.losses.term import LossTerm, SeesGradient, StudentLogprobs, TermSums, TokenRows
+from kat_ray.losses.term import LossTerm, SeesGradient, StudentLogprobs, TermSums, TokenRows, temperature_of
 from kat_ray.types.records import FloatArray
 
 
@@ -51,6 +51,10 @@ class _Watched:
         return self._term.stop_ids
 
     @property
+    def temperature(self) -> float:
+        return temperature_of(self._term)
+
+    @property
     def sum_names(self) -> tuple[str, ...]:
         return self._term.sum_names
 
@@ -62,6 +66,8 @@ class _Watched:
         self._keep(student.sampled.detach().float())
         return self._term(student, rows)
 
-    def with_gradient(self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs) -> TermSums:
+    def with_gradient(
+        self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs, rows: TokenRows
+    ) -> TermSums:
         term = self._term
-        return term.with_gradient(result, student, derivatives) if isinstance(term, SeesGradient) else result
+        return term.with_gradient(result, student, derivatives, rows) if isinstance(term, SeesGradient) else result

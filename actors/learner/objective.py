@@ -9,7 +9,14 @@ from actors.learner.settings import LearnerSettings
 from kat_ray.config import PolicyObjective
 from kat_ray.config.objective import DistillationObjective
 from kat_ray.losses.distillation import Distillation, Divergence
-from kat_ray.losses.divergence import forward_kl, generalised_jsd, reverse_kl
+from kat_ray.losses.divergence import (
+    forward_kl,
+    generalised_jsd,
+    reverse_kl,
+    skewed_forward_kl,
+    skewed_reverse_kl,
+)
+from kat_ray.losses.given import WithGiven
 from kat_ray.losses.policy import (
     Correction,
     PolicyAndDistillation,
@@ -27,16 +34,22 @@ from kat_ray.losses.term import LossTerm
 
 
 def make_term(settings: LearnerSettings, step: int = 0) -> LossTerm:
-    """Distillation, the policy's loss beside it, or that alone, with its weights after `step` steps."""
+    """Distillation, the policy's loss beside it, or that alone, with its weights after `step` steps; with those of
+    given completions, where there are any.
+    """
     opd, rl = settings.objective.opd, settings.objective.rl
-    weights = settings.objective.weights_at(step)
+    weights, given = settings.objective.weights_at(step), settings.objective.off_policy
     if not settings.top_k:
         statistics = StudentStatistics(settings.stop_ids)
-        return PolicyAndDistillation(statistics, _loss(rl), _correction(rl), 0.0, weights["rl"])
-    distillation = Distillation(settings.stop_ids, settings.eos, _divergence(opd))
-    if not rl.weight and opd.weight == 1.0 and not settings.objective.is_annealed:
+        alone = PolicyAndDistillation(statistics, _loss(rl), _correction(rl), 0.0, weights["rl"])
+        return WithGiven(alone, None) if given.share else alone
+    distillation = Distillation(settings.stop_ids, settings.eos, _divergence(opd), opd.student_temperature)
+    if not (rl.weight or given.share) and opd.weight == 1.0 and not settings.objective.is_annealed:
         return distillation
-    return PolicyAndDistillation(distillation, _loss(rl), _correction(rl), weights["opd"], weights["rl"])
+    both = PolicyAndDistillation(distillation, _loss(rl), _correction(rl), weights["opd"], weights["rl"])
+    if given.share:
+        return WithGiven(both, distillation if given.loss == "distillation" else None)
+    return both
 
 
 def sequence_pass(settings: LearnerSettings) -> SequencePass | None:
@@ -53,6 +66,10 @@ def _divergence(opd: DistillationObjective) -> Divergence:
             return forward_kl
         case "jsd":
             return partial(generalised_jsd, beta=opd.beta)
+        case "skewed_forward":
+            return partial(skewed_forward_kl, alpha=opd.skew_alpha)
+        case "skewed_reverse":
+            return partial(skewed_reverse_kl, alpha=opd.skew_alpha)
 
 
 def _loss(rl: PolicyObjective) -> PolicyLoss:

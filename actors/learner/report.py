@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kat_ray.losses.coverage import hidden_kl
-from kat_ray.run.step_result import LearnerReport, PolicyReport
+from kat_ray.run.step_result import GivenReport, LearnerReport, PolicyReport
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def report_of(
     """
     sums, skipped = step.sums, not math.isfinite(step.grad_norm)
     if "kl" not in sums:
-        return _of_the_policy(step, policy_version, seconds, weights)
+        return replace(_of_the_policy(step, policy_version, seconds, weights), given=given_report(step))
     count = max(sums["tokens"], 1.0)
     kl = sums.get("kl_loss", step.loss)
     coverage = (sums[name] / count for name in ("kl", "tail_mass", "coarser_kl", "coarser_tail_mass"))
@@ -82,6 +82,21 @@ def report_of(
         skipped=skipped,
         policy=policy_report(step),
         weights=weights,
+        given=given_report(step),
+    )
+
+
+def given_report(step: OptimizerStep) -> GivenReport | None:
+    """What the given completions came to; None of a step without any."""
+    sums = step.sums
+    if not (sums.get("given_tokens") or sums.get("given_dropped")):
+        return None
+    tokens = max(sums["given_tokens"], 1.0)
+    return GivenReport(
+        tokens=int(sums["given_tokens"]),
+        loss=sums["given_loss"] / (sums["given_weight"] or 1.0),
+        nll=sums["given_nll"] / tokens,
+        dropped_tokens=int(sums["given_dropped"]),
     )
 
 

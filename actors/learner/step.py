@@ -93,7 +93,8 @@ class StudentTrainer:
         if math.isfinite(global_weight) and global_weight > 0:
             # DeepSpeed averages over ranks; the mean is over the tokens of all ranks together.
             scale = self._learner.world_size / global_weight
-            self._policy_scale = global_weight  # the policy's weights have their denominator already
+            # The weights of the policy's tokens, and of given ones, have their denominator already.
+            self._policy_scale = global_weight
             for i in range(passes):
                 with self._timeline.span("forward and backward"):
                     if i < len(batches):
@@ -119,6 +120,8 @@ class StudentTrainer:
         rows = token_rows(batch, device)
         if rows.policy_weights is not None:
             rows = rows._replace(policy_weights=rows.policy_weights * self._policy_scale)
+        if rows.given_weights is not None:
+            rows = rows._replace(given_weights=rows.given_weights * self._policy_scale)
         if self._sequence is not None:
             rows = self._sequence(self._engine, batch, rows)
         result: TermSums = self._engine(model_arguments(batch, device), positions, rows)
@@ -132,7 +135,8 @@ class StudentTrainer:
         if not math.isfinite(global_weight):
             return math.inf
         with self._timeline.span("optimiser"):
-            if not math.isfinite(loss) or not (sums["tokens"] or sums.get("policy_tokens")):
+            learnt = sums["tokens"] or sums.get("policy_tokens") or sums.get("given_tokens")
+            if not math.isfinite(loss) or not learnt:
                 # Gradients may be finite all the same, and zeros would still move AdamW. DeepSpeed skips a step,
                 # and forgets its gradients, where their norm is not finite: so make it that. The sums are those of
                 # all ranks, which makes this pass, a collective operation, one that all make or none.

@@ -33,6 +33,13 @@ def token_rows(batch: MicroBatch, device: torch.device) -> TokenRows:
             parts.append(column)
         return torch.from_numpy(np.concatenate(parts)).to(device)
 
+    def join_given() -> Tensor | None:
+        """Weights of given tokens, 0 of others; None where there are none."""
+        if all(sample.given is None for sample in batch.samples):
+            return None
+        parts = [np.zeros(len(s.token_ids), np.float32) if s.given is None else s.given for s in batch.samples]
+        return torch.from_numpy(np.concatenate(parts).astype(np.float32)).to(device)
+
     topk, tail, stop = dequantise(
         join("teacher_topk", np.float32), join("teacher_tail", np.float32), join("teacher_stop", np.float32)
     )
@@ -46,6 +53,7 @@ def token_rows(batch: MicroBatch, device: torch.device) -> TokenRows:
         weights=join("weights", np.float32),
         advantages=join_policy("advantage"),
         policy_weights=join_policy("weight"),
+        given_weights=join_given(),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -18,8 +18,18 @@ OVERLAP_TOP = 16  # ids compared for the overlap ratio (arXiv 2604.13016)
 
 
 @dataclass(frozen=True)
+class TeacherTargets:
+    """What the learner is given of each row, where it is not what the KL of the rules is taken from."""
+
+    topk: Tensor  # [N, k] log q at the temperature of the loss, at the student's top-k ids or at `ids`
+    tail: Tensor  # [N] as in `TeacherColumns`
+    stop: Tensor  # [N]
+    ids: Tensor | None = None  # [N, k] int64, the teacher's own top k, most likely first; None: the student's
+
+
+@dataclass(frozen=True)
 class TeacherColumns:
-    """One row per new token; NaN for what an engine does not report."""
+    """One row per new token, at temperature 1; NaN for what an engine does not report."""
 
     topk: Tensor  # [N, k] log q at the student's top-k ids
     tail: Tensor  # [N] log of the mass of all other ids that are no stop ids
@@ -28,13 +38,19 @@ class TeacherColumns:
     teacher_max: Tensor  # [N] largest probability
     teacher_entropy: Tensor  # [N] nats, whole vocabulary
     top: Tensor  # [N] int32, the most likely id; -1 if an engine does not report it
+    targets: TeacherTargets | None = None  # for the learner; None: the first three
 
     @classmethod
     def join(cls, parts: Sequence[TeacherColumns], top_k: int) -> TeacherColumns:
         """Concatenate parts; without any, no rows."""
         none = torch.zeros(0)
         empty = cls(torch.zeros(0, top_k), none, none, none, none, none, none.int())
-        return cls(*(torch.cat([getattr(p, f.name) for p in (empty, *parts)]) for f in fields(cls)))
+        names = [f.name for f in fields(cls) if f.name != "targets"]
+        targets = [p.targets for p in parts if p.targets is not None]
+        return cls(
+            **{name: torch.cat([getattr(p, name) for p in (empty, *parts)]) for name in names},
+            targets=_joined(targets) if targets else None,
+        )
 
 
 class Teacher(Protocol):
@@ -54,8 +70,11 @@ class Teacher(Protocol):
     def cache_bytes(self) -> int:
         """Memory of these states."""
 
-    def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
-        """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked."""
+    def score(self, chunk: RolloutChunk, topk_ids: IntArray, own_top: int = 0) -> TeacherColumns:
+        """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked.
+
+        With `own_top` the targets are those of so many of the teacher's own most likely ids.
+        """
 
     def release(self, rollout_ids: Sequence[int]) -> None:
         """Drop the state of rollouts; unknown ones are ignored."""
@@ -97,10 +116,25 @@ class FollowsStudent(Protocol):
         """Hold these weights, and nothing of rollouts: their keys and values are of others."""
 
 
-def columns_of(logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int]) -> TeacherColumns:
+def _joined(parts: Sequence[TeacherTargets]) -> TeacherTargets:
+    ids = [p.ids for p in parts if p.ids is not None]
+    topk, tail, stop = (torch.cat([getattr(p, name) for p in parts]) for name in ("topk", "tail", "stop"))
+    return TeacherTargets(topk, tail, stop, torch.cat(ids) if ids else None)
+
+
+def columns_of(
+    logprobs: Tensor,
+    ids: Tensor,
+    stop_ids: Sequence[int],
+    temperature: float = 1.0,
+    own_top: int = 0,
+    common: int | None = None,
+) -> TeacherColumns:
     """Columns from the whole distribution: log-probabilities [N, V] and the student's top-k ids [N, k].
 
-    They are made where the log-probabilities are; only the columns, k + 6 numbers a row, go to the CPU.
+    They are made where the log-probabilities are; only the columns, k + 6 numbers a row, go to the CPU, and with
+    another temperature than 1 k + 2 more, with `own_top` so many ids besides. These are among the first
+    `common`, which the student has too; None: it has all.
     """
     ids = ids.to(logprobs.device)
     top = min(OVERLAP_TOP, ids.shape[-1], logprobs.shape[-1])
@@ -115,7 +149,22 @@ def columns_of(logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int]) -> Teache
         teacher_entropy=entropy(logprobs),
         top=best_ids[:, 0].int(),
     )
-    return TeacherColumns(*(getattr(columns, f.name).cpu() for f in fields(columns)))
+    own = TeacherColumns(*(getattr(columns, f.name).cpu() for f in fields(columns) if f.name != "targets"))
+    if temperature == 1.0 and not own_top:
+        return own
+    return replace(own, targets=_targets(logprobs, ids, stop_ids, temperature, own_top, common))
+
+
+def _targets(
+    logprobs: Tensor, ids: Tensor, stop_ids: Sequence[int], temperature: float, own_top: int, common: int | None
+) -> TeacherTargets:
+    """The same distribution with its logits divided by a temperature: masses take the whole vocabulary."""
+    learnt = logprobs if temperature == 1.0 else torch.log_softmax(logprobs / temperature, dim=-1)
+    # A row that is not a number has no most likely ids; any will do, the row is dropped.
+    events = learnt[:, :common].topk(own_top, dim=-1).indices if own_top else ids
+    tail, stop = tail_and_stop(learnt, events, stop_ids)
+    named = events.cpu() if own_top else None
+    return TeacherTargets(learnt.gather(-1, events).cpu(), tail.cpu(), stop.cpu(), named)
 
 
 def overlap_share(ids: Tensor, best_ids: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ _CHUNK: Mapping[str, tuple[str, int]] = {  # fields that are sent, with type and
     "context_offsets": ("<i4", 1), "context_ids": ("<i4", 1), "inserted": ("|b1", 1), "released": ("<i8", 1),
     "topk_ids_low": ("<u2", 2), "topk_ids_high": ("|u1", 2),
 }  # fmt: skip
+# Other targets than the student's own ids at temperature 1 are refused of servers.
+_COLUMNS = tuple(f.name for f in fields(TeacherColumns) if f.name != "targets")
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -102,18 +104,18 @@ def _check_offsets(name: str, offsets: IntArray, parts: int, count: int) -> None
 
 def columns_body(columns: TeacherColumns, meta: Mapping[str, Any]) -> bytes:
     """The body of an answer to a chunk."""
-    return pack(meta, {f.name: getattr(columns, f.name).numpy() for f in fields(columns)})
+    return pack(meta, {name: getattr(columns, name).numpy() for name in _COLUMNS})
 
 
 def columns_of_message(message: Message, rows: int, top_k: int) -> TeacherColumns:
     """The columns of an answer; `WireError` where they are not those of a chunk of so many rows."""
     found: dict[str, torch.Tensor] = {}
-    for f in fields(TeacherColumns):
-        array = _array(message.arrays, f.name, "<i4" if f.name == "top" else "<f4", 2 if f.name == "topk" else 1)
-        if array.shape != ((rows, top_k) if f.name == "topk" else (rows,)):
-            raise WireError(f"{f.name} has the shape {array.shape} for {rows} rows of {top_k} ids")
-        found[f.name] = torch.from_numpy(array.copy())
-    return TeacherColumns(**found)
+    for name in _COLUMNS:
+        array = _array(message.arrays, name, "<i4" if name == "top" else "<f4", 2 if name == "topk" else 1)
+        if array.shape != ((rows, top_k) if name == "topk" else (rows,)):
+            raise WireError(f"{name} has the shape {array.shape} for {rows} rows of {top_k} ids")
+        found[name] = torch.from_numpy(array.copy())
+    return TeacherColumns(**found, targets=None)
 
 
 # --- plain passes --------------------------------------------------------------------------------------------

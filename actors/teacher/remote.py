@@ -79,11 +79,12 @@ class ServedTeacher:
                 self._live.discard(rollout_id)
                 self._dropped.append(rollout_id)
 
-    def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
+    def score(self, chunk: RolloutChunk, topk_ids: IntArray, own_top: int = 0) -> TeacherColumns:
         """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked.
 
         `StateLost` names rollouts whose past is not held there: send them again with their whole past.
         """
+        assert not own_top, "the configuration asks no server for its own top k"
         released, self._dropped = self._dropped, []
         meta = {"session": self._session, "number": next(self._numbers)}
         message = self._ask(SCORE, meta, chunk_arrays(chunk, released))

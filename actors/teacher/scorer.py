@@ -36,6 +36,7 @@ from kat_ray.types.records import (
     TeacherRows,
     WeightUpdate,
 )
+from kat_ray.types.token_ids import pack_ids
 
 
 def make_teacher(settings: ScorerSettings) -> Teacher:
@@ -85,6 +86,7 @@ class TeacherScorer:
         self._teacher = make(replace(settings, replica=int(number)) if number.isdecimal() else settings)
         if isinstance(self._teacher, ReportsProgress):
             self._teacher.on_progress(self._heartbeat.beat)
+        self._own_top = self._top_k if settings.own_support else 0
         # Of the student's weights that it holds; None of a new process that does not know which it is to hold.
         self._version: int | None = None if settings.follows_student else 0
         self._timeline = Timeline()
@@ -114,6 +116,18 @@ class TeacherScorer:
         with self._timeline.span("score"), self._heartbeat.busy("score"):
             return self._score(chunk)
 
+    def score_given(self, chunk: RolloutChunk) -> tuple[float, TeacherRows]:
+        """Score completions that no student generated, over the teacher's own top k; all of them are whole.
+
+        The seconds that it took, and the rows for the learner. There is no KL to any student in it.
+        """
+        if self._version is None:
+            raise StateLost(f"{self._name} was not told which of the student's weights to hold: its process is new")
+        started = time.monotonic()
+        with self._timeline.span("score"), self._heartbeat.busy("score"):
+            columns, _ = self._columns(chunk, chunk.topk_ids(), self._top_k)
+            return time.monotonic() - started, self._rows(columns)
+
     def follow(self, version: int, update: WeightUpdate | None, unless_held: bool = False) -> None:
         """Hold the student's weights of this version, for the rollouts to come; None: those that it was given.
 
@@ -135,16 +149,29 @@ class TeacherScorer:
     def _score(self, chunk: RolloutChunk) -> tuple[ScoredChunk, TeacherRows]:
         started = time.monotonic()
         topk_ids = chunk.topk_ids()
+        columns, run = self._columns(chunk, topk_ids, self._own_top)
+        scored, rows = self._compare(chunk, topk_ids, columns, started, run)
+        self._busy_seconds += scored.seconds
+        return (replace(scored, row_bytes=rows.nbytes) if self._own_top else scored), rows
+
+    def _columns(self, chunk: RolloutChunk, topk_ids: IntArray, own_top: int) -> tuple[TeacherColumns, int]:
+        """What the teacher says of a chunk, and the tokens that it ran for it."""
         check_chunk_vocabulary(chunk, topk_ids, self._teacher.vocabulary, self._teacher_name)
         self.release(chunk.released.tolist())
         before = self._teacher.run_tokens
-        columns = self._teacher.score(chunk, topk_ids)
-        run = self._teacher.run_tokens - before
+        score = self._teacher.score
+        columns = score(chunk, topk_ids, own_top) if own_top else score(chunk, topk_ids)
         self.release(chunk.rollout_ids[chunk.ended != EngineEnd.RUNNING].tolist())
         self._scored_tokens += chunk.tokens
-        scored, rows = self._compare(chunk, topk_ids, columns, started, run)
-        self._busy_seconds += scored.seconds
-        return scored, rows
+        return columns, self._teacher.run_tokens - before
+
+    def _rows(self, teacher: TeacherColumns) -> TeacherRows:
+        """What the learner gets, quantised."""
+        given = teacher.targets or teacher  # d is of temperature 1, and at the student's ids, in any case
+        columns = given.topk.half().numpy(), given.tail.numpy(), given.stop.numpy()
+        if teacher.targets is None or teacher.targets.ids is None:
+            return TeacherRows(*columns)
+        return TeacherRows(*columns, *pack_ids(teacher.targets.ids.numpy(), self._teacher.vocabulary))
 
     def release(self, rollout_ids: Sequence[int]) -> None:
         """Drop the state of rollouts; unknown ones are ignored."""
@@ -207,4 +234,4 @@ class TeacherScorer:
             asked_tokens=chunk.tokens + len(chunk.context_ids),
             run_tokens=run,
         )
-        return scored, TeacherRows(teacher.topk.half().numpy(), teacher.tail.numpy(), teacher.stop.numpy())
+        return scored, self._rows(teacher)

@@ -23,6 +23,8 @@ class ScorerSettings:
     fp32_output: bool = False  # `numerics.fp32_output_layer`
     top_needed: bool = False  # the rule cannot do without the teacher's most likely ids
     follows_student: bool = False  # it is given the student's weights
+    temperature: float = 1.0  # `objective.opd.teacher_temperature`, of the rows that the learner gets
+    own_support: bool = False  # `objective.opd.support` is the teacher's top k, also of what was generated
     section: str = "teacher"  # where the configuration names the model
     replica: int = 0  # the number of the scorer among those of its group
 
@@ -61,6 +63,8 @@ class ScorerSettings:
             student_vocabulary=student_vocabulary,
             fp32_output=config.numerics.fp32_output_layer,
             top_needed=bool({"overlap", "teacher_max"} & {*RULES[config.termination.rule].needs}),
+            own_support=config.objective.opd.support == "teacher",
+            temperature=config.objective.opd.teacher_temperature,
             section=group.section,
             follows_student=group.follows_student,
         )

@@ -90,8 +90,9 @@ class TransformersTeacher:
         self._own_vocabulary = int(text.vocab_size)
         self._vocabulary = max(self._own_vocabulary, settings.student_vocabulary)
         self._cache = SlotCache(text.num_hidden_layers, takes_together(self._device))
+        self._common = settings.student_vocabulary or None
         self._budget = settings.scorer.max_batch_tokens
-        self._stop_ids = settings.stop_ids
+        self._stop_ids, self._temperature = settings.stop_ids, settings.temperature
         self._fp32_output = settings.fp32_output  # of the plain pass: scores have it in any case
         self._states: dict[int, _State] = {}
         self.run_tokens = 0
@@ -126,9 +127,10 @@ class TransformersTeacher:
         take_weights(self._model, update, self._name)
 
     @torch.inference_mode()
-    def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
+    def score(self, chunk: RolloutChunk, topk_ids: IntArray, own_top: int = 0) -> TeacherColumns:
         """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked.
 
+        With `own_top` the targets are those of so many of the teacher's own most likely ids.
         `StateLost` names rollouts whose past is not held: send them again with their whole past.
         """
         feeds = self._feeds(chunk)
@@ -141,7 +143,7 @@ class TransformersTeacher:
             for first in range(0, chunk.tokens, step):
                 part = slice(first, first + step)
                 ids = torch.from_numpy(topk_ids[part].astype("int64"))
-                parts.append(self.columns(hidden_NH[part], ids))
+                parts.append(self.columns(hidden_NH[part], ids, own_top))
         for feed in feeds:
             feed.state.fed += len(feed.token_ids)
             feed.state.pending = feed.pending
@@ -156,15 +158,23 @@ class TransformersTeacher:
         finally:
             self._decoder.set_attn_implementation(ATTENTION)
 
-    def columns(self, hidden_NH: Tensor, ids: Tensor) -> TeacherColumns:
+    def columns(self, hidden_NH: Tensor, ids: Tensor, own_top: int = 0) -> TeacherColumns:
         """Columns from hidden states [N, H] and the student's top-k ids [N, k] int64.
 
         Ids that only the student has rows for are padding, which this teacher never chooses. They get the floor
         instead of no mass at all: with -inf, rows whose top k reaches into the padding would be lost.
         """
-        columns = columns_of(self.logprobs(hidden_NH), ids, self._stop_ids)
-        floor = torch.full_like(columns.topk, LOG_FLOOR)
-        return replace(columns, topk=torch.where(ids.cpu() >= self._own_vocabulary, floor, columns.topk))
+        columns = columns_of(
+            self.logprobs(hidden_NH), ids, self._stop_ids, self._temperature, own_top, self._common
+        )
+        floored, targets = self._floored(columns.topk, ids), columns.targets
+        if targets is not None:
+            events = ids if targets.ids is None else targets.ids
+            targets = replace(targets, topk=self._floored(targets.topk, events))
+        return replace(columns, topk=floored, targets=targets)
+
+    def _floored(self, topk: Tensor, ids: Tensor) -> Tensor:
+        return torch.where(ids.cpu() >= self._own_vocabulary, torch.full_like(topk, LOG_FLOOR), topk)
 
     def logprobs(self, hidden_NH: Tensor) -> Tensor:
         """Log-probabilities [N, V] float32 over the larger of the two models' vocabularies, on the device."""

@@ -37,7 +37,14 @@ from vllm.exceptions import VLLMValidationError
 from vllm.inputs.engine import tokens_input
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
 
-from actors.teacher.backend import OVERLAP_TOP, RunNeeds, Sequences, TeacherColumns, overlap_share
+from actors.teacher.backend import (
+    OVERLAP_TOP,
+    RunNeeds,
+    Sequences,
+    TeacherColumns,
+    TeacherTargets,
+    overlap_share,
+)
 from actors.teacher.plain_copy import logprobs_of_copy
 from actors.teacher.prefix_cache import PrefixCacheWatch
 from actors.teacher.settings import ScorerSettings
@@ -57,6 +64,7 @@ class _Ask:
     tokens: list[int]
     ids: IntArray
     alone: bool  # it has a part of the prefix cache of its own
+    top: int | None = None  # of the teacher's most likely ids, how many are asked for
 
     @property
     def prompt(self) -> list[int]:
@@ -123,14 +131,15 @@ class VllmTeacher:
             self._tokens.pop(rollout_id, None)
             self._alone.discard(rollout_id)
 
-    def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
+    def score(self, chunk: RolloutChunk, topk_ids: IntArray, own_top: int = 0) -> TeacherColumns:
         """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked.
 
+        With `own_top` the targets are those of so many of the teacher's own most likely ids, by the engine.
         `StateLost` names rollouts whose past is not held: send them again with their whole past. Where this raises,
         nothing of the chunk is held.
         """
         tokens = self._with_chunk(chunk)
-        asks = {a.rollout_id: a for a in self._asks(chunk, tokens, topk_ids)}
+        asks = {a.rollout_id: a for a in self._asks(chunk, tokens, topk_ids, own_top)}
         before, ordered = self.run_tokens, self._latest_first(asks)
         scores = self._ask([asks[i] for i in ordered])
         missed = [replace(asks[i], alone=True) for i in ordered if i not in scores]
@@ -145,8 +154,9 @@ class VllmTeacher:
         for warning in self._watch.observe(chunk.tokens + len(chunk.context_ids), self.run_tokens - before, live):
             log.warning("%s: %s", self._name, warning)
         top_k = topk_ids.shape[1]
-        stops = self._stop_ids.tolist()
-        return TeacherColumns.join([_columns(scores[i], asks[i].ids, stops, top_k) for i in asks], top_k)
+        stops, common = self._stop_ids.tolist(), self._settings.student_vocabulary or self.vocabulary
+        parts = [_columns(scores[i], asks[i].ids, stops, top_k, own_top, common) for i in asks]
+        return TeacherColumns.join(parts, top_k)
 
     def plain_logprobs(self, sequences: Sequences) -> list[FloatArray]:
         """By a copy of the teacher in transformers; where that does not fit, by passes that use no cache."""
@@ -161,7 +171,7 @@ class VllmTeacher:
 
     def _whole(self, prompt: Sequence[int], answer: Sequence[int]) -> FloatArray:
         ids = np.array(answer, dtype=np.int32)[:, None]
-        ask, ran = _Ask(-1, [*prompt, *answer], ids, alone=True), self.run_tokens
+        ask, ran = _Ask(-1, [*prompt, *answer], ids, alone=True, top=self._top), self.run_tokens
         scores = self._ask([ask], whole=True)[-1].given[:, 0].numpy()
         self.run_tokens = ran
         return scores
@@ -180,7 +190,9 @@ class VllmTeacher:
             for i, rollout_id in enumerate(ids)
         }
 
-    def _asks(self, chunk: RolloutChunk, tokens: dict[int, list[int]], topk_ids: IntArray) -> list[_Ask]:
+    def _asks(
+        self, chunk: RolloutChunk, tokens: dict[int, list[int]], topk_ids: IntArray, own_top: int
+    ) -> list[_Ask]:
         """What is asked for each rollout that has new tokens, in the chunk's order."""
         asks = []
         for i, rollout_id in enumerate(chunk.rollout_ids.tolist()):
@@ -188,7 +200,8 @@ class VllmTeacher:
             if len(rows):
                 stops = np.broadcast_to(self._stop_ids, (len(rows), len(self._stop_ids)))
                 ids = np.concatenate([rows, stops], axis=1)
-                asks.append(_Ask(rollout_id, tokens[rollout_id], ids, rollout_id in self._alone))
+                top = max(own_top, self._top or 0) or None
+                asks.append(_Ask(rollout_id, tokens[rollout_id], ids, rollout_id in self._alone, top))
         return asks
 
     def _latest_first(self, asks: dict[int, _Ask]) -> list[int]:
@@ -222,7 +235,7 @@ class VllmTeacher:
             max_tokens=1,
             temperature=0.0,
             detokenize=False,
-            prompt_logprobs=self._top,
+            prompt_logprobs=ask.top,
             prompt_logprob_token_ids=ask.ids,
             prompt_logprob_start=len(ask.tokens) - 1 - len(ask.ids),
             skip_reading_prefix_cache=whole,
@@ -253,12 +266,30 @@ class VllmTeacher:
         scores[ask.rollout_id] = _Scores(given.float().cpu(), top_ids, top_logprobs)
 
 
-def _columns(scores: _Scores, ids: IntArray, stop_ids: Sequence[int], top_k: int) -> TeacherColumns:
+def _columns(
+    scores: _Scores, ids: IntArray, stop_ids: Sequence[int], top_k: int, own_top: int = 0, common: int = 0
+) -> TeacherColumns:
     topk, topk_ids = scores.given[:, :top_k], torch.from_numpy(ids[:, :top_k])
     tail, stop = tail_and_stop_of_ids(topk, topk_ids, scores.given[:, top_k:], stop_ids)
     unknown = torch.full((len(topk),), torch.nan)
     overlap, largest, top = unknown, unknown, torch.full((len(topk),), -1, dtype=torch.int32)
+    targets = None
     if scores.top_ids is not None and scores.top_logprobs is not None:
-        overlap = overlap_share(topk_ids[:, : scores.top_ids.shape[1]], scores.top_ids)
+        compared = min(OVERLAP_TOP, top_k, scores.top_ids.shape[1])
+        overlap = overlap_share(topk_ids[:, :compared], scores.top_ids[:, :compared])
         largest, top = scores.top_logprobs[:, 0].exp(), scores.top_ids[:, 0].int()
-    return TeacherColumns(topk, tail, stop, overlap, largest, unknown, top)
+        if own_top:
+            targets = _own_targets(scores, own_top, scores.given[:, top_k:], stop_ids, common)
+    return TeacherColumns(topk, tail, stop, overlap, largest, unknown, top, targets)
+
+
+def _own_targets(
+    scores: _Scores, own_top: int, stop_logprobs: torch.Tensor, stop_ids: Sequence[int], common: int
+) -> TeacherTargets:
+    """Of the engine's own most likely ids. A row with one that the student lacks is NaN: dropped, and counted."""
+    assert scores.top_ids is not None and scores.top_logprobs is not None
+    topk, ids = scores.top_logprobs[:, :own_top], scores.top_ids[:, :own_top].long()
+    foreign = (ids >= common).any(dim=-1, keepdim=True)
+    topk = topk.masked_fill(foreign, torch.nan)
+    ids = torch.where(foreign, torch.arange(own_top), ids)
+    return TeacherTargets(topk, *tail_and_stop_of_ids(topk, ids, stop_logprobs, stop_ids), ids)

@@ -89,12 +89,13 @@ class VllmServerTeacher:
         for rollout_id in rollout_ids:
             self._tokens.pop(rollout_id, None)
 
-    def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
+    def score(self, chunk: RolloutChunk, topk_ids: IntArray, own_top: int = 0) -> TeacherColumns:
         """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked.
 
         `StateLost` names rollouts whose past is not held: send them again with their whole past. Where this raises,
         nothing of the chunk is held.
         """
+        assert not own_top, "the configuration asks no server for its own top k"
         tokens = self._with_chunk(chunk)
         rows = self._rows(chunk, tokens, topk_ids)
         answers = self._client.ask_all(next_request(self._info.model, row.before, row.ids) for row in rows)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.batch import TrainingSample, collect_samples
+from kat_ray.data.given import GivenShare, given_samples
 from kat_ray.errors import StateLost
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
@@ -68,11 +69,19 @@ class StubLearner:
         self._weights = np.zeros(_SIZE, np.uint64)
         return {"rank": 0, "seconds": 0.0}
 
-    def collect(self, chunks: Sequence[Any], teacher: Sequence[Any], kept: Sequence[KeptRollout]) -> None:
+    def collect(
+        self,
+        chunks: Sequence[Any],
+        teacher: Sequence[Any],
+        kept: Sequence[KeptRollout],
+        given: GivenShare | None = None,
+    ) -> None:
         """Fetch a batch. Raises Ray's ObjectLostError if records are lost."""
         self._started()
         with self._timeline.span("collect"), self._heartbeat.busy("collect"):
             self._rows = _fetched(chunks, teacher, kept)
+            if given is not None:
+                self._rows += _fetched_given(given, self._top_k)
 
     def learn(self, global_weight: float, policy_version: int) -> LearnerReport:
         """Add what was collected. `StateLost` if nothing was."""
@@ -139,6 +148,12 @@ def _fetched(chunks: Sequence[Any], teacher: Sequence[Any], kept: Sequence[KeptR
     return collect_samples(ray.get(list(chunks)), ray.get(list(teacher)), kept)
 
 
+def _fetched_given(given: GivenShare, top_k: int) -> list[TrainingSample]:
+    import ray
+
+    return given_samples(given, ray.get(list(given.chunks)), ray.get(list(given.teacher)), top_k)
+
+
 def _write(path: Path, files: dict[str, dict[str, NDArray[Any]]]) -> dict[str, FileDigest]:
     from safetensors.numpy import save_file
 
@@ -161,7 +176,7 @@ def _learnt(rows: Sequence[TrainingSample]) -> tuple[NDArray[np.uint64], float, 
         weighed = weights.view(np.uint32).astype(np.uint64)
         mixed = _mix((np.uint64(row.rollout_id) << np.uint64(32)) + position) ^ _mix(weighed)
         np.add.at(added, row.token_ids % _SIZE, mixed)
-        here = weights > 0
+        here = (weights > 0) & (row.given is None)  # the figures are of what was generated
         loss += float((difference * weights)[here].sum())
         tokens += int(here.sum())
     assert math.isfinite(loss), "the stub teacher says something of every token"

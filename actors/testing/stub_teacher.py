@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from actors.teacher.backend import OVERLAP_TOP, Sequences, TeacherColumns
+from actors.teacher.backend import OVERLAP_TOP, Sequences, TeacherColumns, TeacherTargets
 from actors.teacher.scorer import TeacherScorer
 from actors.teacher.settings import ScorerSettings
 from kat_ray.errors import StateLost
@@ -47,7 +47,7 @@ class StubTeacher:
         """There is no cache."""
         return 0
 
-    def score(self, chunk: RolloutChunk, topk_ids: IntArray) -> TeacherColumns:
+    def score(self, chunk: RolloutChunk, topk_ids: IntArray, own_top: int = 0) -> TeacherColumns:
         """The student's own rows, lower by the KL that is wanted: sum p (log p - (log p - c)) = c."""
         started = time.thread_time()
         unknown = [i for i in chunk.rollout_ids[~chunk.whole_past].tolist() if i not in self._held]
@@ -71,6 +71,7 @@ class StubTeacher:
             half,
             half,
             torch.full((n,), OVERLAP_TOP, dtype=torch.int32),
+            _own(n, own_top) if own_top else None,
         )
         self.cpu_seconds += time.thread_time() - started
         return columns
@@ -82,6 +83,13 @@ class StubTeacher:
     def plain_logprobs(self, sequences: Sequences) -> list[FloatArray]:
         """There is no model to ask."""
         raise NotImplementedError
+
+
+def _own(n: int, top: int) -> TeacherTargets:
+    """Half of its mass, evenly on the first ids; the rest elsewhere."""
+    half = torch.full((n,), 0.5).log()
+    even = torch.full((n, top), 0.5 / top).log()
+    return TeacherTargets(even, half, torch.full((n,), -torch.inf), torch.arange(top).expand(n, top))
 
 
 def stub_teacher(settings: ScorerSettings) -> StubTeacher:

@@ -209,8 +209,10 @@ def tflop_parts(summary: Mapping[str, Any], file: Path, config: Config) -> dict[
     """
     student = summary["parameters"].get("student")
     prompts, learnt = summary["prompt_tokens"], summary.get("learnt_tokens")
+    completions = summary.get("given_tokens", 0) + summary.get("given_prompt_tokens", 0)  # learnt, not generated
+    asked = summary.get("given_scored_tokens", 0)  # within `teacher_tokens` of several teachers
     # A run without a teacher does not name one; one with several says what each of them was given.
-    given = summary.get("teacher_tokens") or {"teacher": prompts + summary["scored_tokens"]}
+    given = summary.get("teacher_tokens") or {"teacher": prompts + summary["scored_tokens"] + asked}
     teachers = {name: summary["parameters"].get(name, 0) for name in given}
     if student is None or None in teachers.values():
         sizes = " and ".join(map(str, teachers.values()))
@@ -224,7 +226,7 @@ def tflop_parts(summary: Mapping[str, Any], file: Path, config: Config) -> dict[
     return {
         "tflop_sampling": 2e-12 * student * (prompts + summary["generated_tokens"]),
         "tflop_scoring": sum(2e-12 * teachers[name] * tokens for name, tokens in given.items()),
-        "tflop_learning": 1e-12 * passes * student * (prompts + learnt),
+        "tflop_learning": 1e-12 * passes * student * (prompts + learnt + completions),
     }
 
 

@@ -20,6 +20,7 @@ from kat_ray.algorithms.choice import algorithm_of
 from kat_ray.analysis.replay import load_table, with_changes
 from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, count_tokens
+from kat_ray.data.prompts import given_places
 from kat_ray.errors import UserError
 from kat_ray.types.records import FloatArray, Reward, RolloutOutcome, RolloutSpec, StopReason
 
@@ -87,7 +88,8 @@ def recorded_steps(run_dir: Path, config: Config) -> tuple[list[RecordedStep], l
     first_ids = dict(zip(numbers.tolist(), table.column("rollout_id").to_numpy()[first].tolist(), strict=True))
     for step, start, count in zip(numbers.tolist(), first.tolist(), counts.tolist(), strict=True):
         part = table.slice(start, count)
-        whole = _is_whole(part.column("rollout_id").to_numpy(), first_ids.get(step + 1), config)
+        left = config.rollout.prompts_per_step - len(given_places(config, step))
+        whole = _is_whole(part.column("rollout_id").to_numpy(), first_ids.get(step + 1), config, left)
         if whole and not any(part.column(name).null_count for name in ("reward_weight", "probe_share")):
             steps.append(_recorded_step(step, part, config.rollout.max_tokens))
         else:
@@ -100,11 +102,13 @@ def recorded_steps(run_dir: Path, config: Config) -> tuple[list[RecordedStep], l
     return steps, list(notes)
 
 
-def _is_whole(ids: np.ndarray, following: int | None, config: Config) -> bool:
-    """Whether these are all rollouts of a step; `following` is the first of the next step, where that is there."""
+def _is_whole(ids: np.ndarray, following: int | None, config: Config, prompts: int) -> bool:
+    """Whether these are all rollouts of a step with so many `prompts` whose completions are not given; `following`
+    is the first of the next step, where that is there.
+    """
     rollout, batches = config.rollout, config.objective.rl.max_num_gen_batches
     if batches == 1:
-        return len(ids) == rollout.rollouts_per_step
+        return len(ids) == prompts * rollout.rollouts_per_prompt
     ends = following is None or following - ids[-1] == 1
     groups, rest = divmod(len(ids), rollout.rollouts_per_prompt)
     in_a_row = int(ids[-1]) - int(ids[0]) + 1 == len(ids) and ids[0] % rollout.rollouts_per_prompt == 0

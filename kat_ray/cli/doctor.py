@@ -326,6 +326,7 @@ def _memory_needed(config: Config, facts: ModelFacts, longest: int, free: int, g
 
 def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> tuple[Check, int | None]:
     """Prompts and gold answers of the training or the held-out data; tokens of the longest prompt and answer."""
+    from kat_ray.data.completions import CompletionLimits
     from kat_ray.data.golds import training_golds
     from kat_ray.data.prompts import load_prompts
     from kat_ray.rewards.verifiers import check_golds
@@ -341,6 +342,7 @@ def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> tuple[Check
             data, facts.tokenizer, longest, graded=heldout, teacher=facts.teacher_tokenizer,
             with_tasks=not heldout and has_functions(config), environment=config.environment,
             teachers=None if heldout else config.teacher_contexts,
+            completions=CompletionLimits(facts.end_ids, max_tokens),
         )  # fmt: skip
         if heldout:
             check_golds(found.prompts, verifier, limits)

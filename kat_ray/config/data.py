@@ -36,6 +36,9 @@ class DataConfig(Section):
     answer_column: str | None = "answer"
     """Column with the gold answer, or dotted path of it; null where answers are not graded. Training data may lack
     the column `answer`, and then nothing is graded; any other name must be there."""
+    completion_column: str | None = Field(None, min_length=1)
+    """Column with a completion of the prompt, or dotted path of it, for objective.off_policy: text, or a list with
+    one message of the assistant. Every row must have one. Not of held-out problems."""
     teacher_column: str | None = Field(None, min_length=1)
     """Column in which a prompt names its teacher of the section `teachers`, or dotted path of it; a row without a
     value has the section `teacher`. A name that no teacher has is refused. Not of held-out problems."""

@@ -52,21 +52,39 @@ class DistillationObjective(_Weighted):
 
     weight: float = Field(1.0, ge=0)
     """Factor of the mean divergence in the loss."""
-    divergence: Literal["reverse", "forward", "jsd"] = "reverse"
+    divergence: Literal["reverse", "forward", "jsd", "skewed_forward", "skewed_reverse"] = "reverse"
     """What the loss takes of the two distributions: `reverse` KL(student || teacher), `forward`
-    KL(teacher || student), or `jsd`, the generalised Jensen-Shannon divergence; each over the student's top k and
-    the rest as one. Rules, traces and guards go by the reverse KL in any case."""
+    KL(teacher || student), `jsd`, the generalised Jensen-Shannon divergence, or the skewed KLs of DistiLLM,
+    `skewed_forward` KL(teacher || a teacher + (1 - a) student) and `skewed_reverse`
+    KL(student || (1 - a) teacher + a student), a = `skew_alpha`; each over the top k of `support` and the rest as
+    one. Rules, traces and guards go by the reverse KL in any case."""
+    support: Literal["student", "teacher"] = "student"
+    """Whose top k (rollout.top_k_logprobs) are events on their own in the loss. `teacher` sees all that the teacher
+    would say, which `forward` is about; its ids travel with its rows. Rules and traces take the student's in any
+    case."""
     beta: float = Field(0.5, gt=0, lt=1)
     """The teacher's share in the mixture that `jsd` holds both against: near 0 it goes the way of `forward`, near 1
     that of `reverse`."""
+    skew_alpha: float = Field(0.1, gt=0, lt=1)
+    """What a skewed KL mixes into the distribution that it is held against: near 0 it is the KL of its name."""
+    teacher_temperature: float = Field(1.0, gt=0)
+    """The loss takes the teacher's logits divided by this, over the whole vocabulary: below 1 it is more certain
+    than it is. Rules and traces have temperature 1 in any case. Needs a teacher on transformers (scorer.backend),
+    since vLLM gives log-probabilities of single ids."""
+    student_temperature: float = Field(1.0, gt=0)
+    """The same of the student. Sampling has rollout.temperature; nothing is multiplied by the square of either."""
 
     @model_validator(mode="after")
-    def _mixes_for_jsd(self) -> DistillationObjective:
-        if self.beta != type(self).model_fields["beta"].default and self.divergence != "jsd":
-            raise ValueError(
-                f"beta = {self.beta:g}: is of divergence = 'jsd', and divergence is {self.divergence!r}; leave it "
-                "out, or set divergence = 'jsd'"
-            )
+    def _mixes_what_it_is_told_to(self) -> DistillationObjective:
+        of = {"beta": ("jsd",), "skew_alpha": ("skewed_forward", "skewed_reverse")}
+        for name, kinds in of.items():
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default and self.divergence not in kinds:
+                meant = " or ".join(map(repr, kinds))
+                raise ValueError(
+                    f"{name} = {value:g}: is of divergence = {meant}, and divergence is {self.divergence!r}; leave "
+                    f"it out, or set divergence = {meant}"
+                )
         return self
 
 
@@ -182,13 +200,30 @@ class PolicyObjective(_Weighted):
         return self
 
 
+class OffPolicyObjective(Section):
+    """Completions of the data in place of rollouts: classical distillation, and a warm start by imitation."""
+
+    share: float = Field(0.0, ge=0, lt=1)
+    """Share of a step's prompts whose completion is taken from data.completion_column instead of being generated,
+    one for each such prompt. At least one prompt of a step is left to the student."""
+    loss: Literal["distillation", "sft"] = "distillation"
+    """Of a given token: `distillation` takes objective.opd.divergence from the teacher, over the teacher's own top
+    k and the rest as one; `sft` -log p(token), which asks no teacher."""
+    weight: float = Field(1.0, gt=0)
+    """Factor of the mean of these losses over the given tokens, which have a denominator of their own."""
+    steps: int | None = Field(None, ge=1)
+    """Optimiser steps after which all completions are generated; null takes given ones to the end."""
+
+
 class ObjectiveConfig(Section):
-    """What a run optimises: the sum of two losses, a weight each."""
+    """What a run optimises: the sum of two losses, a weight each, and of one of given completions."""
 
     opd: DistillationObjective = DistillationObjective()
     """On-policy distillation."""
     rl: PolicyObjective = PolicyObjective()
     """Reinforcement learning."""
+    off_policy: OffPolicyObjective = OffPolicyObjective()
+    """Completions of the data."""
 
     @model_validator(mode="after")
     def _optimises_something(self) -> ObjectiveConfig:

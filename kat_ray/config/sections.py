@@ -29,6 +29,7 @@ from kat_ray.config.guards import GuardsConfig
 from kat_ray.config.local_paths import LocalPath
 from kat_ray.config.numerics import NumericsConfig
 from kat_ray.config.objective import ObjectiveConfig
+from kat_ray.config.off_policy import check_off_policy
 from kat_ray.config.reward import RewardConfig
 from kat_ray.config.teachers import (
     ModelConfig,
@@ -343,6 +344,44 @@ class Config(Section):
                     "'transformers', or take another rule"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _completions_are_there(self) -> Config:
+        heldout = self.evaluation.data
+        check_off_policy(
+            self.objective.off_policy, self.rollout.prompts_per_step, self.data.completion_column,
+            None if heldout is None else heldout.completion_column, bool(self.used_teachers),
+            self.objective.rl.max_num_gen_batches if self.objective.rl.weight else 1,
+        )  # fmt: skip
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_give_what_is_learnt(self) -> Config:
+        temperature = self.objective.opd.teacher_temperature
+        self._check_servers(temperature)
+        for group in self.scorer_groups if temperature != 1 else ():
+            if group.scorer.engine == "vllm":
+                raise ValueError(
+                    f"objective.opd.teacher_temperature = {temperature:g}: takes the teacher's whole distribution, "
+                    f"and vLLM gives log-probabilities of single ids at temperature 1; set "
+                    f"{group.scorer_section}.backend = 'transformers', or leave the temperature at 1"
+                )
+        return self
+
+    def _check_servers(self, temperature: float) -> None:
+        """Teachers behind HTTP are asked for their log-probabilities at the student's ids, and at no others."""
+        off_policy = self.objective.off_policy
+        for what, asked in (
+            (f"objective.opd.teacher_temperature = {temperature:g}", temperature != 1),
+            ("objective.opd.support = 'teacher'", self.objective.opd.support == "teacher"),
+            ("objective.off_policy.loss = 'distillation'", off_policy.share and off_policy.loss == "distillation"),
+        ):
+            for group in self.scorer_groups if asked else ():
+                if group.model.is_remote:
+                    raise ValueError(
+                        f"{what}: needs a teacher that scorers load, and {group.section}.type = 'http'; a server "
+                        "is asked about the student's own ids at temperature 1"
+                    )
 
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:

@@ -26,6 +26,7 @@ class TrainingSample:
     sampled_logprobs: FloatArray  # [T]
     weights: FloatArray  # [T] of the KL
     policy: PolicyCredit | None = None
+    given: FloatArray | None = None  # [T] weights in the loss of given completions; None: it was generated
 
     @property
     def input_length(self) -> int:
@@ -121,7 +122,7 @@ def _join(
         rollout_id=kept.rollout_id,
         prompt_ids=prompt,
         token_ids=np.concatenate([chunks[c].token_ids[s] for c, s in spans]),
-        topk_ids=np.concatenate([chunks[c].topk_ids(s) for c, s in spans]),
+        topk_ids=np.concatenate([_event_ids(chunks[c], teacher[c], s) for c, s in spans]),
         teacher_topk=np.concatenate([teacher[c].topk_logprobs[s] for c, s in spans]),
         teacher_tail=np.concatenate([teacher[c].tail_logprobs[s] for c, s in spans]),
         teacher_stop=np.concatenate([teacher[c].stop_logprobs[s] for c, s in spans]),
@@ -129,6 +130,12 @@ def _join(
         weights=_weights(kept),
         policy=kept.policy,
     )
+
+
+def _event_ids(chunk: RolloutChunk, teacher: TeacherRows, rows: slice) -> IntArray:
+    """The ids that are events on their own: those that the teacher names, or else the student's top k."""
+    own = teacher.topk_ids(rows)
+    return chunk.topk_ids(rows) if own is None else own
 
 
 def _weights(kept: KeptRollout) -> FloatArray:

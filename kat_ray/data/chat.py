@@ -23,13 +23,20 @@ class ChatTemplate:
     tokenizer: Any  # whose special tokens stand in it
     arguments: Mapping[str, Any]
 
-    def render(self, messages: Sequence[Message], where: str) -> str:
-        """The messages as text, with the start of an answer; `DataError` where the template refuses them."""
+    def render(self, messages: Sequence[Message], where: str, answered: bool = False) -> str:
+        """The messages as text, with the start of an answer; `DataError` where the template refuses them.
+
+        With `answered` the last of them is an answer, and none is begun.
+        """
         import jinja2
 
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.text, tokenize=False, add_generation_prompt=True, **self.arguments
+                messages,
+                chat_template=self.text,
+                tokenize=False,
+                add_generation_prompt=not answered,
+                **self.arguments,
             )
         except (jinja2.TemplateError, TypeError) as error:
             raise DataError(f"{where}: the chat template refuses the messages: {error}") from error

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -22,9 +22,12 @@ import numpy as np
 
 from kat_ray.config import Config, DataConfig, EnvironmentConfig
 from kat_ray.config.environment import is_environment
+from kat_ray.config.off_policy import most_given
 from kat_ray.config.teachers import section_of
 from kat_ray.data.chat import ChatTemplate, chat_template_of, messages_of
+from kat_ray.data.completions import CompletionLimits, Completions
 from kat_ray.data.environment import FAMILY, LEVEL, PROBLEM
+from kat_ray.data.given import GivenCompletion
 from kat_ray.data.routing import Route, Routing
 from kat_ray.data.rows import BATCH, Row, kind, names_of, open_rows
 from kat_ray.errors import DataError
@@ -36,7 +39,7 @@ _MOST_SOURCES = 50
 Ids = tuple[int, ...]
 
 # Domains of the run seed: independent random streams.
-_ORDER, _SAMPLING, _PROBE = 1, 2, 3
+_ORDER, _SAMPLING, _PROBE, _GIVEN = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class PromptSet:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of every prompt's id, token ids, answer, problem, teacher and context, in order, and of its
-        columns where rewards may depend on them. A resumed run must find the same.
+        """SHA-256 of every prompt's id, token ids, answer, problem, teacher, context and completion, in order, and
+        of its columns where rewards may depend on them. A resumed run must find the same.
         """
         sums = hashlib.sha256()
         for p in self.prompts:
@@ -72,6 +75,8 @@ class PromptSet:
                 sums.update(json.dumps(["teacher", p.teacher]).encode())
             if p.context_ids is not None:
                 sums.update(json.dumps(["context", p.context_ids]).encode())
+            if p.completion_ids is not None:
+                sums.update(json.dumps(["completion", p.completion_ids]).encode())
             if (task := self.tasks.get(p.prompt_id)) is not None:
                 sums.update(json.dumps([task.answer, task.columns], sort_keys=True).encode())
         return sums.hexdigest()
@@ -87,6 +92,7 @@ def load_prompts(
     with_tasks: bool = False,
     environment: EnvironmentConfig | None = None,
     teachers: Mapping[str, str | None] | None = None,
+    completions: CompletionLimits | None = None,
 ) -> PromptSet:
     """Read, check and tokenise a split. If `graded`, every row must have an answer.
 
@@ -96,9 +102,13 @@ def load_prompts(
     then be anything, and one that is neither text nor number is theirs alone. `environment` makes the rows where
     `data.path` says so. `teachers` are those that are asked, with the template of what each is told in place of the
     prompt, None for the prompt; their names are those that `data.teacher_column` may hold, and each must be in it.
+    With `completions` those of `data.completion_column` are read.
     """
     template = chat_template_of(data, tokenizer, teacher)
     routing = Routing(data, teachers or {}, template)
+    given = None
+    if completions is not None and data.completion_column is not None:
+        given = Completions(data, tokenizer, template, completions)
     source, rows = open_rows(data, environment)
     stem = Path(source).stem
     prompts: list[Prompt] = []
@@ -115,8 +125,9 @@ def load_prompts(
         routes = [routing.of(row) for row in batch]
         encode = partial(_encode, tokenizer, template is None)
         encoded, told = encode(texts), encode([route.told for route in routes])
-        rows_of_batch = zip(batch, texts, encoded, answers, routes, told, strict=True)
-        for row, text, ids, answer, route, context_ids in rows_of_batch:
+        completed = _completed(tokenizer, given, batch, texts)
+        rows_of_batch = zip(batch, texts, encoded, answers, routes, told, completed, strict=True)
+        for row, text, ids, answer, route, context_ids, completion in rows_of_batch:
             prompt_id = _prompt_id(row, stem, seen)
             if not ids:
                 raise DataError(f"{row.where}: the prompt gives no token")
@@ -128,7 +139,9 @@ def load_prompts(
                 problem = row.columns[PROBLEM] if is_environment(data.path) else None
                 source_of, level = _source(row, data), row.columns.get(LEVEL, 0) if problem is not None else 0
                 prompts.append(
-                    Prompt(prompt_id, ids, answer, route.teacher, problem, context_ids, source_of, level)
+                    Prompt(
+                        prompt_id, ids, answer, route.teacher, problem, context_ids, source_of, level, completion
+                    )
                 )
                 if with_tasks:
                     tasks[prompt_id] = _task(row, data, text)
@@ -161,6 +174,16 @@ def _encode(tokenizer: Any, special: bool, texts: Sequence[str | None]) -> list[
     given = [text for text in texts if text is not None]
     ids = iter(tokenizer(given, add_special_tokens=special)["input_ids"] if given else ())
     return [None if text is None else tuple(next(ids)) for text in texts]
+
+
+def _completed(
+    tokenizer: Any, given: Completions | None, rows: Sequence[Row], prompts: Sequence[str]
+) -> list[Ids | None]:
+    """The tokens of the rows' completions; None of each where none are read."""
+    if given is None:
+        return [None] * len(rows)
+    texts = [given.text(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+    return [given.ids(ids) for ids in _encode(tokenizer, False, texts)]
 
 
 def _is_too_long(
@@ -324,9 +347,11 @@ def rollout_specs(
     places: range,
     start: StepStart | None = None,
     levels: Mapping[str, int] | None = None,
+    given: Collection[int] = (),
 ) -> list[RolloutSpec]:
     """The rollouts of the prompts at these places of the order: those of one prompt are adjacent, and ids are
-    consecutive over the run, since each follows from its prompt's place.
+    consecutive over the run, since each follows from its prompt's place, but for those of prompts whose completions
+    are `given`, counted from the first place.
 
     Each rollout is a probe with the probability that its teacher's rule says in `start`, by default
     `termination.probe_share`, independently; a larger share only adds probes. Others are no longer than its budget.
@@ -335,8 +360,10 @@ def rollout_specs(
     rollout, seed = config.rollout, config.run.seed
     start = start or StepStart(None, None)
     prompts, each = order.take(places, levels), rollout.rollouts_per_prompt
-    specs = []
-    for rollout_id, prompt in enumerate((p for p in prompts for _ in range(each)), places.start * each):
+    first, specs = places.start * each, []
+    for rollout_id, prompt in enumerate((p for p in prompts for _ in range(each)), first):
+        if (rollout_id - first) // each in given:
+            continue
         limits = start.of(prompt.teacher)
         probe = is_probe(seed, rollout_id, probe_share(config, limits))
         budget = None if probe else limits.budget
@@ -353,6 +380,34 @@ def rollout_specs(
             )
         )
     return specs
+
+
+@functools.lru_cache(maxsize=4)
+def _given_places(seed: int, step: int, share: float, prompts: int) -> frozenset[int]:
+    """Places of a step's prompts, drawn from (run seed, step); their mean number is share x prompts."""
+    generator = np.random.default_rng([seed, _GIVEN, step])
+    count = math.floor(share * prompts + generator.random())
+    return frozenset(generator.permutation(prompts)[: min(count, most_given(share, prompts))].tolist())
+
+
+def given_places(config: Config, step: int) -> frozenset[int]:
+    """Which of a step's prompts have their completion from the data; a function of seed and step alone."""
+    objective = config.objective.off_policy
+    if not objective.share or (objective.steps is not None and step >= objective.steps):
+        return frozenset()
+    return _given_places(config.run.seed, step, objective.share, config.rollout.prompts_per_step)
+
+
+def given_completions(order: PromptOrder, config: Config, step: int) -> list[GivenCompletion]:
+    """The completions that a step learns from in place of rollouts, each under the id of its prompt's first one."""
+    rollout = config.rollout
+    begin = step * rollout.prompts_per_step  # with completions of the data no step draws other prompts
+    prompts = order.take(range(begin, begin + rollout.prompts_per_step))
+    first = begin * rollout.rollouts_per_prompt
+    return [
+        GivenCompletion(first + place * rollout.rollouts_per_prompt, prompts[place])
+        for place in sorted(given_places(config, step))
+    ]
 
 
 def probe_share(config: Config, start: StepStart) -> float:

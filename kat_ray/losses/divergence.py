@@ -3,8 +3,10 @@
 KL(p || q) = sum_e p(e) (log p(e) - log q(e)) in nats, over events e: the student's k most likely tokens, each
 on its own, and everything else as one. A partition coarsens the vocabulary, hence 0 <= this <= full-vocabulary
 KL, with equality where p and q agree in proportion within the tail (arXiv 2606.09471, section on top-k KL). The
-same holds of the forward KL and of the generalised Jensen-Shannon divergence, by the same inequality of data
-processing.
+same holds of the forward KL, of the generalised Jensen-Shannon divergence and of the skewed KLs, by the same
+inequality of data processing. Any ids make such a partition, also the teacher's own top k; and any two
+distributions may be compared on it, also those of models at a temperature T, p(v)^(1/T) / sum_w p(w)^(1/T). Their
+masses take the whole vocabulary: the mass of a tail at T does not follow from its mass at 1.
 
 Stop ids (`eos`): `raw` leaves them singletons. `merged` turns the stop ids of both models, where one of them is
 among the student's top k, into one STOP event on both sides; elsewhere they stay in the tail on both sides.
@@ -177,15 +179,37 @@ def generalised_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     b, or by 1 - b, it tends to the forward KL as b goes to 0, and to the reverse KL as b goes to 1. A row with a
     NaN is NaN.
     """
-    # An absent event has no mass at exp(-200), and its differences are finite.
+    p, q, over_p, over_q = _mixture(student, teacher, beta)
+    return -(beta * q.exp() * over_q + (1.0 - beta) * p.exp() * over_p).sum(dim=-1)
+
+
+def skewed_forward_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
+    """The skew KL of DistiLLM (arXiv 2402.03898), [N] in nats from log-probabilities [N, E].
+
+    KL(teacher || a teacher + (1 - a) student), 0 < a = `alpha` < 1; differentiable in both. It is at most -log a,
+    also where the student gives no mass to an event that the teacher has, and tends to the forward KL as a goes to
+    0. A row with a NaN is NaN.
+    """
+    _, q, _, over_q = _mixture(student, teacher, alpha)
+    return -(q.exp() * over_q).sum(dim=-1)
+
+
+def skewed_reverse_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
+    """The skew reverse KL of the same, KL(student || (1 - a) teacher + a student); see `skewed_forward_kl`."""
+    return skewed_forward_kl(teacher, student, alpha)
+
+
+def _mixture(student: Tensor, teacher: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log p, log q, log(m / p), log(m / q) of m = share q + (1 - share) p; the student is p, each [N, E].
+
+    No value is infinite: an absent event has no mass at exp(-200), and its differences are finite.
+    """
     p, q = student.clamp_min(_ABSENT), teacher.clamp_min(_ABSENT)
     gap = q - p
     # log(m / p) where q <= p, log(m / q) where q > p: exactly 0 where both are equal, and no exponential overflows.
-    from_p = torch.log1p(beta * torch.expm1(gap.clamp(max=0.0)))
-    from_q = torch.log1p((1.0 - beta) * torch.expm1(-gap.clamp(min=0.0)))
-    over_p = torch.where(gap <= 0, from_p, from_q + gap)
-    over_q = torch.where(gap <= 0, from_p - gap, from_q)
-    return -(beta * q.exp() * over_q + (1.0 - beta) * p.exp() * over_p).sum(dim=-1)
+    from_p = torch.log1p(share * torch.expm1(gap.clamp(max=0.0)))
+    from_q = torch.log1p((1.0 - share) * torch.expm1(-gap.clamp(min=0.0)))
+    return p, q, torch.where(gap <= 0, from_p, from_q + gap), torch.where(gap <= 0, from_p - gap, from_q)
 
 
 def entropy(event_logprobs_NE: Tensor) -> Tensor:

@@ -7,14 +7,23 @@ states and weight are computed in the forward pass too, no product twice; the we
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kat_ray.losses.coverage import MassCurve
 from kat_ray.losses.output_layer import OutputLayer, add_outer_, product_with_weight
-from kat_ray.losses.term import LossTerm, SeesGradient, StudentLogprobs, TermSums, TokenRows
+from kat_ray.losses.term import (
+    EventLogprobs,
+    LossTerm,
+    SeesGradient,
+    StudentLogprobs,
+    TermSums,
+    TokenRows,
+    temperature_of,
+)
 
 # Tokens of a call whose whole distribution is sorted: 0.17 s on a core for 49,152 entries each, beside seconds. Of
 # 8 tokens a call, in steps of one call, the k for 99 % of the mass scattered by a factor of 3.
@@ -51,8 +60,13 @@ class HeadLoss(nn.Module):
 
     def forward(self, hidden_TH: Tensor, rows: TokenRows) -> TermSums:
         if self.curve is not None:
-            some = torch.linspace(0, len(hidden_TH) - 1, min(_CURVE_TOKENS, len(hidden_TH))).long()
-            self.curve.add(self._layer[0].logits(hidden_TH.detach()[some.to(hidden_TH.device)]))
+            generated_TH = hidden_TH.detach()
+            if rows.given_weights is not None:
+                generated_TH = generated_TH[rows.given_weights == 0]
+            tokens = len(generated_TH)
+            some = torch.linspace(0, tokens - 1, min(_CURVE_TOKENS, tokens)).long()
+            logits_CV = self._layer[0].logits(generated_TH[some.to(hidden_TH.device)])
+            self.curve.add(logits_CV.div_(temperature_of(self.term)))
         return head_loss(hidden_TH, self._layer[0], rows, self.term, self._chunk_tokens)
 
 
@@ -142,54 +156,104 @@ def _products_gradient(
 def loss_and_gradient(logits_CV: Tensor, rows: TokenRows, term: LossTerm, *, gradient: bool = True) -> TermSums:
     """The term over a chunk; overwrites `logits_CV`, with the loss's gradient unless that is not asked for.
 
-    The vocabulary falls into the top k, the stop ids outside them, and the rest. With S the sum of exp over it, and
-    D the sum of the loss's derivatives in the logarithms of the top k, of the rest (tail), of the stop ids (stop)
-    and of the sampled token, the gradient in logit v is -D exp(v) / S, plus dlog p(v) in the top k, plus dlog p(v)
-    at the sampled token, plus, outside the top k, the derivative in the logarithm of its part times
-    exp(v) / (sum of exp over that part).
+    A term with a temperature takes a second array of this size for the logits divided by it.
     """
-    ids, token_C1 = rows.topk_ids, rows.token_ids[:, None]
+    ids, temperature = rows.topk_ids, temperature_of(term)
     stop_index = torch.tensor(
         sorted({i for i in term.stop_ids if i < logits_CV.shape[1]}), device=ids.device, dtype=torch.long
     )
+    tempered = None if temperature == 1.0 else _partition_(logits_CV / temperature, rows, stop_index)
+    plain = _partition_(logits_CV, rows, stop_index)
+    student = plain.logprobs()
+    if tempered is not None:
+        student = student._replace(tempered=EventLogprobs(*tempered.logprobs()[:3]))
+    if not gradient:
+        return term(student, rows)
+    result, d = _differentiate(term, student, rows)
+    d = plain.masked(d)
+    if tempered is not None and d.tempered is not None:
+        nothing = torch.zeros_like(d.sampled)
+        of_events = tempered.masked(StudentLogprobs(*d.tempered, nothing))
+        d = d._replace(tempered=EventLogprobs(*of_events[:3]))
+        tempered.gradient_(of_events, rows, stop_index)
+    if isinstance(term, SeesGradient):
+        result = term.with_gradient(result, student, d, rows)
+    plain.gradient_(d, rows, stop_index)
+    if tempered is not None:
+        logits_CV += tempered.weights_CV.div_(temperature)
+    return result
+
+
+class _Partition(NamedTuple):
+    """Logits of a chunk, less their largest, in three: of the top k, of the stop ids outside them, of the rest."""
+
+    weights_CV: Tensor  # exp of those of the rest; 0 elsewhere
+    picked_Ck: Tensor  # of the top k
+    sampled_C: Tensor  # of the sampled token
+    stops_Cs: Tensor  # exp of those of the stop ids; 0 where one is in the top k
+    rest_C: Tensor  # sums of exp
+    stop_C: Tensor
+    total_C: Tensor  # of the vocabulary
+
+    def logprobs(self) -> StudentLogprobs:
+        lse_C = self.total_C.log()
+        return StudentLogprobs(
+            topk=self.picked_Ck - lse_C[:, None],
+            tail=self.rest_C.log() - lse_C,
+            stop=self.stop_C.log() - lse_C,
+            sampled=self.sampled_C - lse_C,
+        )
+
+    def masked(self, d: StudentLogprobs) -> StudentLogprobs:
+        """Derivatives, 0 where there is no mass to move; autograd may give NaN there, as for masked stop ids."""
+        return d._replace(
+            topk=d.topk.masked_fill(torch.isneginf(self.picked_Ck), 0.0),
+            tail=d.tail.masked_fill(self.rest_C == 0, 0.0),
+            stop=d.stop.masked_fill(self.stop_C == 0, 0.0),
+            sampled=d.sampled.masked_fill(torch.isneginf(self.sampled_C), 0.0),
+        )
+
+    def gradient_(self, d: StudentLogprobs, rows: TokenRows, stop_index: Tensor) -> None:
+        """Overwrite `weights_CV` with the loss's gradient in the logits.
+
+        With S the sum of exp over the vocabulary, and D the sum of the loss's derivatives `d` in the logarithms of
+        the top k, of the rest (tail), of the stop ids (stop) and of the sampled token, the gradient in logit v is
+        -D exp(v) / S, plus dlog p(v) in the top k, plus dlog p(v) at the sampled token, plus, outside the top k,
+        the derivative in the logarithm of its part times exp(v) / (sum of exp over that part).
+        """
+        weights_CV, rest_C, stop_C = self.weights_CV, self.rest_C, self.stop_C
+        share_C = -(d.topk.sum(dim=-1) + d.tail + d.stop + d.sampled) / self.total_C
+        weights_CV *= (torch.where(rest_C > 0, d.tail / rest_C, 0.0) + share_C)[:, None]
+        weights_CV.index_copy_(
+            1, stop_index, self.stops_Cs * (torch.where(stop_C > 0, d.stop / stop_C, 0.0) + share_C)[:, None]
+        )
+        weights_CV.scatter_(-1, rows.topk_ids, d.topk + share_C[:, None] * self.picked_Ck.exp())
+        weights_CV.scatter_add_(-1, rows.token_ids[:, None], d.sampled[:, None])
+
+
+def _partition_(logits_CV: Tensor, rows: TokenRows, stop_index: Tensor) -> _Partition:
+    """The three parts of a chunk's logits, which are overwritten."""
+    ids = rows.topk_ids
     logits_CV -= logits_CV.amax(dim=-1, keepdim=True)
     picked_Ck = logits_CV.gather(-1, ids)
-    sampled_C = logits_CV.gather(-1, token_C1)[:, 0]
+    sampled_C = logits_CV.gather(-1, rows.token_ids[:, None])[:, 0]
     weights_CV = logits_CV.exp_().scatter_(-1, ids, 0.0)
     stops_Cs = weights_CV.index_select(1, stop_index)
     rest_C, stop_C = weights_CV.index_fill_(1, stop_index, 0.0).sum(dim=-1), stops_Cs.sum(dim=-1)
     total_C = rest_C + stop_C + picked_Ck.exp().sum(dim=-1)
-    lse_C = total_C.log()
-    student = StudentLogprobs(
-        topk=picked_Ck - lse_C[:, None],
-        tail=rest_C.log() - lse_C,
-        stop=stop_C.log() - lse_C,
-        sampled=sampled_C - lse_C,
-    )
-    if not gradient:
-        return term(student, rows)
-    result, d = _differentiate(term, student, rows)
-    # A masked logit has no mass to move; autograd gives NaN where all stop ids of the top k are such.
-    d_topk = d.topk.masked_fill(torch.isneginf(picked_Ck), 0.0)
-    d_tail, d_stop = d.tail.masked_fill(rest_C == 0, 0.0), d.stop.masked_fill(stop_C == 0, 0.0)
-    d_sampled = d.sampled.masked_fill(torch.isneginf(sampled_C), 0.0)
-    if isinstance(term, SeesGradient):
-        result = term.with_gradient(result, student, StudentLogprobs(d_topk, d_tail, d_stop, d_sampled))
-    share_C = -(d_topk.sum(dim=-1) + d_tail + d_stop + d_sampled) / total_C
-    weights_CV *= (torch.where(rest_C > 0, d_tail / rest_C, 0.0) + share_C)[:, None]
-    weights_CV.index_copy_(
-        1, stop_index, stops_Cs * (torch.where(stop_C > 0, d_stop / stop_C, 0.0) + share_C)[:, None]
-    )
-    weights_CV.scatter_(-1, ids, d_topk + share_C[:, None] * picked_Ck.exp())
-    weights_CV.scatter_add_(-1, token_C1, d_sampled[:, None])
-    return result
+    return _Partition(weights_CV, picked_Ck, sampled_C, stops_Cs, rest_C, stop_C, total_C)
 
 
 def _differentiate(term: LossTerm, student: StudentLogprobs, rows: TokenRows) -> tuple[TermSums, StudentLogprobs]:
     """The term, detached, and the derivatives of its loss in each of the student's log-probabilities."""
-    leaves = StudentLogprobs(*(leaf.requires_grad_() for leaf in student))
+    leaves = [leaf.requires_grad_() for leaf in (*student[:4], *(student.tempered or ()))]
     # A checkpoint around this stores no tensors of this small graph: it would compute everything again right here.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        result = term(leaves, rows)
-        derivatives = torch.autograd.grad(result.loss, leaves, allow_unused=True, materialize_grads=True)
-    return result._replace(loss=result.loss.detach()), StudentLogprobs(*derivatives)
+        result = term(_of_list(leaves), rows)
+        found = torch.autograd.grad(result.loss, leaves, allow_unused=True, materialize_grads=True)
+    return result._replace(loss=result.loss.detach()), _of_list(found)
+
+
+def _of_list(columns: Sequence[Tensor]) -> StudentLogprobs:
+    topk, tail, stop, sampled, *tempered = columns
+    return StudentLogprobs(topk, tail, stop, sampled, EventLogprobs(*tempered) if tempered else None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from kat_ray.losses.distillation import Distillation
 from kat_ray.losses.divergence import entropy, event_logprobs, is_stop
 from kat_ray.losses.statistics import StudentStatistics
-from kat_ray.losses.term import StudentLogprobs, TermSums, TokenRows
+from kat_ray.losses.term import StudentLogprobs, TermSums, TokenRows, temperature_of
 
 
 class TokenLoss(NamedTuple):
@@ -88,20 +88,25 @@ def sequence_mask_weight(sequence: Tensor, low: float, high: float) -> Tensor:
     return ((ratio >= low) & (ratio <= high)).to(ratio.dtype)
 
 
-def gradient_pulls(student: StudentLogprobs, derivatives: StudentLogprobs) -> tuple[Tensor, Tensor]:
+def gradient_pulls(
+    student: StudentLogprobs, derivatives: StudentLogprobs, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """L1 norms [C] of the gradients in a token's logits, of the policy's loss and of the KL.
 
     The policy's loss depends on log p of the sampled token alone, the KL on the other three, so derivatives in them
     tell the two apart. With c = dL / dlog p(token) the policy's gradient in logit v is c (1{v = token} - p(v)), of
     norm 2 |c| (1 - p(token)). Of the KL's, D the sum of its derivatives, an event has its own derivative - D times
     its mass, which its ids share in proportion to their probability: so the sum over events is the sum over ids,
-    and takes no pass over the vocabulary.
+    and takes no pass over the vocabulary. At a temperature T it is of the logits divided by T, hence 1 / T of that.
     """
     policy = 2.0 * derivatives.sampled.abs() * -torch.expm1(student.sampled)
-    masses = torch.cat([student.topk, student.tail[:, None], student.stop[:, None]], dim=1).exp()
-    slopes = torch.cat([derivatives.topk, derivatives.tail[:, None], derivatives.stop[:, None]], dim=1)
+    masses, slopes = (
+        torch.cat([of.topk, of.tail[:, None], of.stop[:, None]], dim=1)
+        for of in (student.learnt, derivatives.learnt)
+    )
+    masses = masses.exp()
     kl = (slopes - slopes.sum(dim=1, keepdim=True) * masses).abs().sum(dim=1)
-    return policy, kl
+    return policy, kl / temperature
 
 
 # The loss of a token from the learner's log-probability, the sampler's, the advantage, and the logarithm of its
@@ -130,6 +135,11 @@ class PolicyAndDistillation:
     @property
     def stop_ids(self) -> tuple[int, ...]:
         return self.distillation.stop_ids
+
+    @property
+    def temperature(self) -> float:
+        """That of the KL."""
+        return temperature_of(self.distillation)
 
     @property
     def sum_names(self) -> tuple[str, ...]:
@@ -167,9 +177,12 @@ class PolicyAndDistillation:
         loss = self.opd_weight * kl.loss + self.rl_weight * policy
         return TermSums(loss, torch.cat([kl.sums, own, unknown]), torch.cat([kl.maxima, largest.to(kl.maxima)]))
 
-    def with_gradient(self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs) -> TermSums:
+    def with_gradient(
+        self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs, rows: TokenRows
+    ) -> TermSums:
         """Counts how hard each of the two losses, with its weight, pulls at the logits: see `gradient_pulls`."""
-        pulls = torch.stack([pull.double().sum() for pull in gradient_pulls(student, derivatives)])
+        found = gradient_pulls(student, derivatives, self.temperature)
+        pulls = torch.stack([pull.double().sum() for pull in found])
         sums = torch.cat([result.sums[: -len(self._of_gradient)], pulls.to(result.sums)])
         return result._replace(sums=sums)
 

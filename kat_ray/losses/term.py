@@ -22,6 +22,7 @@ class TokenRows(NamedTuple):
     advantages: Tensor | None = None  # [T] float32, of the sampled tokens
     policy_weights: Tensor | None = None  # [T] float32, what each counts in the policy's loss; 0 leaves it out
     sequence: Tensor | None = None  # [T] float32, log of its rollout's ratio, where a pass was made for it
+    given_weights: Tensor | None = None  # [T] float32, what a token of a given completion counts; 0: generated
 
     def part(self, rows: slice | Tensor) -> TokenRows:
         """Some rows of every column."""
@@ -29,13 +30,35 @@ class TokenRows(NamedTuple):
         return TokenRows(**{name: column[rows] for name, column in columns.items()})
 
 
+class EventLogprobs(NamedTuple):
+    """The student at a temperature: log-masses of C tokens as those of `StudentLogprobs`."""
+
+    topk: Tensor  # [C, k]
+    tail: Tensor  # [C]
+    stop: Tensor  # [C]
+
+
 class StudentLogprobs(NamedTuple):
-    """All that a term may depend on: four kinds of log-probabilities of C tokens, each with its gradient."""
+    """All that a term may depend on: four kinds of log-probabilities of C tokens, each with its gradient.
+
+    They are at temperature 1. Where the term has another one, `tempered` has the events at that, too.
+    """
 
     topk: Tensor  # [C, k] at `TokenRows.topk_ids`
     tail: Tensor  # [C] of the mass of ids that are neither there nor stop ids; -inf where there is none
     stop: Tensor  # [C] of the mass of the stop ids outside the top k; -inf where there is none
     sampled: Tensor  # [C] at `TokenRows.token_ids`
+    tempered: EventLogprobs | None = None
+
+    def part(self, rows: Tensor) -> StudentLogprobs:
+        """Some tokens of every column."""
+        tempered = None if self.tempered is None else EventLogprobs(*(column[rows] for column in self.tempered))
+        return StudentLogprobs(self.topk[rows], self.tail[rows], self.stop[rows], self.sampled[rows], tempered)
+
+    @property
+    def learnt(self) -> EventLogprobs:
+        """The events at the term's temperature."""
+        return self.tempered or EventLogprobs(self.topk, self.tail, self.stop)
 
 
 class TermSums(NamedTuple):
@@ -73,5 +96,21 @@ class LossTerm(Protocol):
 class SeesGradient(Protocol):
     """What a term may have besides: it is shown the gradient of its loss, where there is one."""
 
-    def with_gradient(self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs) -> TermSums:
+    def with_gradient(
+        self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs, rows: TokenRows
+    ) -> TermSums:
         """`result` with more counted; `derivatives` are those of its loss in each of `student`, 0 where none is."""
+
+
+@runtime_checkable
+class HasTemperature(Protocol):
+    """What a term may have besides: a temperature at which it wants the student's events."""
+
+    @property
+    def temperature(self) -> float:
+        """Of `StudentLogprobs.tempered`; with 1 there is none."""
+
+
+def temperature_of(term: LossTerm) -> float:
+    """The temperature at which a term wants the student's events."""
+    return term.temperature if isinstance(term, HasTemperature) else 1.0

@@ -165,6 +165,15 @@ METRICS = {
         Metric("time/control", "s", "CPU time of the busiest sampler in sending chunks and applying decisions"),
         Metric("time/decision_mean", "s", "from building a chunk to applying the decision on it, mean"),
         Metric("time/decision_max", "s", "the slowest decision of the step"),
+        Metric(
+            "scorer/row_bytes_per_token", "bytes", "of the teacher's rows with its own ids (objective.opd.support)"
+        ),
+        Metric("offpolicy/completions", "completions", "of the data, in place of rollouts (objective.off_policy)"),
+        Metric("offpolicy/cut_off", "completions", "of those, as long as rollout.max_tokens lets a rollout be"),
+        Metric("offpolicy/tokens", "tokens", "of those, in their loss; in no other count"),
+        Metric("offpolicy/loss", "nats", "mean of objective.off_policy.loss over them"),
+        Metric("offpolicy/nll", "nats", "mean of the student's -log p(token) over them"),
+        Metric("offpolicy/dropped_tokens", "tokens", "of those completions, without a finite loss"),
         Metric("time/learn", "s", "optimiser step; the books are kept meanwhile"),
         Metric(
             "time/grade", "s", "grading after all rollouts have ended; without rewards, while the learner works"

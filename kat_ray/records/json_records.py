@@ -60,6 +60,9 @@ class Summary(Record):
     trained_tokens: Count = 0
     learnt_tokens: Count | None = None
     teacher_tokens: dict[str, Count] = {}
+    given_tokens: Count = 0
+    given_prompt_tokens: Count = 0
+    given_scored_tokens: Count = 0
     overshoot_tokens: Count = 0
     wall_seconds: Annotated[float, Field(ge=0, le=1e12)] = 0.0
     eval_before: Figures | None = None

@@ -54,6 +54,9 @@ def dump_batch(folder: Path, step: int, batch: StepBatch, report: Mapping[str, f
     tensors = _tensors(rows, students, [kl.get(r.rollout_id, unscored)[: len(r.token_ids)] for r in rows])
     if not batch.scored:
         tensors = {name: tensor for name, tensor in tensors.items() if name not in _OF_A_TEACHER}
+    elif any(given.topk_ids_low is not None for given in batch.teacher):
+        named = [r.topk_ids.astype(np.int32) for r in rows]
+        tensors["teacher_topk_ids"] = np.concatenate(named or [np.zeros((0, 0), np.int32)])
     tensors |= _credit(rows)
     odd = sorted(n for n, v in report.items() if not math.isfinite(v))
     description = {
@@ -103,7 +106,7 @@ def _tensors(
         "weights": join([r.weights for r in rows], np.float32),
         "d": join(kl, np.float32),
         "sampled_logprobs": join([r.sampled_logprobs for r in rows], np.float32),
-        "topk_ids": half([r.topk_ids.astype(np.int32) for r in rows]),
+        "topk_ids": half([r.topk_ids.astype(np.int32) for r in students]),
         "student_topk_logprobs": half([r.teacher_topk for r in students]),
         "student_tail_logprobs": join([r.teacher_tail for r in students], np.float32),
         "teacher_topk_logprobs": half([r.teacher_topk for r in rows]),

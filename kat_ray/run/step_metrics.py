@@ -133,6 +133,8 @@ def score_metrics(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> dic
         figures[name] = _mean(np.concatenate([getattr(c, field) for c in scored])[mask])
     if asked := sum(c.asked_tokens for c in scored):
         figures["scorer/run_per_token"] = sum(c.run_tokens for c in scored) / asked
+    if sent := sum(c.row_bytes for c in scored):
+        figures["scorer/row_bytes_per_token"] = sent / max(1, len(kl))
     return {k: v for k, v in figures.items() if v is not None}
 
 

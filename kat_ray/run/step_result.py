@@ -28,6 +28,16 @@ class PolicyReport:
 
 
 @dataclass(frozen=True)
+class GivenReport:
+    """The completions of the data in one optimiser step, over all ranks."""
+
+    tokens: int  # in their loss
+    loss: float  # mean over them, by `objective.off_policy.loss`; nats
+    nll: float  # mean of -log p(token) of the student, nats
+    dropped_tokens: int  # without a finite loss
+
+
+@dataclass(frozen=True)
 class LearnerReport:
     """One optimiser step, summed over all ranks. `loss` is the (weighted) mean KL over the kept tokens, nats.
 
@@ -53,20 +63,23 @@ class LearnerReport:
     kl_hidden: float | None = None  # estimate of the KL within the tail, nats
     top_k_for_99: int | None = None  # how long a top k holds 99 % of the student's mass
     policy: PolicyReport | None = None
+    given: GivenReport | None = None  # of what was not generated, which is in no figure above
     weights: Mapping[str, float] | None = None  # of the losses "opd" and "rl", where they change from step to step
 
     def to_metrics(self) -> dict[str, float]:
         """All fields but the version, which other metrics give, and those that are not known."""
-        elsewhere = ("policy_version", "policy", "weights")
+        elsewhere = ("policy_version", "policy", "weights", "given")
         figures = {name: value for name, value in asdict(self).items() if name not in elsewhere}
         of_policy = {} if self.policy is None else asdict(self.policy)
         policy = {f"rl/{name}": float(v) for name, v in of_policy.items() if v is not None}
+        given = {} if self.given is None else asdict(self.given)
         if self.policy is not None and not self.policy.tokens:  # means of nothing
             policy = {name: policy[name] for name in ("rl/loss", "rl/tokens")}
         return (
             {f"learner/{name}": float(value) for name, value in figures.items() if value is not None}
             | {f"objective/{name}_weight": weight for name, weight in (self.weights or {}).items()}
             | policy
+            | {f"offpolicy/{name}": float(value) for name, value in given.items()}
         )
 
 

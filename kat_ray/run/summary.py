@@ -70,6 +70,13 @@ class Totals:
         assert self.started == self.ended.total(), f"{self.started} rollouts started, {self.ended.total()} ended"
         assert t["generated"] == t["kept"] + t["overshoot"] + t["cut_back"], f"tokens do not balance: {dict(t)}"
 
+    def add_given(self, prompt: int, tokens: int, scored: int) -> None:
+        """Add a step's completions of the data: none of their tokens was generated, and all were learnt.
+
+        `scored` are those, prompts included, that teachers were asked about.
+        """
+        self.tokens.update(given=tokens, given_prompt=prompt, given_scored=scored)
+
     def add_trained(self, tokens: int) -> None:
         """Add the tokens of one optimiser step's loss."""
         self.tokens.update(trained=tokens)

@@ -2,8 +2,8 @@
 
 Each stage writes a new record to the object store; none changes a record that it was given.
 Ragged data is flat: `offsets[i]:offsets[i + 1]` are the rows of the i-th rollout of a chunk. All
-log-probabilities are natural logarithms of the *unfiltered* distributions at temperature 1; all KL
-values are in nats.
+log-probabilities are natural logarithms of the *unfiltered* distributions at temperature 1, but for the teacher's
+rows, which have `objective.opd.teacher_temperature`; all KL values are in nats.
 
 A worked example. Rollout 7 has the prompt `[5, 6]` and the student has generated `[9, 4, 2]` so far.
 Its first chunk (two tokens) has `start = 0`, `token_ids = [9, 4]`, `context_ids = [5, 6]`; row 0 holds
@@ -69,6 +69,7 @@ class Prompt:
     context_ids: tuple[int, ...] | None = None  # what the teacher is given instead of `token_ids`; None: the same
     source: str | None = None  # what it is from, where metrics tell sources apart
     level: int = 0  # how hard it is, in a curriculum
+    completion_ids: tuple[int, ...] | None = None  # of the data, where completions are learnt from
 
     @property
     def gold(self) -> str | None:
@@ -193,6 +194,7 @@ class ScoredChunk(ChunkRows):
     seconds: float  # time the scorer worked on this chunk
     asked_tokens: int = 0  # tokens that the chunk brought, context included
     run_tokens: int = 0  # tokens that the teacher's engine ran for it
+    row_bytes: int = 0  # of its `TeacherRows`, where these bring ids of their own
 
 
 @dataclass(frozen=True)
@@ -202,9 +204,24 @@ class TeacherRows:
     Quantised; `kat_ray.losses.divergence.dequantise` returns distributions that sum to 1.
     """
 
-    topk_logprobs: FloatArray  # [N, k] float16, log q at the student's top-k ids
+    topk_logprobs: FloatArray  # [N, k] float16, log q at the student's top-k ids, or at those here
     tail_logprobs: FloatArray  # [N] float32, log of the mass of all other ids that are no stop ids
     stop_logprobs: FloatArray  # [N] float32, of the stop ids of both models outside the top k; -inf without any
+    # The teacher's own top-k ids, most likely first, packed as those of a chunk; None: the chunk's are meant.
+    topk_ids_low: IntArray | None = None
+    topk_ids_high: IntArray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of all arrays."""
+        columns = (getattr(self, f.name) for f in fields(self))
+        return sum(int(column.nbytes) for column in columns if column is not None)
+
+    def topk_ids(self, rows: slice = slice(None)) -> IntArray | None:
+        """The ids of these rows, [n, k] int32, where they are the teacher's own."""
+        if self.topk_ids_low is None or self.topk_ids_high is None:
+            return None
+        return unpack_ids(self.topk_ids_low[rows], self.topk_ids_high[rows])
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class FailingEngine(StubEngine):
 class FailingTeacher(StubTeacher):
     folder, calls = None, 0
 
-    def score(self, chunk, topk_ids):
+    def score(self, chunk, topk_ids, own_top=0):
         self.calls += 1
         if self.calls == 12:
             once(

@@ -48,7 +48,7 @@ class HangingTeacher(StubTeacher):
         super().__init__(settings.rollout.max_tokens)
         self._dir, self._first = folder, settings.rollout.rollouts_per_step
 
-    def score(self, chunk, topk_ids):
+    def score(self, chunk, topk_ids, own_top=0):
         if chunk.rollout_ids.max() >= self._first and chunk.start.max() > 0:
             hang_once(self._dir)
         return super().score(chunk, topk_ids)

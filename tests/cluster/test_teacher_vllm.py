@@ -220,6 +220,23 @@ def test_overlap_is_known_where_the_rule_needs_it(models, engine, teachers):
         np.testing.assert_allclose(a.topk, b.topk, atol=1e-4)
 
 
+@pytest.mark.nightly
+def test_its_own_most_likely_ids_are_those_of_transformers(models, teachers):
+    """For the learner; d and whatever rules see are at the student's."""
+    student = models["student"][1]
+    rollouts = random_rollouts(4, seed=9)
+    chunk = chunk_of(student, rollouts)
+    ours, other = (teacher.score(chunk, chunk.topk_ids(), 12) for teacher in teachers)
+    torch.testing.assert_close(ours.topk, other.topk, atol=1e-4, rtol=1e-4)
+    for a, b in zip((ours.targets.ids, ours.targets.topk), (other.targets.ids, other.targets.topk), strict=True):
+        assert a.shape == (chunk.tokens, 12) == b.shape
+    same = ours.targets.ids == other.targets.ids
+    assert same.float().mean() > 0.98, "but for ties of rounding"
+    torch.testing.assert_close(ours.targets.topk, other.targets.topk, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.targets.tail.exp(), other.targets.tail.exp(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours.targets.stop.exp(), other.targets.stop.exp(), atol=1e-4, rtol=0)
+
+
 def test_nothing_is_left_of_a_request_that_could_not_be_added(models, engine, teachers, monkeypatch):
     student, (ours, other) = models["student"][1], teachers
     rollouts = ragged(3, seed=2)

@@ -18,6 +18,7 @@ import ray
 from actors.learner.settings import LearnerSettings
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
 from kat_ray.data.batch import collect_samples
+from kat_ray.data.given import GivenShare, given_samples
 from kat_ray.errors import StateLost
 from kat_ray.run.step_result import LearnerReport
 from kat_ray.types.records import KeptRollout, WeightUpdate
@@ -69,6 +70,7 @@ class MemoryLearner:
         self._weights = self._average = 0
         self._rows: list[Any] | None = None
         self._kept: Sequence[KeptRollout] = ()
+        self._given: list[Any] = []
         self._logprobs: dict[int, Any] = {}
         self._written: tuple[str, int] | None = None
 
@@ -88,13 +90,22 @@ class MemoryLearner:
         self._work()
         return {"rank": self._rank, "seconds": 0.0}
 
-    def collect(self, chunks: Sequence[Any], teacher: Sequence[Any], kept: Sequence[KeptRollout]) -> None:
+    def collect(
+        self,
+        chunks: Sequence[Any],
+        teacher: Sequence[Any],
+        kept: Sequence[KeptRollout],
+        given: GivenShare | None = None,
+    ) -> None:
         self._check_started()
         with self._heartbeat.busy("collect"):
             records = ray.get(list(chunks)), ray.get(list(teacher))
             self.world.on_collect(*records)
             self._rows = collect_samples(*records, kept)
-            self._kept = kept
+            self._kept, self._given = kept, []
+            if given is not None:
+                scored = ray.get(list(given.chunks)), ray.get(list(given.teacher))
+                self._given = given_samples(given, *scored, self._top_k)
 
     def learn(self, global_weight: float, policy_version: int) -> LearnerReport:
         if self._rows is None:
@@ -102,12 +113,12 @@ class MemoryLearner:
         rows, self._rows = self._rows, None
         self._logprobs = {row.rollout_id: row.sampled_logprobs + np.float32(0.25) for row in rows}
         with self._heartbeat.busy("learn"):
-            own = sum(_number(row) for row in rows)
+            own = sum(_number(row) for row in (*rows, *self._given))
             tokens = self._work(sum(map(_tokens, rows)))
             weight = self._work(sum(k.weight for k in self._kept))
             sums = [float(row.weights.sum(dtype=np.float64)) for row in rows]
             assert sums == [k.weight * k.scale for k in self._kept], "the teachers' weights are in no denominator"
-            weight = weight or float(any(row.policy for row in rows))
+            weight = weight or float(any(row.policy for row in rows) or bool(self._given))
             self._weights = (self._weights * 31 + self._work(own)) % _PRIME
             self._average = (self._average + self._weights) % _PRIME  # of all steps so far, as an average is
         assert weight == global_weight, (weight, global_weight)
@@ -181,6 +192,8 @@ def _tokens(row: Any) -> int:
 def _number(row: Any) -> int:
     """Of a rollout's kept part: other tokens, or other targets, give another."""
     parts = [row.prompt_ids, row.token_ids, row.topk_ids, row.sampled_logprobs, row.teacher_topk, row.teacher_tail]
+    if row.given is not None:
+        parts.append(row.given)
     if row.policy is not None:
         parts.append(np.array([row.policy.advantage, row.policy.tokens, row.policy.weight]))
     number = row.rollout_id

@@ -135,10 +135,11 @@ def everything(run, model="model.safetensors"):
     ]
     assert len(names) == 2
     state = json.loads((last / "training" / "state.json").read_text())
+    evaluations = run / "evaluations.jsonl"  # of a run without held-out problems there is none
     return {
         "weights": {n: (last / n).read_bytes() for n in names},
         "metrics": [timeless(json.loads(x)) for x in (run / "metrics.jsonl").read_text().splitlines()],
-        "evaluations": (run / "evaluations.jsonl").read_text(),
+        "evaluations": evaluations.read_text() if evaluations.exists() else "",
         "traces": read_traces(run).to_pylist(),
         "summary": {k: v for k, v in summary.items() if k not in ("wall_seconds", "git_commit")},
         "state": {k: v for k, v in state.items() if k not in ("seconds", "positions")},

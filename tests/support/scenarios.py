@@ -34,7 +34,7 @@ from kat_ray.types.records import DEFAULT_TEACHER, Prompt
 from tests.support.fake_cluster import FakeCluster, FakePlacement
 from tests.support.memory_learner import MemoryLearner, World
 from tests.support.memory_records import MemoryCheckpoints, MemoryRun, MemoryTracker
-from tests.support.quick_engines import QuickTeacher, make_engine, quick_compare
+from tests.support.quick_engines import QuickTeacher, make_engine, quick_compare, quick_rows
 
 PLAIN: dict[str, dict[str, Any]] = {
     "run": {"steps": 3, "checkpoint_every": 2, "grace_seconds": 30.0},
@@ -217,6 +217,7 @@ class Run:
         """What of today's modules a run here does without."""
         return {
             "actors.teacher.scorer.TeacherScorer._compare": quick_compare,
+            "actors.teacher.scorer.TeacherScorer._rows": quick_rows,
             "actors.driver.training_run._trackers": lambda *_: Trackers([MemoryTracker(self.records)]),
             "actors.driver.training_run.StoreWatch": functools.partial(
                 StoreWatch, ask=lambda: StoreUsage(0.1, 0.0)
@@ -231,10 +232,13 @@ def prompts_of(config: Config) -> PromptSet:
     """The prompts, dealt to the teachers in turn."""
     names = sorted(config.used_teachers) or [DEFAULT_TEACHER]
     dealt = (replace(p, teacher=names[i % len(names)]) for i, p in enumerate(PROMPTS.prompts))
+    if config.data.completion_column is not None:
+        dealt = (replace(p, completion_ids=(i, 9, *range(i))) for i, p in enumerate(dealt))
     return replace(PROMPTS, prompts=tuple(dealt))
 
 
 ALONE = "without a teacher"
+GIVEN = "given completions"
 TWO_TEACHERS = "two teachers"
 LIVE, AVERAGE = "the student teaches", "its average teaches"
 # Runs of other shapes than the plain one.
@@ -295,6 +299,12 @@ LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
     "imputed cuts": {
         "objective": {"rl": {"weight": 1.0, "cut_reward": "probe_mean", "probe_min": 1, "probe_buffer": 4}},
         "rollout": {"temperature": 1.0, "top_p": 1.0, "staleness": 1},
+        "run": {"checkpoint_every": 1},
+    },
+    GIVEN: {
+        "data": {"completion_column": "solution"},
+        "objective": {"off_policy": {"share": 0.4}},
+        "learner": {"world_size": 2},
         "run": {"checkpoint_every": 1},
     },
     "elastic": {

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from tests.support.scenarios import AVERAGE, LAYOUTS, LIVE, TWO_TEACHERS, check_schedule
+from tests.support.scenarios import AVERAGE, GIVEN, LAYOUTS, LIVE, TWO_TEACHERS, check_schedule
 
 MORE = int(os.environ.get("KAT_RAY_SCHEDULES", "0"))
 ACTORS = ("sampler:0", "sampler:1", "scorer:0", "scorer:1", "monitor:0", "monitor:1", "learner:0", "learner:1")
 GROUPS = ("scorer-math:0", "scorer-math:1", "scorer-prose:0")  # of teachers by name
-OF_TEACHERS = (TWO_TEACHERS, LIVE, AVERAGE)
+FEWER = (TWO_TEACHERS, LIVE, AVERAGE, GIVEN)
 SWITCHES = st.integers(30, 1000)  # of a run that has some 800 of them
 
 
@@ -73,4 +73,4 @@ def test_deaths_freezes_lost_nodes_and_the_end():
 @pytest.mark.integration  # two minutes in all
 @pytest.mark.parametrize("layout", sorted({*LAYOUTS} - {"plain"}))
 def test_all_of_it_in_other_layouts(layout):
-    checked(60 if layout in OF_TEACHERS else 175, layout, "kill", "kill", "freeze", "lose", "terminate")
+    checked(60 if layout in FEWER else 175, layout, "kill", "kill", "freeze", "lose", "terminate")

@@ -32,12 +32,13 @@ def pair(tmp_path_factory):
 
 
 @torch.no_grad()
-def exact(student, teacher, rollouts, eos, k=64):
-    """Summed KL of the student's top k, STOP and the rest, in float64 from lists of ids."""
+def exact(student, teacher, rollouts, eos, k=64, temperatures=(1.0, 1.0)):
+    """Summed KL of the student's top k, STOP and the rest, of either at its temperature."""
     total = 0.0
     for prompt, tokens in rollouts.values():
         ids = torch.tensor([[*prompt, *tokens]])
-        p, q = (m(ids).logits[0, len(prompt) - 1 : -1].double().softmax(-1) for m in (student, teacher))
+        logits = [m(ids).logits[0, len(prompt) - 1 : -1].double() for m in (student, teacher)]
+        p, q = ((x / t).softmax(-1) for x, t in zip(logits, temperatures, strict=True))
         for a, b in zip(p, q, strict=True):
             top = a.topk(k).indices.tolist()
             parts = [[i] for i in top if eos != "mask" or i != STOP]
@@ -65,4 +66,27 @@ def test_the_scores_sum_to_the_loss_and_to_the_definition(pair, eos):
     expected = exact(student, teacher, rollouts, eos)
     assert rows.topk_logprobs.min() < -30 and scored.d.max() > 10, "the teacher is certain"
     assert float(scored.d.sum(dtype="float64")) == pytest.approx(expected, rel=1e-3)
+    assert loss == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("eos", ["raw", "merged", "mask"])
+def test_at_temperatures_the_loss_is_the_definition_and_the_scores_stay(pair, eos):
+    root, student, teacher = pair
+    names = str(root / "student"), str(root / "teacher")
+    opd = {"teacher_temperature": 3.0, "student_temperature": 0.7}
+    rollouts = random_rollouts(6, seed=3)
+    chunk, scores = chunk_of(student, rollouts), {}
+    for name, objective in (("plain", {}), ("tempered", {"opd": opd})):
+        config = make_config(*names, rollout={"eos": eos}, objective=objective)
+        settings = ScorerSettings.from_config(config, names[1], (STOP,), 64)
+        scores[name] = TeacherScorer("scorer:0", settings).score(chunk)
+    scored, rows = scores["tempered"]
+    assert (scored.d == scores["plain"][0].d).all(), "rules see temperature 1"
+    kept = [KeptRollout(i, len(prompt), len(tokens)) for i, (prompt, tokens) in rollouts.items()]
+    (batch,) = PaddedCollator(10_000).micro_batches(collect_samples([chunk], [rows], kept))
+    term = Distillation((STOP,), eos, temperature=opd["student_temperature"])
+    module, device = StudentWithLoss(StudentModel(student), term, 1000), torch.device("cpu")
+    positions = torch.from_numpy(batch.inputs.positions)
+    loss = module(model_arguments(batch, device), positions, token_rows(batch, device)).loss.item()
+    expected = exact(student, teacher, rollouts, eos, temperatures=(0.7, 3.0))
     assert loss == pytest.approx(expected, rel=1e-3)

@@ -8,7 +8,7 @@ import torch
 from actors.teacher.backend import columns_of
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.transformers_backend import TransformersTeacher
-from kat_ray.losses.divergence import entropy
+from kat_ray.losses.divergence import LOG_FLOOR, entropy
 from tests.support.configs import make_config
 
 N, V, K = 40, 500, 16
@@ -59,14 +59,47 @@ def test_the_distribution_does_not_leave_its_device(models):
         expected, OnDevice.leaving = teacher.columns(hidden, ids), []
         found = teacher.columns(hidden.as_subclass(OnDevice), ids)
     assert sorted(OnDevice.leaving) == [N] * 6 + [N * K], "k + 6 numbers a token, not the vocabulary's 200"
-    for a, b in zip(vars(found).values(), vars(expected).values(), strict=True):
+    assert found.targets is None is expected.targets
+    for a, b in zip(tensors(found), tensors(expected), strict=True):
         assert torch.equal(a.as_subclass(torch.Tensor), b)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_at_a_temperature_the_learner_gets_masses_of_the_whole_vocabulary(temperature):
+    logprobs, ids = problem()
+    found, plain = columns_of(logprobs, ids, (3, 7), temperature), columns_of(logprobs, ids, (3, 7))
+    for a, b in zip(tensors(found), tensors(plain), strict=True):
+        assert torch.equal(a, b), "what rules see is at temperature 1"
+    exact = torch.log_softmax(logprobs.double() / temperature, -1)
+    outside = exact.scatter(-1, ids, -torch.inf)
+    stop, rest = outside[:, [3, 7]], outside.clone()
+    rest[:, [3, 7]] = -torch.inf
+    targets = found.targets
+    torch.testing.assert_close(targets.topk.double(), exact.gather(-1, ids), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(targets.tail.double(), rest.logsumexp(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(targets.stop.double(), stop.logsumexp(-1), atol=1e-5, rtol=1e-5)
+    assert (targets.stop - found.stop).abs().mean() > 0.3, "masses at T are others"
+
+
+def test_ids_that_the_teacher_lacks_have_the_floor_at_any_temperature(models):
+    teacher_dir = models["teacher"][0]
+    config = make_config(models["student"][0], teacher_dir, objective={"opd": {"teacher_temperature": 2.0}})
+    settings = ScorerSettings.from_config(config, teacher_dir, (1,), 64, student_vocabulary=210)
+    hidden, ids = torch.randn(2, 64), torch.tensor([[3, 205], [209, 4]])
+    with torch.inference_mode():
+        found = TransformersTeacher(settings).columns(hidden, ids)
+    foreign = ids >= 200
+    assert (found.targets.topk[foreign] == LOG_FLOOR).all() and (found.targets.topk[~foreign] > LOG_FLOOR).all()
+
+
+def tensors(columns):
+    return [value for name, value in vars(columns).items() if name != "targets"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu_they_are_the_same():
     logprobs, ids = problem()
     sides = (columns_of(x, ids, (3, 7)) for x in (logprobs.cuda(), logprobs))
-    for a, b in zip(*(vars(side).values() for side in sides), strict=True):
+    for a, b in zip(*(tensors(side) for side in sides), strict=True):
         assert a.device.type == "cpu"
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

@@ -74,6 +74,10 @@ def test_a_run_made_before_there_was_one_is_resumed(tmp_path):
         ([*HTTP, "teacher.http.retry_seconds=300"], "teacher.http.retry_seconds = 300: must be < 300"),
         ([*HTTP, "teacher.http.token_env=A", "teacher.http.token_file=b"], "give one of them"),
         ([*HTTP, "teacher.weights=average"], "weights = 'average': needs type = 'local'"),
+        ([*HTTP, "objective.opd.teacher_temperature=2"], "objective.opd.teacher_temperature = 2: needs a teacher"),
+        ([*HTTP, "objective.opd.support=teacher"], "objective.opd.support = 'teacher': needs a teacher that"),
+        ([*HTTP, "objective.off_policy.share=0.25", "data.completion_column=solution"],
+         "objective.off_policy.loss = 'distillation': needs a teacher that scorers load"),
         ([*HTTP, "teacher.http.concurrency=0"], "teacher.http.concurrency = 0: must be"),
     ],
 )  # fmt: skip

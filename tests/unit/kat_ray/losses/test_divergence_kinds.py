@@ -17,6 +17,8 @@ from kat_ray.losses.divergence import (
     generalised_jsd,
     is_stop,
     reverse_kl,
+    skewed_forward_kl,
+    skewed_reverse_kl,
     tail_and_stop,
 )
 from kat_ray.losses.fused_head import loss_and_gradient
@@ -27,6 +29,9 @@ STOPS, V = (3, 7), 20
 KINDS = {
     "reverse": reverse_kl, "forward": forward_kl, "jsd": partial(generalised_jsd, beta=0.5),
     "jsd 0.1": partial(generalised_jsd, beta=0.1), "jsd 0.9": partial(generalised_jsd, beta=0.9),
+    "skewed forward": partial(skewed_forward_kl, alpha=0.1),
+    "skewed reverse": partial(skewed_reverse_kl, alpha=0.1),
+    "skewed reverse 0.7": partial(skewed_reverse_kl, alpha=0.7),
 }  # fmt: skip
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -40,6 +45,9 @@ def full(kind, p_logits, q_logits):
 
     if kind in ("reverse", "forward"):
         return kl(p, q) if kind == "reverse" else kl(q, p)
+    if kind.startswith("skewed"):
+        alpha, (one, other) = KINDS[kind].keywords["alpha"], (q, p) if "forward" in kind else (p, q)
+        return kl(one, alpha * one + (1 - alpha) * other)
     beta = KINDS[kind].keywords["beta"]
     middle = beta * q + (1 - beta) * p
     return beta * kl(q, middle) + (1 - beta) * kl(p, middle)
@@ -75,6 +83,12 @@ def test_distributions_that_share_nothing_are_log_2_apart():
     value.sum().backward()
     assert torch.isfinite(p.grad).all()
     assert forward_kl(p, q).item() == math.inf == reverse_kl(p, q).item()
+    for skewed in (skewed_forward_kl, skewed_reverse_kl):  # what it mixes in is all that they share
+        p.grad = None
+        value = skewed(p, q, 0.25)
+        assert value.item() == pytest.approx(math.log(4), rel=1e-6)
+        value.sum().backward()
+        assert torch.isfinite(p.grad).all()
 
 
 @kinds
@@ -104,6 +118,19 @@ def test_at_its_ends_the_mixture_goes_the_way_of_either_kl(beta):
     p, q = events(logits(0), logits(1), 8)
     ends = (forward_kl, beta) if beta < 0.5 else (reverse_kl, 1 - beta)
     torch.testing.assert_close(generalised_jsd(p, q, beta) / ends[1], ends[0](p, q), atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("skewed", "end"), [(skewed_forward_kl, forward_kl), (skewed_reverse_kl, reverse_kl)])
+def test_with_nothing_mixed_in_a_skewed_kl_is_the_kl(skewed, end):
+    p, q = events(logits(0), logits(1), 8)
+    torch.testing.assert_close(skewed(p, q, 1e-9), end(p, q), atol=1e-6, rtol=1e-6)
+
+
+def test_skewed_kls_by_hand():
+    p, q = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[0.25, 0.25, 0.5]]).log()
+    # A quarter of the teacher in the student is (7/16, 1/4, 5/16), of the student in the teacher (5/16, 1/4, 7/16).
+    assert skewed_forward_kl(p, q, 0.25).item() == pytest.approx(0.25 * math.log(4 / 7) + 0.5 * math.log(8 / 5))
+    assert skewed_reverse_kl(p, q, 0.25).item() == pytest.approx(0.5 * math.log(8 / 5) + 0.25 * math.log(4 / 7))
 
 
 @kinds
@@ -174,6 +201,9 @@ def test_the_configuration_names_them():
     assert divergence() is reverse_kl and divergence(divergence="forward") is forward_kl
     jsd = divergence(divergence="jsd", beta=0.25)
     assert jsd.func is generalised_jsd and jsd.keywords == {"beta": 0.25}
+    for name, kind in (("skewed_forward", skewed_forward_kl), ("skewed_reverse", skewed_reverse_kl)):
+        skewed = divergence(divergence=name, skew_alpha=0.3)
+        assert skewed.func is kind and skewed.keywords == {"alpha": 0.3}
     beside = make_term(settings_of({"opd": {"divergence": "forward"}, "rl": {"weight": 1.0}}))
     assert beside.distillation.divergence is forward_kl
 
@@ -183,7 +213,10 @@ def test_the_configuration_names_them():
     [
         ({"beta": 0.3}, "beta = 0.3: is of divergence = 'jsd', and divergence is 'reverse'"),
         ({"divergence": "jsd", "beta": 1.0}, "less than 1"),
-        ({"divergence": "js"}, "'reverse', 'forward' or 'jsd'"),
+        ({"divergence": "js"}, "'reverse', 'forward', 'jsd', 'skewed_forward' or 'skewed_reverse'"),
+        ({"divergence": "jsd", "skew_alpha": 0.2}, "skew_alpha = 0.2: is of divergence = 'skewed_forward' or "),
+        ({"divergence": "skewed_reverse", "skew_alpha": 0.0}, "greater than 0"),
+        ({"teacher_temperature": 0.0}, "greater than 0"),
     ],
 )
 def test_mistakes_are_one_message(values, told):
