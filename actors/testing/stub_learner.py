@@ -7,6 +7,7 @@ weights, to the bit, where they have learnt the same tokens in the same steps, e
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ from kat_ray.types.records import KeptRollout, WeightUpdate
 
 if TYPE_CHECKING:
     from actors.learner.settings import LearnerSettings
+
+log = logging.getLogger("kat_ray.learner")
 
 MODEL, STATE = "model.safetensors", f"{TRAINING}/learner-0-of-1.safetensors"
 _SIZE = 64  # numbers in the "model"
@@ -67,6 +70,7 @@ class StubLearner:
     def start(self, host: str, port: int) -> dict[str, Any]:
         """Have weights of zero."""
         self._weights = np.zeros(_SIZE, np.uint64)
+        log.info("stub of rank 0 is ready")
         return {"rank": 0, "seconds": 0.0}
 
     def collect(

@@ -4,6 +4,7 @@ What a resumption must put back is the same with stub engines as with real ones,
 and its random numbers.
 """
 
+import importlib
 import os
 import re
 import shutil
@@ -45,6 +46,11 @@ class Kind:
     def train(self, *arguments):
         """The command line of a training command."""
         return [sys.executable, "-m", self.command, "train", *map(str, arguments)]
+
+    def train_here(self, *arguments):
+        """The same in this process, which has imported what it needs: of a run that is left alone."""
+        command = importlib.import_module(self.command.replace("kat_ray.cli", "kat_ray.cli.main"))
+        assert command.main(["train", *map(str, arguments)]) == 0
 
 
 STUBS = Kind("tests.cluster.stub_train", 12, 4)
@@ -106,7 +112,7 @@ def straight(files, tmp_path_factory):
         folder = tmp_path_factory.mktemp("straight")
         config, run = run_config(kind, files, folder, "straight")
         let_go(folder)
-        finish(start(kind, config))
+        kind.train_here(config)
         found = everything(run, kind.model)
         taught = [m["step"] for m in found["metrics"] if m.get("advantage/abs_mean")]
         assert bool(taught) == kind.rewards, "rewards that differ within a group, or none"
@@ -177,8 +183,8 @@ def test_told_to_end_and_killed_it_goes_on_to_the_same_bits(straight, files, tmp
     process.communicate()
     let_go(tmp_path)
     saved = complete(run)[-1]
-    out, _ = finish(start(kind, "--resume", run))
-    assert f"after step {saved}" in out
+    kind.train_here("--resume", run)
+    assert f"after step {saved}" in capsys.readouterr().out
     check_same(run, straight(kind), kind)
     assert cli.main(["train", "--resume", str(run)]) == 0
     assert f"all {kind.steps} steps are done" in capsys.readouterr().out
