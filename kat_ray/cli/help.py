@@ -29,8 +29,10 @@ tokens, the stages before, during and after agreement, and a browser of rollouts
 Each FIELD is a setting of the KAT rule that divides rollouts into stages. The default is the run's own rule."""
 
 ABOUT_EXPORT = """\
-Checkpoints of a run with learner.lora hold its adapters, as peft, transformers and vLLM take them. This merges them
-with the student that they were trained on, which is found where it was then, and checked: docs/lora.md."""
+The model is one like any other: for transformers and vLLM, as student or teacher of another run. The tokenizer's
+files and config.json are the student's, as they came; README.md is a model card with data, rule, figures and
+commands. Of a run with learner.lora the adapters are merged with the student that they were trained on, which is
+found where it was then, and checked (docs/lora.md), or with --adapter stay as they are: docs/export.md."""
 
 ABOUT_JOB = """\
 NAME is a job's id, or a run's name, which means its newest job. The cluster is reached through its dashboard."""
@@ -99,8 +101,10 @@ examples:
   kat-ray report runs/latest --gradients                     and which stage pulls the way that training went""",
     "export": """\
 examples:
-  kat-ray export runs/latest out/model
-  kat-ray export runs/latest/checkpoints/step-100 out/model --base /models/Qwen3-0.6B --dtype bfloat16""",
+  kat-ray export runs/latest --to out/model
+  kat-ray export runs/latest/checkpoints/step-100 --to out/model --base /models/Qwen3-0.6B --dtype bfloat16
+  kat-ray export runs/latest --to hub:me/my-model --private
+  kat-ray export runs/latest --to out/adapter --adapter --base Qwen/Qwen3-0.6B    and what they go beside""",
     "bench": """\
 examples:
   kat-ray bench                               everything; writes docs/benchmarks.md and docs/benchmarks.json
