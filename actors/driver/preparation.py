@@ -15,6 +15,7 @@ from kat_ray.errors import UserError
 from kat_ray.models.inspect import ModelFacts, check_models, resolve_model
 from kat_ray.rewards.grader_pool import GraderPool
 from kat_ray.rewards.verifiers import check_golds
+from kat_ray.run.chat_facts import with_chat
 from kat_ray.run.checkpoint import Checkpoints
 from kat_ray.run.reward_functions import check_golds_for_rewards, file_digests, has_functions, needs_golds
 from kat_ray.termination import RunFacts, make_rule
@@ -51,7 +52,7 @@ def make_evaluator(config: Config, prepared: Prepared, pool: GraderPool | None =
 
 def prepare(config: Config) -> Prepared:
     """Check models and data; `UserError` names what is wrong."""
-    facts = check_models(config)
+    facts = with_chat(config, check_models(config))
     # A rule that cannot be made says so now, not in the monitor.
     rule, cuts = (
         make_rule(config.termination, RunFacts(config.run.seed, config.rollout.max_tokens)),

@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 from kat_ray.config import Config, DataConfig, EnvironmentConfig
 from kat_ray.config.environment import is_environment
 from kat_ray.config.teachers import section_of
-from kat_ray.data.chat import ChatTemplate, chat_template_of, messages_of
+from kat_ray.data.chat import ChatTemplate, chat_template_of, encode, messages_of
 from kat_ray.data.environment import PROBLEM
 from kat_ray.data.routing import Route, Routing
 from kat_ray.data.rows import BATCH, Row, kind, names_of, open_rows
@@ -111,8 +110,8 @@ def load_prompts(
         answers = [_answer(row, data, graded, anything=with_tasks) for row in batch]
         texts = [_text(row, data, template) for row in batch]
         routes = [routing.of(row) for row in batch]
-        encode = partial(_encode, tokenizer, template is None)
-        encoded, told = encode(texts), encode([route.told for route in routes])
+        encoded = [ids or () for ids in encode(tokenizer, template, texts)]
+        told = encode(tokenizer, template, [route.told for route in routes])
         rows_of_batch = zip(batch, texts, encoded, answers, routes, told, strict=True)
         for row, text, ids, answer, route, context_ids in rows_of_batch:
             prompt_id = _prompt_id(row, stem, seen)
@@ -147,13 +146,6 @@ def _refuse_unanswered(data: DataConfig, found: PromptSet, columns: Mapping[str,
             f"{found.source}: no row has an answer in column {data.answer_column!r}; there are {names_of(columns)} "
             "(data.answer_column chooses; null where answers are not graded)"
         )
-
-
-def _encode(tokenizer: Any, special: bool, texts: Sequence[str | None]) -> list[Any]:
-    """The token ids of texts, a tuple each; None of None."""
-    given = [text for text in texts if text is not None]
-    ids = iter(tokenizer(given, add_special_tokens=special)["input_ids"] if given else ())
-    return [None if text is None else tuple(next(ids)) for text in texts]
 
 
 def _is_too_long(
