@@ -122,7 +122,7 @@ def test_a_card_says_what_it_was_made_of_and_nothing_of_this_machine(run, tmp_pa
         {"termination": {"rule": "kat", "eta": 0.4}, "data": {"path": "d", "chat_template": "student"}},
         {
             "scorer": {"replicas": 2},
-            "teachers": {"b": {"path": "b", "scorer": {"replicas": 1}}},
+            "teachers": {"b": {"path": "c", "scorer": {"replicas": 1}}},
             "data": {"path": "d", "teacher_column": "t"},
         },
     ],
