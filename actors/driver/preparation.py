@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from actors.cluster.samplers import ModelPaths
-from actors.driver.evaluator import Evaluator
+from actors.driver.evaluator import Evaluations, Evaluator
 from kat_ray.config import Config, DataConfig, RunConfig
 from kat_ray.data.golds import TrainingGolds, training_golds
 from kat_ray.data.prompts import PromptSet, load_prompts
@@ -31,10 +31,12 @@ class Prepared:
     heldout: PromptSet | None
     paths: ModelPaths
     reward_files: Mapping[str, str] = field(default_factory=dict)  # digests, by path
+    heldout_sets: Mapping[str, PromptSet] = field(default_factory=dict)  # of `evaluation.sets`
 
     def prompt_sets(self) -> dict[str, PromptSet]:
         """What the run reads prompts from, by the section of the configuration that names it."""
         sets = {"data": self.train, "evaluation.data": self.heldout}
+        sets |= {f"evaluation.sets.{name}.data": prompts for name, prompts in self.heldout_sets.items()}
         return {section: prompts for section, prompts in sets.items() if prompts is not None}
 
 
@@ -43,11 +45,16 @@ def checkpoints_of(run: Path, config: RunConfig) -> Checkpoints:
     return Checkpoints(run / "checkpoints", config.keep_checkpoints, config.keep_best)
 
 
-def make_evaluator(config: Config, prepared: Prepared, pool: GraderPool | None = None) -> Evaluator | None:
+def make_evaluator(config: Config, prepared: Prepared, pool: GraderPool | None = None) -> Evaluations | None:
     """What evaluates on the held-out problems, if there are any; `pool` as for `Evaluator`."""
     if prepared.heldout is None:
         return None
-    return Evaluator(config, prepared.heldout.prompts, prepared.facts.tokenizer, pool)
+    tokenizer, parts = prepared.facts.tokenizer, {}
+    for name, part in config.evaluation.parts().items():
+        problems = prepared.heldout_sets.get(name.removesuffix("/greedy"), prepared.heldout).prompts
+        own = pool if part.verifier == config.evaluation.verifier else None
+        parts[name] = Evaluator(config.model_copy(update={"evaluation": part}), problems, tokenizer, own)
+    return Evaluations(parts.pop(""), parts, config.evaluation.k)
 
 
 def prepare(config: Config) -> Prepared:
@@ -88,6 +95,13 @@ def prepare(config: Config) -> Prepared:
         heldout = prompts(config.evaluation.data, config.eval_max_tokens, True)
         check_golds(heldout.prompts, verifier, limits)
         longest = max(longest, heldout.longest + config.eval_max_tokens)
+    sets: dict[str, PromptSet] = {}
+    for name, part in config.evaluation.parts().items():
+        if name in config.evaluation.sets and part.data is not None:
+            tokens = part.max_tokens or config.rollout.max_tokens
+            sets[name] = prompts(part.data, tokens, True)
+            check_golds(sets[name].prompts, part.verifier, limits)
+            longest = max(longest, sets[name].longest + tokens)
     scored = max(longest, train.longest_scored + config.rollout.max_tokens)
     facts.check_roles(config, scored)
     paths = ModelPaths(
@@ -100,4 +114,4 @@ def prepare(config: Config) -> Prepared:
         max_model_len=longest,
         scored_len=scored,
     )
-    return Prepared(facts, train, golds, heldout, paths, file_digests(config))
+    return Prepared(facts, train, golds, heldout, paths, file_digests(config), sets)

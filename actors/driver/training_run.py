@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import time
 from contextlib import closing, suppress
-from dataclasses import asdict
 from functools import partial
 
 from ray.exceptions import ObjectLostError
@@ -73,7 +72,7 @@ class TrainingRun:
         self._run, self._progress, self._stop = run, progress, stop
         self._actors = RunActors.make(config, prepared.paths, placement, stop, engines)
         self._trackers = _trackers(config, run, progress)
-        order = PromptOrder(prepared.train.prompts, config.run.seed, config.data.shuffle)
+        order = PromptOrder(prepared.train.drawn, config.run.seed, config.data.shuffle)
         scorer = make_scorer(config, prepared.train)
         self._recorder = StepRecorder(config, run, prepared.golds.answers, prepared.facts, scorer)
         self._steps = Steps(config, self._actors, order, self._recorder.grader)
@@ -289,7 +288,7 @@ class TrainingRun:
     def _evaluated(self, done: int, result: EvalResult) -> None:
         """What came out, and what training had cost until then; with staleness 1 not what is sampled ahead."""
         self._history.guards.evaluated(result)
-        self._trackers.evaluation(done, asdict(result) | self._history.totals.token_fields())
+        self._trackers.evaluation(done, result.as_dict() | self._history.totals.token_fields())
 
     def _summarise(self) -> None:
         parameters = {name: model.parameters for name, model in self._prepared.facts.models.items()}

@@ -306,8 +306,9 @@ def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
         longest = longest or facts.max_length or config.rollout.max_tokens
         yield from _memory_needed(config, facts, longest, free_memory(), gpu_memory())
     yield data
-    if config.evaluation.data is not None:
-        yield _prompts(config, config.evaluation.data, facts)[0]
+    for name, part in config.evaluation.parts().items():
+        if part.data is not None and name in ("", *config.evaluation.sets):
+            yield _prompts(config.model_copy(update={"evaluation": part}), part.data, facts)[0]
 
 
 def _describe(info: ModelInfo) -> str:

@@ -34,6 +34,17 @@ files and config.json are the student's, as they came; README.md is a model card
 commands. Of a run with learner.lora the adapters are merged with the student that they were trained on, which is
 found where it was then, and checked (docs/lora.md), or with --adapter stay as they are: docs/export.md."""
 
+ABOUT_EVAL = """\
+RUN_OR_MODEL is a run, whose newest checkpoint is taken with the run's configuration, or any model directory or hub
+id, with --data or --config. Every field can be overridden: section.field=value, such as evaluation.k=8 and
+evaluation.max_tokens=4096 (docs/data.md)."""
+
+ABOUT_DATA = """\
+The first prompts as their tokens, in colours in turn (special tokens in one of their own), with gold answers and
+what a teacher is told in their place; rows that are refused, by reason; what is left out; lengths. No weights are
+read.
+Exit code 1: a run would be refused."""
+
 ABOUT_JOB = """\
 NAME is a job's id, or a run's name, which means its newest job. The cluster is reached through its dashboard."""
 
@@ -61,7 +72,8 @@ Models and data are checked before anything is started. Records go to <run.dir>/
 examples:
   kat-ray eval runs/latest                           the newest checkpoint of a run, with the run's configuration
   kat-ray eval demo:student --config demo            a model, on a configuration's held-out problems
-  kat-ray eval out/model --config my.yaml evaluation.k=8 --json""",
+  kat-ray eval out/model --config my.yaml evaluation.k=8 --json
+  kat-ray eval Qwen/Qwen3-0.6B --data gsm8k math500 aime24 --chat --greedy evaluation.max_tokens=4096""",
     "doctor": """\
 examples:
   kat-ray doctor                  machine and packages only
@@ -105,6 +117,12 @@ examples:
   kat-ray export runs/latest/checkpoints/step-100 --to out/model --base /models/Qwen3-0.6B --dtype bfloat16
   kat-ray export runs/latest --to hub:me/my-model --private
   kat-ray export runs/latest --to out/adapter --adapter --base Qwen/Qwen3-0.6B    and what they go beside""",
+    "data": """\
+examples:
+  kat-ray data demo
+  kat-ray data my.yaml --prompts 1 data.chat_template_kwargs.enable_thinking=false
+  kat-ray data openai/gsm8k --model Qwen/Qwen3-0.6B data.name=main data.prompt_column=question
+  kat-ray data my.yaml --heldout""",
     "bench": """\
 examples:
   kat-ray bench                               everything; writes docs/benchmarks.md and docs/benchmarks.json

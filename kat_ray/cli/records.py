@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kat_ray.cli.arguments import count_of, path_of, share_of
-from kat_ray.cli.help import ABOUT_BENCH, ABOUT_EXPORT, ABOUT_REPORT, OVER_A_RUN
+from kat_ray.cli.help import ABOUT_BENCH, ABOUT_DATA, ABOUT_EXPORT, ABOUT_REPORT, OVER_A_RUN
 from kat_ray.errors import UserError
 
 
@@ -45,10 +45,15 @@ def add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Ar
         help="models and logs (default runs/bench)",
     )
     _add_export(add)
+    data = add("data", _data, "show what the model will see of a data set", ABOUT_DATA)
+    data.add_argument("source", metavar="DATA_OR_CONFIG", help="a data set, a YAML file, `demo`, or a run")
+    data.add_argument("--model", metavar="MODEL", help="whose tokenizer reads it (default: the configuration's)")
+    data.add_argument("--heldout", action="store_true", help="the held-out problems (evaluation.data)")
+    data.add_argument("--prompts", metavar="N", type=count_of, default=3, help="prompts to show (default 3)")
     config = add("config", _config, "print the resolved configuration")
     config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     config.add_argument("--docs", action="store_true", help="print the text of docs/configuration.md instead")
-    return [config]
+    return [data, config]
 
 
 def _add_replay(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -144,6 +149,12 @@ def _export(args: argparse.Namespace) -> int:
     for line in export(args.source, args.to or args.out, options):
         print(line)
     return 0
+
+
+def _data(args: argparse.Namespace) -> int:
+    from kat_ray.cli.data import run
+
+    return run(args.source, args.model, args.heldout, args.prompts, args.overrides)
 
 
 def _config(args: argparse.Namespace) -> int:

@@ -130,12 +130,14 @@ def _held_out(lines: Sequence[Mapping[str, Any]], config: Config) -> str:
     for line in lines:
         when = f"after {line['step']:,} steps" if line["step"] else "before training"
         rows.append((when, *_scores(line)))
+        rows += [(f"{when}: {name}", *_scores(own)) for name, own in (line.get("sets") or {}).items()]
     data = "" if evaluation.data is None else f"{_data(evaluation.data)}; "
+    named = "; ".join(f"`{name}`: {_data(own.data)}" for name, own in evaluation.sets.items() if own.data)
     counts = " or ".join(str(k) for k in sorted({line["k"] for line in lines}))
     return (
         f"## Held-out problems\n{data}{lines[-1]['problems']} problems, {counts} answers each at temperature "
         f"{evaluation.temperature:g} and top_p {evaluation.top_p:g}, graded by `{evaluation.verifier}`"
-        f"; 95 % intervals over problems.\n\n"
+        f"{f' ({named})' if named else ''}; 95 % intervals over problems.\n\n"
         + _table(("", "avg@k", "pass@k", "mean length", "cut off at the limit"), rows)
     )
 
