@@ -15,7 +15,7 @@ from kat_ray.data.chat import chat_template_of
 from kat_ray.data.prompts import PromptSet, load_prompts
 from kat_ray.data.survey import distribution, refusals
 from kat_ray.errors import UserError
-from kat_ray.models.inspect import load_tokenizer
+from kat_ray.models.inspect import files_of, load_tokenizer
 from kat_ray.types.records import Prompt
 
 # Two backgrounds in turn show where a token ends; a special token has its own.
@@ -70,10 +70,17 @@ def show(config: Config, heldout: bool, count: int, console: Console) -> int:
 
 
 def _room(config: Config, heldout: bool) -> int | None:
-    """Tokens that the student takes of a prompt."""
-    from kat_ray.models.inspect import inspect_model
+    """Tokens that the student takes of a prompt; None where config.json does not say. Weights need not be there."""
+    from transformers import AutoConfig
 
-    longest = inspect_model(config.student)[0].max_length
+    directory, names = files_of(config.student)
+    if "config.json" not in names:
+        return None
+    try:
+        whole = AutoConfig.from_pretrained(directory, trust_remote_code=config.student.trust_remote_code)
+    except (OSError, ValueError, KeyError):  # a run says what is wrong with it
+        return None
+    longest: int | None = getattr(whole.get_text_config(), "max_position_embeddings", None)
     return None if longest is None else longest - (config.eval_max_tokens if heldout else config.rollout.max_tokens)
 
 

@@ -56,6 +56,14 @@ def test_rows_that_are_refused_are_counted_by_reason(shown, model):
     assert "refused: 1 x prompt is a number; a prompt is text or a list of messages; the first: F:4" in said
 
 
+def test_a_tokenizer_is_enough(shown, model, tmp_path):
+    (tmp_path / "model" / "model.safetensors").unlink()
+    code, said = shown([{"prompt": "a"}, {"prompt": "b" * 300}], "--model", model, "rollout.max_tokens=64")
+    assert code == 0 and "1 prompts of more than 192 tokens" in said
+    (tmp_path / "model" / "config.json").unlink()
+    assert shown([{"prompt": "a"}, {"prompt": "b" * 300}], "--model", model)[0] == 0
+
+
 def test_what_is_left_out_is_said(shown, model):
     rows = [{"prompt": p, "answer": a} for p, a in (("a", "1"), ("a", "2"), ("b" * 300, "3"), ("c", "x"))]
     code, said = shown(rows, "--model", model, "data.dedupe=true", "rollout.max_tokens=64")
