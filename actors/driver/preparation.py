@@ -82,6 +82,7 @@ def prepare(config: Config) -> Prepared:
         return load_prompts(
             data, facts.tokenizer, longest, graded=graded, teacher=teacher, with_tasks=with_tasks,
             environment=config.environment, teachers=teachers,
+            teacher_renders=bool(teachers) and config.teacher_renders,
         )  # fmt: skip
 
     verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits

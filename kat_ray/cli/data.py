@@ -46,7 +46,9 @@ def show(config: Config, heldout: bool, count: int, console: Console) -> int:
     if data is None:
         raise UserError("--heldout: evaluation.data = null: there are no held-out problems")
     tokenizer = load_tokenizer(config.student)
-    teacher = load_tokenizer(config.teacher) if data.chat_template == "teacher" and config.teacher else None
+    own = config.teacher_renders and not heldout
+    asked = data.chat_template == "teacher" or own
+    teacher = load_tokenizer(config.teacher) if asked and config.teacher else None
     template = chat_template_of(data, tokenizer, teacher)
     rows, refused = refusals(data, template, heldout, config.environment)
     console.print(f"{data.path}: {rows:,} rows, {rows - sum(r.count for r in refused.values()):,} of them usable")
@@ -57,7 +59,7 @@ def show(config: Config, heldout: bool, count: int, console: Console) -> int:
     limit = _room(config, heldout)
     prompts = load_prompts(
         data, tokenizer, limit, graded=heldout, teacher=teacher, environment=config.environment,
-        teachers=None if heldout else config.teacher_contexts,
+        teachers=None if heldout else config.teacher_contexts, teacher_renders=own,
     )  # fmt: skip
     for prompt in prompts.prompts[:count]:
         _show_prompt(prompt, tokenizer, console)

@@ -344,7 +344,7 @@ def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> tuple[Check
         found = load_prompts(
             data, facts.tokenizer, longest, graded=heldout, teacher=facts.teacher_tokenizer,
             with_tasks=not heldout and has_functions(config), environment=config.environment,
-            teachers=None if heldout else config.teacher_contexts,
+            teachers=None if heldout else config.teacher_contexts, teacher_renders=config.teacher_renders,
         )  # fmt: skip
         if heldout:
             check_golds(found.prompts, verifier, limits)

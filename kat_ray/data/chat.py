@@ -105,6 +105,15 @@ def encode(
     return [None if text is None else once(next(found)) for text in texts]
 
 
+def teachers_own(data: DataConfig, teacher: Any) -> ChatTemplate:
+    """The template of the teacher's tokenizer, for what it alone is given, with those arguments that it uses."""
+    if not getattr(teacher, "chat_template", None):
+        raise DataError("teacher.chat_template = own: the teacher's tokenizer has no chat template; use data")
+    text = _own_template(teacher, "teacher", "teacher")
+    known = {n: v for n, v in data.chat_template_kwargs.items() if re.search(rf"\b{re.escape(n)}\b", text)}
+    return ChatTemplate(text, teacher, known, own=False)
+
+
 def _own_template(tokenizer: Any, source: bool | str, name: str) -> str:
     shown = "true" if source is True else source
     if not getattr(tokenizer, "chat_template", None):

@@ -21,7 +21,7 @@ import numpy as np
 from kat_ray.config import Config, DataConfig, EnvironmentConfig
 from kat_ray.config.environment import is_environment
 from kat_ray.config.teachers import section_of
-from kat_ray.data.chat import ChatTemplate, chat_template_of, encode, messages_of
+from kat_ray.data.chat import ChatTemplate, chat_template_of, encode, messages_of, teachers_own
 from kat_ray.data.environment import PROBLEM
 from kat_ray.data.mixture import epoch, open_all, weights_of
 from kat_ray.data.routing import Route, Routing
@@ -96,6 +96,7 @@ def load_prompts(
     with_tasks: bool = False,
     environment: EnvironmentConfig | None = None,
     teachers: Mapping[str, str | None] | None = None,
+    teacher_renders: bool = False,
 ) -> PromptSet:
     """Read, check and tokenise a split. If `graded`, every row must have an answer.
 
@@ -105,9 +106,11 @@ def load_prompts(
     then be anything, and one that is neither text nor number is theirs alone. `environment` makes the rows where
     `data.path` says so. `teachers` are those that are asked, with the template of what each is told in place of the
     prompt, None for the prompt; their names are those that `data.teacher_column` may hold, and each must be in it.
+    Where it `teacher_renders`, the teacher's own template renders what it is told.
     """
     template = chat_template_of(data, tokenizer, teacher)
-    routing = Routing(data, teachers or {}, template)
+    theirs = teachers_own(data, teacher) if teacher_renders else None
+    routing = Routing(data, teachers or {}, template, theirs)
     source, rows = open_all(data, environment)
     stem = Path(source).stem
     prompts: list[Prompt] = []
@@ -124,7 +127,7 @@ def load_prompts(
         texts = [_text(row, data, template) for row in batch]
         routes = [routing.of(row) for row in batch]
         encoded = [ids or () for ids in encode(tokenizer, template, texts)]
-        told = encode(tokenizer, template, [route.told for route in routes])
+        told = routing.encoded(tokenizer, routes)
         rows_of_batch = zip(batch, texts, encoded, answers, routes, told, strict=True)
         for row, text, ids, answer, route, context_ids in rows_of_batch:
             prompt_id = _prompt_id(row, stem, seen)

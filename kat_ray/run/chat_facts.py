@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from kat_ray.config import Config, DataConfig
-from kat_ray.data.chat import ChatTemplate, chat_template_of, turn_end
+from kat_ray.data.chat import ChatTemplate, chat_template_of, teachers_own, turn_end
 from kat_ray.errors import DataError
 from kat_ray.models.inspect import ModelFacts, ModelInfo
 
@@ -29,6 +29,9 @@ def with_chat(config: Config, facts: ModelFacts) -> ModelFacts:
         end = turn_end(template)
         if end is not None:
             facts = _joined(facts, end, section)
+    if config.teacher_renders:
+        end = turn_end(teachers_own(config.data, facts.teacher_tokenizer))
+        facts = facts if end is None else _joined(facts, end, "teacher")
     if (template := _template(config.data, facts)) is not None:
         more = [*_other_templates(config, facts, template)]
         facts = replace(facts, warnings=(*facts.warnings, *more))
@@ -70,7 +73,9 @@ def _with(info: ModelInfo, end: int) -> ModelInfo:
 def _other_templates(config: Config, facts: ModelFacts, template: ChatTemplate) -> Iterator[str]:
     """A line where the teacher has a template of its own that makes another text of the same messages."""
     tokenizer = facts.teacher_tokenizer
-    if tokenizer is None or config.data.chat_template == "teacher" or not getattr(tokenizer, "chat_template", None):
+    if config.teacher_renders or config.data.chat_template == "teacher":
+        return
+    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return
     messages = [{"role": "user", "content": "A question?"}]
     try:
@@ -83,7 +88,7 @@ def _other_templates(config: Config, facts: ModelFacts, template: ChatTemplate) 
             f"the teacher's own chat template makes {_some(theirs)} of a question, and the one in use "
             f"(data.chat_template = {str(config.data.chat_template).lower()}) {_some(ours)}: the teacher scores "
             "texts unlike those that it was trained on; data.chat_template = teacher renders prompts as it knows "
-            "them"
+            "them, and teacher.chat_template = own what it alone is given"
         )
 
 

@@ -191,7 +191,7 @@ def test_a_run_begins_with_what_differs_what_is_slow_and_what_will_not_fit(monke
     monkeypatch.setattr(train_module, "gpu_memory", lambda: None)
     monkeypatch.setattr(train_module, "cpu_flags", lambda: frozenset({"avx2"}))
     info = ModelInfo("m", "LlamaForCausalLM", 1000, 4096, (1,), True, 10**6, "F32", ModelShape(3, 10, 20))
-    prompts = SimpleNamespace(longest=10, skipped_too_long=0, source="prompts.jsonl")
+    prompts = SimpleNamespace(longest=10, skipped_too_long=0, repeated=0, source="prompts.jsonl")
     facts, golds = ModelFacts(info, {"teacher": info}, None, (1,), ()), SimpleNamespace(note=None)
     prepared = SimpleNamespace(facts=facts, train=prompts, heldout=None, golds=golds)
 

@@ -3,7 +3,10 @@
 import shutil
 
 import pytest
+from pydantic import ValidationError
 
+from kat_ray.config import Config, DataConfig
+from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import DataError
 from kat_ray.models.inspect import check_models
 from kat_ray.run.chat_facts import with_chat
@@ -22,7 +25,7 @@ def tokenizer_of(template):
 
 @pytest.fixture
 def facts_of(tmp_path):
-    def facts(student=None, teacher=None, stops=(1,), evaluated=None, **data):
+    def facts(student=None, teacher=None, stops=(1,), evaluated=None, own=False, **data):
         from transformers import GenerationConfig
 
         for name, template in (("student", student), ("teacher", teacher)):
@@ -35,6 +38,8 @@ def facts_of(tmp_path):
             rollout={"max_tokens": 64},
             evaluation={"data": None if evaluated is None else {"path": "y.jsonl", **evaluated}},
         )  # fmt: skip
+        teacher = config.teacher.model_copy(update={"chat_template": "own" if own else "data"})
+        config = config.model_copy(update={"teacher": teacher})
         return with_chat(config, check_models(config))
 
     return facts
@@ -77,6 +82,7 @@ def test_a_teacher_that_knows_another_template_is_told_of(facts_of):
     (warning,) = facts_of(student=TEMPLATE, teacher=other, chat_template=True).warnings
     assert "'<user>A question?[assistant]'" in warning and "'[user]A question?[assistant]'" in warning
     assert "data.chat_template = teacher renders prompts as it knows them" in warning
+    assert "teacher.chat_template = own" in warning
     assert facts_of(student=TEMPLATE, teacher=other, chat_template="teacher").warnings == ()
     assert facts_of(student=TEMPLATE, teacher=None, chat_template=True).warnings == ()
 
@@ -84,3 +90,60 @@ def test_a_teacher_that_knows_another_template_is_told_of(facts_of):
 def test_a_template_that_is_not_there_is_refused_as_ever(facts_of):
     with pytest.raises(DataError, match="the student's tokenizer has no chat template"):
         facts_of(chat_template=True)
+
+
+OTHER = TEMPLATE.replace("[{{ m.role }}]", "<{{ m.role }}>").replace("{% endfor %}", "</s>{% endfor %}")
+
+
+def test_a_teacher_may_be_given_chats_by_its_own_template(facts_of, tmp_path):
+    facts = facts_of(student=ENDED, teacher=OTHER, chat_template=True, own=True)
+    assert facts.stop_ids == (1, END) and len(facts.warnings) == 1, "told of the end of a turn, not of the template"
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        '{"prompt": "hi"}\n{"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}\n'
+    )
+    data = DataConfig(path=str(path), chat_template=True)
+    found = load_prompts(
+        data, facts.tokenizer, None, teacher=facts.teacher_tokenizer, teachers={"default": "{prompt}"},
+        teacher_renders=True,
+    ).prompts  # fmt: skip
+    decode = facts.tokenizer.decode
+    assert [decode(p.token_ids) for p in found] == [
+        "[user]hi<|end|>[assistant]", "[system]s<|end|>[user]u<|end|>[assistant]",
+    ]  # fmt: skip
+    assert [decode(p.context_ids) for p in found] == [
+        "<user>hi</s>[assistant]", "<system>s</s><user>u</s>[assistant]",
+    ]  # fmt: skip
+
+
+def test_a_teacher_without_a_template_has_none_of_its_own(facts_of):
+    with pytest.raises(
+        DataError, match=r"teacher\.chat_template = own: the teacher's tokenizer has no chat template"
+    ):
+        facts_of(student=ENDED, chat_template=True, own=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data": {"path": "x"}}, "teacher.chat_template = 'own': needs data.chat_template"),
+        ({"data": {"path": "x", "chat_template": "teacher"}}, "teacher.chat_template = 'own': needs"),
+        (
+            {
+                "data": {"path": "x", "teacher_column": "t"},
+                "teachers": {"b": {"path": "c", "chat_template": "own"}},
+            },
+            "teachers.b.chat_template = 'own': is of the section `teacher` only",
+        ),
+    ],
+)
+def test_a_template_of_its_own_needs_one_of_the_students(changes, says):
+    teacher = {} if "teachers" in changes else {"chat_template": "own"}
+    tree = {"student": {"path": "a"}, "teacher": {"path": "b", **teacher}, **changes}
+    with pytest.raises(ValidationError, match=says):
+        Config.model_validate(tree)
+
+
+def test_without_it_nothing_is_told_to_a_teacher():
+    config = make_config("a", "b", data={"path": "x.jsonl", "chat_template": True})
+    assert config.teacher_contexts == {"default": None} and not config.teacher_renders
