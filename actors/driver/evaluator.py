@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -24,6 +25,24 @@ class Decoder(Protocol):
         """Text of token ids."""
 
 
+class Evaluations:
+    """The held-out problems that a run is judged by, and further sets beside them."""
+
+    def __init__(self, main: Evaluator, others: Mapping[str, Evaluator], k: int) -> None:
+        """`k`: answers to each problem of `main` in a whole evaluation."""
+        self._main, self._others, self._k = main, dict(others), k
+
+    def run(self, samplers: SamplerGroup, k: int | None = None) -> EvalResult:
+        """The result of the main set with those of the others in `sets`.
+
+        With fewer than `evaluation.k` answers the others have no more than so many either; else each has its own.
+        """
+        result = self._main.run(samplers, k)
+        most = None if k is None or k >= self._k else k
+        sets = {name: other.run(samplers, other.at_most(most)) for name, other in self._others.items()}
+        return replace(result, sets=sets) if sets else result
+
+
 class Evaluator:
     """Holds the problems; the same seeds each time, so that two evaluations differ in the weights only.
 
@@ -40,6 +59,11 @@ class Evaluator:
         shape = (len(self._problems), config.evaluation.k)
         generator = np.random.default_rng([config.run.seed, 0x6576616C])  # "eval"
         self._seeds = generator.integers(0, 2**31, size=shape)
+
+    def at_most(self, k: int | None) -> int:
+        """`evaluation.k`, or `k` where that is less."""
+        own = self._config.evaluation.k
+        return own if k is None else min(own, k)
 
     def run(self, samplers: SamplerGroup, k: int | None = None) -> EvalResult:
         """Deal k copies of every problem to the samplers and grade what comes back; None: `evaluation.k`.

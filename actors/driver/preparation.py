@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from actors.cluster.samplers import ModelPaths
-from actors.driver.evaluator import Evaluator
+from actors.driver.evaluator import Evaluations, Evaluator
 from kat_ray.config import Config, DataConfig, RunConfig
 from kat_ray.data.completions import CompletionLimits
 from kat_ray.data.golds import TrainingGolds, training_golds
@@ -16,6 +16,7 @@ from kat_ray.errors import UserError
 from kat_ray.models.inspect import ModelFacts, check_models, resolve_model
 from kat_ray.rewards.grader_pool import GraderPool
 from kat_ray.rewards.verifiers import check_golds
+from kat_ray.run.chat_facts import with_chat
 from kat_ray.run.checkpoint import Checkpoints
 from kat_ray.run.reward_functions import check_golds_for_rewards, file_digests, has_functions, needs_golds
 from kat_ray.termination import RunFacts, make_rule
@@ -31,10 +32,12 @@ class Prepared:
     heldout: PromptSet | None
     paths: ModelPaths
     reward_files: Mapping[str, str] = field(default_factory=dict)  # digests, by path
+    heldout_sets: Mapping[str, PromptSet] = field(default_factory=dict)  # of `evaluation.sets`
 
     def prompt_sets(self) -> dict[str, PromptSet]:
         """What the run reads prompts from, by the section of the configuration that names it."""
         sets = {"data": self.train, "evaluation.data": self.heldout}
+        sets |= {f"evaluation.sets.{name}.data": prompts for name, prompts in self.heldout_sets.items()}
         return {section: prompts for section, prompts in sets.items() if prompts is not None}
 
 
@@ -43,16 +46,21 @@ def checkpoints_of(run: Path, config: RunConfig) -> Checkpoints:
     return Checkpoints(run / "checkpoints", config.keep_checkpoints, config.keep_best)
 
 
-def make_evaluator(config: Config, prepared: Prepared, pool: GraderPool | None = None) -> Evaluator | None:
+def make_evaluator(config: Config, prepared: Prepared, pool: GraderPool | None = None) -> Evaluations | None:
     """What evaluates on the held-out problems, if there are any; `pool` as for `Evaluator`."""
     if prepared.heldout is None:
         return None
-    return Evaluator(config, prepared.heldout.prompts, prepared.facts.tokenizer, pool)
+    tokenizer, parts = prepared.facts.tokenizer, {}
+    for name, part in config.evaluation.parts().items():
+        problems = prepared.heldout_sets.get(name.removesuffix("/greedy"), prepared.heldout).prompts
+        own = pool if part.verifier == config.evaluation.verifier else None
+        parts[name] = Evaluator(config.model_copy(update={"evaluation": part}), problems, tokenizer, own)
+    return Evaluations(parts.pop(""), parts, config.evaluation.k)
 
 
 def prepare(config: Config, ask_servers: bool = True) -> Prepared:
     """Check models and data; `UserError` names what is wrong. See `check_models` for `ask_servers`."""
-    facts = check_models(config, ask_servers)
+    facts = with_chat(config, check_models(config, ask_servers))
     # A rule that cannot be made says so now, not in the monitor.
     rule, cuts = (
         make_rule(config.termination, RunFacts(config.run.seed, config.rollout.max_tokens)),
@@ -76,6 +84,7 @@ def prepare(config: Config, ask_servers: bool = True) -> Prepared:
             data, facts.tokenizer, longest, graded=graded, teacher=teacher, with_tasks=with_tasks,
             environment=config.environment, teachers=teachers,
             completions=CompletionLimits(facts.end_ids, max_tokens),
+            teacher_renders=bool(teachers) and config.teacher_renders,
         )  # fmt: skip
 
     verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
@@ -90,6 +99,13 @@ def prepare(config: Config, ask_servers: bool = True) -> Prepared:
         heldout = prompts(config.evaluation.data, config.eval_max_tokens, True)
         check_golds(heldout.prompts, verifier, limits)
         longest = max(longest, heldout.longest + config.eval_max_tokens)
+    sets: dict[str, PromptSet] = {}
+    for name, part in config.evaluation.parts().items():
+        if name in config.evaluation.sets and part.data is not None:
+            tokens = part.max_tokens or config.rollout.max_tokens
+            sets[name] = prompts(part.data, tokens, True)
+            check_golds(sets[name].prompts, part.verifier, limits)
+            longest = max(longest, sets[name].longest + tokens)
     scored = max(longest, train.longest_scored + config.rollout.max_tokens)
     facts.check_roles(config, scored)
     paths = ModelPaths(
@@ -102,7 +118,7 @@ def prepare(config: Config, ask_servers: bool = True) -> Prepared:
         max_model_len=longest,
         scored_len=scored,
     )
-    return Prepared(facts, train, golds, heldout, paths, file_digests(config))
+    return Prepared(facts, train, golds, heldout, paths, file_digests(config), sets)
 
 
 def _check_refill(config: Config, train: PromptSet) -> None:

@@ -93,6 +93,9 @@ def _notes(config: Config, prepared: Prepared) -> Iterator[str]:
     for split in (prepared.train, prepared.heldout):
         if split is not None and split.skipped_too_long:
             yield f"{split.source}: {split.skipped_too_long} prompts are too long and were skipped"
+        if split is not None and split.repeated:
+            other = f", {split.contradicting} of them with another answer" if split.contradicting else ""
+            yield f"{split.source}: {split.repeated} prompts repeat another{other}, and were left out (data.dedupe)"
     if (few := len(prepared.train.prompts)) < config.rollout.prompts_per_step:
         yield (
             f"{prepared.train.source}: {few} prompts, and a step takes rollout.prompts_per_step = "

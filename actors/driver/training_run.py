@@ -19,7 +19,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict
 from functools import partial
 
 from ray.exceptions import ObjectLostError
@@ -76,7 +75,7 @@ class TrainingRun:
         self._run, self._progress, self._stop = run, progress, stop
         self._actors = RunActors.make(config, prepared.paths, placement, stop, engines)
         self._trackers = _trackers(config, run, progress)
-        order = PromptOrder(prepared.train.prompts, config.run.seed, config.data.shuffle)
+        order = PromptOrder(prepared.train.drawn, config.run.seed, config.data.shuffle)
         scorer = make_scorer(config, prepared.train)
         sources = {p.prompt_id: p.source for p in prepared.train.prompts if p.source is not None}
         self._recorder = StepRecorder(config, run, prepared.golds.answers, prepared.facts, scorer, sources)
@@ -301,7 +300,7 @@ class TrainingRun:
     def _evaluated(self, done: int, result: EvalResult) -> None:
         """What came out, and what training had cost until then; with staleness 1 not what is sampled ahead."""
         self._history.guards.evaluated(result)
-        self._trackers.evaluation(done, asdict(result) | self._history.totals.token_fields())
+        self._trackers.evaluation(done, result.as_dict() | self._history.totals.token_fields())
 
     def _summarise(self) -> None:
         parameters = {name: model.parameters for name, model in self._prepared.facts.models.items()}

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -22,7 +23,7 @@ from kat_ray.cluster.machine import free_memory, own_cores
 from kat_ray.cluster.threads import threads_of
 from kat_ray.config import Config, DataConfig
 from kat_ray.config.rule_warnings import rule_warnings
-from kat_ray.errors import UserError
+from kat_ray.errors import DataError, UserError
 from kat_ray.models.cpu_dtypes import cpu_flags, slow_dtypes
 from kat_ray.models.inspect import ModelFacts, ModelInfo
 from kat_ray.models.memory import MAKE_IT_FIT, gpu_memory, memory_needed, memory_text
@@ -271,6 +272,7 @@ def _threads(config: Config) -> Check:
 def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
     """`here`: they are to be loaded on this machine."""
     from kat_ray.models.inspect import check_models
+    from kat_ray.run.chat_facts import with_chat
     from kat_ray.run.reward_functions import check_sources, has_functions
 
     try:
@@ -285,6 +287,8 @@ def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
         yield fail("models", str(error))
         yield warn("data", "not checked: prompts are read with the student's tokenizer")
         return
+    with suppress(DataError):  # of a template that is not there: reading the data says so
+        facts = with_chat(config, facts)
     yield ok("student", _describe(facts.student))
     if not facts.teachers:
         yield ok("teacher", "; ".join(facts.warnings) or "none is asked: rewards alone are learnt from")
@@ -303,8 +307,9 @@ def _models_and_data(config: Config, here: bool = True) -> Iterator[Check]:
         longest = longest or facts.max_length or config.rollout.max_tokens
         yield from _memory_needed(config, facts, longest, free_memory(), gpu_memory())
     yield data
-    if config.evaluation.data is not None:
-        yield _prompts(config, config.evaluation.data, facts)[0]
+    for name, part in config.evaluation.parts().items():
+        if part.data is not None and name in ("", *config.evaluation.sets):
+            yield _prompts(config.model_copy(update={"evaluation": part}), part.data, facts)[0]
 
 
 def _describe(info: ModelInfo) -> str:
@@ -341,7 +346,7 @@ def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> tuple[Check
         found = load_prompts(
             data, facts.tokenizer, longest, graded=heldout, teacher=facts.teacher_tokenizer,
             with_tasks=not heldout and has_functions(config), environment=config.environment,
-            teachers=None if heldout else config.teacher_contexts,
+            teachers=None if heldout else config.teacher_contexts, teacher_renders=config.teacher_renders,
             completions=CompletionLimits(facts.end_ids, max_tokens),
         )  # fmt: skip
         if heldout:

@@ -38,8 +38,21 @@ RUN is a run directory, finished or not. Its metrics, configuration and summary 
 the run's one id; what a tracker was told before is not told again (docs/tracking.md)."""
 
 ABOUT_EXPORT = """\
-Checkpoints of a run with learner.lora hold its adapters, as peft, transformers and vLLM take them. This merges them
-with the student that they were trained on, which is found where it was then, and checked: docs/lora.md."""
+The model is one like any other: for transformers and vLLM, as student or teacher of another run. The tokenizer's
+files and config.json are the student's, as they came; README.md is a model card with data, rule, figures and
+commands. Of a run with learner.lora the adapters are merged with the student that they were trained on, which is
+found where it was then, and checked (docs/lora.md), or with --adapter stay as they are: docs/export.md."""
+
+ABOUT_EVAL = """\
+RUN_OR_MODEL is a run, whose newest checkpoint is taken with the run's configuration, or any model directory or hub
+id, with --data or --config. Every field can be overridden: section.field=value, such as evaluation.k=8 and
+evaluation.max_tokens=4096 (docs/data.md)."""
+
+ABOUT_DATA = """\
+The first prompts as their tokens, in colours in turn (special tokens in one of their own), with gold answers and
+what a teacher is told in their place; rows that are refused, by reason; what is left out; lengths. No weights are
+read.
+Exit code 1: a run would be refused."""
 
 ABOUT_SERVE = """\
 Runs with teacher.type = http ask it for the scores that a teacher of their own would give: docs/teachers.md. It
@@ -73,7 +86,8 @@ Models and data are checked before anything is started. Records go to <run.dir>/
 examples:
   kat-ray eval runs/latest                           the newest checkpoint of a run, with the run's configuration
   kat-ray eval demo:student --config demo            a model, on a configuration's held-out problems
-  kat-ray eval out/model --config my.yaml evaluation.k=8 --json""",
+  kat-ray eval out/model --config my.yaml evaluation.k=8 --json
+  kat-ray eval Qwen/Qwen3-0.6B --data gsm8k math500 aime24 --chat --greedy evaluation.max_tokens=4096""",
     "doctor": """\
 examples:
   kat-ray doctor                  machine and packages only
@@ -123,8 +137,16 @@ examples:
   MLFLOW_TRACKING_URI=http://mlflow:5000 kat-ray track runs/latest --to mlflow --online""",
     "export": """\
 examples:
-  kat-ray export runs/latest out/model
-  kat-ray export runs/latest/checkpoints/step-100 out/model --base /models/Qwen3-0.6B --dtype bfloat16""",
+  kat-ray export runs/latest --to out/model
+  kat-ray export runs/latest/checkpoints/step-100 --to out/model --base /models/Qwen3-0.6B --dtype bfloat16
+  kat-ray export runs/latest --to hub:me/my-model --private
+  kat-ray export runs/latest --to out/adapter --adapter --base Qwen/Qwen3-0.6B    and what they go beside""",
+    "data": """\
+examples:
+  kat-ray data demo
+  kat-ray data my.yaml --prompts 1 data.chat_template_kwargs.enable_thinking=false
+  kat-ray data openai/gsm8k --model Qwen/Qwen3-0.6B data.name=main data.prompt_column=question
+  kat-ray data my.yaml --heldout""",
     "serve-teacher": """\
 examples:
   kat-ray serve-teacher demo:teacher --dtype float32

@@ -13,7 +13,7 @@ from pathlib import Path
 
 # What the project depends on, as it is imported; what else is missing is said by who asks for it.
 REQUIRED = (
-    "deepspeed", "huggingface_hub", "jinja2", "matplotlib", "numpy", "packaging", "pyarrow", "pydantic", "ray",
+    "aiohttp", "deepspeed", "huggingface_hub", "jinja2", "matplotlib", "numpy", "packaging", "pyarrow", "pydantic", "ray",
     "rich", "safetensors", "tensorboard", "torch", "transformers", "yaml",
 )  # fmt: skip
 OLDEST = (3, 11)

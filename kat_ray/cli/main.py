@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from kat_ray.cli import jobs as cli_jobs
 from kat_ray.cli.arguments import path_of
-from kat_ray.cli.help import DESCRIPTION, EXAMPLES, EXIT_CODES, OVERRIDES
+from kat_ray.cli.help import ABOUT_EVAL, DESCRIPTION, EXAMPLES, EXIT_CODES, OVERRIDES
 from kat_ray.cli.interpreter import missing
 from kat_ray.cli.records import add_records
 from kat_ray.cli.serve_teacher import add_serve_teacher
@@ -129,9 +129,15 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
         action="store_true",
         help="write timeline.json, a Chrome trace of all actors (run.profile=true)",
     )
-    evaluate = add("eval", _eval, "score a model on the held-out problems")
+    evaluate = add("eval", _eval, "score a model on held-out problems", ABOUT_EVAL)
     evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="run directory, model directory, or hub id")
     evaluate.add_argument("--config", metavar="CONFIG", help="YAML file, or `demo`; default: the run's own")
+    evaluate.add_argument(
+        "--data", metavar="SET", nargs="+", default=[],
+        help="held-out sets, not the configuration's: gsm8k, math500, aime24, aime25, files, folders, hub ids",
+    )  # fmt: skip
+    evaluate.add_argument("--chat", action="store_true", help="apply the model's own chat template to the problems")
+    evaluate.add_argument("--greedy", action="store_true", help="also one answer each with temperature 0")
     evaluate.add_argument("--json", action="store_true", help="print the result as one JSON object")
     doctor = add("doctor", _doctor, "check machine, packages, models and data")
     doctor.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
@@ -227,21 +233,17 @@ def _keep_others_out(config: Config) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from kat_ray.cli.export import newest_checkpoint, whole_model
-    from kat_ray.config.load import load_config, resolve_path
+    from kat_ray.cli.evaluate import Asked, configuration, table
+    from kat_ray.cli.export import whole_model
 
-    path = resolve_path(args.model)
-    is_run = (path / "config.yaml").is_file()
-    if args.config is None and not is_run:
-        raise UserError(
-            f"{args.model}: not a run directory (no config.yaml in it); name the problems with --config"
-        )
-    config = load_config(args.config or path / "config.yaml", args.overrides)
+    sets = [name for name in args.data if "=" not in name]  # --data takes what follows, overrides too
+    more = [*args.overrides, *(name for name in args.data if "=" in name)]
+    config, model = configuration(Asked(args.model, args.config, sets, args.chat, args.greedy, more))
     if config.evaluation.data is None:
         raise UserError(
-            "evaluation.data = null: name the held-out problems, for example evaluation.data.path=demo:heldout"
+            "evaluation.data = null: name the held-out problems with --data, or for example "
+            "evaluation.data.path=demo:heldout"
         )
-    model = str(newest_checkpoint(path)) if is_run else args.model
     _reach(config)
     from actors.driver.train import evaluate_model
     from kat_ray.run.summary import evaluation_fields
@@ -251,11 +253,7 @@ def _eval(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"model": model, **(evaluation_fields(result) or {})}))
     else:
-        print(
-            f"{model}\n{result.problems} problems, {result.k} answers each: avg@{result.k} {result.avg_at_k:.1%}, "
-            f"pass@{result.k} {result.pass_at_k:.1%}, mean length {result.mean_length:.0f} tokens, "
-            f"{result.truncated_share:.1%} cut off at the limit"
-        )
+        print(f"{model}\n{table(config, result)}")
     return 0
 
 

@@ -7,7 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kat_ray.cli.arguments import count_of, path_of, share_of
-from kat_ray.cli.help import ABOUT_BENCH, ABOUT_EXPORT, ABOUT_REPORT, ABOUT_TRACK, ABOUT_WATCH, OVER_A_RUN
+from kat_ray.cli.help import (
+    ABOUT_BENCH,
+    ABOUT_DATA,
+    ABOUT_EXPORT,
+    ABOUT_REPORT,
+    ABOUT_TRACK,
+    ABOUT_WATCH,
+    OVER_A_RUN,
+)
 from kat_ray.errors import UserError
 
 SERVICES = ("wandb", "mlflow", "trackio", "swanlab")  # trackers that are packages of their own
@@ -49,19 +57,16 @@ def add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Ar
         default=Path("runs/bench"),
         help="models and logs (default runs/bench)",
     )
-    export = add("export", _export, "write the whole model of a run that trains adapters", ABOUT_EXPORT)
-    export.add_argument(
-        "source", metavar="RUN_OR_CHECKPOINT", type=path_of, help="its newest checkpoint, or this one"
-    )
-    export.add_argument("out", metavar="DIR", type=path_of, help="where the model goes; it must not be there yet")
-    export.add_argument("--base", metavar="MODEL", help="the student before training, if it is not where it was")
-    export.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the learner's)"
-    )
+    _add_export(add)
+    data = add("data", _data, "show what the model will see of a data set", ABOUT_DATA)
+    data.add_argument("source", metavar="DATA_OR_CONFIG", help="a data set, a YAML file, `demo`, or a run")
+    data.add_argument("--model", metavar="MODEL", help="whose tokenizer reads it (default: the configuration's)")
+    data.add_argument("--heldout", action="store_true", help="the held-out problems (evaluation.data)")
+    data.add_argument("--prompts", metavar="N", type=count_of, default=3, help="prompts to show (default 3)")
     config = add("config", _config, "print the resolved configuration")
     config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     config.add_argument("--docs", action="store_true", help="print the text of docs/configuration.md instead")
-    return [config]
+    return [data, config]
 
 
 def _add_watch(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -108,6 +113,24 @@ def _add_replay(add: Callable[..., argparse.ArgumentParser]) -> None:
     replay.add_argument(
         "--out", metavar="DIR", type=path_of, help="where replay.csv and replay.png go (default RUN/replay)"
     )
+
+
+def _add_export(add: Callable[..., argparse.ArgumentParser]) -> None:
+    export = add("export", _export, "write a run's model for others, into a folder or to the hub", ABOUT_EXPORT)
+    export.add_argument(
+        "source", metavar="RUN_OR_CHECKPOINT", type=path_of, help="its newest checkpoint, or this one"
+    )
+    export.add_argument("out", metavar="DIR", nargs="?", help="the same as --to DIR")
+    export.add_argument("--to", metavar="TARGET", help="a folder, or hub:owner/name")
+    export.add_argument(
+        "--adapter", action="store_true", help="the adapters alone, of a run with learner.lora (default: merged)"
+    )
+    export.add_argument("--base", metavar="MODEL", help="the student before training, if it is not where it was")
+    export.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: the learner's)"
+    )
+    export.add_argument("--overwrite", action="store_true", help="replace a model that is there already")
+    export.add_argument("--private", action="store_true", help="a repository that is made is private")
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -197,10 +220,20 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from kat_ray.cli.export import export
+    from kat_ray.cli.export import Options, export
 
-    print(export(args.source, args.out, args.base, args.dtype))
+    if (args.out is None) == (args.to is None):
+        raise UserError("name one place for the model: --to DIR, or --to hub:owner/name")
+    options = Options(args.base, args.dtype, args.adapter, args.overwrite, args.private)
+    for line in export(args.source, args.to or args.out, options):
+        print(line)
     return 0
+
+
+def _data(args: argparse.Namespace) -> int:
+    from kat_ray.cli.data import run
+
+    return run(args.source, args.model, args.heldout, args.prompts, args.overrides)
 
 
 def _config(args: argparse.Namespace) -> int:

@@ -7,8 +7,6 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from kat_ray.cli.arguments import count_of
 from kat_ray.cli.help import ABOUT_SERVE
 from kat_ray.errors import UserError
@@ -66,6 +64,8 @@ def _port(text: str) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from pydantic import ValidationError
+
     from kat_ray.config import ModelConfig, ScorerConfig
     from kat_ray.remote.token import token_of
 

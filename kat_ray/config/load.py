@@ -94,7 +94,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     file = EMBEDDED.get(str(path)) or usable_path(str(path))
     source = _Source(str(path))
-    tree = _drop_empty(_read_file(file, source))
+    return _overridden(_drop_empty(_read_file(file, source)), overrides, source)
+
+
+def config_from(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """As `load_config`, of what a command makes itself."""
+    return _overridden(dict(tree), overrides, _Source("the command"))
+
+
+def _overridden(tree: dict[str, Any], overrides: Sequence[str], source: _Source) -> Config:
     for override in overrides:
         _check_override(override, source)
     _drop_other_rule(tree, overrides)

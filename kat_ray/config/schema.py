@@ -145,6 +145,10 @@ def _parts(section: str, schema: Schema) -> Iterator[str]:
             if "properties" in inner and inner["title"] not in own:
                 yield f"### {section}.{name}\n\n{_one_line(inner)}\n"
                 yield _table(f"{section}.{name}", inner, resumable=bool(field.get("resumable")))
+        values = field.get("additionalProperties")
+        if isinstance(values, dict) and "properties" in (named := resolve(values)):
+            yield f"### {section}.{name}\n\n{_one_line(named)} Of each, by its NAME:\n"
+            yield _table(f"{section}.{name}.NAME", named)
 
 
 def _table(section: str, schema: Schema, resumable: bool = False) -> str:

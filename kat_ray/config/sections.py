@@ -199,6 +199,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _teacher_renders_chats(self) -> Config:
+        for name, teacher in self.all_teachers.items():
+            if teacher.chat_template == "data":
+                continue
+            if name != DEFAULT_TEACHER:
+                raise ValueError(
+                    f"teachers.{name}.chat_template = 'own': is of the section `teacher` only; use data"
+                )
+            if self.data.chat_template in (False, "teacher"):
+                raise ValueError(
+                    "teacher.chat_template = 'own': needs data.chat_template = student, or the path of a template, "
+                    "which the student has instead"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _prompts_name_their_teachers(self) -> Config:
         heldout = self.evaluation.data
         check_column(self.teachers, self.data.teacher_column, None if heldout is None else heldout.teacher_column)
@@ -397,8 +413,20 @@ class Config(Section):
 
     @property
     def teacher_contexts(self) -> dict[str, str | None]:
-        """What each teacher that is asked is told in place of the prompt, by its name."""
-        return {name: teacher.context for name, teacher in self.used_teachers.items()}
+        """What each teacher that is asked is told in place of the prompt, by its name.
+
+        With a template of its own it is told the prompt, rendered as it knows it.
+        """
+        return {
+            name: teacher.context or ("{prompt}" if teacher.chat_template == "own" else None)
+            for name, teacher in self.used_teachers.items()
+        }
+
+    @property
+    def teacher_renders(self) -> bool:
+        """Whether the teacher of the section `teacher` is given chats by its own template."""
+        teacher = self.used_teachers.get(DEFAULT_TEACHER)
+        return teacher is not None and teacher.chat_template == "own"
 
     @property
     def average_decay(self) -> float | None:

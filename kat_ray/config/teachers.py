@@ -55,6 +55,9 @@ class TeacherConfig(ModelConfig):
     column of the data, {prompt} for the prompt; null tells it the prompt. With data.chat_template it takes the
     place of the last message's text (docs/teachers.md)."""
 
+    chat_template: Literal["data", "own"] = "data"
+    """Whose chat template renders what it is given: that of the prompts (data.chat_template), or its tokenizer's
+    own, where it was trained on another than the student; of the section `teacher` only."""
     weights: Literal["given", "live", "average"] = "given"
     """Whose weights it has: those that its path names, for the whole run (`given`), or the student's, which path
     then names, too: the newest that were published (`live`, which needs a `context`), or their moving average

@@ -22,6 +22,7 @@ class ChatTemplate:
     text: str  # Jinja
     tokenizer: Any  # whose special tokens stand in it
     arguments: Mapping[str, Any]
+    own: bool = True  # the student's, which says itself whether a text begins with a special token
 
     def render(self, messages: Sequence[Message], where: str, answered: bool = False) -> str:
         """The messages as text, with the start of an answer; `DataError` where the template refuses them.
@@ -57,7 +58,63 @@ def chat_template_of(data: DataConfig, student: Any, teacher: Any = None) -> Cha
     for argument in data.chat_template_kwargs:
         if not re.search(rf"\b{re.escape(argument)}\b", text):
             raise DataError(f"data.chat_template_kwargs.{argument}: the chat template does not use this name")
-    return ChatTemplate(text, tokenizer, data.chat_template_kwargs)
+    return ChatTemplate(text, tokenizer, data.chat_template_kwargs, own=source is True or source == "student")
+
+
+def turn_end(template: ChatTemplate) -> int | None:
+    """The special token with which a template ends an answer, such as `<|im_end|>`; None where it has none.
+
+    It is looked for behind the answer of a conversation of two messages. Space may stand before it.
+    """
+    answer = "An answer, and its end."
+    messages = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = template.render(messages, "data.chat_template", answered=True)
+    except DataError:  # of tools, for example: the prompts may be others
+        return None
+    rest = text.rpartition(answer)[2].lstrip() if answer in text else ""
+    ids = template.tokenizer(rest, add_special_tokens=False)["input_ids"] if rest else []
+    return int(ids[0]) if ids and ids[0] in template.tokenizer.added_tokens_decoder else None
+
+
+def opening(tokenizer: Any) -> int | None:
+    """The id that a tokenizer puts before every text (BOS); None where it puts none, or several."""
+    bare, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    before = whole[: len(whole) - len(bare)]
+    return int(before[0]) if len(before) == 1 and whole[1:] == bare else None
+
+
+def encode(
+    tokenizer: Any, template: ChatTemplate | None, texts: Sequence[str | None]
+) -> list[tuple[int, ...] | None]:
+    """The token ids of texts, None of None: each begins with BOS once, where the student's texts begin with one.
+
+    A template of the student's says itself whether there is one. Another's, and a file's, may have left it to the
+    tokenizer; and a text without a template may have been rendered before, and begin with one already.
+    """
+    given = [text for text in texts if text is not None]
+    if not given:
+        return [None] * len(texts)
+    first = opening(tokenizer)
+    found = iter(tokenizer(given, add_special_tokens=template is None)["input_ids"])
+
+    def once(ids: Sequence[int]) -> tuple[int, ...]:
+        if first is None:
+            return tuple(ids)
+        if template is None:
+            return tuple(ids[1:] if list(ids[:2]) == [first, first] else ids)
+        return tuple(ids) if template.own or list(ids[:1]) == [first] else (first, *ids)
+
+    return [None if text is None else once(next(found)) for text in texts]
+
+
+def teachers_own(data: DataConfig, teacher: Any) -> ChatTemplate:
+    """The template of the teacher's tokenizer, for what it alone is given, with those arguments that it uses."""
+    if not getattr(teacher, "chat_template", None):
+        raise DataError("teacher.chat_template = own: the teacher's tokenizer has no chat template; use data")
+    text = _own_template(teacher, "teacher", "teacher")
+    known = {n: v for n, v in data.chat_template_kwargs.items() if re.search(rf"\b{re.escape(n)}\b", text)}
+    return ChatTemplate(text, teacher, known, own=False)
 
 
 def _own_template(tokenizer: Any, source: bool | str, name: str) -> str:

@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,13 @@ from kat_ray.config import Config, DataConfig, EnvironmentConfig
 from kat_ray.config.environment import is_environment
 from kat_ray.config.off_policy import most_given
 from kat_ray.config.teachers import section_of
-from kat_ray.data.chat import ChatTemplate, chat_template_of, messages_of
+from kat_ray.data.chat import ChatTemplate, chat_template_of, encode, messages_of, teachers_own
 from kat_ray.data.completions import CompletionLimits, Completions
 from kat_ray.data.environment import FAMILY, LEVEL, PROBLEM
 from kat_ray.data.given import GivenCompletion
+from kat_ray.data.mixture import epoch, open_all, weights_of
 from kat_ray.data.routing import Route, Routing
-from kat_ray.data.rows import BATCH, Row, kind, names_of, open_rows
+from kat_ray.data.rows import BATCH, Row, kind, names_of
 from kat_ray.errors import DataError
 from kat_ray.rewards.task import Task, is_plain, plain_columns
 from kat_ray.types.records import DEFAULT_TEACHER, Prompt, RolloutSpec, StepStart
@@ -50,6 +50,10 @@ class PromptSet:
     skipped_too_long: int
     source: str
     tasks: Mapping[str, Task] = field(default_factory=dict)  # by prompt id, where reward functions are told of them
+    repeated: int = 0  # rows that were left out as the repetition of another
+    contradicting: int = 0  # of these, with another answer than the one that was kept
+    origins: tuple[str, ...] = ()  # of several data sets, that of each prompt
+    weights: Mapping[str, float] = field(default_factory=dict)  # of several data sets
 
     @property
     def longest(self) -> int:
@@ -60,6 +64,11 @@ class PromptSet:
     def longest_scored(self) -> int:
         """Tokens of the longest that a teacher is given in place of a prompt, or as it."""
         return max(len(p.token_ids if p.context_ids is None else p.context_ids) for p in self.prompts)
+
+    @functools.cached_property
+    def drawn(self) -> tuple[Prompt, ...]:
+        """The prompts of an epoch: each once, or of several data sets as often as their weights say."""
+        return epoch(self.prompts, self.origins, self.weights) if self.weights else self.prompts
 
     @functools.cached_property
     def digest(self) -> str:
@@ -79,6 +88,8 @@ class PromptSet:
                 sums.update(json.dumps(["completion", p.completion_ids]).encode())
             if (task := self.tasks.get(p.prompt_id)) is not None:
                 sums.update(json.dumps([task.answer, task.columns], sort_keys=True).encode())
+        if self.weights:
+            sums.update(json.dumps(["weights", dict(self.weights)]).encode())
         return sums.hexdigest()
 
 
@@ -93,6 +104,7 @@ def load_prompts(
     environment: EnvironmentConfig | None = None,
     teachers: Mapping[str, str | None] | None = None,
     completions: CompletionLimits | None = None,
+    teacher_renders: bool = False,
 ) -> PromptSet:
     """Read, check and tokenise a split. If `graded`, every row must have an answer.
 
@@ -102,29 +114,32 @@ def load_prompts(
     then be anything, and one that is neither text nor number is theirs alone. `environment` makes the rows where
     `data.path` says so. `teachers` are those that are asked, with the template of what each is told in place of the
     prompt, None for the prompt; their names are those that `data.teacher_column` may hold, and each must be in it.
-    With `completions` those of `data.completion_column` are read.
+    With `completions` those of `data.completion_column` are read. Where it `teacher_renders`, the teacher's own
+    template renders what it is told.
     """
     template = chat_template_of(data, tokenizer, teacher)
-    routing = Routing(data, teachers or {}, template)
+    theirs = teachers_own(data, teacher) if teacher_renders else None
+    routing = Routing(data, teachers or {}, template, theirs)
     given = None
     if completions is not None and data.completion_column is not None:
         given = Completions(data, tokenizer, template, completions)
-    source, rows = open_rows(data, environment)
+    source, rows = open_all(data, environment)
     stem = Path(source).stem
     prompts: list[Prompt] = []
     tasks: dict[str, Task] = {}
     seen: dict[str, str] = {}
-    count = skipped = 0
+    origins: list[str] = []
+    first: dict[tuple[str, Ids], str | None] = {}  # answers by teacher and tokens
+    count = skipped = repeated = contradicting = 0
     columns: dict[str, None] = {}
-    rows = islice(rows, data.limit)
     while batch := list(islice(rows, BATCH)):
         count += len(batch)
         columns |= dict.fromkeys(name for row in batch for name in row.columns)
         answers = [_answer(row, data, graded, anything=with_tasks) for row in batch]
         texts = [_text(row, data, template) for row in batch]
         routes = [routing.of(row) for row in batch]
-        encode = partial(_encode, tokenizer, template is None)
-        encoded, told = encode(texts), encode([route.told for route in routes])
+        encoded = [ids or () for ids in encode(tokenizer, template, texts)]
+        told = routing.encoded(tokenizer, routes)
         completed = _completed(tokenizer, given, batch, texts)
         rows_of_batch = zip(batch, texts, encoded, answers, routes, told, completed, strict=True)
         for row, text, ids, answer, route, context_ids, completion in rows_of_batch:
@@ -135,7 +150,12 @@ def load_prompts(
                 raise DataError(f"{row.where}: {section_of(route.teacher)}.context gives no token")
             if _is_too_long(data, row, max_prompt_tokens, ids, context_ids, route):
                 skipped += 1
+            elif data.dedupe and (alike := (route.teacher, ids)) in first:
+                repeated += 1
+                contradicting += first[alike] != answer
             else:
+                first[route.teacher, ids] = answer
+                origins.append(row.origin or "")
                 problem = row.columns[PROBLEM] if is_environment(data.path) else None
                 source_of, level = _source(row, data), row.columns.get(LEVEL, 0) if problem is not None else 0
                 prompts.append(
@@ -152,12 +172,22 @@ def load_prompts(
             f"{source}: every one of {count} prompts is longer than the {max_prompt_tokens} tokens the models take "
             "beside the longest answer; lower rollout.max_tokens, or use shorter prompts"
         )
-    found = PromptSet(tuple(prompts), skipped, source, tasks)
+    weights = weights_of(data)
+    found = PromptSet(
+        tuple(prompts), skipped, source, tasks, repeated, contradicting, tuple(origins) if weights else (), weights
+    )
+    _ = found.drawn  # a mixture that cannot be drawn from is refused here
     _refuse_unanswered(data, found, columns)
     _refuse_too_many_sources(data, found)
     _refuse_empty_levels(found, environment if is_environment(data.path) and not graded else None)
     routing.refuse_unused(source, {p.teacher for p in found.prompts}, skipped)
     return found
+
+
+def check_row(row: Row, data: DataConfig, template: ChatTemplate | None, graded: bool) -> None:
+    """`DataError` where a row cannot be used."""
+    _text(row, data, template)
+    _answer(row, data, graded)
 
 
 def _refuse_unanswered(data: DataConfig, found: PromptSet, columns: Mapping[str, None]) -> None:
@@ -169,13 +199,6 @@ def _refuse_unanswered(data: DataConfig, found: PromptSet, columns: Mapping[str,
         )
 
 
-def _encode(tokenizer: Any, special: bool, texts: Sequence[str | None]) -> list[Any]:
-    """The token ids of texts, a tuple each; None of None."""
-    given = [text for text in texts if text is not None]
-    ids = iter(tokenizer(given, add_special_tokens=special)["input_ids"] if given else ())
-    return [None if text is None else tuple(next(ids)) for text in texts]
-
-
 def _completed(
     tokenizer: Any, given: Completions | None, rows: Sequence[Row], prompts: Sequence[str]
 ) -> list[Ids | None]:
@@ -183,7 +206,7 @@ def _completed(
     if given is None:
         return [None] * len(rows)
     texts = [given.text(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
-    return [given.ids(ids) for ids in _encode(tokenizer, False, texts)]
+    return [given.ids(tuple(ids)) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def _is_too_long(
@@ -204,7 +227,9 @@ def _is_too_long(
 
 def _prompt_id(row: Row, stem: str, seen: dict[str, str]) -> str:
     given = row.columns.get(ID_COLUMN)
-    prompt_id = f"{stem}:{row.number}" if given is None else str(given)
+    prompt_id = f"{row.origin or stem}:{row.number if given is None else given}"
+    if given is not None and row.origin is None:
+        prompt_id = str(given)
     if prompt_id in seen:
         raise DataError(f"{row.where}: the id {prompt_id!r} is also that of {seen[prompt_id]}; ids must be unique")
     seen[prompt_id] = row.where
@@ -279,6 +304,13 @@ def _answer(row: Row, data: DataConfig, graded: bool, anything: bool = False) ->
             return None
         raise DataError(f"{row.where}: {data.answer_column} is {kind(value)}; an answer is text or a number")
     text = str(value).strip()
+    if data.answer_after is not None:
+        _, mark, text = text.rpartition(data.answer_after)
+        text = text.strip()
+        if not mark and graded:
+            raise DataError(f"{row.where}: {data.answer_column} holds no {data.answer_after!r} (data.answer_after)")
+        if not mark:
+            return None
     if graded and not text:
         raise DataError(f"{row.where}: {data.answer_column} is empty")
     return text
@@ -292,6 +324,8 @@ def _text(row: Row, data: DataConfig, template: ChatTemplate | None) -> str:
         raise DataError(f"{row.where}: {column} is {kind(value)}; a prompt is text or a list of messages")
     if not value or (isinstance(value, str) and not value.strip()):
         raise DataError(f"{row.where}: {column} is empty")
+    if isinstance(value, str) and data.instruction is not None:
+        value = f"{value}\n\n{data.instruction}"
     if template is not None:
         where = f"{row.where}: {column}"
         return template.render(messages_of(value, data.system_prompt, where), row.where)

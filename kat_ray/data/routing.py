@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from kat_ray.config import DataConfig
 from kat_ray.config.teachers import section_of
-from kat_ray.data.chat import ChatTemplate
+from kat_ray.data.chat import ChatTemplate, encode
 from kat_ray.data.context import Context
 from kat_ray.data.rows import Row, kind
 from kat_ray.errors import DataError
@@ -26,9 +26,15 @@ class Route(NamedTuple):
 class Routing:
     """The teachers of a split by name, with the templates of what they are told; without any, nobody is asked."""
 
-    def __init__(self, data: DataConfig, teachers: Mapping[str, str | None], template: ChatTemplate | None) -> None:
-        """`template` renders what a teacher is told as it renders prompts."""
-        self._data, self._template = data, template
+    def __init__(
+        self,
+        data: DataConfig,
+        teachers: Mapping[str, str | None],
+        template: ChatTemplate | None,
+        theirs: ChatTemplate | None = None,
+    ) -> None:
+        """`template` renders what a teacher is told, as it does prompts; `theirs` for the section `teacher`."""
+        self._data, self._template, self._theirs = data, template, theirs or template
         self._names = tuple(teachers) if data.teacher_column is not None else ()
         told = {name: text for name, text in teachers.items() if text is not None}
         self._contexts = {name: Context(text, section_of(name)) for name, text in told.items()}
@@ -37,7 +43,15 @@ class Routing:
         """Who scores the rollouts of a row's prompt; `DataError` where it names nobody that there is."""
         name = self._teacher(row)
         context = self._contexts.get(name)
-        return Route(name, None if context is None else context.text(row, self._data, self._template))
+        template = self._theirs if name == DEFAULT_TEACHER else self._template
+        return Route(name, None if context is None else context.text(row, self._data, template))
+
+    def encoded(self, tokenizer: Any, routes: Sequence[Route]) -> list[tuple[int, ...] | None]:
+        """The token ids of what teachers are told, None where it is the prompt."""
+        first = [route.told if route.teacher == DEFAULT_TEACHER else None for route in routes]
+        others = [None if route.teacher == DEFAULT_TEACHER else route.told for route in routes]
+        pairs = zip(encode(tokenizer, self._theirs, first), encode(tokenizer, self._template, others), strict=True)
+        return [ids if ids is not None else other for ids, other in pairs]
 
     def refuse_unused(self, source: str, used: Collection[str], skipped: int) -> None:
         """`DataError` for a teacher without a prompt: it costs its scorers, whether or not it has any to score."""

@@ -6,8 +6,9 @@ Every error names file and line (row, for formats without lines).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from kat_ray.data.environment import columns_of
 from kat_ray.errors import DataError
 
 BATCH = 1000  # rows that are worked on at once
+_SLICE_RE = re.compile(r"(?P<split>[\w.-]+)(\[(?P<first>\d*):(?P<last>\d*)\])?")
 _LONGEST_REASON = 300  # characters of another library's message
 
 
@@ -29,6 +31,7 @@ class Row:
     where: str  # "file.jsonl:3"
     number: int
     columns: Mapping[str, Any]
+    origin: str | None = None  # which of several data sets it is of
 
     def value(self, column: str) -> Any:
         """What is in a column; None where it is not there.
@@ -86,6 +89,23 @@ def open_rows(data: DataConfig, environment: EnvironmentConfig | None = None) ->
     if path.is_file():
         raise DataError(f"{data.path}: prompts are read from .jsonl and .parquet files, or from a data set")
     return data.path, _hugging_face(data, path)
+
+
+def renamed(rows: Iterator[Row], names: Mapping[str, str]) -> Iterator[Row]:
+    """The rows with columns by new names; a new name of a dotted path is one more column. `DataError` names the row
+    that has no such column, or has the new name already.
+    """
+    for row in rows if names else ():
+        columns = {name: value for name, value in row.columns.items() if name not in names}
+        for old, new in names.items():
+            if old not in row.columns and row.value(old) is None:
+                raise DataError(f"{row.where}: {row.lacks(old, 'data.rename')}")
+            if new in columns:
+                raise DataError(f"{row.where}: data.rename: there is a column {new!r} already, beside {old!r}")
+            columns[new] = row.value(old)
+        yield replace(row, columns=columns)
+    if not names:
+        yield from rows
 
 
 def _jsonl(path: Path, name: str) -> Iterator[Row]:
@@ -161,14 +181,27 @@ def _hugging_face(data: DataConfig, path: Path) -> Iterator[Row]:
             "(pip install 'kat-ray[hub]')"
         ) from error
     what = f"{data.path} ({'' if data.name is None else f'name {data.name}, '}split {data.split})"
+    split, first, last = _slice(data) if data.streaming else (data.split, 0, None)
     try:
         table = datasets.load_dataset(
-            str(path) if path.is_dir() else data.path, data.name, split=data.split, revision=data.revision
-        )
+            str(path) if path.is_dir() else data.path, data.name, split=split, revision=data.revision,
+            streaming=data.streaming,
+        )  # fmt: skip
+        for number, columns in enumerate(islice(table, first, last), 1):
+            yield Row(f"{what}, row {number}", number, columns)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         if "Config name is missing" in reason or "BuilderConfig" in reason:
             reason += " (data.name chooses)"
         raise DataError(f"{what}: no such file, and no data set to be had: {reason[:_LONGEST_REASON]}") from error
-    for number, columns in enumerate(table, 1):
-        yield Row(f"{what}, row {number}", number, columns)
+
+
+def _slice(data: DataConfig) -> tuple[str, int, int | None]:
+    """The split of a stream, and the numbers of its first row and of the one behind its last."""
+    found = _SLICE_RE.fullmatch(data.split)
+    if found is None:
+        raise DataError(
+            f"data.split = {data.split}: with data.streaming = true it is one split, or rows of it counted from "
+            "its beginning, such as train[:1000] or train[500:1000]"
+        )
+    return found["split"], int(found["first"] or 0), int(found["last"]) if found["last"] else None

@@ -27,7 +27,7 @@ from kat_ray.models.support import check_roles, roles_of
 from kat_ray.models.tokenizers import compare_tokenizers
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
 # One of these holds a tokenizer's vocabulary. Without any, transformers makes up an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", ".model", "vocab.json", "vocab.txt", "tekken.json", ".tiktoken")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -106,7 +106,7 @@ def resolve_model(model: ModelConfig) -> str:
 
 def load_tokenizer(model: ModelConfig) -> Any:
     """The model's tokenizer (transformers)."""
-    directory, names = _files_of(model)
+    directory, names = files_of(model)
     if not any(name.endswith(_VOCABULARIES) for name in names):
         raise ModelError(f"{model.path}: there is no tokenizer (tokenizer.json)")
     from transformers import AutoTokenizer
@@ -184,7 +184,7 @@ def _unread_teachers(config: Config) -> Iterator[str]:
 
 def inspect_model(model: ModelConfig) -> tuple[ModelInfo, Any]:
     """One model's facts and its tokenizer; `ModelError` without the role's name."""
-    directory, names = _files_of(model)
+    directory, names = files_of(model)
     if "adapter_config.json" in names and "config.json" not in names:
         raise ModelError(f"{model.path}: holds adapters, not a model: {MERGE_FIRST}")
     raw = _read_json(directory, "config.json", names)
@@ -284,7 +284,7 @@ def _who(facts: ModelFacts) -> str:
     return {0: "the student takes", 1: "both models take"}.get(len(facts.teachers), "all models take")
 
 
-def _files_of(model: ModelConfig) -> tuple[Path, frozenset[str]]:
+def files_of(model: ModelConfig) -> tuple[Path, frozenset[str]]:
     """Directory with the model's small files, and the names of all its files."""
     resolved = resolve_model(model)
     directory = Path(resolved)

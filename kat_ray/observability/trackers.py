@@ -91,6 +91,8 @@ class Trackers:
     def evaluation(self, done: int, record: Mapping[str, Any]) -> None:
         """See `Tracker.evaluation`."""
         metrics = {f"eval/{name}": float(record[name]) for name in _EVALUATED if name in record}
+        for part, own in record.get("sets", {}).items():
+            metrics |= {f"eval/{name}/{part}": float(own[name]) for name in _EVALUATED if name in own}
         self._tell_all(lambda t: t.evaluation(done, record, metrics))
 
     def checkpoint(self, done: int, path: Path) -> None:

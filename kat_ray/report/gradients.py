@@ -33,6 +33,7 @@ from kat_ray.models.output_layer import output_layer
 from kat_ray.models.text_model import text_decoder
 from kat_ray.report.phases import PHASES, Phases
 from kat_ray.report.run_records import RunRecords
+from kat_ray.run.chat_facts import with_chat
 from kat_ray.types.records import DEFAULT_TEACHER
 
 
@@ -66,7 +67,7 @@ def gradient_evidence(records: RunRecords, phases: Phases, first: Path, last: Pa
     """
     config = records.config
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    facts = check_models(config)
+    facts = with_chat(config, check_models(config))
     found = load_prompts(
         config.data, facts.tokenizer, None, teacher=facts.teacher_tokenizer, environment=config.environment
     )

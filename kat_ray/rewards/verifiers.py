@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from kat_ray.errors import DataError
 from kat_ray.rewards.grader_pool import Check, GraderPool, nothing
@@ -43,6 +43,12 @@ class EvalResult:
     truncated_share: float  # answers that reached the token limit, 0 to 1
     right: tuple[int, ...] = ()  # right answers to each problem, of k
     ran_out: int = 0  # answers that are wrong because grading them took too much time or memory
+    sets: dict[str, EvalResult] | None = None  # of further held-out sets, and of greedy answers, by name
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON; `sets` where there are any."""
+        own = {name: value for name, value in vars(self).items() if name != "sets"}
+        return own if not self.sets else own | {"sets": {name: part.as_dict() for name, part in self.sets.items()}}
 
 
 def avg_at_k(correct: Sequence[Sequence[bool]]) -> float:

@@ -248,6 +248,16 @@ def verify(path: Path, find_damage: FindDamage = damage_in) -> Loaded:
     return Loaded(path, manifest.step, manifest.metric, _read_object(path, STATE))
 
 
+def check_model(path: Path) -> None:
+    """Read what a checkpoint holds beside `training/`; `CheckpointError` names a file that is not what its manifest
+    says.
+    """
+    listed = _read_manifest(path).files
+    files = {n: FileDigest(f.size, f.sha256) for n, f in listed.items() if PurePosixPath(n).parts[0] != TRAINING}
+    if damage := damage_in(path, files):
+        raise CheckpointError(f"{path}: {damage}")
+
+
 def check_state(state: Mapping[str, Any]) -> None:
     """Refuse what JSON would give back as something else: `TypeError` names where it stands."""
     _check_plain(dict(state), "state")

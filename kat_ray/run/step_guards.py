@@ -35,7 +35,7 @@ class StepGuards:
         self._tail = TailReport(config.rollout.top_k_logprobs)
         self._refill = RefillReport(config)
         self._held_out, self._leak = HeldOutWatch(), HeldOutWatch()
-        self._has_context = any(context is not None for context in config.teacher_contexts.values())
+        self._has_context = any(teacher.context is not None for teacher in config.used_teachers.values())
         self._skips = SkipGuard(config.learner.max_skipped_steps)
         self._step: StepResult | None = None  # the one that was checked last
         self._stop: str | None = None

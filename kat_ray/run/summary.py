@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -137,7 +136,10 @@ def run_summary(
 
 def evaluation_fields(result: EvalResult | None) -> dict[str, Any] | None:
     """An evaluation without its verdicts by problem, which evaluations.jsonl holds."""
-    return None if result is None else {k: v for k, v in asdict(result).items() if k != "right"}
+    if result is None:
+        return None
+    own = {name: value for name, value in result.as_dict().items() if name not in ("right", "sets")}
+    return own if not result.sets else own | {"sets": {n: evaluation_fields(r) for n, r in result.sets.items()}}
 
 
 def package_versions() -> dict[str, str]:

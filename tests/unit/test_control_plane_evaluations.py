@@ -60,3 +60,22 @@ def test_a_run_that_is_resumed_has_each_evaluation_once(plain):
     assert again.error is None
     assert [step for step, _ in again.run.evaluations] == list(range(7))
     assert [r["right"] for _, r in again.run.evaluations] == [r["right"] for _, r in plain.run.evaluations]
+
+
+def test_further_sets_are_recorded_beside_the_first_and_change_nothing_of_it(plain):
+    own = EVALUATED["evaluation"]
+    sets = {"more": {"data": {"path": "unused.jsonl"}, "k": 2}}
+    result = Run(0, EVALUATED | {"evaluation": {**own, "sets": sets, "greedy": True}}).go()
+    check(result)
+    told = [record for _, record in result.run.evaluations]
+    assert [r["right"] for r in told] == [r["right"] for _, r in plain.run.evaluations]
+    assert [{n: s["k"] for n, s in r["sets"].items()} for r in told] == [
+        {"greedy": 1, "more": k, "more/greedy": 1} for k in (2, 1, 1, 1, 1, 1, 2)
+    ]
+    assert all("sets" not in record for _, record in plain.run.evaluations)
+    again = EVALUATED | {"evaluation": {**own, "sets": sets}}
+    run = Run(0, again)
+    run.cluster.when("learner:0", "learn", run.cluster.terminate, nth=4)
+    first = run.go()
+    resumed = Run(0, again, start_from=first).go()
+    assert resumed.error is None and [step for step, _ in resumed.run.evaluations] == list(range(7))

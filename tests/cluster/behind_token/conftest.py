@@ -9,8 +9,8 @@ import ray
 
 from tests.cluster.local_cluster import local_cluster
 
-# An image's `python`: killed at once, without the package, or without what it needs, as long as a file says so; else it
-# trains with stubs.
+# An image's `python`: killed at once, without the package, or without what it needs, as long as a file says so;
+# else it trains with stubs.
 PYTHON = """#!/bin/sh
 [ -e killed ] && kill -9 $$
 [ -e foreign ] && exec "{python}" -S "$@"

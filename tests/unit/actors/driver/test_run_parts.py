@@ -191,7 +191,7 @@ def test_a_run_begins_with_what_differs_what_is_slow_and_what_will_not_fit(monke
     monkeypatch.setattr(train_module, "gpu_memory", lambda: None)
     monkeypatch.setattr(train_module, "cpu_flags", lambda: frozenset({"avx2"}))
     info = ModelInfo("m", "LlamaForCausalLM", 1000, 4096, (1,), True, 10**6, "F32", ModelShape(3, 10, 20))
-    prompts = SimpleNamespace(longest=10, skipped_too_long=0, source="prompts.jsonl")
+    prompts = SimpleNamespace(longest=10, skipped_too_long=0, repeated=0, source="prompts.jsonl", prompts=range(99))
     facts, golds = ModelFacts(info, {"teacher": info}, None, (1,), ()), SimpleNamespace(note=None)
     prepared = SimpleNamespace(facts=facts, train=prompts, heldout=None, golds=golds)
 
@@ -222,7 +222,7 @@ def test_a_batch_weighs_nothing_where_none_of_it_is_in_the_loss(opd, policy, wei
     steps = object.__new__(Steps)
     steps._config, steps._actors = config, SimpleNamespace(learners=learners)
     kept = [KeptRollout(0, 2, 3, None, policy)]
-    assert steps.hand_over(SimpleNamespace(step=0, chunks=[], credit=Credit(kept))) == weight
+    assert steps.hand_over(SimpleNamespace(step=0, chunks=[], credit=Credit(kept), given=None)) == weight
 
 
 def test_probes_cannot_stand_for_what_a_bound_on_length_ends():

@@ -219,13 +219,19 @@ def test_eval_of_a_run_takes_its_newest_checkpoint_and_configuration(config, tmp
         "truncated_share": 0.1,
     }
     assert cli.main(["eval", "org/model", "--config", str(run_dir / "config.yaml")]) == 0
-    assert "avg@8 25.0%, pass@8 50.0%" in capsys.readouterr().out
+    line = capsys.readouterr().out.splitlines()[2]
+    assert line.split() == [
+        "h.jsonl", "10", "8", "1", "25.0%", "[0.0%,", "100.0%]", "50.0%", "[23.7%,", "76.3%]", "33", "10.0%", "0",
+    ]  # fmt: skip
     assert seen[-1] == (4, "org/model")
 
 
 def test_eval_needs_problems_and_checkpoints(config, tmp_path, capsys):
     assert cli.main(["eval", str(tmp_path)]) == 2
-    assert "name the problems with --config" in capsys.readouterr().err
+    assert (
+        "name the problems with --data, such as gsm8k, math500, aime24, aime25, or with --config"
+        in capsys.readouterr().err
+    )
     assert cli.main(["eval", "org/model", "--config", str(config)]) == 2
     assert "evaluation.data = null" in capsys.readouterr().err
     (tmp_path / "config.yaml").write_text(config.read_text() + "evaluation: {data: {path: h.jsonl}}\n")

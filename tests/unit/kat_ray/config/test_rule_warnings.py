@@ -59,7 +59,7 @@ def test_training_says_what_its_rule_will_not_do(tmp_path, monkeypatch, capsys):
         raise UserError("as far as this test goes")
         yield
 
-    prompts = SimpleNamespace(skipped_too_long=0, prompts=range(48), longest=9)
+    prompts = SimpleNamespace(skipped_too_long=0, repeated=0, prompts=range(48), longest=9)
     unknown = SimpleNamespace(parameters=None)
     facts = SimpleNamespace(warnings=[], student=unknown, teachers={"teacher": unknown})
     golds = SimpleNamespace(note=None)

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kat_ray.config import DataConfig
+from kat_ray.data.chat import chat_template_of, turn_end
 from kat_ray.data.golds import training_golds
 from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import DataError
@@ -127,6 +128,47 @@ def test_special_tokens_come_from_the_tokenizer_or_from_the_template_not_from_bo
     path = jsonl({"prompt": "ab"})
     assert load(path, tokenizer).prompts[0].token_ids == (0, 3, 4)
     assert load(path, tokenizer, chat_template=True).prompts[0].token_ids[0] != 0
+
+
+@pytest.mark.parametrize("source", ["student", "teacher", "file"])
+@pytest.mark.parametrize("written", [False, True])
+def test_a_text_begins_with_one_bos_whoever_writes_it(jsonl, tmp_path, source, written):
+    """The student's tokenizer puts <pad> before a text. Its own template says itself whether that is wanted."""
+    template = ("<pad>" if written else "") + TEMPLATE
+    (tmp_path / "own.jinja").write_text(template)
+    student = make_tokenizer(chat_template=template, bos=True)
+    teacher = make_tokenizer(chat_template=template, bos=True)
+    data = DataConfig(
+        path=jsonl({"prompt": "ab"}, {"prompt": "<pad>ab"}),
+        chat_template=str(tmp_path / "own.jinja") if source == "file" else source,
+    )
+    first, _ = load_prompts(data, student, None, teacher=teacher).prompts
+    opened = first.token_ids[:2].count(0)
+    assert opened == (0 if source == "student" and not written else 1)
+    assert student.decode(first.token_ids).removeprefix("<pad>") == "[user]ab[assistant]"
+
+
+def test_a_text_that_was_rendered_before_is_not_given_a_second_bos(jsonl):
+    tokenizer = make_tokenizer(bos=True)
+    found = load(jsonl({"prompt": "<pad>ab"}, {"prompt": "ab"}, {"prompt": "<pad><pad>a"}), tokenizer)
+    assert [p.token_ids for p in found.prompts] == [(0, 3, 4), (0, 3, 4), (0, 0, 3)]
+    plain = load(jsonl({"prompt": "<pad>ab"}), make_tokenizer())
+    assert plain.prompts[0].token_ids == (0, 3, 4), "nothing is added, and nothing taken away"
+
+
+def test_the_end_of_a_turn_is_the_special_token_behind_an_answer():
+    def end(behind, **changes):
+        template = TEMPLATE.replace("{% endfor %}", behind + "{% endfor %}")
+        tokenizer = make_tokenizer(chat_template=template)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+        return turn_end(chat_template_of(DataConfig(path="x", chat_template=True), tokenizer)), tokenizer
+
+    for behind in ("<|end|>", "<|end|>\n", "\n<|end|>\n", "{{ '<|end|>' }}<|end|>"):
+        found, tokenizer = end(behind)
+        assert found == tokenizer.convert_tokens_to_ids("<|end|>"), behind
+    assert end("")[0] is None and end("\n")[0] is None and end("[end]")[0] is None
+    assert end("</s>")[0] == 1
+    assert end("{% if m.role == 'assistant' %}{{ raise_exception('no') }}{% endif %}")[0] is None
 
 
 def test_too_long_prompts_are_skipped_and_counted_or_refused(jsonl):

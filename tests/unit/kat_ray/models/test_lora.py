@@ -237,10 +237,6 @@ def test_export_and_eval_make_a_model_of_a_runs_adapters(adapted, tmp_path, caps
     torch.testing.assert_close(
         logprobs(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), wanted, rtol=0, atol=1e-4
     )
-    assert cli.main(["export", str(tmp_path / "out"), str(tmp_path / "again")]) == 2
-    assert "holds no adapters (adapter_config.json): it is a whole model as it is" in capsys.readouterr().err
-    assert cli.main(["export", str(tmp_path / "none"), str(tmp_path / "again")]) == 2
-    assert "none: no such directory; name a run" in capsys.readouterr().err
     with whole_model(str(checkpoint)) as merged:
         torch.testing.assert_close(
             logprobs(AutoModelForCausalLM.from_pretrained(merged)), wanted, rtol=0, atol=1e-4
@@ -272,3 +268,23 @@ def test_dora_needs_whole_weights():
     )
     with pytest.raises(ValidationError, match=r"zero_stage = 3: needs lora.dora = false"):
         LearnerConfig(zero_stage=3, lora=LoraConfig(dora=True))
+
+
+def test_adapters_are_exported_as_they_are_and_name_the_base_that_they_are_told(adapted, tmp_path, capsys):
+    from peft import AutoPeftModelForCausalLM
+
+    from kat_ray.cli import main as cli
+
+    out, moved = tmp_path / "out", adapted.base.rename(tmp_path / "moved")
+    arguments = ["export", str(adapted.path), "--to", str(out), "--adapter"]
+    assert cli.main([*arguments, "--dtype", "bfloat16"]) == 2
+    assert "adapters stay in the learner's type" in capsys.readouterr().err and not out.exists()
+    assert cli.main([*arguments, "--base", str(moved)]) == 0
+    assert "AutoPeftModelForCausalLM" in (out / "README.md").read_text()
+    name = "adapter_model.safetensors"
+    assert (out / name).read_bytes() == (adapted.path / name).read_bytes()
+    for file, key in (("adapter_config.json", "base_model_name_or_path"), ("base_model.json", "path")):
+        assert json.loads((out / file).read_text())[key] == str(moved)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(logprobs(loaded), logprobs(adapted.network), rtol=0, atol=1e-5)
+    assert cli.main(["export", str(out), "--to", str(tmp_path / "whole")]) == 0, "its base is found again"
