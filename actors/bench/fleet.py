@@ -31,7 +31,7 @@ from actors.teacher.settings import ScorerSettings
 from actors.testing.stub_engine import PlainMonitor, StubSampler, stub_engine
 from actors.testing.stub_teacher import StubScorer, stub_teacher
 from kat_ray.config import Config
-from kat_ray.data.prompts import PromptOrder
+from kat_ray.data.prompt_order import PromptOrder
 from kat_ray.run.carried import Carried
 from kat_ray.termination import RunFacts
 from kat_ray.types.records import DEFAULT_TEACHER, Prompt

@@ -12,7 +12,7 @@ from actors.driver.given import GivenStep
 from actors.driver.steps import SampledStep
 from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, ScoredTokens
-from kat_ray.data.prompts import probe_share
+from kat_ray.data.prompt_order import probe_share
 from kat_ray.models.inspect import ModelFacts
 from kat_ray.records.traces import PolicyTrace, TokenFeatures, TraceRow
 from kat_ray.rewards.scoring import RewardScorer

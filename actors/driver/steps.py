@@ -28,7 +28,7 @@ from kat_ray.config import Config
 from kat_ray.config.environment import is_environment
 from kat_ray.data.accounting import FinishedRollout, join_outcomes
 from kat_ray.data.batch import assign_ranks
-from kat_ray.data.prompts import PromptOrder, given_completions, given_places, probe_share, rollout_specs
+from kat_ray.data.prompt_order import PromptOrder, given_completions, given_places, probe_share, rollout_specs
 from kat_ray.observability.timeline import Span
 from kat_ray.run.batch_dump import StepBatch
 from kat_ray.run.carried import Carried

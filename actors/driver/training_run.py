@@ -42,7 +42,7 @@ from actors.driver.recorder import StepRecorder
 from actors.driver.steps import SampledStep, Steps
 from kat_ray.cluster.scaling_policy import StageTimes
 from kat_ray.config import Config
-from kat_ray.data.prompts import PromptOrder
+from kat_ray.data.prompt_order import PromptOrder
 from kat_ray.errors import RewardError
 from kat_ray.observability.progress import Progress
 from kat_ray.observability.timeline import ChromeTrace, Timeline

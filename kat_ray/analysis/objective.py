@@ -20,7 +20,7 @@ from kat_ray.algorithms.choice import algorithm_of
 from kat_ray.analysis.replay import load_table, with_changes
 from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, count_tokens
-from kat_ray.data.prompts import given_places
+from kat_ray.data.prompt_order import given_places
 from kat_ray.errors import UserError
 from kat_ray.types.records import FloatArray, Reward, RolloutOutcome, RolloutSpec, StopReason
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from kat_ray.config import Config
 from kat_ray.config.load import refuse_flags
-from kat_ray.data.prompts import is_probe
+from kat_ray.data.prompt_order import is_probe
 from kat_ray.errors import UserError
 from kat_ray.records.traces import read_rows
 from kat_ray.termination import RULES, RunFacts, make_rule

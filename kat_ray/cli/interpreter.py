@@ -13,8 +13,8 @@ from pathlib import Path
 
 # What the project depends on, as it is imported; what else is missing is said by who asks for it.
 REQUIRED = (
-    "aiohttp", "deepspeed", "huggingface_hub", "jinja2", "matplotlib", "numpy", "packaging", "pyarrow", "pydantic", "ray",
-    "rich", "safetensors", "tensorboard", "torch", "transformers", "yaml",
+    "aiohttp", "deepspeed", "huggingface_hub", "jinja2", "matplotlib", "numpy", "packaging", "pyarrow", "pydantic",
+    "ray", "rich", "safetensors", "tensorboard", "torch", "transformers", "yaml",
 )  # fmt: skip
 OLDEST = (3, 11)
 _WORKERS = "--python_worker_command="  # of a raylet: the Python that its Ray runs under, and what it runs

@@ -11,35 +11,28 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kat_ray.config import Config, DataConfig, EnvironmentConfig
+from kat_ray.config import DataConfig, EnvironmentConfig
 from kat_ray.config.environment import is_environment
-from kat_ray.config.off_policy import most_given
 from kat_ray.config.teachers import section_of
 from kat_ray.data.chat import ChatTemplate, chat_template_of, encode, messages_of, teachers_own
 from kat_ray.data.completions import CompletionLimits, Completions
 from kat_ray.data.environment import FAMILY, LEVEL, PROBLEM
-from kat_ray.data.given import GivenCompletion
 from kat_ray.data.mixture import epoch, open_all, weights_of
 from kat_ray.data.routing import Route, Routing
 from kat_ray.data.rows import BATCH, Row, kind, names_of
 from kat_ray.errors import DataError
 from kat_ray.rewards.task import Task, is_plain, plain_columns
-from kat_ray.types.records import DEFAULT_TEACHER, Prompt, RolloutSpec, StepStart
+from kat_ray.types.records import DEFAULT_TEACHER, Prompt
 
 ID_COLUMN = "id"
 _MOST_SOURCES = 50
 Ids = tuple[int, ...]
-
-# Domains of the run seed: independent random streams.
-_ORDER, _SAMPLING, _PROBE, _GIVEN = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -124,14 +117,8 @@ def load_prompts(
     if completions is not None and data.completion_column is not None:
         given = Completions(data, tokenizer, template, completions)
     source, rows = open_all(data, environment)
-    stem = Path(source).stem
-    prompts: list[Prompt] = []
-    tasks: dict[str, Task] = {}
-    seen: dict[str, str] = {}
-    origins: list[str] = []
-    first: dict[tuple[str, Ids], str | None] = {}  # answers by teacher and tokens
-    count = skipped = repeated = contradicting = 0
-    columns: dict[str, None] = {}
+    kept = _Kept(data, max_prompt_tokens, with_tasks, Path(source).stem)
+    count, columns = 0, dict[str, None]()
     while batch := list(islice(rows, BATCH)):
         count += len(batch)
         columns |= dict.fromkeys(name for row in batch for name in row.columns)
@@ -141,47 +128,81 @@ def load_prompts(
         encoded = [ids or () for ids in encode(tokenizer, template, texts)]
         told = routing.encoded(tokenizer, routes)
         completed = _completed(tokenizer, given, batch, texts)
-        rows_of_batch = zip(batch, texts, encoded, answers, routes, told, completed, strict=True)
-        for row, text, ids, answer, route, context_ids, completion in rows_of_batch:
-            prompt_id = _prompt_id(row, stem, seen)
-            if not ids:
-                raise DataError(f"{row.where}: the prompt gives no token")
-            if context_ids == ():
-                raise DataError(f"{row.where}: {section_of(route.teacher)}.context gives no token")
-            if _is_too_long(data, row, max_prompt_tokens, ids, context_ids, route):
-                skipped += 1
-            elif data.dedupe and (alike := (route.teacher, ids)) in first:
-                repeated += 1
-                contradicting += first[alike] != answer
-            else:
-                first[route.teacher, ids] = answer
-                origins.append(row.origin or "")
-                problem = row.columns[PROBLEM] if is_environment(data.path) else None
-                source_of, level = _source(row, data), row.columns.get(LEVEL, 0) if problem is not None else 0
-                prompts.append(
-                    Prompt(
-                        prompt_id, ids, answer, route.teacher, problem, context_ids, source_of, level, completion
-                    )
-                )
-                if with_tasks:
-                    tasks[prompt_id] = _task(row, data, text)
+        for parts in zip(batch, texts, encoded, answers, routes, told, completed, strict=True):
+            kept.add(*parts)
     if not count:
         raise DataError(f"{source}: holds no prompts")
-    if not prompts:
+    if not kept.prompts:
         raise DataError(
             f"{source}: every one of {count} prompts is longer than the {max_prompt_tokens} tokens the models take "
             "beside the longest answer; lower rollout.max_tokens, or use shorter prompts"
         )
-    weights = weights_of(data)
-    found = PromptSet(
-        tuple(prompts), skipped, source, tasks, repeated, contradicting, tuple(origins) if weights else (), weights
-    )
+    found = kept.found(source)
     _ = found.drawn  # a mixture that cannot be drawn from is refused here
     _refuse_unanswered(data, found, columns)
     _refuse_too_many_sources(data, found)
     _refuse_empty_levels(found, environment if is_environment(data.path) and not graded else None)
-    routing.refuse_unused(source, {p.teacher for p in found.prompts}, skipped)
+    routing.refuse_unused(source, {p.teacher for p in found.prompts}, kept.skipped)
     return found
+
+
+@dataclass
+class _Kept:
+    """What is kept of the rows that were read, and how many were not."""
+
+    data: DataConfig
+    limit: int | None  # tokens of a prompt
+    with_tasks: bool
+    stem: str  # of ids for rows without one
+    prompts: list[Prompt] = field(default_factory=list)
+    tasks: dict[str, Task] = field(default_factory=dict)
+    seen: dict[str, str] = field(default_factory=dict)
+    origins: list[str] = field(default_factory=list)
+    first: dict[tuple[str, Ids], str | None] = field(default_factory=dict)  # answers by teacher and tokens
+    skipped: int = 0
+    repeated: int = 0
+    contradicting: int = 0
+
+    def add(
+        self,
+        row: Row,
+        text: str,
+        ids: Ids,
+        answer: str | None,
+        route: Route,
+        context_ids: Ids | None,
+        completion: Ids | None,
+    ) -> None:
+        """Keep a row, unless it is too long or repeats another; `DataError` where it gives no token."""
+        data, prompt_id = self.data, _prompt_id(row, self.stem, self.seen)
+        if not ids:
+            raise DataError(f"{row.where}: the prompt gives no token")
+        if context_ids == ():
+            raise DataError(f"{row.where}: {section_of(route.teacher)}.context gives no token")
+        if _is_too_long(data, row, self.limit, ids, context_ids, route):
+            self.skipped += 1
+            return
+        if data.dedupe and (alike := (route.teacher, ids)) in self.first:
+            self.repeated += 1
+            self.contradicting += self.first[alike] != answer
+            return
+        self.first[route.teacher, ids] = answer
+        self.origins.append(row.origin or "")
+        problem = row.columns[PROBLEM] if is_environment(data.path) else None
+        source, level = _source(row, data), row.columns.get(LEVEL, 0) if problem is not None else 0
+        self.prompts.append(
+            Prompt(prompt_id, ids, answer, route.teacher, problem, context_ids, source, level, completion)
+        )
+        if self.with_tasks:
+            self.tasks[prompt_id] = _task(row, data, text)
+
+    def found(self, source: str) -> PromptSet:
+        """All of it."""
+        weights = weights_of(self.data)
+        return PromptSet(
+            tuple(self.prompts), self.skipped, source, self.tasks, self.repeated, self.contradicting,
+            tuple(self.origins) if weights else (), weights,
+        )  # fmt: skip
 
 
 def check_row(row: Row, data: DataConfig, template: ChatTemplate | None, graded: bool) -> None:
@@ -332,130 +353,3 @@ def _text(row: Row, data: DataConfig, template: ChatTemplate | None) -> str:
     if isinstance(value, str):
         return value
     raise DataError(f"{row.where}: {column} is a list of messages; set data.chat_template = true")
-
-
-# --- order -----------------------------------------------------------------------------------------------
-
-
-class PromptOrder:
-    """An endless order of prompts, epoch after epoch, each a permutation drawn from (seed, epoch).
-
-    It keeps no position: `take` is a pure function. Prompts of other levels than 0 are not in the order: they stand
-    in for those of level 0 of their source, one for each as far as there are as many.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool) -> None:
-        self._prompts = tuple(p for p in prompts if not p.level)
-        assert self._prompts, "an order needs at least one prompt"
-        self._by_level: dict[tuple[str | None, int], list[Prompt]] = {}
-        self._number: dict[str, int] = {}  # of a prompt among those of its source and level
-        for prompt in prompts:
-            alike = self._by_level.setdefault((prompt.source, prompt.level), [])
-            self._number[prompt.prompt_id] = len(alike)
-            alike.append(prompt)
-        self._permutation = functools.lru_cache(maxsize=2)(
-            functools.partial(_permutation, len(self._prompts), seed, shuffle)
-        )
-
-    def take(self, places: range, levels: Mapping[str, int] | None = None) -> list[Prompt]:
-        """The prompts at these places of the order, from 0; `levels` are by source, 0 where nothing is said."""
-        size = len(self._prompts)
-        first = [self._prompts[self._permutation(place // size)[place % size]] for place in places]
-        return [self._at(prompt, levels.get(prompt.source or "", 0)) for prompt in first] if levels else first
-
-    def _at(self, prompt: Prompt, level: int) -> Prompt:
-        alike = self._by_level[prompt.source, level]
-        return alike[self._number[prompt.prompt_id] % len(alike)]
-
-
-def _permutation(size: int, seed: int, shuffle: bool, epoch: int) -> list[int]:
-    if not shuffle:
-        return list(range(size))
-    order: list[int] = np.random.default_rng([seed, _ORDER, epoch]).permutation(size).tolist()
-    return order
-
-
-def rollout_specs(
-    order: PromptOrder,
-    config: Config,
-    places: range,
-    start: StepStart | None = None,
-    levels: Mapping[str, int] | None = None,
-    given: Collection[int] = (),
-) -> list[RolloutSpec]:
-    """The rollouts of the prompts at these places of the order: those of one prompt are adjacent, and ids are
-    consecutive over the run, since each follows from its prompt's place, but for those of prompts whose completions
-    are `given`, counted from the first place.
-
-    Each rollout is a probe with the probability that its teacher's rule says in `start`, by default
-    `termination.probe_share`, independently; a larger share only adds probes. Others are no longer than its budget.
-    `levels` are those of a curriculum.
-    """
-    rollout, seed = config.rollout, config.run.seed
-    start = start or StepStart(None, None)
-    prompts, each = order.take(places, levels), rollout.rollouts_per_prompt
-    first, specs = places.start * each, []
-    for rollout_id, prompt in enumerate((p for p in prompts for _ in range(each)), first):
-        if (rollout_id - first) // each in given:
-            continue
-        limits = start.of(prompt.teacher)
-        probe = is_probe(seed, rollout_id, probe_share(config, limits))
-        budget = None if probe else limits.budget
-        specs.append(
-            RolloutSpec(
-                rollout_id=rollout_id,
-                prompt_id=prompt.prompt_id,
-                prompt_ids=prompt.token_ids,
-                seed=_draw(seed, _SAMPLING, rollout_id) >> 1,  # 31 bits: a seed that every engine takes
-                probe=probe,
-                max_tokens=rollout.max_tokens if budget is None else max(1, min(budget, rollout.max_tokens)),
-                teacher=prompt.teacher,
-                context_ids=prompt.context_ids,
-            )
-        )
-    return specs
-
-
-@functools.lru_cache(maxsize=4)
-def _given_places(seed: int, step: int, share: float, prompts: int) -> frozenset[int]:
-    """Places of a step's prompts, drawn from (run seed, step); their mean number is share x prompts."""
-    generator = np.random.default_rng([seed, _GIVEN, step])
-    count = math.floor(share * prompts + generator.random())
-    return frozenset(generator.permutation(prompts)[: min(count, most_given(share, prompts))].tolist())
-
-
-def given_places(config: Config, step: int) -> frozenset[int]:
-    """Which of a step's prompts have their completion from the data; a function of seed and step alone."""
-    objective = config.objective.off_policy
-    if not objective.share or (objective.steps is not None and step >= objective.steps):
-        return frozenset()
-    return _given_places(config.run.seed, step, objective.share, config.rollout.prompts_per_step)
-
-
-def given_completions(order: PromptOrder, config: Config, step: int) -> list[GivenCompletion]:
-    """The completions that a step learns from in place of rollouts, each under the id of its prompt's first one."""
-    rollout = config.rollout
-    begin = step * rollout.prompts_per_step  # with completions of the data no step draws other prompts
-    prompts = order.take(range(begin, begin + rollout.prompts_per_step))
-    first = begin * rollout.rollouts_per_prompt
-    return [
-        GivenCompletion(first + place * rollout.rollouts_per_prompt, prompts[place])
-        for place in sorted(given_places(config, step))
-    ]
-
-
-def probe_share(config: Config, start: StepStart) -> float:
-    """The chance with which a rollout under these limits is a probe."""
-    if start.probe_share is not None:
-        return start.probe_share
-    return getattr(config.termination, "probe_share", 0.0)  # rule none has no probes
-
-
-def is_probe(seed: int, rollout_id: int, share: float) -> bool:
-    """Whether a rollout is a probe: a draw from (run seed, rollout id)."""
-    return _draw(seed, _PROBE, rollout_id) < share * 2**32
-
-
-def _draw(seed: int, domain: int, rollout_id: int) -> int:
-    """32 random bits that depend on the three numbers only; the same on every machine."""
-    return int(np.random.SeedSequence([seed, domain, rollout_id]).generate_state(1)[0])

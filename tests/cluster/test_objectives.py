@@ -10,7 +10,7 @@ import pytest
 from actors.driver.train import train
 from kat_ray.config import Config
 from kat_ray.config.load import load_config
-from kat_ray.data.prompts import given_places
+from kat_ray.data.prompt_order import given_places
 from kat_ray.demo.problems import problems
 from kat_ray.records.traces import read_traces
 from kat_ray.run.resume import resumed_config

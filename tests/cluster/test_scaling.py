@@ -6,7 +6,7 @@ import ray
 from actors.bench.fleet import Fleet, Setting, bench_config, fleet_actors
 from actors.bench.scaling import costs_of, flood, report
 from actors.driver.steps import Steps
-from kat_ray.data.prompts import PromptOrder
+from kat_ray.data.prompt_order import PromptOrder
 
 pytestmark = pytest.mark.nightly  # in virtual time: the layouts of test_control_plane
 

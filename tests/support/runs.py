@@ -10,7 +10,8 @@ from actors.testing.stub_engine import fast_stub_engine
 from actors.testing.stub_learner import StubLearner
 from actors.testing.stub_teacher import stub_teacher
 from kat_ray.config import Config
-from kat_ray.data.prompts import PromptOrder, load_prompts
+from kat_ray.data.prompt_order import PromptOrder
+from kat_ray.data.prompts import load_prompts
 from kat_ray.models.inspect import load_tokenizer
 from kat_ray.records.traces import read_traces
 

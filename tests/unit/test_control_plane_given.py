@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kat_ray.data.prompts import given_places
+from kat_ray.data.prompt_order import given_places
 from tests.support.scenarios import ALONE, GIVEN, LAYOUTS, TWO_TEACHERS, Run, finish
 
 BESIDE = LAYOUTS[GIVEN]

@@ -16,7 +16,7 @@ from kat_ray.analysis.tradeoff import frontier, recommend, weigh
 from kat_ray.cli import main as cli
 from kat_ray.config import Config
 from kat_ray.config.load import load_config, save_config
-from kat_ray.data.prompts import is_probe
+from kat_ray.data.prompt_order import is_probe
 from kat_ray.errors import UserError
 from kat_ray.records.traces import TokenFeatures, TraceRow, write_traces
 from kat_ray.termination import Finished, NewTokens, RolloutStart, RunFacts, make_rule

@@ -11,7 +11,8 @@ from kat_ray.config import DataConfig, TeacherConfig
 from kat_ray.config.load import load_config
 from kat_ray.data.batch import collect_samples
 from kat_ray.data.chunks import PendingRollout, build_chunk
-from kat_ray.data.prompts import PromptOrder, load_prompts, rollout_specs
+from kat_ray.data.prompt_order import PromptOrder, rollout_specs
+from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import DataError
 from kat_ray.types.records import EngineEnd, KeptRollout, TeacherRows
 from tests.support.configs import make_config

@@ -12,7 +12,8 @@ from kat_ray.config.load import load_config
 from kat_ray.data import environment as rows_module
 from kat_ray.data.environment import columns_of
 from kat_ray.data.golds import training_golds
-from kat_ray.data.prompts import PromptOrder, load_prompts
+from kat_ray.data.prompt_order import PromptOrder
+from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import DataError
 from kat_ray.rewards.limits import Fault, Reply
 from tests.support.paths import ROOT

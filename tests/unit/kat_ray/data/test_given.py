@@ -10,7 +10,8 @@ from kat_ray.config import Config, DataConfig
 from kat_ray.config.off_policy import most_given
 from kat_ray.data.completions import CompletionLimits
 from kat_ray.data.given import GivenCompletion, GivenShare, given_chunk, given_samples
-from kat_ray.data.prompts import PromptOrder, given_completions, given_places, load_prompts, rollout_specs
+from kat_ray.data.prompt_order import PromptOrder, given_completions, given_places, rollout_specs
+from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import DataError
 from kat_ray.types.records import Prompt, TeacherRows
 from kat_ray.types.token_ids import pack_ids

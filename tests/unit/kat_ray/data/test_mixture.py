@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from kat_ray.config import Config, DataConfig, EvaluationConfig
 from kat_ray.data.mixture import epoch
-from kat_ray.data.prompts import PromptOrder, load_prompts
+from kat_ray.data.prompt_order import PromptOrder
+from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import DataError
 from tests.support.tokenizers import TEMPLATE, make_tokenizer
 

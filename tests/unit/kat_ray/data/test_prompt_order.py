@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kat_ray.data.prompts import PromptOrder, rollout_specs
+from kat_ray.data.prompt_order import PromptOrder, rollout_specs
 from kat_ray.types.records import Prompt, StepStart
 from tests.support.configs import make_config
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from kat_ray.config import DataConfig
-from kat_ray.data.prompts import PromptOrder, load_prompts, rollout_specs
+from kat_ray.data.prompt_order import PromptOrder, rollout_specs
+from kat_ray.data.prompts import load_prompts
 from kat_ray.errors import DataError
 from kat_ray.types.records import StepStart
 from tests.support.configs import make_config
