@@ -181,7 +181,12 @@ def server(tmp_path):
         "--backend-store-uri", f"sqlite:///{tmp_path}/server/mlflow.db", "--artifacts-destination",
         str(tmp_path / "server" / "artifacts"),
     ]  # fmt: skip
-    quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONPATH": ""}
+    quiet = {
+        **os.environ,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "PYTHONPATH": "",
+    }
     with (tmp_path / "server.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=quiet, cwd=tmp_path, start_new_session=True)
     try:
