@@ -60,7 +60,8 @@ def configuration(asked: Asked) -> tuple[Config, str]:
     own = probe.evaluation.data.model_dump(
         mode="json"
     )  # it stands for the prompts of training, which nobody samples
-    return config_from({**tree, "data": own}, more), model
+    rollout = {**_ALONE["rollout"], "max_tokens": probe.eval_max_tokens}  # nor is anything longer than an answer
+    return config_from({**tree, "data": own, "rollout": rollout}, more), model
 
 
 def _overrides(config: Config, asked: Asked) -> list[str]:

@@ -27,7 +27,8 @@ def test_a_model_alone_needs_no_configuration():
         "math500": ("HuggingFaceH4/MATH-500", 4, "math"), "math500/greedy": ("HuggingFaceH4/MATH-500", 1, "math"),
         "set": ("my/set.jsonl", 2, "integer"), "set/greedy": ("my/set.jsonl", 1, "integer"),
     }  # fmt: skip
-    assert config.eval_max_tokens == 64 and config.data.path == "openai/gsm8k"
+    assert config.eval_max_tokens == config.rollout.max_tokens == 64, "a short model takes short answers"
+    assert config.data.path == "openai/gsm8k"
     assert all(part.data.chat_template is True for part in config.evaluation.parts().values())
 
 
