@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,8 @@ def plot(path: str) -> None:
 
 def example(source: str, **changes: int) -> KatSettings:
     """The settings of the plot and of the tests."""
-    fields = {"window": 16, "exempt": 16, "buffer": 512, "min_samples": 96, "min_steps": 2, "probe_share": 0.15}
+    fields: dict[str, Any] = {"window": 16, "exempt": 16, "buffer": 512, "min_samples": 96, "min_steps": 2}
+    fields |= {"probe_share": 0.15, "budget": None}
     return KatSettings.model_validate({**fields, **changes, "calibrate_on": source})
 
 
