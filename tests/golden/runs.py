@@ -1,9 +1,9 @@
 """Two deterministic runs and what is compared of them to the bit: `python -m tests.golden.runs` records them anew.
 
 `stub` has stub engines and the real learner; `demo` is the first 20 steps of the embedded task with real engines.
-What lies beside this file was recorded at commit 3aa4268, before the packages were laid out, and once more at 4575ba1, which
-gave the same to the bit, on a processor of the same name that rounds otherwise: the records of a run are what users
-rely on, whatever happens to the code.
+What lies beside this file was recorded at commit 3aa4268, before the packages were laid out, and once more at
+4575ba1, which gave the same to the bit, on a processor of the same name that rounds otherwise: the records of a run
+are what users rely on, whatever happens to the code.
 """
 
 from __future__ import annotations
