@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from kat_ray.errors import StateLost
 from kat_ray.losses.divergence import entropy, tail_and_stop
 from kat_ray.types.records import FloatArray, IntArray, RolloutChunk, WeightUpdate
 
@@ -165,6 +166,24 @@ def _targets(
     tail, stop = tail_and_stop(learnt, events, stop_ids)
     named = events.cpu() if own_top else None
     return TeacherTargets(learnt.gather(-1, events).cpu(), tail.cpu(), stop.cpu(), named)
+
+
+def with_chunk(held: Mapping[int, Sequence[int]], chunk: RolloutChunk) -> dict[int, list[int]]:
+    """The tokens of each of a chunk's rollouts: those that are `held`, and those that it brings.
+
+    `StateLost` names rollouts of which neither holds the past.
+    """
+    ids, whole = chunk.rollout_ids.tolist(), chunk.whole_past.tolist()
+    if unknown := [i for i, w in zip(ids, whole, strict=True) if not w and i not in held]:
+        raise StateLost(f"the past of rollouts {unknown} is not held: send their context")
+    return {
+        rollout_id: [
+            *([] if whole[i] else held[rollout_id]),
+            *chunk.context(i).tolist(),
+            *chunk.new_tokens(i).tolist(),
+        ]
+        for i, rollout_id in enumerate(ids)
+    }
 
 
 def overlap_share(ids: Tensor, best_ids: Tensor) -> Tensor:

@@ -44,12 +44,13 @@ from actors.teacher.backend import (
     TeacherColumns,
     TeacherTargets,
     overlap_share,
+    with_chunk,
 )
 from actors.teacher.plain_copy import logprobs_of_copy
 from actors.teacher.prefix_cache import PrefixCacheWatch
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.vllm_engine import cache_tokens, check_runner, start_engine
-from kat_ray.errors import StateLost, UserError
+from kat_ray.errors import UserError
 from kat_ray.losses.divergence import tail_and_stop_of_ids
 from kat_ray.types.records import FloatArray, IntArray, RolloutChunk
 
@@ -138,7 +139,7 @@ class VllmTeacher:
         `StateLost` names rollouts whose past is not held: send them again with their whole past. Where this raises,
         nothing of the chunk is held.
         """
-        tokens = self._with_chunk(chunk)
+        tokens = with_chunk(self._tokens, chunk)
         asks = {a.rollout_id: a for a in self._asks(chunk, tokens, topk_ids, own_top)}
         before, ordered = self.run_tokens, self._latest_first(asks)
         scores = self._ask([asks[i] for i in ordered])
@@ -175,20 +176,6 @@ class VllmTeacher:
         scores = self._ask([ask], whole=True)[-1].given[:, 0].numpy()
         self.run_tokens = ran
         return scores
-
-    def _with_chunk(self, chunk: RolloutChunk) -> dict[int, list[int]]:
-        """The tokens of each of the chunk's rollouts, with those that it brings."""
-        ids, whole = chunk.rollout_ids.tolist(), chunk.whole_past.tolist()
-        if unknown := [i for i, w in zip(ids, whole, strict=True) if not w and i not in self._tokens]:
-            raise StateLost(f"the past of rollouts {unknown} is not held: send their context")
-        return {
-            rollout_id: [
-                *([] if whole[i] else self._tokens[rollout_id]),
-                *chunk.context(i).tolist(),
-                *chunk.new_tokens(i).tolist(),
-            ]
-            for i, rollout_id in enumerate(ids)
-        }
 
     def _asks(
         self, chunk: RolloutChunk, tokens: dict[int, list[int]], topk_ids: IntArray, own_top: int

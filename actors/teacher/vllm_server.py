@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from actors.teacher.backend import Sequences, TeacherColumns
+from actors.teacher.backend import Sequences, TeacherColumns, with_chunk
 from actors.teacher.settings import ScorerSettings
-from kat_ray.errors import StateLost, UserError
+from kat_ray.errors import UserError
 from kat_ray.losses.divergence import tail_and_stop_of_ids
 from kat_ray.remote.client import HttpClient
 from kat_ray.remote.vllm import (
@@ -96,7 +96,7 @@ class VllmServerTeacher:
         nothing of the chunk is held.
         """
         assert not own_top, "the configuration asks no server for its own top k"
-        tokens = self._with_chunk(chunk)
+        tokens = with_chunk(self._tokens, chunk)
         rows = self._rows(chunk, tokens, topk_ids)
         answers = self._client.ask_all(next_request(self._info.model, row.before, row.ids) for row in rows)
         what = f"{self._name}: its server"
@@ -116,20 +116,6 @@ class VllmServerTeacher:
         return [
             np.array(v[len(prompt) :], dtype=np.float32) for v, (prompt, _) in zip(found, sequences, strict=True)
         ]
-
-    def _with_chunk(self, chunk: RolloutChunk) -> dict[int, list[int]]:
-        """The tokens of each of the chunk's rollouts, with those that it brings."""
-        ids, whole = chunk.rollout_ids.tolist(), chunk.whole_past.tolist()
-        if unknown := [i for i, w in zip(ids, whole, strict=True) if not w and i not in self._tokens]:
-            raise StateLost(f"the past of rollouts {unknown} is not held: send their context")
-        return {
-            rollout_id: [
-                *([] if whole[i] else self._tokens[rollout_id]),
-                *chunk.context(i).tolist(),
-                *chunk.new_tokens(i).tolist(),
-            ]
-            for i, rollout_id in enumerate(ids)
-        }
 
     def _rows(self, chunk: RolloutChunk, tokens: dict[int, list[int]], topk_ids: IntArray) -> list[_Row]:
         """One for each new token, in the chunk's order."""
