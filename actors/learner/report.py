@@ -43,6 +43,7 @@ def policy_report(step: OptimizerStep) -> PolicyReport | None:
         log_ratio_max=step.maxima["log_ratio"],
         entropy=sums["policy_entropy"] / count,
         grad_share=sums["policy_pull"] / (sums["policy_pull"] + sums["kl_pull"]) if sums["kl_pull"] else None,
+        grad_cosine=_cosine(sums),
     )
 
 
@@ -84,6 +85,12 @@ def report_of(
         weights=weights,
         given=given_report(step),
     )
+
+
+def _cosine(sums: Mapping[str, float]) -> float | None:
+    """Between the two losses' gradients in the logits of events; None where one of them is 0."""
+    norms = math.sqrt(sums["policy_gradient_squared"]) * math.sqrt(sums["kl_gradient_squared"])
+    return sums["gradient_product"] / norms if norms else None
 
 
 def given_report(step: OptimizerStep) -> GivenReport | None:

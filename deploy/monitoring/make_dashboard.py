@@ -2,8 +2,8 @@
 
 `python deploy/monitoring/make_dashboard.py` after a change here or in alerts.yaml: a test compares.
 
-The dashboard answers five questions, a row each: is it learning, do rewards rise, is it healthy, where does the
-time go, what does KAT save.
+The dashboard answers questions, a row each: is it learning, do rewards rise, from which prompts and teachers does
+it learn, is it healthy, where does the time go, what does KAT save.
 """
 
 from __future__ import annotations
@@ -62,6 +62,12 @@ def lines(title: str, unit: str, help: str, *metrics: str, stacked: bool = False
     return Panel(title, unit, tuple((m, of(m)) for m in metrics), help, stacked=stacked)
 
 
+def family(title: str, unit: str, help: str, prefix: str) -> Panel:
+    """All metrics that begin so, a line each: one for every source, reward function, teacher or held-out set."""
+    expression = f'max by (run, __name__) ({{__name__=~"{exported_name(prefix)}.+",run=~"$run"}})'
+    return Panel(title, unit, (("{{run}} {{__name__}}", expression),), help)
+
+
 _ROLLOUTS = f"{of('rollout/generated_tokens')} / {of('rollout/mean_length')}"
 _SAVED = (
     f"{of('rollout/trapped_share')} * {_ROLLOUTS} * {of('probe/tokens_after_cut')}"
@@ -115,15 +121,53 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "Held or taken by the ratio", "percentunit", "Of the policy's tokens; effective is what is left.",
                 "rl/clip_low_share", "rl/clip_high_share", "rl/effective_share",
             ),
-            lines("Advantages", "none", "Their mean size.", "advantage/abs_mean"),
             lines(
-                "Share of rewards in the gradient", "percentunit", "At tokens' logits. The rest is the teacher's.",
-                "rl/grad_share",
+                "Learner and sampler apart, policy's tokens", "none", "Nats; and what the correction leaves out.",
+                "rl/log_ratio_max", "rl/masked_share",
+            ),
+            lines("Advantages", "none", "Their mean size, and the largest.", "advantage/abs_mean", "advantage/max"),
+            lines("Loss and entropy of the policy", "none", "Entropy in nats.", "rl/loss", "rl/entropy"),
+            lines(
+                "Rewards and teacher in the gradient", "percentunit",
+                "Share of rewards; cosine of both, above 0 where they want the same.",
+                "rl/grad_share", "rl/grad_cosine",
+            ),
+            lines(
+                "Weights of the losses", "none", "Where they change along the run.",
+                "objective/rl_weight", "objective/opd_weight",
             ),
             lines(
                 "Left out of their groups", "none", "Rollouts without a reward or a weight.",
                 "reward/left_out_cut", "reward/left_out_truncated", "reward/left_out_failed",
-                "reward/left_out_not_graded",
+                "reward/left_out_not_graded", "reward/left_out_constant_group",
+            ),
+            lines(
+                "Reward functions", "none", "Rollouts without a verdict, and seconds that the step waited for one.",
+                "reward/errors", "reward/timeouts", "reward/seconds",
+            ),
+            lines(
+                "Other prompts for constant groups", "none", "Batches sampled, groups missing, the smallest group.",
+                "group/gen_batches", "group/missing", "group/size_min",
+            ),
+        ),
+    ),
+    (
+        "From which prompts and teachers?",
+        (
+            family("Right answers by source", "percentunit", "Of graded rollouts.", "source/pass_rate/"),
+            family("Reward by source", "none", "Mean.", "source/reward/"),
+            family("Level by source", "none", "Of the curriculum's problems.", "source/level/"),
+            family("Parts of the reward", "none", "Each function's mean, before its weight.", "reward/part/"),
+            family("KL by teacher", "none", "Nats a token, of several teachers.", "teacher/kl_mean/"),
+            family("Trapped by teacher", "percentunit", "Rollouts that the rule ended.", "teacher/trapped_share/"),
+            family("Further held-out sets", "percentunit", "evaluation.sets.", "eval/avg_at_k/"),
+            lines(
+                "Completions of the data", "none", "Nats a token, of those that were not generated.",
+                "offpolicy/loss", "offpolicy/nll",
+            ),
+            lines(
+                "How many of them", "none", "Completions of a step, and those without an end within max_tokens.",
+                "offpolicy/completions", "offpolicy/cut_off",
             ),
         ),
     ),

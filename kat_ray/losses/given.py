@@ -59,7 +59,7 @@ class WithGiven:
         """Counts how hard the losses of generated tokens pull."""
         if rows.given_weights is not None:
             generated = rows.given_weights == 0
-            student, derivatives = student.part(generated), derivatives.part(generated)
+            student, derivatives, rows = student.part(generated), derivatives.part(generated), rows.part(generated)
         count = len(self._own)
         inner = result._replace(sums=result.sums[:-count])
         found = self.generated.with_gradient(inner, student, derivatives, rows)

@@ -100,13 +100,38 @@ def gradient_pulls(
     and takes no pass over the vocabulary. At a temperature T it is of the logits divided by T, hence 1 / T of that.
     """
     policy = 2.0 * derivatives.sampled.abs() * -torch.expm1(student.sampled)
+    return policy, _kl_gradient(student, derivatives, temperature).abs().sum(dim=1)
+
+
+def gradient_alignment(
+    student: StudentLogprobs,
+    derivatives: StudentLogprobs,
+    rows: TokenRows,
+    stop_ids: tuple[int, ...],
+    temperature: float = 1.0,
+) -> Tensor:
+    """Inner product of the two gradients, and square of each one's norm: [C, 3], policy's before KL's.
+
+    In the logits of events, an event's being one that is added to those of all its ids: the top k, the rest, and
+    the stop ids outside the top k. Where ids of the tail are pulled at differently cannot be told from them.
+    """
+    masses = torch.cat([student.topk, student.tail[:, None], student.stop[:, None]], dim=1).exp()
+    inside = rows.topk_ids == rows.token_ids[:, None]
+    outside = ~inside.any(dim=1)
+    stops = is_stop(rows.token_ids, stop_ids)
+    sampled = torch.cat([inside, (outside & ~stops)[:, None], (outside & stops)[:, None]], dim=1)
+    policy = derivatives.sampled[:, None] * (sampled.to(masses) - masses)
+    kl = _kl_gradient(student, derivatives, temperature)
+    return torch.stack([(policy * kl).sum(dim=1), (policy**2).sum(dim=1), (kl**2).sum(dim=1)], dim=1)
+
+
+def _kl_gradient(student: StudentLogprobs, derivatives: StudentLogprobs, temperature: float) -> Tensor:
+    """Of the KL in the logits of the events: top k, tail, stop ids; [C, k + 2]."""
     masses, slopes = (
         torch.cat([of.topk, of.tail[:, None], of.stop[:, None]], dim=1)
         for of in (student.learnt, derivatives.learnt)
     )
-    masses = masses.exp()
-    kl = (slopes - slopes.sum(dim=1, keepdim=True) * masses).abs().sum(dim=1)
-    return policy, kl / temperature
+    return (slopes - slopes.sum(dim=1, keepdim=True) * masses.exp()) / temperature
 
 
 # The loss of a token from the learner's log-probability, the sampler's, the advantage, and the logarithm of its
@@ -130,7 +155,9 @@ class PolicyAndDistillation:
         "policy_loss", "policy_tokens", "ratio", "ratio_squared", "clipped_low", "clipped_high", "masked",
         "policy_entropy", "kl_loss",
     )  # fmt: skip
-    _of_gradient: ClassVar[tuple[str, ...]] = ("policy_pull", "kl_pull")
+    _of_gradient: ClassVar[tuple[str, ...]] = (
+        "policy_pull", "kl_pull", "gradient_product", "policy_gradient_squared", "kl_gradient_squared",
+    )  # fmt: skip
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -180,10 +207,11 @@ class PolicyAndDistillation:
     def with_gradient(
         self, result: TermSums, student: StudentLogprobs, derivatives: StudentLogprobs, rows: TokenRows
     ) -> TermSums:
-        """Counts how hard each of the two losses, with its weight, pulls at the logits: see `gradient_pulls`."""
-        found = gradient_pulls(student, derivatives, self.temperature)
-        pulls = torch.stack([pull.double().sum() for pull in found])
-        sums = torch.cat([result.sums[: -len(self._of_gradient)], pulls.to(result.sums)])
+        """Counts how hard each of the two losses, with its weight, pulls at the logits, and if the same way."""
+        pulls = torch.stack(gradient_pulls(student, derivatives, self.temperature), dim=1)
+        alignment = gradient_alignment(student, derivatives, rows, self.stop_ids, self.temperature)
+        found = torch.cat([pulls, alignment], dim=1).double().sum(dim=0)
+        sums = torch.cat([result.sums[: -len(self._of_gradient)], found.to(result.sums)])
         return result._replace(sums=sums)
 
     def _entropy(self, student: StudentLogprobs, rows: TokenRows) -> Tensor:

@@ -134,6 +134,11 @@ METRICS = {
             "of the gradient in single tokens' logits (L1 norms, weights included), that the policy's loss has; "
             "the KL has the rest",
         ),
+        Metric(
+            "rl/grad_cosine",
+            "1",
+            "of the gradients of both losses in the logits of events: above 0 rewards and teacher want the same",
+        ),
         Metric("rl/masked_share", "share", "tokens that objective.rl.correction leaves out of the loss"),
         Metric(
             "rl/length_right",

@@ -38,7 +38,8 @@ def reward_sections(records: RunRecords) -> list[Section]:
         text = (
             "A policy whose entropy goes to 0 no longer tries anything else: all rollouts of a group say the same. "
             "The gradient's share is taken at single tokens' logits, weights included: near 0 rewards, near 1 the "
-            "teacher could be left out. Weights are drawn where the configuration lets them change."
+            "teacher could be left out. The cosine of both gradients is above 0 where rewards and teacher want the "
+            "same. Weights are drawn where the configuration lets them change."
         )
         found.append(
             Section("entropy", "Entropy, gradient and weights", text, png=png_of(_side_by_side(records, drawn)))
@@ -150,6 +151,11 @@ def _gradient(axes: Any, records: RunRecords) -> None:
     percent(axes.yaxis)
 
 
+def _cosine(axes: Any, records: RunRecords) -> None:
+    line(axes, records, "rl/grad_cosine", "", KEPT)
+    axes.set(title="Cosine of the rewards' gradient and the teacher's", xlabel="step", ylim=(-1, 1))
+
+
 def _weights(axes: Any, records: RunRecords) -> None:
     line(axes, records, "objective/rl_weight", "rewards", KEPT, parts=10**6)
     line(axes, records, "objective/opd_weight", "teacher", SCALE, parts=10**6)
@@ -161,5 +167,6 @@ def _weights(axes: Any, records: RunRecords) -> None:
 _POLICY = {
     ("rl/entropy",): _entropy,
     ("rl/grad_share",): _gradient,
+    ("rl/grad_cosine",): _cosine,
     ("objective/rl_weight", "objective/opd_weight"): _weights,
 }

@@ -25,6 +25,7 @@ class PolicyReport:
     log_ratio_max: float  # largest |log ratio|
     entropy: float  # nats, of the student's top k and the rest as one; without a top k an estimate
     grad_share: float | None = None  # of the gradient in the logits; None where the policy's loss is all there is
+    grad_cosine: float | None = None  # of the policy's and the KL's gradient in the logits of events
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from tests.deploy.manifests import ROOT
 
 FOLDER = ROOT / "deploy/monitoring"
 
+_FAMILY = re.compile(r'__name__=~"(ray_[a-z0-9_]+)\.\+"')
 _NAME = re.compile(r"\bray_[a-z0-9_]+")
 
 
@@ -36,5 +37,8 @@ def dashboard_queries() -> dict[str, str]:
 
 
 def names_in(expression: str) -> set[str]:
-    """Metrics that a query reads; string literals and labels in `by (...)` are not among them."""
-    return set(_NAME.findall(re.sub(r'"[^"]*"', "", expression)))
+    """Metrics that a query reads; other string literals and labels in `by (...)` are not among them.
+
+    Of a family, how its names begin.
+    """
+    return set(_FAMILY.findall(expression)) | set(_NAME.findall(re.sub(r'"[^"]*"', "", expression)))

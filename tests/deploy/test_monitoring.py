@@ -9,7 +9,8 @@ import sys
 import pytest
 import yaml
 
-from kat_ray.observability.prometheus import exported_names
+from kat_ray.observability.metric_catalog import FAMILIES
+from kat_ray.observability.prometheus import exported_name, exported_names
 from tests.deploy.manifests import ROOT, one, render
 from tests.deploy.monitoring import FOLDER, alerts, dashboard, dashboard_queries, names_in
 from tests.support.lacking import lacking
@@ -26,7 +27,7 @@ def promtool(*arguments):
 
 
 def test_every_metric_exists():
-    known = exported_names()
+    known = exported_names() | {exported_name(family) for family in FAMILIES}
     expressions = dashboard_queries() | {rule["alert"]: rule["expr"] for rule in alerts()}
     for where, expression in expressions.items():
         names = names_in(expression)
@@ -39,6 +40,7 @@ def test_a_wrong_metric_is_noticed():
         "ray_kat_kl_meen",
         "ray_actors",
     }
+    assert names_in('max by (run) ({__name__=~"ray_kat_sauce_.+",run=~".*"})') == {"ray_kat_sauce_"}
     assert "ray_kat_kl_meen" not in exported_names()
 
 
@@ -74,7 +76,8 @@ def test_grafana_can_read_it():
             assert len({t["refId"] for t in panel["targets"]}) == len(panel["targets"])
     rows = [p["title"] for p in model["panels"] if p["type"] == "row"]
     assert rows == [
-        "Is it learning?", "Do rewards rise?", "Is it healthy?", "Where does the time go?", "What does KAT save?",
+        "Is it learning?", "Do rewards rise?", "From which prompts and teachers?", "Is it healthy?",
+        "Where does the time go?", "What does KAT save?",
     ]  # fmt: skip
 
 

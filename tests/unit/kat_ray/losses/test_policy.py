@@ -22,6 +22,7 @@ from kat_ray.losses.policy import (
     truncated_weight,
 )
 from kat_ray.losses.term import StudentLogprobs, TokenRows
+from tests.support.gradients import of_events
 
 LENGTHS = torch.tensor([2, 1, 3, 2])
 RHO = torch.tensor([1.5, 0.9, 0.5, 1.1, 1.0, 0.7, 1.25, 2.0], dtype=torch.float64)
@@ -189,8 +190,8 @@ def test_without_autograd_the_head_has_the_same_value_to_the_bit(chunk):
     found = head_loss(hidden, layer, rows, term, chunk)
     with torch.no_grad():
         alone = head_loss(hidden, layer, rows, term, chunk)
-    assert (alone.sums[-2:] == 0).all() and (found.sums[-2:] > 0).all(), "there is no gradient to be seen"
-    found = found._replace(sums=torch.cat([found.sums[:-2], torch.zeros(2)]))
+    assert (alone.sums[-5:] == 0).all() and (found.sums[-5:] != 0).all(), "there is no gradient to be seen"
+    found = found._replace(sums=torch.cat([found.sums[:-5], torch.zeros(5)]))
     for own, other in zip(alone, found, strict=True):
         assert not own.requires_grad and torch.equal(own, other.detach())
 
@@ -213,17 +214,22 @@ def test_pulls_are_norms_of_the_two_gradients_in_all_logits(chunk, eos):
     stops, logits = (1, 5), hidden @ weight.T
     rows = rows._replace(teacher_stop=rows.teacher_tail - 1.0)
 
-    def norm(opd, rl):
+    def gradient_of(opd, rl):
         term = PolicyAndDistillation(Distillation(stops, eos), clip_of, None, opd, rl)
         gradient = logits.clone()
         loss_and_gradient(gradient, rows, term)
-        return gradient.abs().double().sum().item()
+        return gradient.double()
 
+    policy, kl = gradient_of(0.0, 2.0), gradient_of(0.3, 0.0)
     term = PolicyAndDistillation(Distillation(stops, eos), clip_of, None, 0.3, 2.0)
     found = head_loss(hidden.requires_grad_(), layer_of(weight), rows, term, chunk)
     sums = dict(zip(term.sum_names, found.sums.tolist(), strict=True))
-    assert sums["policy_pull"] == pytest.approx(norm(0.0, 2.0), rel=1e-5)
-    assert sums["kl_pull"] == pytest.approx(norm(0.3, 0.0), rel=1e-5)
+    assert sums["policy_pull"] == pytest.approx(policy.abs().sum().item(), rel=1e-5)
+    assert sums["kl_pull"] == pytest.approx(kl.abs().sum().item(), rel=1e-5)
+    policy, kl = (of_events(gradient, rows.topk_ids, stops) for gradient in (policy, kl))
+    assert sums["gradient_product"] == pytest.approx((policy * kl).sum().item(), rel=1e-4)
+    assert sums["policy_gradient_squared"] == pytest.approx((policy**2).sum().item(), rel=1e-5)
+    assert sums["kl_gradient_squared"] == pytest.approx((kl**2).sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("k", [K, 0])

@@ -26,6 +26,7 @@ from kat_ray.losses.fused_head import HeadLoss, head_loss, loss_and_gradient
 from kat_ray.losses.output_layer import OutputLayer
 from kat_ray.losses.policy import PolicyAndDistillation, reinforce_loss
 from kat_ray.losses.term import TokenRows, temperature_of
+from tests.support.gradients import of_events
 from tests.support.plain_engine import settings_of
 
 STOPS, V, H, T = (3, 7), 20, 5, 9
@@ -182,6 +183,8 @@ def test_beside_rewards_the_policy_is_at_temperature_1_and_pulls_are_told_apart(
     sums = dict(zip(names, found.sums.tolist(), strict=True))
     assert sums["policy_pull"] == pytest.approx(policy.abs().sum().item(), rel=1e-5)
     assert sums["kl_pull"] == pytest.approx(distilled.abs().sum().item(), rel=1e-5)
+    policy, distilled = (of_events(g.double(), rows.topk_ids, STOPS) for g in (policy, distilled))
+    assert sums["gradient_product"] == pytest.approx((policy * distilled).sum().item(), rel=1e-4)
 
 
 def test_the_configuration_names_them_and_what_watches_a_term_passes_them_on():

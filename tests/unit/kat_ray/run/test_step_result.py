@@ -63,6 +63,7 @@ def test_a_policy_without_a_token_has_no_ratio():
         ("policy_tokens", "policy_loss", "ratio", "ratio_squared", "clipped_low", "clipped_high"), 0.0
     )
     sums |= {"masked": 0.0, "policy_entropy": 0.0, "policy_pull": 0.0, "kl_pull": 0.0}
+    sums |= dict.fromkeys(("gradient_product", "policy_gradient_squared", "kl_gradient_squared"), 0.0)
     step = OptimizerStep(0.0, sums, {"ratio": 0.0, "log_ratio": 0.0}, 0.0, 1e-3, 1)
     alone = policy_report(step)
     metrics = replace(REPORT, policy=alone).to_metrics()
@@ -80,3 +81,13 @@ def test_the_share_of_a_gradient_needs_two_losses(policy, kl, share):
     found = policy_report(step)
     assert found.grad_share == share
     assert replace(REPORT, policy=found).to_metrics().get("rl/grad_share") == share
+
+
+@pytest.mark.parametrize(("product", "squares", "cosine"), [(-3.0, (4.0, 9.0), -0.5), (0.0, (4.0, 0.0), None)])
+def test_the_cosine_of_two_gradients_needs_both(product, squares, cosine):
+    sums = dict.fromkeys(PolicyAndDistillation(StudentStatistics(()), None, None, 1.0, 1.0).sum_names, 1.0)
+    sums |= dict(zip(("policy_gradient_squared", "kl_gradient_squared"), squares, strict=True))
+    step = OptimizerStep(0.0, sums | {"gradient_product": product}, {"ratio": 1.0, "log_ratio": 0.0}, 0.0, 1e-3, 1)
+    found = policy_report(step)
+    assert found.grad_cosine == cosine
+    assert replace(REPORT, policy=found).to_metrics().get("rl/grad_cosine") == cosine
