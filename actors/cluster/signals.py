@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ class StopRequest:
         """`grace` is `run.grace_seconds`."""
         self._grace = grace
         self._deadline: float | None = None
+        self._warned = False
         self.signal: int | None = None
 
     @contextmanager
@@ -39,6 +41,17 @@ class StopRequest:
             raise KeyboardInterrupt
         if self.signal is None:
             self.signal, self._deadline = number, time.monotonic() + self._grace
+
+    def too_long(self, seconds: float) -> str | None:
+        """What to say of `seconds` of learning, which cannot be interrupted; once, then None."""
+        if self._warned or seconds <= self._grace:
+            return None
+        self._warned = True
+        return (
+            f"learning a step took {seconds:.0f} s and run.grace_seconds is {self._grace:g}: a run that is told to end "
+            f"meanwhile keeps its newest checkpoint only. Resume it with run.grace_seconds={2 * math.ceil(seconds)}, "
+            "or with a smaller run.checkpoint_every"
+        )
 
     def check(self, interruptible: bool = True) -> None:
         """Raise `Preempted` if the run is to stop here, `UserError` if it should have stopped long ago."""

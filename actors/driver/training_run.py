@@ -200,6 +200,8 @@ class TrainingRun:
             with self._timeline.span("publish"):
                 self._actors.publish(step + 1)
         ended = time.monotonic()
+        if (words := self._stop.too_long(learnt_at - sampled_at)) is not None:
+            self._progress.note(words)
         times = StepTimes.of(
             sampled.reports, sampled.scored, sampled.monitor_seconds, step=ended - started,
             sample=sampled_at - started + ready_at - learnt_at, learn=learnt_at - sampled_at,
