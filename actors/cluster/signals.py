@@ -48,9 +48,9 @@ class StopRequest:
             return None
         self._warned = True
         return (
-            f"learning a step took {seconds:.0f} s and run.grace_seconds is {self._grace:g}: a run that is told to end "
-            f"meanwhile keeps its newest checkpoint only. Resume it with run.grace_seconds={2 * math.ceil(seconds)}, "
-            "or with a smaller run.checkpoint_every"
+            f"learning a step took {seconds:.0f} s and run.grace_seconds is {self._grace:g}: a run that is told to "
+            "end meanwhile keeps its newest checkpoint only. Resume it with run.grace_seconds="
+            f"{2 * math.ceil(seconds)}, or with a smaller run.checkpoint_every"
         )
 
     def check(self, interruptible: bool = True) -> None:
