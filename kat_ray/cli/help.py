@@ -63,8 +63,9 @@ ABOUT_JOB = """\
 NAME is a job's id, or a run's name, which means its newest job. The cluster is reached through its dashboard."""
 
 ABOUT_BENCH = """\
-Each row is a ratio, both sides measured in one run. Groups: end_to_end and rewards (they install the peer into .venv-peer once),
-pipeline, checkpoint, sampler, teacher, learner, memory, publication, offline. Leave the machine alone while it runs."""
+Each row is a ratio, both sides measured in one run. Groups: end_to_end and rewards (they install the peer into
+.venv-peer once), pipeline, checkpoint, sampler, teacher, learner, memory, publication, offline. Leave the machine
+alone while it runs."""
 
 EXAMPLES = {
     "": """\
