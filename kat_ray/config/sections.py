@@ -16,20 +16,19 @@ from kat_ray.config.cluster import (
     ClusterConfig,
     LearnerConfig,
     MonitorConfig,
-    PoolConfig,
     PoolsConfig,
     Resumable,
     SamplerConfig,
     ScorerConfig,
     Section,
 )
+from kat_ray.config.cross_checks import CHECKS
 from kat_ray.config.data import DataConfig, EvaluationConfig
-from kat_ray.config.environment import EnvironmentConfig, check_environment, is_environment
+from kat_ray.config.environment import EnvironmentConfig
 from kat_ray.config.guards import GuardsConfig
 from kat_ray.config.local_paths import LocalPath
 from kat_ray.config.numerics import NumericsConfig
 from kat_ray.config.objective import ObjectiveConfig
-from kat_ray.config.off_policy import check_off_policy
 from kat_ray.config.reward import RewardConfig
 from kat_ray.config.teachers import (
     ModelConfig,
@@ -37,21 +36,14 @@ from kat_ray.config.teachers import (
     ScorerGroup,
     TeacherConfig,
     average_decay_of,
-    check_column,
-    check_names,
-    check_servers,
-    check_student_as_teacher,
     groups_of,
     with_common_scorer,
 )
 from kat_ray.config.tracking import TrackerName, TrackingConfig
 from kat_ray.rewards.extraction import Reading
-from kat_ray.termination import RULES, TerminationConfig
+from kat_ray.termination import TerminationConfig
 from kat_ray.termination.settings import KatSettings
 from kat_ray.types.records import DEFAULT_TEACHER
-
-# Features of tokens (`NewTokens`) that vLLM's scores of given ids do not contain.
-_NOT_FROM_VLLM = ("teacher_entropy",)
 
 
 class RunConfig(Section):
@@ -139,7 +131,7 @@ class RolloutConfig(Section):
 
 
 class Config(Section):
-    """The whole configuration of a training run. Long, since what two sections have to agree on is checked here."""
+    """The whole configuration of a training run. What two sections have to agree on is in `cross_checks`."""
 
     run: RunConfig = RunConfig()
     student: ModelConfig
@@ -172,232 +164,10 @@ class Config(Section):
         return with_common_scorer(tree) if isinstance(tree, Mapping) else tree
 
     @model_validator(mode="after")
-    def _teacher_where_it_is_needed(self) -> Config:
-        check_names(self.teachers)
-        weight, rule = self.objective.opd.weight, self.termination.rule
-        needs = [f"objective.opd.weight = {weight:g}"] * bool(weight)
-        needs += [f"termination.rule = {rule!r}"] * (rule != "none")
-        if needs and self.teacher is None and not self.teachers:
-            who = " and ".join(needs)
-            raise ValueError(
-                f"teacher is missing: {who} need{'s' * (len(needs) == 1)} one; name it with teacher.path. Rewards "
-                "alone need none: objective.opd.weight = 0 with termination.rule = none"
-            )
-        for name, data in (("data", self.data), ("evaluation.data", self.evaluation.data)):
-            if data is None or data.chat_template != "teacher":
-                continue
-            if not needs:
-                raise ValueError(
-                    f"{name}.chat_template = 'teacher': no teacher is read with objective.opd.weight = 0 and "
-                    "termination.rule = 'none'; use student, or the path of a template"
-                )
-            if self.teacher is None:
-                raise ValueError(
-                    f"{name}.chat_template = 'teacher': is that of the section `teacher`, and there is none; use "
-                    "student, or the path of a template"
-                )
+    def _sections_agree(self) -> Config:
+        for check in CHECKS:
+            check(self)
         return self
-
-    @model_validator(mode="after")
-    def _teacher_renders_chats(self) -> Config:
-        for name, teacher in self.all_teachers.items():
-            if teacher.chat_template == "data":
-                continue
-            if name != DEFAULT_TEACHER:
-                raise ValueError(
-                    f"teachers.{name}.chat_template = 'own': is of the section `teacher` only; use data"
-                )
-            if self.data.chat_template in (False, "teacher"):
-                raise ValueError(
-                    "teacher.chat_template = 'own': needs data.chat_template = student, or the path of a template, "
-                    "which the student has instead"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _prompts_name_their_teachers(self) -> Config:
-        heldout = self.evaluation.data
-        check_column(self.teachers, self.data.teacher_column, None if heldout is None else heldout.teacher_column)
-        for group in groups_of(self.all_teachers, self.scorer):
-            for name in group.teachers:
-                check_student_as_teacher(
-                    name, self.all_teachers[name], self.student, group.scorer, self.learner.lora
-                )
-        average_decay_of(self.all_teachers)
-        check_servers(groups_of(self.all_teachers, self.scorer), self.cluster.hang_timeout)
-        return self
-
-    @model_validator(mode="after")
-    def _environment_where_it_is_named(self) -> Config:
-        evaluation = self.evaluation
-        heldout = None if evaluation.data is None else evaluation.data.path
-        check_environment(self.environment, evaluation.verifier, self.data.path, heldout)
-        if not is_environment(self.data.path):
-            return self
-        if self.data.source_column is not None:
-            raise ValueError(
-                f"data.source_column = {self.data.source_column!r}: problems of the environment are told apart "
-                "by their family; leave it out"
-            )
-        if self.environment is not None and self.environment.curriculum and not self.objective.rl.weight:
-            raise ValueError(
-                "environment.curriculum: needs objective.rl.weight > 0: without rewards not all rollouts are "
-                "graded before the next step is sampled; leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _work_for_every_rank(self) -> Config:
-        if self.learner.world_size > self.rollout.rollouts_per_step:
-            raise ValueError(
-                f"learner.world_size = {self.learner.world_size}: must be <= {self.rollout.rollouts_per_step}, the "
-                "rollouts of a step (rollout.prompts_per_step x rollout.rollouts_per_prompt)"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _deterministic_is_on_policy(self) -> Config:
-        if self.run.deterministic and self.rollout.staleness:
-            raise ValueError(
-                "run.deterministic = true: needs rollout.staleness = 0; sampling ahead races with the learner"
-            )
-        pools: dict[str, PoolConfig] = {"samplers": self.sampler}
-        for group in self.scorer_groups:
-            words = "scorers" if group.name == DEFAULT_TEACHER else f"scorers of {group.section}"
-            pools[words] = group.scorer
-        elastic = [name for name, pool in pools.items() if len({*pool.bounds}) > 1]
-        if self.run.deterministic and elastic:
-            raise ValueError(
-                f"run.deterministic = true: needs a fixed number of {' and '.join(elastic)}; leave min_replicas "
-                "and max_replicas out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _rewards_can_teach(self) -> Config:
-        if not self.objective.rl.weight:
-            if self.run.learner_logprobs:
-                raise ValueError("run.learner_logprobs = true: needs objective.rl.weight > 0, as the sampler's do")
-            return self
-        rollout, needs = self.rollout, f"objective.rl.weight = {self.objective.rl.weight:g}: needs "
-        if rollout.rollouts_per_prompt < 2:
-            raise ValueError(
-                f"{needs}rollout.rollouts_per_prompt >= 2 (it is 1): a reward is held against those of the other "
-                "rollouts of its prompt; 8 are usual"
-            )
-        for name, value in (("temperature", rollout.temperature), ("top_p", rollout.top_p)):
-            if value != 1:
-                raise ValueError(
-                    f"{needs}rollout.{name} = 1 (it is {value:g}): the policy that samples would be another one "
-                    "than the policy whose probabilities the loss takes, and no metric would show it"
-                )
-        rl = self.objective.rl
-        if rollout.staleness and rl.loss == "reinforce" and rl.correction == "none":
-            raise ValueError(
-                f"{needs}a ratio of learner to sampler with rollout.staleness = 1: objective.rl.loss = 'clip', "
-                "'cispo' or 'gspo', or objective.rl.correction = 'truncate'"
-            )
-        if rl.overlong.buffer > rollout.max_tokens:
-            raise ValueError(
-                f"objective.rl.overlong.buffer = {rl.overlong.buffer}: must be <= rollout.max_tokens = "
-                f"{rollout.max_tokens}, whose last tokens it is"
-            )
-        if rl.max_num_gen_batches > 1 and self.objective.opd.weight:
-            raise ValueError(
-                f"objective.rl.max_num_gen_batches = {rl.max_num_gen_batches}: needs objective.opd.weight = 0 (it "
-                f"is {self.objective.opd.weight:g}): where a teacher teaches, groups of one reward have their KL, "
-                "and no other prompts are needed for them; set one of the two"
-            )
-        self._check_reward(needs)
-        share = getattr(self.termination, "probe_share", 0.0)
-        if rl.cut_reward == "probe_weighted" and len(self.used_teachers) > 1 and self._probes_vary:
-            raise ValueError(
-                f"objective.rl.cut_reward = {rl.cut_reward!r}: with termination.budget each teacher has a share of "
-                "probes of its own, and a rollout would be weighed by another's; use 'failure' or 'probe_mean', or "
-                "termination.budget = null"
-            )
-        if rl.cut_reward.startswith("probe") and self.termination.rule != "none" and not share:
-            raise ValueError(f"objective.rl.cut_reward = {rl.cut_reward!r}: needs termination.probe_share > 0")
-        return self
-
-    @property
-    def _probes_vary(self) -> bool:
-        """Whether the rule may ask for fewer probes than `termination.probe_share`."""
-        return getattr(self.termination, "budget", None) is not None
-
-    def _check_reward(self, needs: str) -> None:
-        """What grades rollouts has what it needs."""
-        verifiers, own = self.reward.verifiers, self.evaluation.verifier
-        if self.data.answer_column is None and (verifiers or not self.reward.functions):
-            raise ValueError(
-                f"{needs}gold answers to grade rollouts by: name a column with data.answer_column, or functions of "
-                "your own with reward.functions"
-            )
-        if verifiers and verifiers != [own]:
-            raise ValueError(
-                f"reward.functions: {' and '.join(verifiers)}: must be {own}, as evaluation.verifier is; an answer "
-                "is judged in one way"
-            )
-
-    @model_validator(mode="after")
-    def _work_for_every_monitor(self) -> Config:
-        samplers = self.sampler.bounds[0]
-        if self.monitor.shards > samplers:
-            raise ValueError(
-                f"monitor.shards = {self.monitor.shards}: must be <= {samplers}, the fewest samplers; "
-                "a sampler's rollouts belong to one monitor"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _rule_gets_what_it_needs(self) -> Config:
-        lacking = [name for name in RULES[self.termination.rule].needs if name in _NOT_FROM_VLLM]
-        for group in self.scorer_groups if lacking else ():
-            if group.engine == "vllm":
-                raise ValueError(
-                    f"termination.rule = {self.termination.rule!r}: it needs {', '.join(lacking)} of every token, "
-                    f"which a teacher on vLLM does not report; set {group.scorer_section}.backend = "
-                    "'transformers', or take another rule"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _completions_are_there(self) -> Config:
-        heldout = self.evaluation.data
-        check_off_policy(
-            self.objective.off_policy, self.rollout.prompts_per_step, self.data.completion_column,
-            None if heldout is None else heldout.completion_column, bool(self.used_teachers),
-            self.objective.rl.max_num_gen_batches if self.objective.rl.weight else 1,
-        )  # fmt: skip
-        return self
-
-    @model_validator(mode="after")
-    def _teachers_give_what_is_learnt(self) -> Config:
-        temperature = self.objective.opd.teacher_temperature
-        self._check_servers(temperature)
-        for group in self.scorer_groups if temperature != 1 else ():
-            if group.scorer.engine == "vllm":
-                raise ValueError(
-                    f"objective.opd.teacher_temperature = {temperature:g}: takes the teacher's whole distribution, "
-                    f"and vLLM gives log-probabilities of single ids at temperature 1; set "
-                    f"{group.scorer_section}.backend = 'transformers', or leave the temperature at 1"
-                )
-        return self
-
-    def _check_servers(self, temperature: float) -> None:
-        """Teachers behind HTTP are asked for their log-probabilities at the student's ids, and at no others."""
-        off_policy = self.objective.off_policy
-        for what, asked in (
-            (f"objective.opd.teacher_temperature = {temperature:g}", temperature != 1),
-            ("objective.opd.support = 'teacher'", self.objective.opd.support == "teacher"),
-            ("objective.off_policy.loss = 'distillation'", off_policy.share and off_policy.loss == "distillation"),
-        ):
-            for group in self.scorer_groups if asked else ():
-                if group.model.is_remote:
-                    raise ValueError(
-                        f"{what}: needs a teacher that scorers load, and {group.section}.type = 'http'; a server "
-                        "is asked about the student's own ids at temperature 1"
-                    )
 
     @property
     def all_teachers(self) -> dict[str, TeacherConfig]:
