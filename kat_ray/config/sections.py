@@ -42,6 +42,7 @@ from kat_ray.config.teachers import (
     check_servers,
     check_student_as_teacher,
     groups_of,
+    section_of,
     with_common_scorer,
 )
 from kat_ray.config.tracking import TrackerName, TrackingConfig
@@ -203,14 +204,12 @@ class Config(Section):
         for name, teacher in self.all_teachers.items():
             if teacher.chat_template == "data":
                 continue
-            if name != DEFAULT_TEACHER:
+            if self.data.chat_template is False or (
+                self.data.chat_template == "teacher" and name == DEFAULT_TEACHER
+            ):
                 raise ValueError(
-                    f"teachers.{name}.chat_template = 'own': is of the section `teacher` only; use data"
-                )
-            if self.data.chat_template in (False, "teacher"):
-                raise ValueError(
-                    "teacher.chat_template = 'own': needs data.chat_template = student, or the path of a template, "
-                    "which the student has instead"
+                    f"{section_of(name)}.chat_template = 'own': needs data.chat_template = student, or the path of "
+                    "a template, which the student has instead"
                 )
         return self
 
@@ -423,10 +422,9 @@ class Config(Section):
         }
 
     @property
-    def teacher_renders(self) -> bool:
-        """Whether the teacher of the section `teacher` is given chats by its own template."""
-        teacher = self.used_teachers.get(DEFAULT_TEACHER)
-        return teacher is not None and teacher.chat_template == "own"
+    def own_templates(self) -> tuple[str, ...]:
+        """The names of the teachers that are given chats by a template of their own."""
+        return tuple(name for name, teacher in self.used_teachers.items() if teacher.chat_template == "own")
 
     @property
     def average_decay(self) -> float | None:
