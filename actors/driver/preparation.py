@@ -84,7 +84,7 @@ def prepare(config: Config, ask_servers: bool = True) -> Prepared:
             data, facts.tokenizer, longest, graded=graded, teacher=teacher, with_tasks=with_tasks,
             environment=config.environment, teachers=teachers,
             completions=CompletionLimits(facts.end_ids, max_tokens),
-            teacher_renders=bool(teachers) and config.teacher_renders,
+            renderers=facts.renderers(config) if teachers else None,
         )  # fmt: skip
 
     verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits

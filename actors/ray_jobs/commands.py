@@ -21,7 +21,7 @@ from actors.ray_jobs.client import Jobs, exit_code, is_over, run_of, status_of
 from actors.ray_jobs.upload import Upload, dashboard_limit, plan_upload
 from kat_ray.cluster.versions import other_ray
 from kat_ray.config import Config
-from kat_ray.config.load import EMBEDDED
+from kat_ray.config.load import EMBEDDED, config_files
 from kat_ray.errors import UserError
 from kat_ray.run.reward_functions import reward_files
 from kat_ray.watch.view import View, view_of_log
@@ -102,13 +102,19 @@ def train_command(config: Config, source: str, overrides: Sequence[str], folder:
             "goes with it; name one on storage that all nodes share, such as run.dir=/runs"
         )
     if source not in EMBEDDED:
-        try:
-            source = Path(source).resolve().relative_to(folder.resolve()).as_posix()
-        except ValueError as error:
-            raise UserError(
-                f"{source}: lies outside the folder that is uploaded, {folder}; choose that with --working-dir"
-            ) from error
+        extended = [file for file in config_files(source)[1:] if file not in EMBEDDED.values()]
+        source, *_ = [_within(folder, file) for file in (Path(source), *extended)]
     return ["python", "-m", "kat_ray.cli", "train", source, *overrides]
+
+
+def _within(folder: Path, file: Path) -> str:
+    """The file's path in the uploaded folder; `UserError` where it is not in there."""
+    try:
+        return file.resolve().relative_to(folder.resolve()).as_posix()
+    except ValueError as error:
+        raise UserError(
+            f"{file}: lies outside the folder that is uploaded, {folder}; choose that with --working-dir"
+        ) from error
 
 
 def follow(jobs: Jobs, job_id: str, console: Console) -> int:

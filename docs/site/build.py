@@ -31,6 +31,7 @@ GROUPS = {
         "docs/termination.md", "docs/rl.md", "docs/teachers.md", "docs/lora.md", "docs/numbers.md",
         "docs/report.md", "kat_ray/demo/README.md", "docs/upgrading.md",
     ),
+    "Recipes": ("docs/recipes/README.md", "docs/recipes/[!R]*.md"),
     "Run it": ("docs/kubernetes.md", "docs/gpu.md", "docs/recovery.md", "docs/scaling.md", "SECURITY.md"),
     "What was measured": ("docs/results.md", "docs/benchmarks.md"),
     "Add to it": ("docs/howto/*.md",),

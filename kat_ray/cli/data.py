@@ -46,9 +46,9 @@ def show(config: Config, heldout: bool, count: int, console: Console) -> int:
     if data is None:
         raise UserError("--heldout: evaluation.data = null: there are no held-out problems")
     tokenizer = load_tokenizer(config.student)
-    own = config.teacher_renders and not heldout
-    asked = data.chat_template == "teacher" or own
-    teacher = load_tokenizer(config.teacher) if asked and config.teacher else None
+    own = {} if heldout else {name: load_tokenizer(config.all_teachers[name]) for name in config.own_templates}
+    named = config.teacher if data.chat_template == "teacher" else None
+    teacher = None if named is None else load_tokenizer(named)
     template = chat_template_of(data, tokenizer, teacher)
     rows, refused = refusals(data, template, heldout, config.environment)
     console.print(f"{data.path}: {rows:,} rows, {rows - sum(r.count for r in refused.values()):,} of them usable")
@@ -59,7 +59,7 @@ def show(config: Config, heldout: bool, count: int, console: Console) -> int:
     limit = _room(config, heldout)
     prompts = load_prompts(
         data, tokenizer, limit, graded=heldout, teacher=teacher, environment=config.environment,
-        teachers=None if heldout else config.teacher_contexts, teacher_renders=own,
+        teachers=None if heldout else config.teacher_contexts, renderers=own,
     )  # fmt: skip
     for prompt in prompts.prompts[:count]:
         _show_prompt(prompt, tokenizer, console)

@@ -346,7 +346,8 @@ def _prompts(config: Config, data: DataConfig, facts: ModelFacts) -> tuple[Check
         found = load_prompts(
             data, facts.tokenizer, longest, graded=heldout, teacher=facts.teacher_tokenizer,
             with_tasks=not heldout and has_functions(config), environment=config.environment,
-            teachers=None if heldout else config.teacher_contexts, teacher_renders=config.teacher_renders,
+            teachers=None if heldout else config.teacher_contexts,
+            renderers=None if heldout else facts.renderers(config),
             completions=CompletionLimits(facts.end_ids, max_tokens),
         )  # fmt: skip
         if heldout:

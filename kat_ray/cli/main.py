@@ -134,7 +134,8 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
     evaluate.add_argument("--config", metavar="CONFIG", help="YAML file, or `demo`; default: the run's own")
     evaluate.add_argument(
         "--data", metavar="SET", nargs="+", default=[],
-        help="held-out sets, not the configuration's: gsm8k, math500, aime24, aime25, files, folders, hub ids",
+        help="held-out sets, not the configuration's: gsm8k, math500, aime24, aime25, amc23, minerva, files, "
+        "folders, hub ids",
     )  # fmt: skip
     evaluate.add_argument("--chat", action="store_true", help="apply the model's own chat template to the problems")
     evaluate.add_argument("--greedy", action="store_true", help="also one answer each with temperature 0")

@@ -14,6 +14,7 @@ from kat_ray.config.teachers import (
     check_servers,
     check_student_as_teacher,
     groups_of,
+    section_of,
 )
 from kat_ray.termination import RULES
 from kat_ray.types.records import DEFAULT_TEACHER
@@ -57,12 +58,12 @@ def _teacher_renders_chats(config: Config) -> None:
     for name, teacher in config.all_teachers.items():
         if teacher.chat_template == "data":
             continue
-        if name != DEFAULT_TEACHER:
-            raise ValueError(f"teachers.{name}.chat_template = 'own': is of the section `teacher` only; use data")
-        if config.data.chat_template in (False, "teacher"):
+        if config.data.chat_template is False or (
+            config.data.chat_template == "teacher" and name == DEFAULT_TEACHER
+        ):
             raise ValueError(
-                "teacher.chat_template = 'own': needs data.chat_template = student, or the path of a template, "
-                "which the student has instead"
+                f"{section_of(name)}.chat_template = 'own': needs data.chat_template = student, or the path of "
+                "a template, which the student has instead"
             )
 
 

@@ -185,7 +185,8 @@ class EvaluationConfig(Section):
 
     preset: Preset | None = None
     """Held-out problems by name, with their hub id, columns, verifier and k: gsm8k, math500 (MATH-500), aime24,
-    aime25. Fields that are given come first, such as data.chat_template and data.path."""
+    aime25, amc23, minerva (Minerva Math). Fields that are given come first, such as data.chat_template and
+    data.path."""
     data: DataConfig | None = None
     """Held-out problems; null switches evaluation off."""
     verifier: Literal["integer", "math", "environment"] = "integer"

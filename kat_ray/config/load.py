@@ -1,8 +1,8 @@
 """Configuration files: read, overridden, checked, and written back.
 
 Everything that can be wrong becomes one `ConfigError` that names file, line, field, value and what is allowed,
-one line for each mistake. Left out: includes and references between files; a run's whole configuration is
-one file.
+one line for each mistake. A file may extend another (`kat_ray.config.extends`); a run's own configuration is one
+file, with all of both.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from kat_ray.config import Config, plain_yaml, schema
+from kat_ray.config.extends import Layer, Path_, Source, layers, merged
 from kat_ray.config.local_paths import ADVICE, URL, is_url
 from kat_ray.config.tracking import LISTED
 from kat_ray.errors import ConfigError
@@ -42,26 +42,6 @@ DEMO_FILES = {
 }
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes; Linux
-
-Path_ = tuple[str | int, ...]
-
-
-@dataclass
-class _Source:
-    """Where each value came from: for messages."""
-
-    name: str
-    lines: dict[Path_, int] = field(default_factory=dict)
-    overrides: dict[Path_, str] = field(default_factory=dict)
-
-    def of(self, path: Path_) -> str:
-        """`file:line: ` or `override ...: ` of the nearest known ancestor."""
-        for length in range(len(path), -1, -1):
-            if path[:length] in self.overrides:
-                return f"override {self.overrides[path[:length]]}: "
-            if path[:length] in self.lines:
-                return f"{self.name}:{self.lines[path[:length]]}: "
-        return f"{self.name}: "
 
 
 def resolve_path(name: str) -> Path:
@@ -92,17 +72,35 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     `demo`, `demo-rl` and `demo-long` name the embedded configurations. `ConfigError` lists every mistake.
     """
-    file = EMBEDDED.get(str(path)) or usable_path(str(path))
-    source = _Source(str(path))
-    return _overridden(_drop_empty(_read_file(file, source)), overrides, source)
+    tree: dict[str, Any] = {}
+    found = _layers(path)
+    for layer in reversed(found):
+        tree = merged(tree, layer.tree, _default_rule())
+    return _overridden(_drop_empty(tree), overrides, found[0].source)
+
+
+def config_files(path: str | Path) -> list[Path]:
+    """The file of a configuration and all that it extends, itself first; none of them is checked further."""
+    return [layer.file for layer in _layers(path)]
+
+
+def _layers(path: str | Path) -> list[Layer]:
+    def read(file: Path, name: str) -> Layer:
+        source = Source(name)
+        return Layer(file, _read_file(file, source), source)
+
+    def find(name: str, folder: Path) -> Path:
+        return EMBEDDED.get(name) or folder / usable_path(name)
+
+    return layers(read(EMBEDDED.get(str(path)) or usable_path(str(path)), str(path)), find, read)
 
 
 def config_from(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """As `load_config`, of what a command makes itself."""
-    return _overridden(dict(tree), overrides, _Source("the command"))
+    return _overridden(dict(tree), overrides, Source("the command"))
 
 
-def _overridden(tree: dict[str, Any], overrides: Sequence[str], source: _Source) -> Config:
+def _overridden(tree: dict[str, Any], overrides: Sequence[str], source: Source) -> Config:
     for override in overrides:
         _check_override(override, source)
     _drop_other_rule(tree, overrides)
@@ -124,7 +122,7 @@ def config_yaml(config: Config) -> str:
     return str(yaml.dump(tree, Dumper=plain_yaml.Dumper, sort_keys=False, allow_unicode=True))
 
 
-def _read_file(file: Path, source: _Source) -> dict[str, Any]:
+def _read_file(file: Path, source: Source) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -154,7 +152,7 @@ def _required() -> str:
     return ", ".join(schema.root_schema()["required"])
 
 
-def _note_lines(node: yaml.Node, path: Path_, source: _Source) -> None:
+def _note_lines(node: yaml.Node, path: Path_, source: Source) -> None:
     """Record the line of every field; refuse a field given twice."""
     if not isinstance(node, yaml.MappingNode):
         return
@@ -186,7 +184,7 @@ def _drop_other_rule(tree: dict[str, Any], overrides: Sequence[str]) -> None:
         tree["termination"] = {}
 
 
-def _check_override(override: str, source: _Source) -> None:
+def _check_override(override: str, source: Source) -> None:
     key, equals, _ = override.partition("=")
     if not equals or not all(part.strip() for part in key.split(".")):
         raise ConfigError(f"override {override!r}: write it as section.field=value, for example run.steps=20")
@@ -199,14 +197,14 @@ def yaml_value(text: str, where: str) -> Any:
         node = plain_yaml.compose(text)
         if node is None:
             return None
-        _note_lines(node, (), _Source(where))
+        _note_lines(node, (), Source(where))
         return plain_yaml.construct(node)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
         raise ConfigError(f"{where}: the value is not valid YAML: {problem}") from error
 
 
-def _apply(tree: dict[str, Any], override: str, source: _Source) -> None:
+def _apply(tree: dict[str, Any], override: str, source: Source) -> None:
     key, _, text = override.partition("=")
     *parents, last = (part.strip() for part in key.split("."))
     value = yaml_value(text, f"override {override}")
@@ -224,7 +222,7 @@ def _apply(tree: dict[str, Any], override: str, source: _Source) -> None:
     target[last] = value
 
 
-def _validate(tree: Mapping[str, Any], source: _Source) -> Config:
+def _validate(tree: Mapping[str, Any], source: Source) -> Config:
     _check_texts(tree, (), source)
     rule = tree["termination"].get("rule") if isinstance(tree.get("termination"), Mapping) else None
     if isinstance(rule, str):
@@ -239,7 +237,7 @@ def _validate(tree: Mapping[str, Any], source: _Source) -> Config:
     return config
 
 
-def _check_texts(value: Any, path: Path_, source: _Source) -> None:
+def _check_texts(value: Any, path: Path_, source: Source) -> None:
     """Refuse text that no file, tokenizer or terminal takes, and secrets: a run stores its configuration."""
     if isinstance(value, Mapping):
         for key, below in value.items():
@@ -289,7 +287,7 @@ def refuse_flags(raw: Mapping[str, Any], parsed: BaseModel) -> None:
         raise ConfigError("; ".join(f"{_dotted(path)} = {_shown(flag)}: must be a number" for path, flag in flags))
 
 
-def _message(error: Any, source: _Source) -> str:
+def _message(error: Any, source: Source) -> str:
     path = _without_tags(error["loc"])
     kind, value = error["type"], error["input"]
     name = _dotted(path)
@@ -316,7 +314,7 @@ def _message(error: Any, source: _Source) -> str:
     return _wrong(path, value, source)
 
 
-def _wrong(path: Path_, value: Any, source: _Source) -> str:
+def _wrong(path: Path_, value: Any, source: Source) -> str:
     allowed = schema.allowed_at(path)
     text = f"{source.of(path)}{_dotted(path)} = {_shown(value)}: must be {allowed or 'something else'}"
     if isinstance(value, int | float) and allowed.startswith("text"):

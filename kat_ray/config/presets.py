@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-Preset = Literal["gsm8k", "math500", "aime24", "aime25"]
+Preset = Literal["gsm8k", "math500", "aime24", "aime25", "amc23", "minerva"]
 
 # What the verifiers read as a stated answer is asked for in every prompt.
 _BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 _PROBLEM = {"prompt_column": "problem", "instruction": _BOXED}
+_QUESTION = {"prompt_column": "question", "instruction": _BOXED}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gsm8k": {
@@ -28,8 +29,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "verifier": "integer", "k": 16, "data": {"path": "HuggingFaceH4/aime_2024", "split": "train", **_PROBLEM},
     },
     "aime25": {
-        "verifier": "integer", "k": 16, "data": {"path": "math-ai/aime25", "split": "test", **_PROBLEM},
+        # `math`, since copies of these problems have an answer with a degree sign, 336^\\circ.
+        "verifier": "math", "k": 16, "data": {"path": "math-ai/aime25", "split": "test", **_PROBLEM},
     },
+    "amc23": {"verifier": "math", "k": 8, "data": {"path": "math-ai/amc23", "split": "test", **_QUESTION}},
+    "minerva": {"verifier": "math", "k": 8, "data": {"path": "math-ai/minervamath", "split": "test", **_QUESTION}},
 }  # fmt: skip
 
 

@@ -22,11 +22,17 @@ HEADER = """# Configuration
 Written by `kat-ray config --docs` from the field declarations in `kat_ray/config/sections.py` and
 `kat_ray/termination/settings.py`; do not edit it by hand.
 
-A configuration is one YAML file. Every field can be overridden on the command line as
+A configuration is one YAML file, or one that extends another. Every field can be overridden on the command line as
 `section.field=value`; the value is read as YAML (`null`, `[0.9, 0.95]`, `1e-4`). Fields that are left out
 take their default. Unknown fields, fields given twice and values out of range are refused before anything
 is started. Relative paths are relative to the working directory. Overriding `termination.rule` with another
 rule drops the file's other `termination` fields, which belong to the file's rule.
+
+`extends: base.yaml` at the top of a file takes another one beneath it, by a path relative to the file's own
+folder, or an embedded one by its name (`extends: demo`). The base may extend a further one. Mappings are merged
+field by field, names of your own included; lists and all other values take the place of the base's, and so does
+`termination` with another rule. A run's own config.yaml has all of it and extends nothing. The
+[recipes](recipes/README.md) are built so.
 
 `--resume` can change the fields that say "yes" under "resume"; all others are part of what the run is.
 """

@@ -193,10 +193,9 @@ class Config(Section):
         }
 
     @property
-    def teacher_renders(self) -> bool:
-        """Whether the teacher of the section `teacher` is given chats by its own template."""
-        teacher = self.used_teachers.get(DEFAULT_TEACHER)
-        return teacher is not None and teacher.chat_template == "own"
+    def own_templates(self) -> tuple[str, ...]:
+        """The names of the teachers that are given chats by a template of their own."""
+        return tuple(name for name, teacher in self.used_teachers.items() if teacher.chat_template == "own")
 
     @property
     def average_decay(self) -> float | None:

@@ -57,7 +57,7 @@ class TeacherConfig(ModelConfig):
 
     chat_template: Literal["data", "own"] = "data"
     """Whose chat template renders what it is given: that of the prompts (data.chat_template), or its tokenizer's
-    own, where it was trained on another than the student; of the section `teacher` only."""
+    own, where it was trained on another than the student."""
     weights: Literal["given", "live", "average"] = "given"
     """Whose weights it has: those that its path names, for the whole run (`given`), or the student's, which path
     then names, too: the newest that were published (`live`, which needs a `context`), or their moving average

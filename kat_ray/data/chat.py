@@ -108,10 +108,13 @@ def encode(
     return [None if text is None else once(next(found)) for text in texts]
 
 
-def teachers_own(data: DataConfig, teacher: Any) -> ChatTemplate:
-    """The template of the teacher's tokenizer, for what it alone is given, with those arguments that it uses."""
+def teachers_own(data: DataConfig, teacher: Any, section: str) -> ChatTemplate:
+    """The template of a teacher's tokenizer, for what it alone is given, with those arguments that it uses.
+
+    `section` is where the configuration names the teacher.
+    """
     if not getattr(teacher, "chat_template", None):
-        raise DataError("teacher.chat_template = own: the teacher's tokenizer has no chat template; use data")
+        raise DataError(f"{section}.chat_template = own: the teacher's tokenizer has no chat template; use data")
     text = _own_template(teacher, "teacher", "teacher")
     known = {n: v for n, v in data.chat_template_kwargs.items() if re.search(rf"\b{re.escape(n)}\b", text)}
     return ChatTemplate(text, teacher, known, own=False)

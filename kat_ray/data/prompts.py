@@ -97,7 +97,7 @@ def load_prompts(
     environment: EnvironmentConfig | None = None,
     teachers: Mapping[str, str | None] | None = None,
     completions: CompletionLimits | None = None,
-    teacher_renders: bool = False,
+    renderers: Mapping[str, Any] | None = None,
 ) -> PromptSet:
     """Read, check and tokenise a split. If `graded`, every row must have an answer.
 
@@ -107,11 +107,11 @@ def load_prompts(
     then be anything, and one that is neither text nor number is theirs alone. `environment` makes the rows where
     `data.path` says so. `teachers` are those that are asked, with the template of what each is told in place of the
     prompt, None for the prompt; their names are those that `data.teacher_column` may hold, and each must be in it.
-    With `completions` those of `data.completion_column` are read. Where it `teacher_renders`, the teacher's own
-    template renders what it is told.
+    With `completions` those of `data.completion_column` are read. `renderers` are tokenizers by the names of
+    teachers whose own templates render what they are told.
     """
     template = chat_template_of(data, tokenizer, teacher)
-    theirs = teachers_own(data, teacher) if teacher_renders else None
+    theirs = {name: teachers_own(data, own, section_of(name)) for name, own in (renderers or {}).items()}
     routing = Routing(data, teachers or {}, template, theirs)
     given = None
     if completions is not None and data.completion_column is not None:

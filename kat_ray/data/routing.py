@@ -31,10 +31,10 @@ class Routing:
         data: DataConfig,
         teachers: Mapping[str, str | None],
         template: ChatTemplate | None,
-        theirs: ChatTemplate | None = None,
+        theirs: Mapping[str, ChatTemplate] | None = None,
     ) -> None:
-        """`template` renders what a teacher is told, as it does prompts; `theirs` for the section `teacher`."""
-        self._data, self._template, self._theirs = data, template, theirs or template
+        """`template` renders what a teacher is told, as it does prompts, but for those that have `theirs`."""
+        self._data, self._template, self._theirs = data, template, theirs or {}
         self._names = tuple(teachers) if data.teacher_column is not None else ()
         told = {name: text for name, text in teachers.items() if text is not None}
         self._contexts = {name: Context(text, section_of(name)) for name, text in told.items()}
@@ -43,15 +43,17 @@ class Routing:
         """Who scores the rollouts of a row's prompt; `DataError` where it names nobody that there is."""
         name = self._teacher(row)
         context = self._contexts.get(name)
-        template = self._theirs if name == DEFAULT_TEACHER else self._template
+        template = self._theirs.get(name, self._template)
         return Route(name, None if context is None else context.text(row, self._data, template))
 
     def encoded(self, tokenizer: Any, routes: Sequence[Route]) -> list[tuple[int, ...] | None]:
         """The token ids of what teachers are told, None where it is the prompt."""
-        first = [route.told if route.teacher == DEFAULT_TEACHER else None for route in routes]
-        others = [None if route.teacher == DEFAULT_TEACHER else route.told for route in routes]
-        pairs = zip(encode(tokenizer, self._theirs, first), encode(tokenizer, self._template, others), strict=True)
-        return [ids if ids is not None else other for ids, other in pairs]
+        found: list[tuple[int, ...] | None] = [None] * len(routes)
+        for name in dict.fromkeys(route.teacher for route in routes):
+            told = [route.told if route.teacher == name else None for route in routes]
+            ids = encode(tokenizer, self._theirs.get(name, self._template), told)
+            found = [own if own is not None else other for own, other in zip(ids, found, strict=True)]
+        return found
 
     def refuse_unused(self, source: str, used: Collection[str], skipped: int) -> None:
         """`DataError` for a teacher without a prompt: it costs its scorers, whether or not it has any to score."""

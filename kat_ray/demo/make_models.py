@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from kat_ray.config.load import resolve_path
 from kat_ray.demo.corpus import LONG_STUDENT, LONG_TEACHER, STUDENT, TEACHER, Mixture, documents
 from kat_ray.demo.problems import write_jsonl
-from kat_ray.demo.tokenizer import build_tokenizer
+from kat_ray.demo.tokenizer import build_tokenizer, save_tokenizer
 
 _SPARE_POSITIONS = 32  # of a model, beyond the longest document
 _POOL = 512  # documents sorted by length together
@@ -179,7 +179,7 @@ def save(model: Any, path: Path) -> None:
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, top_p=0.95
     )
     model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    save_tokenizer(path)
 
 
 def main() -> None:

@@ -60,7 +60,17 @@ class ModelFacts:
     tokenizer: Any  # the student's
     stop_ids: tuple[int, ...]  # of all models, sorted: the STOP event of the KL
     warnings: tuple[str, ...]
-    teacher_tokenizer: Any = None  # of the section `teacher`
+    teacher_tokenizers: Mapping[str, Any] = field(default_factory=dict, repr=False)  # by the names of `teachers`
+
+    @property
+    def teacher_tokenizer(self) -> Any:
+        """Of the section `teacher`; None without it."""
+        return self.teacher_tokenizers.get("teacher")
+
+    def renderers(self, config: Config) -> dict[str, Any]:
+        """Tokenizers of the teachers that are given chats by a template of their own, by the teachers' names."""
+        section = {name: group.section for group in config.scorer_groups for name in group.teachers}
+        return {name: self.teacher_tokenizers[section[name]] for name in config.own_templates}
 
     @property
     def models(self) -> dict[str, ModelInfo]:
@@ -145,7 +155,8 @@ def check_models(config: Config, ask_servers: bool = True) -> ModelFacts:
         found = check_servers(config, group, teachers[group.section], student, tokenizers["student"], merged)
         teachers[group.section] = found[0]
         warnings += found[1]
-    facts = ModelFacts(student, teachers, tokenizers["student"], merged, tuple(warnings), tokenizers.get("teacher"))
+    theirs = {section: tokenizers[section] for section in teachers}
+    facts = ModelFacts(student, teachers, tokenizers["student"], merged, tuple(warnings), theirs)
     _check_lengths(config, facts)
     facts.check_roles(config, config.rollout.max_tokens + 1)  # a prompt has one token at least
     if config.learner.lora is not None:

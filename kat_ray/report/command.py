@@ -12,6 +12,7 @@ from kat_ray.models.inspect import load_tokenizer
 from kat_ray.report import curves, rollout_figures
 from kat_ray.report.browser import choose, prompts_of, rollouts_for
 from kat_ray.report.cut_figure import cut_picture, example
+from kat_ray.report.held_out import held_out_sections
 from kat_ray.report.page import Card, Section, embedded_json, png_of, render, script, write_page
 from kat_ray.report.phases import Lens, PhaseRow, Phases, lens_of, phase_table, phases_of, teacher_tokens
 from kat_ray.report.rewards import reward_cards, reward_sections
@@ -201,6 +202,7 @@ def _step_sections(records: RunRecords, phases: Phases | None, lens: Lens) -> li
             "KL should fall and accuracy rise. The faint lines are single steps, the strong ones trailing means.",
             curves.learning(records),
         ),
+        *held_out_sections(records),
         *reward_sections(records),
         *source_sections(records),
         _section(

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from kat_ray.config import Config, DataConfig
+from kat_ray.config.teachers import section_of
 from kat_ray.data.chat import ChatTemplate, chat_template_of, teachers_own, turn_end
 from kat_ray.errors import DataError
 from kat_ray.models.inspect import ModelFacts, ModelInfo
+from kat_ray.types.records import DEFAULT_TEACHER
 
 
 def with_chat(config: Config, facts: ModelFacts) -> ModelFacts:
@@ -29,9 +31,9 @@ def with_chat(config: Config, facts: ModelFacts) -> ModelFacts:
         end = turn_end(template)
         if end is not None:
             facts = _joined(facts, end, section)
-    if config.teacher_renders:
-        end = turn_end(teachers_own(config.data, facts.teacher_tokenizer))
-        facts = facts if end is None else _joined(facts, end, "teacher")
+    for name, tokenizer in facts.renderers(config).items():
+        end = turn_end(teachers_own(config.data, tokenizer, section_of(name)))
+        facts = facts if end is None else _joined(facts, end, section_of(name))
     if (template := _template(config.data, facts)) is not None:
         more = [*_other_templates(config, facts, template)]
         facts = replace(facts, warnings=(*facts.warnings, *more))
@@ -73,7 +75,7 @@ def _with(info: ModelInfo, end: int) -> ModelInfo:
 def _other_templates(config: Config, facts: ModelFacts, template: ChatTemplate) -> Iterator[str]:
     """A line where the teacher has a template of its own that makes another text of the same messages."""
     tokenizer = facts.teacher_tokenizer
-    if config.teacher_renders or config.data.chat_template == "teacher":
+    if DEFAULT_TEACHER in config.own_templates or config.data.chat_template == "teacher":
         return
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return

@@ -9,7 +9,14 @@ from tests.support.chunks import random_rollouts
 
 def make_model(path, kind="qwen3", seed=0, vocabulary=200, tied=True, **changes):
     """A random model of two layers, saved to `path`; big weights, so that its distributions differ."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     torch.manual_seed(seed)
     sizes = dict(
@@ -19,6 +26,8 @@ def make_model(path, kind="qwen3", seed=0, vocabulary=200, tied=True, **changes)
     ) | changes  # fmt: skip
     if kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(head_dim=32, **sizes))
+    elif kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes))
     else:
         model = LlamaForCausalLM(LlamaConfig(**sizes))
     model.eval().save_pretrained(path)

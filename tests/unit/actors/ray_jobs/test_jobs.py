@@ -129,12 +129,18 @@ def test_the_job_takes_what_the_client_was_given(tmp_path):
         "python", "-m", "kat_ray.cli", "train", "demo", *overrides,
     ]  # fmt: skip
     (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "my.yaml").write_text("extends: ../base.yaml\n")
+    (tmp_path / "base.yaml").write_text("extends: demo\n")
     assert train_command(config_in(), str(tmp_path / "sub" / "my.yaml"), [], tmp_path)[-1] == "sub/my.yaml"
 
 
 def test_a_file_that_is_not_uploaded_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--working-dir"):
-        train_command(config_in(), str(tmp_path / "my.yaml"), [], tmp_path / "tree")
+    (tmp_path / "my.yaml").write_text("run: {steps: 1}\n")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "own.yaml").write_text("extends: ../my.yaml\n")
+    for source in ("my.yaml", "tree/own.yaml"):
+        with pytest.raises(UserError, match=r"my\.yaml: lies outside .*--working-dir"):
+            train_command(config_in(), str(tmp_path / source), [], tmp_path / "tree")
 
 
 @pytest.mark.parametrize(

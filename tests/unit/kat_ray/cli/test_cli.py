@@ -229,7 +229,7 @@ def test_eval_of_a_run_takes_its_newest_checkpoint_and_configuration(config, tmp
 def test_eval_needs_problems_and_checkpoints(config, tmp_path, capsys):
     assert cli.main(["eval", str(tmp_path)]) == 2
     assert (
-        "name the problems with --data, such as gsm8k, math500, aime24, aime25, or with --config"
+        "name the problems with --data, such as gsm8k, math500, aime24, aime25, amc23, minerva, or with --config"
         in capsys.readouterr().err
     )
     assert cli.main(["eval", "org/model", "--config", str(config)]) == 2

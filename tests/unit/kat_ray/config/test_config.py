@@ -482,8 +482,3 @@ def test_a_rule_that_needs_what_vllm_does_not_report_is_refused_by_name(write, m
     monkeypatch.setitem(registry._OWN, "prune_opd", replace(prune_opd.KIND, needs=("teacher_entropy",)))
     assert "termination.rule = 'prune_opd': it needs teacher_entropy of every token" in refusal(write(rule))
     assert load_config(write(rule), ["scorer.backend=transformers"]).scorer.engine == "transformers"
-
-
-@pytest.mark.parametrize("recipe", sorted((ROOT / "docs/recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_recipes_are_configurations(recipe):
-    assert load_config(recipe).run.name == recipe.stem

@@ -21,6 +21,9 @@ def test_a_preset_is_filled_in_beneath_what_is_given(tmp_path):
     for name, k in (("aime24", 16), ("aime25", 16), ("math500", 4)):
         own = evaluation_of(preset=name)
         assert own.k == k and own.data.prompt_column == "problem" and "\\boxed{}" in own.data.instruction
+    for name in ("amc23", "minerva"):
+        own = evaluation_of(preset=name)
+        assert (own.k, own.verifier, own.data.split, own.data.prompt_column) == (8, "math", "test", "question")
 
 
 def test_a_set_takes_what_it_does_not_say_from_the_section():

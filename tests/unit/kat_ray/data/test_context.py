@@ -135,7 +135,7 @@ def test_the_recipe_tells_the_teacher_each_rows_solution(tmp_path):
     (group,) = config.scorer_groups
     assert group.follows_student and config.guards.context_leak and config.evaluation.every
     path = tmp_path / "train.jsonl"
-    path.write_text(json.dumps({"prompt": "1+1?", "answer": "2", "solution": "1+1=2"}) + "\n")
+    path.write_text(json.dumps({"question": "1+1?", "answer": "1+1=2\n#### 2"}) + "\n")
     data = config.data.model_copy(update={"path": str(path)})
     (prompt,) = load_prompts(data, CHAT, None, teachers=config.teacher_contexts).prompts
     own, more = CHAT.decode(prompt.token_ids), CHAT.decode(prompt.context_ids)

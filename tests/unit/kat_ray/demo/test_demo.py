@@ -7,8 +7,9 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kat_ray.config.load import DEMO_FILES, EMBEDDED, load_config
+from kat_ray.config.load import DEMO_DIR, DEMO_FILES, EMBEDDED, load_config
 from kat_ray.demo.corpus import (
     HONEST_CHECKS,
     LONG_TEACHER,
@@ -20,7 +21,7 @@ from kat_ray.demo.corpus import (
     solution_document,
 )
 from kat_ray.demo.problems import MAX_VALUE, Operation, Problem, problems, random_problem, write_jsonl
-from kat_ray.demo.tokenizer import build_tokenizer, vocabulary
+from kat_ray.demo.tokenizer import EOS, PAD, UNKNOWN, build_tokenizer, save_tokenizer, vocabulary
 from kat_ray.rewards.integers import extract_integer
 
 EXAMPLE = Problem(37, (Operation("+", 5), Operation("-", 8), Operation("*", 2)))
@@ -140,3 +141,16 @@ def test_a_model_is_made_again_from_its_seed(task):
     short = dataclasses.replace(make_models.RECIPES[task]["student"], steps=3, batch_tokens=2048)
     first, second = (make_models.train("student", short, 5).state_dict() for _ in range(2))
     assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.mark.parametrize("model", ["models/student", "models/teacher", "long/student", "long/teacher"])
+def test_tokenizers_are_those_that_are_made_and_name_a_class_of_transformers_4_and_5(model, tmp_path):
+    """4.57 refuses `TokenizersBackend`, the name that 5 writes."""
+    save_tokenizer(tmp_path)
+    for file in sorted(tmp_path.iterdir()):
+        assert (DEMO_DIR / model / file.name).read_bytes() == file.read_bytes()
+    config = json.loads((DEMO_DIR / model / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and "backend" not in config
+    loaded = AutoTokenizer.from_pretrained(DEMO_DIR / model)
+    assert isinstance(loaded, PreTrainedTokenizerFast) and loaded.get_vocab() == vocabulary()
+    assert (loaded.eos_token, loaded.pad_token, loaded.unk_token) == (EOS, PAD, UNKNOWN)

@@ -1,5 +1,6 @@
 """What a chat template adds to the stop ids, and when it is unlike the teacher's own."""
 
+import json
 import shutil
 
 import pytest
@@ -105,7 +106,7 @@ def test_a_teacher_may_be_given_chats_by_its_own_template(facts_of, tmp_path):
     data = DataConfig(path=str(path), chat_template=True)
     found = load_prompts(
         data, facts.tokenizer, None, teacher=facts.teacher_tokenizer, teachers={"default": "{prompt}"},
-        teacher_renders=True,
+        renderers={"default": facts.teacher_tokenizer},
     ).prompts  # fmt: skip
     decode = facts.tokenizer.decode
     assert [decode(p.token_ids) for p in found] == [
@@ -114,6 +115,41 @@ def test_a_teacher_may_be_given_chats_by_its_own_template(facts_of, tmp_path):
     assert [decode(p.context_ids) for p in found] == [
         "<user>hi</s>[assistant]", "<system>s</s><user>u</s>[assistant]",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("prompts_by", [True, "teacher"])
+def test_each_named_teacher_may_be_given_chats_by_its_own_template(tmp_path, prompts_by):
+    """Beside one that has the prompts' and one that shares a checkpoint and has them as well."""
+    from transformers import GenerationConfig
+
+    for name, template in (("student", ENDED), ("teacher", ENDED), ("other", OTHER)):
+        make_model(tmp_path / name)
+        tokenizer_of(template).save_pretrained(tmp_path / name)
+        GenerationConfig(eos_token_id=[END if name == "student" else 1]).save_pretrained(tmp_path / name)
+    rows = [{"prompt": "hi", "by": by, "more": "psst"} for by in (None, "own", "told", "same")]
+    (tmp_path / "p.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    named = {"own": {"chat_template": "own"}, "told": {"chat_template": "own", "context": "{more}"}, "same": {}}
+    other = {"path": str(tmp_path / "other"), "dtype": "float32"}
+    config = make_config(
+        str(tmp_path / "student"), str(tmp_path / "teacher"), rollout={"max_tokens": 64},
+        data={"path": str(tmp_path / "p.jsonl"), "teacher_column": "by", "chat_template": prompts_by},
+        teachers={name: other | own for name, own in named.items()}, objective={},
+    )  # fmt: skip
+    assert config.own_templates == ("own", "told") and len(config.scorer_groups) == 2
+    facts = with_chat(config, check_models(config))
+    assert facts.stop_ids == (1, END)
+    found = load_prompts(
+        config.data, facts.tokenizer, None, teacher=facts.teacher_tokenizer, teachers=config.teacher_contexts,
+        renderers=facts.renderers(config),
+    ).prompts  # fmt: skip
+    decode = facts.tokenizer.decode
+    assert {decode(p.token_ids) for p in found} == {"[user]hi<|end|>[assistant]"}
+    assert [None if p.context_ids is None else decode(p.context_ids) for p in found] == [
+        None, "<user>hi</s>[assistant]", "<user>psst</s>[assistant]", None,
+    ]  # fmt: skip
+    bare = {name: make_tokenizer() for name in config.own_templates}
+    with pytest.raises(DataError, match=r"teachers\.own\.chat_template = own: the teacher's tokenizer has no chat"):
+        load_prompts(config.data, facts.tokenizer, None, teacher=facts.teacher_tokenizer, renderers=bare)
 
 
 def test_a_teacher_without_a_template_has_none_of_its_own(facts_of):
@@ -133,7 +169,7 @@ def test_a_teacher_without_a_template_has_none_of_its_own(facts_of):
                 "data": {"path": "x", "teacher_column": "t"},
                 "teachers": {"b": {"path": "c", "chat_template": "own"}},
             },
-            "teachers.b.chat_template = 'own': is of the section `teacher` only",
+            "teachers.b.chat_template = 'own': needs data.chat_template",
         ),
     ],
 )
@@ -146,4 +182,4 @@ def test_a_template_of_its_own_needs_one_of_the_students(changes, says):
 
 def test_without_it_nothing_is_told_to_a_teacher():
     config = make_config("a", "b", data={"path": "x.jsonl", "chat_template": True})
-    assert config.teacher_contexts == {"default": None} and not config.teacher_renders
+    assert config.teacher_contexts == {"default": None} and not config.own_templates
