@@ -1,5 +1,6 @@
 """Configuration files and overrides: what is read, what is refused, and in which words."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -487,3 +488,16 @@ def test_a_rule_that_needs_what_vllm_does_not_report_is_refused_by_name(write, m
 @pytest.mark.parametrize("recipe", sorted((ROOT / "docs/recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_configurations(recipe):
     assert load_config(recipe).run.name == recipe.stem
+
+
+EXAMPLES = {
+    f"{page}-{i}": block
+    for page in ("teachers", "lora")
+    for i, block in enumerate(re.findall(r"```yaml\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S))
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_whole_configurations_of_the_documentation_are_such(write, name):
+    assert len(EXAMPLES) >= 4
+    assert load_config(write(EXAMPLES[name], extra="")).student.path == "org/student"
