@@ -41,6 +41,10 @@ class StateLost(Exception):
     """
 
 
+class EngineLost(Exception):
+    """The process has lost its device or its engine for good: it ends with 1. Another one can do its work."""
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Files are written under `path` inside; where they cannot be, that is the user's to mend."""

@@ -17,7 +17,7 @@ from actors.cluster.scorers import ScorerActors
 from actors.teacher.scorer import TeacherScorer
 from kat_ray.config import Config
 from kat_ray.data.given import GivenCompletion, GivenShare, given_chunk
-from kat_ray.types.records import ChunkRefs, KeptRollout, TeacherRows
+from kat_ray.types.records import ChunkRefs, KeptRollout, TeacherRows, array_bytes
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def prepare_given(config: Config, actors: RunActors, completions: Sequence[Given
             if own:
                 chunks += _scored(actors.teachers[group.name], own)
     else:
-        chunks.append(ChunkRefs(_ids(completions), ray.put(given_chunk(completions))))
+        chunk = given_chunk(completions)
+        chunks.append(ChunkRefs(_ids(completions), ray.put(chunk), array_bytes(chunk)))
     tokens = sum(len(c.token_ids) for c in completions)
     return GivenStep(completions, chunks, settings.weight / tokens, distils)
 
@@ -85,7 +86,8 @@ def _scored(group: ScorerActors, completions: Sequence[GivenCompletion]) -> list
     """One chunk for each scorer of a group; the teacher's rows stay where they are until they are learnt."""
     count = len(group.replicas)
     parts = [completions[i::count] for i in range(count)]  # of few completions some have none
-    chunks = [ray.put(given_chunk(part)) for part in parts]
+    made = [given_chunk(part) for part in parts]
+    chunks = [ray.put(chunk) for chunk in made]
     rows: dict[int, Ref[TeacherRows]] = {}
 
     def ask(i: int, scorer: Handle[TeacherScorer]) -> Ref[float]:
@@ -94,8 +96,8 @@ def _scored(group: ScorerActors, completions: Sequence[GivenCompletion]) -> list
 
     group.call(ask, "completions to be scored")
     return [
-        ChunkRefs(_ids(part), chunk, teacher=rows[i])
-        for i, (part, chunk) in enumerate(zip(parts, chunks, strict=True))
+        ChunkRefs(_ids(part), chunks[i], array_bytes(made[i]), teacher=rows[i])
+        for i, part in enumerate(parts)
         if part
     ]
 

@@ -31,6 +31,7 @@ from kat_ray.run.step_metrics import (
     score_metrics,
     source_metrics,
     teacher_metrics,
+    transfer_metrics,
 )
 from kat_ray.run.summary import Totals
 from kat_ray.termination import RULES, Effect
@@ -53,6 +54,7 @@ class StepRecorder:
     ) -> None:
         """`golds` and `sources` by prompt id; `scorer` rewards rollouts, where functions do."""
         self._config, self._run, self._sources = config, run, sources or {}
+        self._asks_servers = any(teacher.is_remote for teacher in config.used_teachers.values())
         self._has_levels = config.environment is not None and config.environment.curriculum is not None
         self._grader = RolloutGrader(
             golds,
@@ -92,6 +94,7 @@ class StepRecorder:
             {"policy_version": float(sampled.version)}
             | rollout_metrics(sampled.rollouts, sampled.step_start)
             | score_metrics(sampled.scored, kept)
+            | transfer_metrics(sampled.chunks, sampled.scored, self._asks_servers)
             | (teacher_metrics(sampled.rollouts, traces, sampled.step_start) if self._names_teachers else {})
             | probe_metrics(
                 [r.outcome for r in sampled.rollouts if active[r.outcome.teacher]], traces, graded.correct, True

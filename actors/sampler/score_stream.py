@@ -36,7 +36,14 @@ from kat_ray.cluster.heartbeat import Heartbeat
 from kat_ray.config.cluster import ClusterConfig
 from kat_ray.data.chunks import PendingRollout, with_context
 from kat_ray.errors import StateLost, UserError
-from kat_ray.types.records import ChunkRefs, EngineEnd, GenerateRequest, RolloutChunk, TerminationDecision
+from kat_ray.types.records import (
+    ChunkRefs,
+    EngineEnd,
+    GenerateRequest,
+    RolloutChunk,
+    TerminationDecision,
+    array_bytes,
+)
 
 # Errors that mean that an actor is gone, or is a new process under the old name.
 LOST = (RayActorError, StateLost, ObjectLostError)
@@ -159,7 +166,7 @@ class ScoringStream:
     def _score(self, scorer: int, chunk: RolloutChunk) -> ChunkRefs:
         chunk_ref = ray.put(chunk)
         scored, teacher = self._scorers[scorer].score.options(num_returns=2).remote(chunk_ref)
-        return ChunkRefs(tuple(chunk.rollout_ids.tolist()), chunk_ref, scored, teacher)
+        return ChunkRefs(tuple(chunk.rollout_ids.tolist()), chunk_ref, array_bytes(chunk), scored, teacher)
 
     def _answer(self, scorer: int) -> None:
         """Apply the decision on a scorer's oldest chunk; what was lost is sent again first."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import ray
 
-from kat_ray.types.records import ChunkRefs, RolloutChunk
+from kat_ray.types.records import ChunkRefs, RolloutChunk, array_bytes
 
 
 class UnscoredStream:
@@ -32,7 +32,7 @@ class UnscoredStream:
 
     def send(self, scorer: int, chunk: RolloutChunk) -> None:
         """Keep a chunk for the learner."""
-        self.chunks.append(ChunkRefs(tuple(chunk.rollout_ids.tolist()), ray.put(chunk)))
+        self.chunks.append(ChunkRefs(tuple(chunk.rollout_ids.tolist()), ray.put(chunk), array_bytes(chunk)))
 
     def poll(self) -> None:
         """No decision can have arrived."""

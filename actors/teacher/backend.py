@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kat_ray.errors import StateLost
 from kat_ray.losses.divergence import entropy, tail_and_stop
+from kat_ray.remote.traffic import Traffic
 from kat_ray.types.records import FloatArray, IntArray, RolloutChunk, WeightUpdate
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]  # prompt and answer, token ids
@@ -107,6 +108,15 @@ class ReportsProgress(Protocol):
 
     def on_progress(self, beat: Callable[[], None]) -> None:
         """Have `beat` called whenever something was done."""
+
+
+@runtime_checkable
+class AsksServer(Protocol):
+    """A teacher that a server has."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """All that went to the server so far, and came back."""
 
 
 @runtime_checkable

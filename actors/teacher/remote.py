@@ -24,6 +24,7 @@ from kat_ray.errors import StateLost, UserError
 from kat_ray.remote.client import Answer, HttpClient, Request
 from kat_ray.remote.info import PLAIN, SCORE, STATE_LOST, ServerInfo
 from kat_ray.remote.token import read_token
+from kat_ray.remote.traffic import Traffic
 from kat_ray.remote.wire import CONTENT_TYPE, Message, pack, unpack
 from kat_ray.types.records import EngineEnd, FloatArray, IntArray, RolloutChunk
 
@@ -60,6 +61,10 @@ class ServedTeacher:
         """The student's where that is larger and the server's engine takes padding."""
         own = self._info.vocabulary
         return max(own, self._student_vocabulary) if self._info.backend == "transformers" else own
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._client.traffic
 
     @property
     def held(self) -> int:

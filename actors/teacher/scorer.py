@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from actors.teacher.agreement import chunked_logprobs
-from actors.teacher.backend import FollowsStudent, ReportsProgress, Sequences, Teacher, TeacherColumns
+from actors.teacher.backend import AsksServer, FollowsStudent, ReportsProgress, Sequences, Teacher, TeacherColumns
 from actors.teacher.settings import ScorerSettings
 from kat_ray.cluster.devices import device_of
 from kat_ray.cluster.heartbeat import Heartbeat, HeartbeatReport
@@ -35,6 +35,7 @@ from kat_ray.types.records import (
     ScoredChunk,
     TeacherRows,
     WeightUpdate,
+    array_bytes,
 )
 from kat_ray.types.token_ids import pack_ids
 
@@ -149,10 +150,19 @@ class TeacherScorer:
     def _score(self, chunk: RolloutChunk) -> tuple[ScoredChunk, TeacherRows]:
         started = time.monotonic()
         topk_ids = chunk.topk_ids()
+        before = self._http_bytes()
         columns, run = self._columns(chunk, topk_ids, self._own_top)
         scored, rows = self._compare(chunk, topk_ids, columns, started, run)
         self._busy_seconds += scored.seconds
-        return (replace(scored, row_bytes=rows.nbytes) if self._own_top else scored), rows
+        sent, received = (b - a for a, b in zip(before, self._http_bytes(), strict=True))
+        moved = replace(scored, row_bytes=array_bytes(rows), http_sent=sent, http_received=received)
+        return moved, rows
+
+    def _http_bytes(self) -> tuple[int, int]:
+        """Sent to and received from the teacher's server so far; 0 where there is none."""
+        if not isinstance(self._teacher, AsksServer):
+            return 0, 0
+        return self._teacher.traffic.sent_bytes, self._teacher.traffic.received_bytes
 
     def _columns(self, chunk: RolloutChunk, topk_ids: IntArray, own_top: int) -> tuple[TeacherColumns, int]:
         """What the teacher says of a chunk, and the tokens that it ran for it."""

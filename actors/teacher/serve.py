@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +13,7 @@ from actors.teacher.server import Listening, TeacherServer
 from actors.teacher.service import Limits, TeacherService
 from actors.teacher.settings import ScorerSettings
 from kat_ray.config import ModelConfig, RolloutConfig, ScorerConfig
-from kat_ray.errors import UserError
+from kat_ray.errors import EngineLost, UserError
 from kat_ray.models.inspect import inspect_model, resolve_model
 from kat_ray.models.revisions import pinned_model
 from kat_ray.models.support import Role, require
@@ -19,6 +21,8 @@ from kat_ray.models.tokenizers import fingerprint
 from kat_ray.remote.info import ServerInfo
 from kat_ray.remote.token import Token
 from kat_ray.remote.wire import VERSION
+
+_CLEAN_UP_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,18 @@ def serve(served: Served, listening: Listening, token: Token | None, say: Callab
     service = TeacherService(teacher, model.path, Limits(longest, served.max_rollouts))
     server = TeacherServer(service, described, token, listening)
     guarded = "behind a token" if token is not None else "without a token"
-    asyncio.run(server.serve(lambda url: say(f"serving {model.path} at {url}, {guarded}")))
+    try:
+        asyncio.run(server.serve(lambda url: say(f"serving {model.path} at {url}, {guarded}")))
+    except EngineLost:
+        _end_at_last()
+        raise
+
+
+def _end_at_last() -> None:
+    """End this process even where its clean-up hangs in what is broken."""
+    timer = threading.Timer(_CLEAN_UP_SECONDS, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 def check_host(host: str, token: Token | None) -> None:

@@ -1,6 +1,7 @@
 """The HTTP side of `kat-ray serve-teacher`: addresses, tokens, bounds on what is taken, and an end without haste.
 
-One thread runs the teacher; requests wait for it in a queue whose length is bounded.
+One thread runs the teacher; requests wait for it in a queue whose length is bounded. An error after which no
+process can go on (`kat_ray.cluster.fatal_errors`) ends the server, as it ends a scorer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from actors.teacher.service import TeacherService, TooManyRollouts
-from kat_ray.errors import StateLost, UserError
+from kat_ray.cluster.fatal_errors import fatal_reason
+from kat_ray.errors import EngineLost, StateLost, UserError
 from kat_ray.remote.info import CLOSE, HEALTH, INFO, PLAIN, SCORE, STATE_LOST, ServerInfo
 from kat_ray.remote.token import Token
 from kat_ray.remote.wire import CONTENT_TYPE
@@ -48,6 +50,8 @@ class TeacherServer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
         self._waiting = 0
         self._ending = False
+        self._lost: str | None = None  # why the engine is of no use any more
+        self._told = asyncio.Event()  # to end
 
     def app(self) -> web.Application:
         """All addresses."""
@@ -63,15 +67,17 @@ class TeacherServer:
         return app
 
     async def serve(self, ready: Callable[[str], None]) -> None:
-        """Serve until the process is told to end (SIGTERM, SIGINT); `ready` is given the address."""
+        """Serve until the process is told to end (SIGTERM, SIGINT); `ready` is given the address.
+
+        `EngineLost` where it ends by itself.
+        """
         runner = web.AppRunner(
             self.app(), access_log=None, shutdown_timeout=self._listening.grace_seconds,
             keepalive_timeout=_KEEP_ALIVE,
         )  # fmt: skip
         await runner.setup()
-        told = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, told.set)
+            asyncio.get_running_loop().add_signal_handler(number, self._told.set)
         try:
             site = web.TCPSite(runner, self._listening.host, self._listening.port)
             try:
@@ -81,11 +87,13 @@ class TeacherServer:
                 raise UserError(f"{where}: cannot be listened on: {error.strerror or error}") from error
             host = f"[{self._listening.host}]" if ":" in self._listening.host else self._listening.host
             ready(f"http://{host}:{runner.addresses[0][1]}")
-            await told.wait()
+            await self._told.wait()
         finally:
             self._ending = True  # what asks for health goes elsewhere; requests under way are answered
             await runner.cleanup()
             self._thread.shutdown(cancel_futures=True)
+        if self._lost is not None:
+            raise EngineLost(f"the teacher's engine is lost, and the server ends: {self._lost}")
 
     # --- one request ------------------------------------------------------------------------------------------
 
@@ -119,7 +127,9 @@ class TeacherServer:
             self._waiting += 1
             try:
                 body = await request.read()  # 413 beyond client_max_size
-                answer = await asyncio.get_running_loop().run_in_executor(self._thread, call, body)
+                answer = await asyncio.get_running_loop().run_in_executor(self._thread, self._run, call, body)
+            except EngineLost:
+                return _error(503, "ending: its engine is lost")  # another server is asked, or this one's successor
             except StateLost as error:
                 return _error(STATE_LOST, str(error))
             except TooManyRollouts as error:
@@ -133,9 +143,25 @@ class TeacherServer:
                 return _error(500, "the server failed at this request; its log says why")
             finally:
                 self._waiting -= 1
+                if self._lost is not None:
+                    self._ending = True
+                    self._told.set()
             return web.Response(body=answer, content_type=CONTENT_TYPE)
 
         return handle
+
+    def _run(self, call: Callable[[bytes], bytes], body: bytes) -> bytes:
+        """In the teacher's thread. Once the engine is lost it is asked nothing more: it might never answer."""
+        if self._lost is not None:
+            raise EngineLost(self._lost)
+        try:
+            return call(body)
+        except Exception as error:  # of any type: the reason may be its cause's
+            self._lost = fatal_reason(error)
+            if self._lost is None:
+                raise
+            log.exception("the engine cannot go on: %s", self._lost)
+            raise EngineLost(self._lost) from error
 
 
 def _error(status: int, words: str, headers: dict[str, str] | None = None) -> web.Response:

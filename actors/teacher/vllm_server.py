@@ -18,6 +18,7 @@ from actors.teacher.settings import ScorerSettings
 from kat_ray.errors import UserError
 from kat_ray.losses.divergence import tail_and_stop_of_ids
 from kat_ray.remote.client import HttpClient
+from kat_ray.remote.traffic import Traffic
 from kat_ray.remote.vllm import (
     MAX_IDS,
     VllmInfo,
@@ -77,6 +78,10 @@ class VllmServerTeacher:
     def vocabulary(self) -> int:
         """Ids that the model has a token for."""
         return self._vocabulary
+
+    @property
+    def traffic(self) -> Traffic:
+        return self._client.traffic
 
     @property
     def held(self) -> int:

@@ -231,6 +231,11 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "Decisions", "s", "From building a chunk to applying the decision on it.",
                 "time/decision_mean", "time/decision_max", "time/score_wait",
             ),
+            lines(
+                "Bytes of a step", "bytes", "Of rollouts' records in the object store, and to teachers' servers.",
+                "transfer/chunk_bytes", "transfer/score_bytes", "transfer/row_bytes", "transfer/http_sent_bytes",
+                "transfer/http_received_bytes",
+            ),
             lines("Staleness", "none", "Versions.", "rollout/staleness"),
             lines(
                 "Pools", "none", "Samplers and scorers at work; the configuration may let them grow and shrink.",

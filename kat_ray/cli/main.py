@@ -23,7 +23,7 @@ from kat_ray.cli.help import ABOUT_EVAL, DESCRIPTION, EXAMPLES, EXIT_CODES, OVER
 from kat_ray.cli.interpreter import missing
 from kat_ray.cli.records import add_records
 from kat_ray.cli.serve_teacher import add_serve_teacher
-from kat_ray.errors import Stopped, UserError
+from kat_ray.errors import EngineLost, Stopped, UserError
 from kat_ray.observability.logs import log_to_terminal
 from kat_ray.observability.redact import redact
 
@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.code
+    except EngineLost as lost:
+        print(f"error: {lost}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -170,9 +170,16 @@ METRICS = {
         Metric("time/control", "s", "CPU time of the busiest sampler in sending chunks and applying decisions"),
         Metric("time/decision_mean", "s", "from building a chunk to applying the decision on it, mean"),
         Metric("time/decision_max", "s", "the slowest decision of the step"),
+        Metric("scorer/row_bytes_per_token", "bytes", "of the teacher's rows, which the learner fetches"),
+        Metric("transfer/chunk_bytes", "bytes", "of the arrays of the step's chunks, in the object store"),
+        Metric("transfer/score_bytes", "bytes", "of those of its scores, which monitors and driver fetch"),
+        Metric("transfer/row_bytes", "bytes", "of those of the teacher's rows"),
         Metric(
-            "scorer/row_bytes_per_token", "bytes", "of the teacher's rows with its own ids (objective.opd.support)"
+            "transfer/http_sent_bytes",
+            "bytes",
+            "of bodies to teachers' servers, repeated requests included; teachers behind HTTP",
         ),
+        Metric("transfer/http_received_bytes", "bytes", "of bodies of their answers; teachers behind HTTP"),
         Metric("offpolicy/completions", "completions", "of the data, in place of rollouts (objective.off_policy)"),
         Metric("offpolicy/cut_off", "completions", "of those, as long as rollout.max_tokens lets a rollout be"),
         Metric("offpolicy/tokens", "tokens", "of those, in their loss; in no other count"),

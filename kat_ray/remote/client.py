@@ -20,6 +20,7 @@ from kat_ray.config.http_teacher import HttpConfig
 from kat_ray.errors import UserError
 from kat_ray.remote.retry import TOO_MANY, Retry, Window, verdict
 from kat_ray.remote.token import Token
+from kat_ray.remote.traffic import Traffic
 
 log = logging.getLogger("kat_ray.scorer")
 
@@ -53,16 +54,6 @@ class Answer:
         """The body as part of a message: its first line or so."""
         text = " ".join(self.body[: 4 * _SHOWN].decode("utf-8", "replace").split())
         return text if len(text) <= _SHOWN else text[:_SHOWN] + " ..."
-
-
-@dataclass
-class Traffic:
-    """What went over the wire."""
-
-    requests: int = 0  # attempts
-    retries: int = 0
-    sent_bytes: int = 0  # bodies
-    received_bytes: int = 0
 
 
 class HttpClient:

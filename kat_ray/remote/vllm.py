@@ -9,7 +9,8 @@ one token is generated and thrown away. What speaks against the other ways:
   coarser events, which is a lower bound of the KL that is asked for, and by how much depends on the server's list.
   It also runs every prompt whole: a request that asks for it reads no prefix cache.
 - `prompt_logprob_token_ids` of /inference/v1/generate scores given ids at all rows at once. It needs a server
-  started with --enable-scale-out, and the V2 model runner, so a GPU.
+  started with --enable-scale-out, and the V2 model runner, so a GPU. Whoever can start one so can start
+  `kat-ray serve-teacher` instead, which asks the same engine the same and gives more of each row.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kat_ray.data.accounting import FinishedRollout, kept_rows
-from kat_ray.types.records import FloatArray, Reward, ScoredChunk, StepStart, StopReason
+from kat_ray.types.records import ChunkRefs, FloatArray, Reward, ScoredChunk, StepStart, StopReason, array_bytes
 
 _FEATURES = {
     "health/overlap": "overlap",
@@ -133,9 +133,22 @@ def score_metrics(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> dic
         figures[name] = _mean(np.concatenate([getattr(c, field) for c in scored])[mask])
     if asked := sum(c.asked_tokens for c in scored):
         figures["scorer/run_per_token"] = sum(c.run_tokens for c in scored) / asked
-    if sent := sum(c.row_bytes for c in scored):
-        figures["scorer/row_bytes_per_token"] = sent / max(1, len(kl))
+    figures["scorer/row_bytes_per_token"] = sum(c.row_bytes for c in scored) / max(1, len(kl))
     return {k: v for k, v in figures.items() if v is not None}
+
+
+def transfer_metrics(
+    chunks: Sequence[ChunkRefs], scored: Sequence[ScoredChunk], asks_servers: bool
+) -> dict[str, float]:
+    """Bytes of the records of a step's rollouts, each counted once, and of requests to teachers' servers if any."""
+    figures = {"transfer/chunk_bytes": sum(c.chunk_bytes for c in chunks)}
+    if scored:
+        figures["transfer/score_bytes"] = sum(map(array_bytes, scored))
+        figures["transfer/row_bytes"] = sum(c.row_bytes for c in scored)
+    if scored and asks_servers:
+        figures["transfer/http_sent_bytes"] = sum(c.http_sent for c in scored)
+        figures["transfer/http_received_bytes"] = sum(c.http_received for c in scored)
+    return {k: float(v) for k, v in figures.items()}
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -57,6 +57,12 @@ class EngineEnd(enum.IntEnum):
 DEFAULT_TEACHER = "default"  # the one of the configuration's section `teacher`
 
 
+def array_bytes(record: Any) -> int:
+    """Bytes of a record's arrays. What pickling adds, about 1 kB a record, is not in it."""
+    values = (getattr(record, f.name) for f in fields(record))
+    return sum(value.nbytes for value in values if isinstance(value, np.ndarray))
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A tokenised prompt. `answer` is the gold answer of a graded task."""
@@ -194,7 +200,9 @@ class ScoredChunk(ChunkRows):
     seconds: float  # time the scorer worked on this chunk
     asked_tokens: int = 0  # tokens that the chunk brought, context included
     run_tokens: int = 0  # tokens that the teacher's engine ran for it
-    row_bytes: int = 0  # of its `TeacherRows`, where these bring ids of their own
+    row_bytes: int = 0  # of its `TeacherRows`
+    http_sent: int = 0  # bytes of the bodies that went to the teacher's server for it, repeated requests included
+    http_received: int = 0
 
 
 @dataclass(frozen=True)
@@ -210,12 +218,6 @@ class TeacherRows:
     # The teacher's own top-k ids, most likely first, packed as those of a chunk; None: the chunk's are meant.
     topk_ids_low: IntArray | None = None
     topk_ids_high: IntArray | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Of all arrays."""
-        columns = (getattr(self, f.name) for f in fields(self))
-        return sum(int(column.nbytes) for column in columns if column is not None)
 
     def topk_ids(self, rows: slice = slice(None)) -> IntArray | None:
         """The ids of these rows, [n, k] int32, where they are the teacher's own."""
@@ -363,6 +365,7 @@ class ChunkRefs:
 
     rollout_ids: tuple[int, ...]
     chunk: Any  # reference to a RolloutChunk
+    chunk_bytes: int  # of its arrays
     scored: Any = None  # reference to its ScoredChunk; None where nobody scores
     teacher: Any = None  # reference to its TeacherRows; None where nobody scores
 

@@ -25,7 +25,8 @@ WITHOUT = {
     exported_name("reward/left_out_cut"): "a rollout that is cut has the reward of probes",
     exported_name("reward/left_out_failed"): "no engine gives a rollout up",
     exported_name("reward/left_out_not_graded"): "every prompt has a gold answer",
-    exported_name("scorer/row_bytes_per_token"): "the loss is on the student's top k",
+    exported_name("transfer/http_sent_bytes"): "the teacher is behind no server",
+    exported_name("transfer/http_received_bytes"): "the teacher is behind no server",
     **{exported_name(name): "no completions are given" for name in METRICS if name.startswith("offpolicy/")},
     "ray_node_gpus_utilization": "no GPU here",
 }

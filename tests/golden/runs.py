@@ -34,7 +34,8 @@ from tests.support.environment import VARIABLES
 from tests.support.models import write_job_files
 
 FOLDER = Path(__file__).parent
-CLOCKED = ("time", "throughput/", "store/", "learner/seconds")  # of metrics: a clock or the machine decides them
+# Of metrics: a clock or the machine decides them.
+CLOCKED = ("time", "throughput/", "store/", "transfer/", "learner/seconds")
 STEPS = {"stub": 6, "demo": 20}
 
 

@@ -18,7 +18,7 @@ from kat_ray.losses.divergence import forward_kl, reverse_kl
 from kat_ray.losses.given import WithGiven
 from kat_ray.losses.policy import PolicyAndDistillation, reinforce_loss
 from kat_ray.run.step_metrics import score_metrics
-from kat_ray.types.records import KeptRollout, Prompt
+from kat_ray.types.records import KeptRollout, Prompt, array_bytes
 from tests.support.chunks import chunk_of, random_rollouts
 from tests.support.configs import make_config
 from tests.support.models import make_model
@@ -76,7 +76,9 @@ def test_the_loss_is_the_definition_and_the_scores_stay(pair, kl, temperatures):
     plain, _ = scorer_of(root).score(chunk)
     scored, rows = scorer_of(root, support="teacher", teacher_temperature=temperatures[1]).score(chunk)
     assert (scored.d == plain.d).all() and (scored.overlap == plain.overlap).all(), "rules see the student's top k"
-    assert plain.row_bytes == 0 and scored.row_bytes == rows.nbytes == chunk.tokens * (K * 4 + 8)
+    assert plain.row_bytes == chunk.tokens * (K * 2 + 8), "log-probabilities in float16, two floats beside them"
+    assert scored.row_bytes == chunk.tokens * (K * 4 + 8), "and ids of 16 bits"
+    assert array_bytes(rows) == scored.row_bytes
     figure = score_metrics([scored], {i: len(tokens) for i, (_, tokens) in rollouts.items()})
     assert figure["scorer/row_bytes_per_token"] == K * 4 + 8
     kept = [KeptRollout(i, len(prompt), len(tokens)) for i, (prompt, tokens) in rollouts.items()]

@@ -1,12 +1,21 @@
 """A teacher behind kat-ray's own server, on loopback: the same bits as a local one, whatever happens on the way."""
 
+import asyncio
 import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from aiohttp import web
 
+from actors.teacher import serve
 from actors.teacher.backend import RunNeeds
 from actors.teacher.messages import chunk_arrays, needs_meta
 from actors.teacher.remote import ServedTeacher, remote_teacher
@@ -15,6 +24,8 @@ from actors.teacher.server import Listening, TeacherServer
 from actors.teacher.service import Limits, TeacherService
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.transformers_backend import TransformersTeacher
+from kat_ray.cli.main import main
+from kat_ray.cluster.devices import environment_of
 from kat_ray.config import Config
 from kat_ray.errors import StateLost, UserError
 from kat_ray.remote.client import HttpClient, Request
@@ -24,7 +35,7 @@ from kat_ray.remote.wire import CONTENT_TYPE, pack
 from kat_ray.types.records import EngineEnd
 from tests.support.chunks import chunk_of, random_rollouts
 from tests.support.configs import make_config
-from tests.support.teacher_server import AppInThread, free_port
+from tests.support.teacher_server import AppInThread, answers, free_port
 
 SECRET = "hush-hush-5309"
 FAST = {"retry_seconds": 20.0, "connect_seconds": 2.0}
@@ -88,6 +99,37 @@ def test_scores_are_those_of_a_local_teacher_to_the_bit(models, served, size):
         "cache_bytes": 0,
     }
     assert service.held == 0
+
+
+def test_bytes_of_bodies_are_counted_where_they_are_sent_and_received(models):
+    """Against the server's own count, over three chunks, of which one is asked for twice."""
+    service, server = server_of(models)
+    bodies, score, failed = [], service.score, []
+
+    def counted(body):
+        answer = score(body)
+        bodies.append((len(body), len(answer)))
+        return answer
+
+    @web.middleware
+    async def fails_once(request, handler):
+        if request.path == SCORE and len(bodies) == 1 and not failed:
+            failed.append(len(await request.read()))
+            return web.Response(status=500)
+        return await handler(request)
+
+    service.score = counted
+    app = server.app()
+    app.middlewares.append(fails_once)
+    with AppInThread(app) as running:
+        remote = TeacherScorer("scorer:0", settings_of(models, running.url))
+        chunks = list(pieces(models["student"][1], random_rollouts(3), 4))[:3]
+        scored = [remote.score(chunk)[0] for chunk in chunks]
+    assert len(failed) == 1 and len(bodies) == 3
+    assert [s.http_sent for s in scored] == [b[0] + f for b, f in zip(bodies, (0, failed[0], 0), strict=True)]
+    assert [s.http_received for s in scored] == [b[1] for b in bodies]
+    local = TeacherScorer("scorer:1", settings_of(models)).score(chunks[0])[0]
+    assert (local.http_sent, local.http_received) == (0, 0)
 
 
 def test_plain_passes_are_those_of_a_local_teacher_to_the_bit(models, served):
@@ -267,6 +309,71 @@ def test_a_fault_of_the_teacher_leaves_nothing_of_its_session(models, monkeypatc
         with pytest.raises(StateLost, match="is not held"):
             remote.score(second)
         assert service.held == 0
+
+
+LOST = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: an illegal memory access")]
+
+
+def post(url, body):
+    """What the server says to a chunk: the status, and its words where it refuses."""
+    try:
+        with urllib.request.urlopen(url + SCORE, body, timeout=30) as answer:
+            return answer.status, ""
+    except urllib.error.HTTPError as refused:
+        return refused.code, json.load(refused)["error"]
+
+
+@pytest.mark.parametrize("error", LOST)
+def test_the_command_ends_with_1_where_its_engine_is_lost(files, monkeypatch, capsys, error):
+    """Whoever asked is told to ask again: what is started in its place has the model."""
+    for name in environment_of(0) | dict.fromkeys(("OMP_WAIT_POLICY", "TOKENIZERS_PARALLELISM")):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what the command sets is taken back
+    monkeypatch.setattr(serve, "_end_at_last", lambda: None)  # it would end these tests
+
+    def lost(*_):
+        raise error
+
+    monkeypatch.setattr(TeacherService, "score", lost)
+    port, answered = free_port(), []
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 30
+
+    def ask():
+        while not answers(url) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        answered.append(post(url, b"a chunk"))
+
+    caller = threading.Thread(target=ask)
+    caller.start()
+    code = main(["serve-teacher", str(files / "teacher"), "--dtype", "float32", "--port", str(port)])
+    caller.join(30)
+    said = capsys.readouterr().err
+    assert code == 1 and answered == [(503, "ending: its engine is lost")], said
+    assert f"error: the teacher's engine is lost, and the server ends: {type(error).__name__}" in said
+
+
+def test_an_engine_that_is_lost_is_asked_nothing_more(models):
+    """Of three requests that wait for it, the first one finds it lost."""
+    service, server = server_of(models)
+    asked, begun, all_here = [], [], threading.Event()
+
+    def lost(_):
+        asked.append(1)
+        assert all_here.wait(30)
+        raise LOST[1]
+
+    @web.middleware
+    async def counted(request, handler):
+        begun.append(1)
+        if len(begun) == 3:  # it is in the queue before the engine fails
+            asyncio.get_running_loop().call_later(0.1, all_here.set)
+        return await handler(request)
+
+    service.score = lost
+    app = server.app()
+    app.middlewares.append(counted)
+    with AppInThread(app) as running, ThreadPoolExecutor(3) as callers:
+        said = list(callers.map(lambda _: post(running.url, b"a chunk"), range(3)))
+    assert said == [(503, "ending: its engine is lost")] * 3 and asked == [1]
 
 
 def test_a_server_of_another_version_is_named(models):

@@ -1,5 +1,6 @@
 """Configuration files and overrides: what is read, what is refused, and in which words."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -482,3 +483,16 @@ def test_a_rule_that_needs_what_vllm_does_not_report_is_refused_by_name(write, m
     monkeypatch.setitem(registry._OWN, "prune_opd", replace(prune_opd.KIND, needs=("teacher_entropy",)))
     assert "termination.rule = 'prune_opd': it needs teacher_entropy of every token" in refusal(write(rule))
     assert load_config(write(rule), ["scorer.backend=transformers"]).scorer.engine == "transformers"
+
+
+EXAMPLES = {
+    f"{page}-{i}": block
+    for page in ("teachers", "lora")
+    for i, block in enumerate(re.findall(r"```yaml\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.S))
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_whole_configurations_of_the_documentation_are_such(write, name):
+    assert len(EXAMPLES) >= 4
+    assert load_config(write(EXAMPLES[name], extra="")).student.path == "org/student"

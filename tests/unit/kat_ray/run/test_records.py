@@ -24,13 +24,19 @@ from kat_ray.run.directory import RunDirectory
 from kat_ray.run.jsonl_tracker import JsonlTracker
 from kat_ray.run.lock import RecordError
 from kat_ray.run.probes import RolloutGrader, grading_metrics, is_active, probe_metrics, seen_to_the_end
-from kat_ray.run.step_metrics import answer_metrics, rollout_metrics, score_metrics, teacher_metrics
+from kat_ray.run.step_metrics import (
+    answer_metrics,
+    rollout_metrics,
+    score_metrics,
+    teacher_metrics,
+    transfer_metrics,
+)
 from kat_ray.run.summary import Totals, git_commit, package_versions
 from kat_ray.termination.fixed_prefix import FixedPrefixSettings
 from kat_ray.termination.kat_stages import KatStagesSettings
 from kat_ray.termination.settings import KatSettings
-from kat_ray.types.records import RolloutOutcome, SampledRollout, StepStart, StopReason
-from tests.support.chunks import chunk
+from kat_ray.types.records import ChunkRefs, RolloutOutcome, SampledRollout, StepStart, StopReason, array_bytes
+from tests.support.chunks import chunk, stream
 
 
 def outcome(rollout_id, reason, scored, cut=None, confirmed=None, probe=False, would_cut=None, minimum=0.5):
@@ -257,6 +263,29 @@ def test_metrics_of_a_step_by_hand():
     assert {k: figures[k] for k in expected} == pytest.approx(expected)
     assert "kat/threshold" not in rollout_metrics(rollouts, StepStart(None, None))
     assert set(figures) | set(score_metrics([chunk([0], [0], [[1.0]])], {0: 1})) <= set(METRICS)
+
+
+def test_bytes_of_a_step_by_hand():
+    """A rollout's first two tokens after a prompt of two, and the next two; k = 3 ids of 16 bits."""
+    (first, second), _ = stream({7: ([5, 6], [9, 4, 2, 3])}, 2)
+    # Rows: ids 8, start 4, offsets 2 x 4, tokens 2 x 4, ended 1. Then sampled 2 x 4, top k 2 x 3 x (2 + 2), tail
+    # 2 x 4, context's offsets 2 x 4, inserted 1; the prompt's 2 x 4 the first chunk alone brings.
+    rows = 8 + 4 + 8 + 8 + 1
+    assert array_bytes(first) == rows + 8 + 24 + 8 + 8 + 1 + 8 and array_bytes(second) == array_bytes(first) - 8
+    scores = [chunk([7], [0], [[0.5, 0.25]]), chunk([7], [2], [[0.5, 0.25]])]
+    # d and the five features in float32 here, the teacher's top ids in int32: 2 x 7 x 4.
+    assert [array_bytes(s) for s in scores] == [rows + 56] * 2
+    scores = [replace(s, row_bytes=28, http_sent=100, http_received=60) for s in scores]
+    refs = [ChunkRefs((7,), None, array_bytes(c)) for c in (first, second)]
+    expected = {
+        "transfer/chunk_bytes": 2 * 78 + 8, "transfer/score_bytes": 2 * 85, "transfer/row_bytes": 56,
+        "transfer/http_sent_bytes": 200, "transfer/http_received_bytes": 120,
+    }  # fmt: skip
+    assert transfer_metrics(refs, scores, asks_servers=True) == expected
+    local = {name: value for name, value in expected.items() if "http" not in name}
+    assert transfer_metrics(refs, scores, asks_servers=False) == local
+    assert transfer_metrics(refs, [], asks_servers=False) == {"transfer/chunk_bytes": 164}, "nobody scores"
+    assert set(expected) <= set(METRICS)
 
 
 def test_metrics_of_each_teacher_by_hand():
