@@ -61,49 +61,23 @@ def make_evaluator(config: Config, prepared: Prepared, pool: GraderPool | None =
 def prepare(config: Config, ask_servers: bool = True) -> Prepared:
     """Check models and data; `UserError` names what is wrong. See `check_models` for `ask_servers`."""
     facts = with_chat(config, check_models(config, ask_servers))
-    # A rule that cannot be made says so now, not in the monitor.
-    rule, cuts = (
-        make_rule(config.termination, RunFacts(config.run.seed, config.rollout.max_tokens)),
-        config.objective.rl,
-    )
-    if cuts.weight and cuts.cut_reward.startswith("probe") and rule.budget is not None:
-        raise UserError(
-            f"objective.rl.cut_reward = {cuts.cut_reward!r}: termination.rule = {config.termination.rule!r} bounds "
-            "lengths, and does not say which probes it would have ended; use 'failure' or 'exclude'"
-        )
-
-    def prompts(
-        data: DataConfig,
-        max_tokens: int,
-        graded: bool,
-        with_tasks: bool = False,
-        teachers: Mapping[str, str | None] | None = None,
-    ) -> PromptSet:
-        longest, teacher = facts.max_prompt_tokens(max_tokens), facts.teacher_tokenizer
-        return load_prompts(
-            data, facts.tokenizer, longest, graded=graded, teacher=teacher, with_tasks=with_tasks,
-            environment=config.environment, teachers=teachers,
-            completions=CompletionLimits(facts.end_ids, max_tokens),
-            renderers=facts.renderers(config) if teachers else None,
-        )  # fmt: skip
-
-    verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
-    functions = has_functions(config)
-    train = prompts(config.data, config.rollout.max_tokens, False, functions, config.teacher_contexts)
+    _check_rule(config)
+    train = _prompts(config, facts, config.data, config.rollout.max_tokens, trains=True)
     _check_refill(config, train)
+    verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
     golds = training_golds(config.data, train, verifier, limits, rewards_need_them=needs_golds(config))
     check_golds_for_rewards(config, train, golds)
     heldout = None
     longest = train.longest + config.rollout.max_tokens
     if config.evaluation.data is not None:
-        heldout = prompts(config.evaluation.data, config.eval_max_tokens, True)
+        heldout = _prompts(config, facts, config.evaluation.data, config.eval_max_tokens)
         check_golds(heldout.prompts, verifier, limits)
         longest = max(longest, heldout.longest + config.eval_max_tokens)
     sets: dict[str, PromptSet] = {}
     for name, part in config.evaluation.parts().items():
         if name in config.evaluation.sets and part.data is not None:
             tokens = part.max_tokens or config.rollout.max_tokens
-            sets[name] = prompts(part.data, tokens, True)
+            sets[name] = _prompts(config, facts, part.data, tokens)
             check_golds(sets[name].prompts, part.verifier, limits)
             longest = max(longest, sets[name].longest + tokens)
     scored = max(longest, train.longest_scored + config.rollout.max_tokens)
@@ -119,6 +93,30 @@ def prepare(config: Config, ask_servers: bool = True) -> Prepared:
         scored_len=scored,
     )
     return Prepared(facts, train, golds, heldout, paths, file_digests(config), sets)
+
+
+def _check_rule(config: Config) -> None:
+    """The rule can be made, which is said now and not in the monitor, and gives the probes that rewards ask for."""
+    rule = make_rule(config.termination, RunFacts(config.run.seed, config.rollout.max_tokens))
+    cuts = config.objective.rl
+    if cuts.weight and cuts.cut_reward.startswith("probe") and rule.budget is not None:
+        raise UserError(
+            f"objective.rl.cut_reward = {cuts.cut_reward!r}: termination.rule = {config.termination.rule!r} bounds "
+            "lengths, and does not say which probes it would have ended; use 'failure' or 'exclude'"
+        )
+
+
+def _prompts(
+    config: Config, facts: ModelFacts, data: DataConfig, max_tokens: int, *, trains: bool = False
+) -> PromptSet:
+    """Prompts that leave room for `max_tokens`: held out, to be graded, or what the run `trains` on."""
+    longest, teachers = facts.max_prompt_tokens(max_tokens), config.teacher_contexts if trains else None
+    return load_prompts(
+        data, facts.tokenizer, longest, graded=not trains, teacher=facts.teacher_tokenizer,
+        with_tasks=trains and has_functions(config), environment=config.environment, teachers=teachers,
+        completions=CompletionLimits(facts.end_ids, max_tokens),
+        renderers=facts.renderers(config) if teachers else None,
+    )  # fmt: skip
 
 
 def _check_refill(config: Config, train: PromptSet) -> None:
