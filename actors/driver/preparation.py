@@ -78,32 +78,33 @@ def prepare(config: Config, ask_servers: bool = True) -> Prepared:
         graded: bool,
         with_tasks: bool = False,
         teachers: Mapping[str, str | None] | None = None,
+        section: str | None = None,
     ) -> PromptSet:
         longest, teacher = facts.max_prompt_tokens(max_tokens), facts.teacher_tokenizer
         return load_prompts(
             data, facts.tokenizer, longest, graded=graded, teacher=teacher, with_tasks=with_tasks,
             environment=config.environment, teachers=teachers,
             completions=CompletionLimits(facts.end_ids, max_tokens),
-            renderers=facts.renderers(config) if teachers else None,
+            renderers=facts.renderers(config) if teachers else None, section=section,
         )  # fmt: skip
 
     verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
     functions = has_functions(config)
+    heldout, longest = None, 0
+    if config.evaluation.data is not None:  # first: of a model that is evaluated alone it stands for `data`, too
+        heldout = prompts(config.evaluation.data, config.eval_max_tokens, True)
+        check_golds(heldout.prompts, verifier, limits)
+        longest = heldout.longest + config.eval_max_tokens
     train = prompts(config.data, config.rollout.max_tokens, False, functions, config.teacher_contexts)
     _check_refill(config, train)
     golds = training_golds(config.data, train, verifier, limits, rewards_need_them=needs_golds(config))
     check_golds_for_rewards(config, train, golds)
-    heldout = None
-    longest = train.longest + config.rollout.max_tokens
-    if config.evaluation.data is not None:
-        heldout = prompts(config.evaluation.data, config.eval_max_tokens, True)
-        check_golds(heldout.prompts, verifier, limits)
-        longest = max(longest, heldout.longest + config.eval_max_tokens)
+    longest = max(longest, train.longest + config.rollout.max_tokens)
     sets: dict[str, PromptSet] = {}
     for name, part in config.evaluation.parts().items():
         if name in config.evaluation.sets and part.data is not None:
             tokens = part.max_tokens or config.rollout.max_tokens
-            sets[name] = prompts(part.data, tokens, True)
+            sets[name] = prompts(part.data, tokens, True, section=f"evaluation.sets.{name}.data")
             check_golds(sets[name].prompts, part.verifier, limits)
             longest = max(longest, sets[name].longest + tokens)
     scored = max(longest, train.longest_scored + config.rollout.max_tokens)
