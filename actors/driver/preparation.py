@@ -62,22 +62,22 @@ def prepare(config: Config, ask_servers: bool = True) -> Prepared:
     """Check models and data; `UserError` names what is wrong. See `check_models` for `ask_servers`."""
     facts = with_chat(config, check_models(config, ask_servers))
     _check_rule(config)
-    train = _prompts(config, facts, config.data, config.rollout.max_tokens, trains=True)
-    _check_refill(config, train)
     verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
-    golds = training_golds(config.data, train, verifier, limits, rewards_need_them=needs_golds(config))
-    check_golds_for_rewards(config, train, golds)
-    heldout = None
-    longest = train.longest + config.rollout.max_tokens
-    if config.evaluation.data is not None:
+    heldout, longest = None, 0
+    if config.evaluation.data is not None:  # first: of a model that is evaluated alone it stands for `data`, too
         heldout = _prompts(config, facts, config.evaluation.data, config.eval_max_tokens)
         check_golds(heldout.prompts, verifier, limits)
-        longest = max(longest, heldout.longest + config.eval_max_tokens)
+        longest = heldout.longest + config.eval_max_tokens
+    train = _prompts(config, facts, config.data, config.rollout.max_tokens, trains=True)
+    _check_refill(config, train)
+    golds = training_golds(config.data, train, verifier, limits, rewards_need_them=needs_golds(config))
+    check_golds_for_rewards(config, train, golds)
+    longest = max(longest, train.longest + config.rollout.max_tokens)
     sets: dict[str, PromptSet] = {}
     for name, part in config.evaluation.parts().items():
         if name in config.evaluation.sets and part.data is not None:
             tokens = part.max_tokens or config.rollout.max_tokens
-            sets[name] = _prompts(config, facts, part.data, tokens)
+            sets[name] = _prompts(config, facts, part.data, tokens, f"evaluation.sets.{name}.data")
             check_golds(sets[name].prompts, part.verifier, limits)
             longest = max(longest, sets[name].longest + tokens)
     scored = max(longest, train.longest_scored + config.rollout.max_tokens)
@@ -107,15 +107,24 @@ def _check_rule(config: Config) -> None:
 
 
 def _prompts(
-    config: Config, facts: ModelFacts, data: DataConfig, max_tokens: int, *, trains: bool = False
+    config: Config,
+    facts: ModelFacts,
+    data: DataConfig,
+    max_tokens: int,
+    section: str | None = None,
+    *,
+    trains: bool = False,
 ) -> PromptSet:
-    """Prompts that leave room for `max_tokens`: held out, to be graded, or what the run `trains` on."""
+    """Prompts that leave room for `max_tokens`: held out, to be graded, or what the run `trains` on.
+
+    `section` is where the configuration has `data`; None: as one would think.
+    """
     longest, teachers = facts.max_prompt_tokens(max_tokens), config.teacher_contexts if trains else None
     return load_prompts(
         data, facts.tokenizer, longest, graded=not trains, teacher=facts.teacher_tokenizer,
         with_tasks=trains and has_functions(config), environment=config.environment, teachers=teachers,
         completions=CompletionLimits(facts.end_ids, max_tokens),
-        renderers=facts.renderers(config) if teachers else None,
+        renderers=facts.renderers(config) if teachers else None, section=section,
     )  # fmt: skip
 
 

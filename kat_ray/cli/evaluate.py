@@ -19,6 +19,7 @@ from kat_ray.rewards.verifiers import EvalResult
 _ALONE: Mapping[str, Any] = {
     "objective": {"opd": {"weight": 0.0}, "rl": {"weight": 1.0}},
     "termination": {"rule": "none"},
+    "reward": {"functions": {"format": 1.0}, "format_pattern": "."},  # asks for no gold answers beside the held-out
     "rollout": {"rollouts_per_prompt": 2, "temperature": 1.0, "top_p": 1.0},
 }
 _CHAT = ("chat_template", "chat_template_kwargs", "system_prompt")
@@ -57,11 +58,13 @@ def configuration(asked: Asked) -> tuple[Config, str]:
     tree = {**_ALONE, "student": {"path": asked.model}, "evaluation": evaluation}
     probe = config_from({**tree, "data": {"path": "unread"}}, more)  # a preset's fields are filled in there
     assert probe.evaluation.data is not None
-    own = probe.evaluation.data.model_dump(
-        mode="json"
-    )  # it stands for the prompts of training, which nobody samples
-    rollout = {**_ALONE["rollout"], "max_tokens": probe.eval_max_tokens}  # nor is anything longer than an answer
-    return config_from({**tree, "data": own, "rollout": rollout}, more), model
+    # The data stand for the prompts of training, which nobody samples. Its length is the shortest, so that what
+    # is too long for the model is refused by the name of what is asked for.
+    own = probe.evaluation.data.model_dump(mode="json")
+    rollout, answer = {**_ALONE["rollout"], "max_tokens": 1}, {"max_tokens": probe.eval_max_tokens}
+    return config_from(
+        {**tree, "data": own, "rollout": rollout, "evaluation": {**evaluation, **answer}}, more
+    ), model
 
 
 def _overrides(config: Config, asked: Asked) -> list[str]:

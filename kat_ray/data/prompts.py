@@ -98,6 +98,7 @@ def load_prompts(
     teachers: Mapping[str, str | None] | None = None,
     completions: CompletionLimits | None = None,
     renderers: Mapping[str, Any] | None = None,
+    section: str | None = None,
 ) -> PromptSet:
     """Read, check and tokenise a split. If `graded`, every row must have an answer.
 
@@ -108,8 +109,10 @@ def load_prompts(
     `data.path` says so. `teachers` are those that are asked, with the template of what each is told in place of the
     prompt, None for the prompt; their names are those that `data.teacher_column` may hold, and each must be in it.
     With `completions` those of `data.completion_column` are read. `renderers` are tokenizers by the names of
-    teachers whose own templates render what they are told.
+    teachers whose own templates render what they are told. `section` is where the configuration has `data`, for
+    messages; None: as one would think.
     """
+    section = section or ("evaluation.data" if graded else "data")
     template = chat_template_of(data, tokenizer, teacher)
     theirs = {name: teachers_own(data, own, section_of(name)) for name, own in (renderers or {}).items()}
     routing = Routing(data, teachers or {}, template, theirs)
@@ -122,8 +125,8 @@ def load_prompts(
     while batch := list(islice(rows, BATCH)):
         count += len(batch)
         columns |= dict.fromkeys(name for row in batch for name in row.columns)
-        answers = [_answer(row, data, graded, anything=with_tasks) for row in batch]
-        texts = [_text(row, data, template) for row in batch]
+        answers = [_answer(row, data, graded, section, anything=with_tasks) for row in batch]
+        texts = [_text(row, data, template, section) for row in batch]
         routes = [routing.of(row) for row in batch]
         encoded = [ids or () for ids in encode(tokenizer, template, texts)]
         told = routing.encoded(tokenizer, routes)
@@ -207,8 +210,9 @@ class _Kept:
 
 def check_row(row: Row, data: DataConfig, template: ChatTemplate | None, graded: bool) -> None:
     """`DataError` where a row cannot be used."""
-    _text(row, data, template)
-    _answer(row, data, graded)
+    section = "evaluation.data" if graded else "data"
+    _text(row, data, template, section)
+    _answer(row, data, graded, section)
 
 
 def _refuse_unanswered(data: DataConfig, found: PromptSet, columns: Mapping[str, None]) -> None:
@@ -310,7 +314,7 @@ def _task(row: Row, data: DataConfig, text: str) -> Task:
     return Task(prompt, text, answer if is_plain(answer) else None, columns, data.path)
 
 
-def _answer(row: Row, data: DataConfig, graded: bool, anything: bool = False) -> str | None:
+def _answer(row: Row, data: DataConfig, graded: bool, section: str, anything: bool = False) -> str | None:
     value = None if data.answer_column is None else row.value(data.answer_column)
     if isinstance(value, float) and math.isnan(value):  # what pandas makes of a gap
         if graded:
@@ -319,7 +323,7 @@ def _answer(row: Row, data: DataConfig, graded: bool, anything: bool = False) ->
     if value is None and not graded:
         return None
     if value is None:
-        raise DataError(f"{row.where}: {row.lacks(data.answer_column or '', 'data.answer_column')}")
+        raise DataError(f"{row.where}: {row.lacks(data.answer_column or '', f'{section}.answer_column')}")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         if anything and not graded:
             return None
@@ -329,7 +333,9 @@ def _answer(row: Row, data: DataConfig, graded: bool, anything: bool = False) ->
         _, mark, text = text.rpartition(data.answer_after)
         text = text.strip()
         if not mark and graded:
-            raise DataError(f"{row.where}: {data.answer_column} holds no {data.answer_after!r} (data.answer_after)")
+            raise DataError(
+                f"{row.where}: {data.answer_column} holds no {data.answer_after!r} ({section}.answer_after)"
+            )
         if not mark:
             return None
     if graded and not text:
@@ -337,10 +343,10 @@ def _answer(row: Row, data: DataConfig, graded: bool, anything: bool = False) ->
     return text
 
 
-def _text(row: Row, data: DataConfig, template: ChatTemplate | None) -> str:
+def _text(row: Row, data: DataConfig, template: ChatTemplate | None, section: str) -> str:
     column, value = data.prompt_column, row.value(data.prompt_column)
     if value is None:
-        raise DataError(f"{row.where}: {row.lacks(column, 'data.prompt_column')}")
+        raise DataError(f"{row.where}: {row.lacks(column, f'{section}.prompt_column')}")
     if not isinstance(value, str | list):
         raise DataError(f"{row.where}: {column} is {kind(value)}; a prompt is text or a list of messages")
     if not value or (isinstance(value, str) and not value.strip()):

@@ -64,7 +64,11 @@ def gold_integer(answer: str) -> str:
     """
     found = _NUMBER_RE.fullmatch(re.sub(r"\.0+$", "", answer.strip()))
     if found is None or (plain := _plain(found.group())) is None:
-        raise DataError(f"the gold answer {answer!r} is not an integer; use evaluation.verifier = math")
+        shown = answer if len(answer) <= 80 else f"{answer[:77]}..."
+        mend = "use evaluation.verifier = math"
+        if "####" in answer:  # as in the columns of openai/gsm8k
+            mend = "answer_after = '####' of its data takes what stands behind that mark"
+        raise DataError(f"the gold answer {shown!r} is not an integer; {mend}")
     return plain
 
 

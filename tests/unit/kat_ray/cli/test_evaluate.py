@@ -8,6 +8,7 @@ from kat_ray.cli.evaluate import Asked, configuration, table
 from kat_ray.config.load import config_from
 from kat_ray.errors import UserError
 from kat_ray.rewards.verifiers import EvalResult
+from kat_ray.run.reward_functions import has_functions, needs_golds
 from kat_ray.run.summary import evaluation_fields
 
 
@@ -27,8 +28,8 @@ def test_a_model_alone_needs_no_configuration():
         "math500": ("HuggingFaceH4/MATH-500", 4, "math"), "math500/greedy": ("HuggingFaceH4/MATH-500", 1, "math"),
         "set": ("my/set.jsonl", 2, "integer"), "set/greedy": ("my/set.jsonl", 1, "integer"),
     }  # fmt: skip
-    assert config.eval_max_tokens == config.rollout.max_tokens == 64, "a short model takes short answers"
-    assert config.data.path == "openai/gsm8k"
+    assert config.eval_max_tokens == 64 and config.rollout.max_tokens == 1, "a short model takes short answers"
+    assert config.data.path == "openai/gsm8k" and has_functions(config) and not needs_golds(config)
     assert all(part.data.chat_template is True for part in config.evaluation.parts().values())
 
 

@@ -29,8 +29,8 @@ def jsonl(tmp_path):
     return _write
 
 
-def load(path, tokenizer=PLAIN, longest=None, graded=False, **fields):
-    return load_prompts(DataConfig(path=path, **fields), tokenizer, longest, graded=graded)
+def load(path, tokenizer=PLAIN, longest=None, graded=False, section=None, **fields):
+    return load_prompts(DataConfig(path=path, **fields), tokenizer, longest, graded=graded, section=section)
 
 
 def refusal(path, *args, **kwargs):
@@ -221,8 +221,12 @@ def test_malformed_rows_are_named(jsonl, rows, message):
 def test_graded_problems_need_answers(jsonl):
     path = jsonl({"prompt": "a", "answer": "1"}, {"prompt": "b"})
     assert refusal(path, graded=True).startswith(
-        "F:2: there is no column 'answer'; there are prompt (data.answer_column"
+        "F:2: there is no column 'answer'; there are prompt (evaluation.data.answer_column"
     )
+    of = dict(graded=True, section="evaluation.sets.math.data")
+    assert "(evaluation.sets.math.data.answer_column chooses)" in refusal(path, **of)
+    whole = jsonl({"prompt": "a", "answer": "1"})
+    assert "(evaluation.sets.math.data.prompt_column chooses)" in refusal(whole, prompt_column="q", **of)
     assert refusal(jsonl({"prompt": "a", "answer": " "}), graded=True) == "F:1: answer is empty"
 
 
@@ -324,7 +328,7 @@ def test_dotted_paths_name_fields_within_columns(jsonl, tmp_path):
     lacks = refusal(path, answer_column="reward_model.truth", graded=True)
     assert lacks == (
         "F:1: there is no column 'reward_model.truth'; in reward_model there are style, ground_truth "
-        "(data.answer_column chooses)"
+        "(evaluation.data.answer_column chooses)"
     )
     assert refusal(path, prompt_column="q.a").startswith(
         "F:1: there is no column 'q.a'; there are prompt, reward_m"

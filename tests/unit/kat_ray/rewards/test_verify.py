@@ -98,6 +98,13 @@ def test_gold_answers_that_are_no_integers(gold):
         check_golds([Prompt("p7", (1,), gold)], "integer")
 
 
+def test_a_gold_answer_behind_a_mark_says_which_field_reads_it():
+    with pytest.raises(
+        DataError, match=r"'1 \+ 1 = 2.*\.\.\.' is not an integer; answer_after = '####' of its data"
+    ):
+        gold_integer("1 + 1 = 2\n" * 20 + "#### 2")
+
+
 @pytest.mark.parametrize(("gold", "integer"), [("34.0", "34"), ("-7.00", "-7"), ("1,234", "1234"), (" 5 ", "5")])
 def test_gold_answers_that_are_integers(gold, integer):
     assert gold_integer(gold) == integer
