@@ -15,8 +15,9 @@ exit codes:
 
 OVERRIDES = """\
 CONFIG is a YAML file, or `demo` for the embedded task with its tiny models (`demo-rl`: with rewards beside the
-teacher; `demo-long`: with rollouts that go astray for up to 1,000 tokens). Every field can be overridden:
-section.field=value, with the value in YAML. docs/configuration.md lists the fields."""
+teacher; `demo-long`: with rollouts that go astray for up to 1,000 tokens; `demo-hints`: taught by itself, told the
+solutions). Every field can be overridden: section.field=value, with the value in YAML. docs/configuration.md lists
+the fields."""
 
 OVER_A_RUN = """\
 RUN is a run directory with traces. Each FIELD is a setting of the rule (section termination), such as window,

@@ -30,6 +30,7 @@ EMBEDDED = {  # configurations
     "demo": DEMO_DIR / "default.yaml",
     "demo-rl": DEMO_DIR / "rl.yaml",
     "demo-long": DEMO_DIR / "long.yaml",
+    "demo-hints": DEMO_DIR / "hints.yaml",
 }
 DEMO_FILES = {
     **EMBEDDED,
@@ -39,6 +40,8 @@ DEMO_FILES = {
     "demo:heldout": DEMO_DIR / "data" / "heldout.jsonl",
     "demo:long-student": DEMO_DIR / "long" / "student",
     "demo:long-teacher": DEMO_DIR / "long" / "teacher",
+    "demo:hints": DEMO_DIR / "hints" / "train.jsonl",
+    "demo:hints-student": DEMO_DIR / "hints" / "student",
 }
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095  # bytes; Linux
@@ -70,7 +73,8 @@ def usable_path(text: str) -> Path:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `section.field=value` overrides, and check everything.
 
-    `demo`, `demo-rl` and `demo-long` name the embedded configurations. `ConfigError` lists every mistake.
+    `demo`, `demo-rl`, `demo-long` and `demo-hints` name the embedded configurations. `ConfigError` lists every
+    mistake.
     """
     tree: dict[str, Any] = {}
     found = _layers(path)

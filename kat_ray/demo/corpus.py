@@ -42,11 +42,23 @@ TEACHER = Mixture(0.72, 0.10, 0.12, 0.06, wrong_rate=0.25, check_rate=0.15, lear
 LONG_STUDENT = replace(STUDENT, loop_lines=150)
 LONG_TEACHER = replace(TEACHER, loop_lines=150, cycles=(1, 2, 4, 8))
 
+TOLD_SHARE = 0.7  # of the documents of a model that is to read worked solutions
 HONEST_CHECKS = 4  # a line is checked again with even chance, at most so often; more is a loop
 
 
-def documents(mixture: Mixture, seed: int) -> Iterator[list[Piece]]:
-    """An endless stream of documents over problems of the training split."""
+def partly_told(plain: Mixture, told: Mixture, seed: int) -> Iterator[list[Piece]]:
+    """Documents of `plain`, and more of `told`, which follow the worked solution."""
+    rng = random.Random(f"partly told:{seed}")
+    streams = (documents(told, seed + 1, after_solution=True), documents(plain, seed))
+    while True:
+        yield next(streams[rng.random() >= TOLD_SHARE])
+
+
+def documents(mixture: Mixture, seed: int, after_solution: bool = False) -> Iterator[list[Piece]]:
+    """An endless stream of documents over problems of the training split.
+
+    With `after_solution` the worked solution comes before the prompt, as what a teacher is told; it is not learnt.
+    """
     rng = random.Random(f"corpus:{seed}")
     stream = problems("train", seed)
     kinds = ("clean", "wrong", "endless", "repeated")
@@ -57,7 +69,8 @@ def documents(mixture: Mixture, seed: int) -> Iterator[list[Piece]]:
         if kind == "repeated":
             yield repeated_document(rng, problem, mixture.loop_lines)
         else:
-            yield solution_document(rng, problem, mixture, kind)
+            pieces = solution_document(rng, problem, mixture, kind)
+            yield [(problem.solution(), False), *pieces] if after_solution else pieces
 
 
 def solution_document(rng: random.Random, problem: Problem, mixture: Mixture, kind: str) -> list[Piece]:

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from kat_ray.config.load import resolve_path
-from kat_ray.demo.corpus import LONG_STUDENT, LONG_TEACHER, STUDENT, TEACHER, Mixture, documents
+from kat_ray.demo.corpus import LONG_STUDENT, LONG_TEACHER, STUDENT, TEACHER, Mixture, documents, partly_told
 from kat_ray.demo.problems import write_jsonl
 from kat_ray.demo.tokenizer import build_tokenizer, save_tokenizer
 
@@ -43,6 +43,7 @@ class Recipe:
     batch_tokens: int = 4096
     learning_rate: float = 2e-3  # AdamW's; Muon's is ten times as much
     start: str | None = None  # the embedded model that it goes on from
+    told: Mixture | None = None  # of the documents that follow the worked solution, of one that is to read it
 
 
 def _longer(recipe: Recipe, mixture: Mixture, start: str, steps: int) -> Recipe:
@@ -65,6 +66,9 @@ RECIPES = {
     "demo-long": {
         "student": _longer(_STUDENT, LONG_STUDENT, "demo:student", steps=700),
         "teacher": _longer(_TEACHER, LONG_TEACHER, "demo:teacher", steps=400),
+    },
+    "demo-hints": {
+        "student": replace(_STUDENT, told=TEACHER, start="demo:student", steps=900, document_tokens=280),
     },
 }
 WARMUP_STEPS = 50
@@ -103,7 +107,7 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Input ids and labels, [B, L] each; labels are _IGNORE where a document is not learnt."""
     rng = random.Random(seed)
-    stream = documents(recipe.mixture, seed)
+    stream = partly_told(recipe.mixture, recipe.told, seed) if recipe.told else documents(recipe.mixture, seed)
     while True:
         pool = sorted(
             (encode(tokenizer, next(stream), recipe.document_tokens) for _ in range(_POOL)), key=lambda d: len(d[0])
@@ -182,8 +186,16 @@ def save(model: Any, path: Path) -> None:
     save_tokenizer(path)
 
 
+def _write_data(task: str, folder: Path, seed: int) -> None:
+    if task == "demo-hints":
+        write_jsonl(folder / "train.jsonl", "train", 3000, seed, solutions=True)
+        return
+    write_jsonl(folder / "train.jsonl", "train", 6000, seed)
+    write_jsonl(folder / "heldout.jsonl", "heldout", 200, seed)
+
+
 def main() -> None:
-    """Write models, and the data of both tasks, below --out."""
+    """Write models, and the data of a task that has its own, below --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=tuple(RECIPES), help="whose models")
     parser.add_argument("--out", type=Path, required=True, help="directory for data/ and models/")
@@ -191,10 +203,9 @@ def main() -> None:
     parser.add_argument("--only", choices=("data", "student", "teacher"), help="make only this part")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.only == "data" or (args.only is None and args.task == "demo"):
+    if args.task != "demo-long" and args.only in (None, "data"):
         (args.out / "data").mkdir(parents=True, exist_ok=True)
-        write_jsonl(args.out / "data" / "train.jsonl", "train", 6000, args.seed + 1)
-        write_jsonl(args.out / "data" / "heldout.jsonl", "heldout", 200, args.seed + 1)
+        _write_data(args.task, args.out / "data", args.seed + 1)
     for name, recipe in RECIPES[args.task].items():
         if args.only in (None, name):
             save(train(name, recipe, args.seed), args.out / "models" / name)

@@ -121,11 +121,13 @@ def problems(split: Split, seed: int) -> Iterator[Problem]:
             yield problem
 
 
-def write_jsonl(path: Path, split: Split, count: int, seed: int) -> None:
-    """Write `count` problems as lines of `{"id", "prompt", "answer"}`."""
+def write_jsonl(path: Path, split: Split, count: int, seed: int, solutions: bool = False) -> None:
+    """Write `count` problems as lines of `{"id", "prompt", "answer"}`, and "solution" where asked for."""
     stream = problems(split, seed)
     with path.open("w", encoding="utf-8") as file:
         for i in range(count):
             problem = next(stream)
             row = {"id": f"{split}:{i}", "prompt": problem.prompt, "answer": str(problem.answer)}
+            if solutions:
+                row["solution"] = problem.solution()
             file.write(json.dumps(row) + "\n")

@@ -382,7 +382,7 @@ def test_files_that_cannot_be_read(write, content, message):
 
 def test_missing_and_unreadable_files(tmp_path):
     assert refusal(tmp_path / "no.yaml") == (
-        "F: no such file; embedded configurations: `demo`, `demo-rl`, `demo-long`"
+        "F: no such file; embedded configurations: `demo`, `demo-rl`, `demo-long`, `demo-hints`"
     )
     assert refusal(tmp_path) == "F: cannot be read: Is a directory"
 

@@ -18,6 +18,7 @@ from kat_ray.demo.corpus import (
     documents,
     endless_checks,
     honest_checks,
+    partly_told,
     solution_document,
 )
 from kat_ray.demo.problems import MAX_VALUE, Operation, Problem, problems, random_problem, write_jsonl
@@ -56,6 +57,10 @@ def test_the_shipped_data_is_what_the_generator_writes(tmp_path):
     for split, count in (("train", 6000), ("heldout", 200)):
         write_jsonl(tmp_path / split, split, count, seed=1)
         assert (tmp_path / split).read_text() == DEMO_FILES[f"demo:{split}"].read_text()
+    write_jsonl(tmp_path / "hints", "train", 3000, seed=1, solutions=True)
+    assert (tmp_path / "hints").read_text() == DEMO_FILES["demo:hints"].read_text()
+    told = [json.loads(line) for line in (tmp_path / "hints").read_text().splitlines()]
+    assert all(r["solution"].endswith(f"\nanswer {r['answer']}\n") for r in told)
     rows = [json.loads(line) for line in (tmp_path / "heldout").read_text().splitlines()]
     assert all(set(r) == {"id", "prompt", "answer"} for r in rows)
 
@@ -94,6 +99,27 @@ def test_the_teacher_never_learns_to_enter_a_mistake_or_a_loop():
     assert wrong and not any(learnt for _, learnt in wrong)
 
 
+def test_documents_that_were_told_follow_the_right_solution_which_is_not_learnt():
+    told = plain = 0
+    for document in itertools.islice(partly_told(STUDENT, TEACHER, 0), 2000):
+        text = "".join(t for t, _ in document)
+        if "start" not in text:  # one line, repeated
+            continue
+        if text.startswith("start"):
+            plain += 1
+            continue
+        (hint, hint_learnt), (prompt, prompt_learnt), *rest = document
+        *lines, answer = hint.splitlines()
+        said = [f"{o} {n}" for line in lines for o, n in [line.split()[1:3]]]
+        words = prompt.replace("add", "+").replace("take", "-").replace("double", "* 2").replace("triple", "* 3")
+        assert words.split()[2:-1] == " ".join(said).split() and prompt.startswith(f"start {lines[0].split()[0]} ")
+        assert all(eval(line.split(" = ")[0]) == int(line.split(" = ")[1]) for line in lines)
+        assert answer == f"answer {lines[-1].split()[-1]}" and not hint_learnt and not prompt_learnt
+        assert rest and any(learnt for _, learnt in rest)
+        told += 1
+    assert 0.65 < told / (told + plain) < 0.75
+
+
 def test_wrong_documents_go_on_from_the_wrong_value():
     texts = [
         "".join(t for t, _ in solution_document(random.Random(s), EXAMPLE, STUDENT, "wrong")) for s in range(50)
@@ -114,9 +140,29 @@ def test_an_embedded_configuration_fits_its_models_and_data(name):
     facts = check_models(config)
     assert facts.warnings == () and facts.student.vocabulary == 166
     prompts = load_prompts(config.data, facts.tokenizer, facts.max_prompt_tokens(config.rollout.max_tokens))
-    assert len(prompts.prompts) == 6000 and prompts.skipped_too_long == 0
-    models = ("student", "teacher", "long-student", "long-teacher")
+    assert len(prompts.prompts) == (3000 if name == "demo-hints" else 6000) and prompts.skipped_too_long == 0
+    models = ("student", "teacher", "long-student", "long-teacher", "hints-student")
     assert sum(f.stat().st_size for m in models for f in DEMO_FILES[f"demo:{m}"].iterdir()) <= 15 * 2**20
+
+
+def test_the_hinted_student_reads_its_solution():
+    """The mean probability of the numbers that end a line of the right solution: told that, and not."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = build_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(DEMO_FILES["demo:hints-student"])
+    equals, found = tokenizer.convert_tokens_to_ids("="), {"told": [], "plain": []}
+    for problem in itertools.islice(problems("heldout", 1), 60):
+        solution = tokenizer(problem.solution())["input_ids"]
+        places = [i for i, token in enumerate(solution) if token == equals]
+        for how, told in (("told", problem.solution()), ("plain", "")):
+            before = tokenizer(told + problem.prompt)["input_ids"]
+            with torch.no_grad():
+                given = model(torch.tensor([before + solution])).logits[0, len(before) :].softmax(-1)
+            found[how] += [given[i, solution[i + 1]].item() for i in places]
+    told, plain = (sum(values) / len(values) for values in found.values())
+    assert len(found["told"]) > 300 and told > 0.95 and 0.5 < plain < 0.85, (told, plain)
 
 
 def test_loops_of_the_long_task_go_over_up_to_eight_lines_to_the_longest_rollout():
@@ -130,7 +176,7 @@ def test_loops_of_the_long_task_go_over_up_to_eight_lines_to_the_longest_rollout
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("task", ["demo", "demo-long"])
+@pytest.mark.parametrize("task", ["demo", "demo-long", "demo-hints"])
 def test_a_model_is_made_again_from_its_seed(task):
     import dataclasses
 
