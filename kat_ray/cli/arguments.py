@@ -6,7 +6,6 @@ import argparse
 import math
 from pathlib import Path
 
-from kat_ray.config.local_paths import is_bucket_url
 from kat_ray.errors import UserError
 from kat_ray.storage.address import Address, Place
 
@@ -23,6 +22,8 @@ def path_of(text: str) -> Path:
 
 def run_of(text: str) -> Place:
     """A path as `path_of`, or the address of something in a bucket."""
+    from kat_ray.config.local_paths import is_bucket_url
+
     return Address.of(text) if is_bucket_url(text) else path_of(text)
 
 

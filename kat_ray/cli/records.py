@@ -16,7 +16,6 @@ from kat_ray.cli.help import (
     ABOUT_WATCH,
     OVER_A_RUN,
 )
-from kat_ray.config.local_paths import is_bucket_url
 from kat_ray.errors import UserError
 from kat_ray.storage.address import Address, Place
 
@@ -155,6 +154,7 @@ def _replay(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from kat_ray.cli.replay import rule_with
     from kat_ray.config.load import usable_path
+    from kat_ray.config.local_paths import is_bucket_url
     from kat_ray.report.command import report
 
     settings = [*args.settings, *getattr(args, "overrides", [])]
@@ -192,6 +192,7 @@ def _side_by_side(args: argparse.Namespace, more: list[Path], settings: list[str
 def _watch(args: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from kat_ray.config.local_paths import is_bucket_url
     from kat_ray.watch.command import stored_view, watch, watch_run
 
     console = Console(highlight=False)
