@@ -10,6 +10,7 @@ for credentials in the environment; none passes through here.
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import time
@@ -197,7 +198,8 @@ class _Absent(Exception):
 def _is_lasting(error: Exception) -> bool:
     lasting = (PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError, ImportError)
     names = {kind.__name__ for kind in type(error).__mro__}
-    return isinstance(error, lasting) or bool(names & _LASTING)
+    invalid = isinstance(error, OSError) and error.errno == errno.EINVAL  # such as a name that no bucket has
+    return isinstance(error, lasting) or invalid or bool(names & _LASTING)
 
 
 def _reason(error: BaseException) -> str:

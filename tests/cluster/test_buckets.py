@@ -123,6 +123,42 @@ def test_killed_its_node_lost_and_resumed_it_is_the_local_run_to_the_bit(files, 
     assert f"all {steps} steps are done" in finish(command(server, module, "train", "--resume", f"{url}/killed"))
 
 
+def test_a_driver_that_is_killed_at_any_moment_and_its_node_lost(tmp_path, server):
+    """Without a cluster, so that there can be many: a driver and the files of two ranks."""
+
+    def process(folder, steps, *resume):
+        address = "s3://runs-of-tests/drivers/one"
+        return command(server, "tests.support.stored_runs", address, tmp_path / folder, steps, *resume)
+
+    def objects():
+        found = store().find("runs-of-tests/drivers/one")
+        return {k: store().cat_file(k) for k in found if "/.claims/" not in k and not k.endswith("run.log")}
+
+    finish(process("straight", 6))
+    straight = objects()
+    for number, seconds in enumerate((0.2, 0.6, 1.0, 1.4)):
+        store().rm("runs-of-tests/drivers", recursive=True)
+        killed = process(f"killed-{number}", 6)
+        while not store().exists("runs-of-tests/drivers/one/config.yaml"):
+            assert killed.poll() is None
+        time.sleep(seconds)
+        killed.kill()
+        killed.communicate()
+        for folder in tmp_path.glob("killed-*"):
+            shutil.rmtree(folder)
+        finish(process(f"again-{number}", 6, "resume"))
+        assert objects() == straight
+    store().rm("runs-of-tests/drivers", recursive=True)
+    long = process("paused", 60)
+    while not store().exists("runs-of-tests/drivers/one/checkpoints/step-2/manifest.json"):
+        assert long.poll() is None
+    server.pause()
+    time.sleep(10)
+    server.go_on()
+    finish(long)
+    assert json.loads(objects()["runs-of-tests/drivers/one/summary.json"]) == {"steps": 60}
+
+
 def test_two_ranks_each_upload_their_own_and_any_number_restores_it(files, tmp_path, server):
     """Real engines and DeepSpeed; then one rank goes on from what two have written."""
     url = "s3://runs-of-tests/ranks"

@@ -9,12 +9,10 @@ import os
 
 import pytest
 
-from kat_ray.config import RunConfig
-from kat_ray.config.load import config_yaml, load_config
+from kat_ray.config.load import load_config
 from kat_ray.run import stored_run
 from kat_ray.run.checkpoint import CheckpointError, FileDigest, unread
-from kat_ray.run.checkpoint_parts import CheckpointParts
-from kat_ray.run.directory import EVALUATIONS, METRICS
+from kat_ray.run.directory import METRICS
 from kat_ray.run.resume import is_finished, run_config, unfinished_run
 from kat_ray.run.stored_copy import copied_model, copied_records, resolved
 from kat_ray.run.stored_run import StoredRunDirectory, open_run
@@ -22,10 +20,21 @@ from kat_ray.storage.address import Address
 from kat_ray.storage.bucket import StoreError
 from kat_ray.storage.claim import Holder
 from tests.support.memory_bucket import Killed, memory_store
+from tests.support.stored_runs import (
+    RANKS,
+    STEPS,
+    content,
+    go,
+    newest,
+    record,
+    run_settings,
+    save,
+    train,
+    yaml_of,
+)
 
-STEPS, EVERY, RANKS = 6, 2, 2  # three checkpoints, of which two are kept
 RUN = Address("s3://b/runs/one")
-YAML = config_yaml(load_config("demo", ["run.dir=s3://b/runs", "run.name=one"]))
+YAML = yaml_of(run_settings(RUN, "", 1.0))
 
 
 @pytest.fixture
@@ -36,76 +45,7 @@ def store():
 
 @pytest.fixture
 def settings(tmp_path):
-    return RunConfig(
-        dir="s3://b/runs", name="one", steps=STEPS, keep_checkpoints=2, keep_best=False, store_timeout=0.2,
-        local_dir=str(tmp_path / "node"),
-    )  # fmt: skip
-
-
-def node(settings, rank):
-    """Each rank has a node of its own, and so has the driver."""
-    return CheckpointParts(f"{settings.local_dir}-{rank}", 0.2)
-
-
-def content(step, rank):
-    return f"step {step} of rank {rank}".encode()
-
-
-def record(run, step):
-    """A step's records, as the driver writes them."""
-    for name in (METRICS, EVALUATIONS):
-        with (run.path / name).open("a") as file:
-            file.write(json.dumps({"step": step}) + "\n")
-    (run.path / "traces" / f"step-{step - 1:08d}.parquet").write_text(f"trace of step {step}")
-
-
-def save(run, settings, step):
-    """A checkpoint: each rank writes and uploads its part from its own node, then the driver commits."""
-    state = {"done": step, "positions": run.positions()}
-    place, digests = run.checkpoints.begin(step), {}
-    for rank in range(RANKS):
-        folder, upload = node(settings, rank).for_writing(str(place), rank)
-        names = [f"training/learner-{rank}-of-{RANKS}.safetensors", *(["config.json"] if rank == 0 else [])]
-        for name in names:
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(content(step, rank))
-        own = {name: FileDigest.of(folder / name) for name in names}
-        upload(own)
-        digests |= own
-        assert not folder.exists(), "what is uploaded is not kept on the node"
-    return run.checkpoints.commit(step, state, digests, None)
-
-
-def newest(run, settings):
-    """The newest checkpoint, read by the ranks as a resume reads it."""
-
-    def damage(path, files):
-        return node(settings, 0).find_damage(str(path), files, lambda: None)
-
-    return run.checkpoints.newest(damage)
-
-
-def go(run, settings, resume):
-    """The steps of a run, from its newest checkpoint where it has one."""
-    loaded = None if resume is None else newest(run, settings)[0]
-    done = loaded.step if loaded else 0
-    for rank in range(RANKS if loaded else 0):
-        folder = node(settings, rank).for_reading(str(loaded.path), lambda: None)
-        assert (folder / f"training/learner-{rank}-of-{RANKS}.safetensors").read_bytes() == content(done, rank)
-    run.begin()
-    run.rewind(done, loaded.state["positions"] if loaded else {})
-    for step in range(done + 1, settings.steps + 1):
-        record(run, step)
-        if step % EVERY == 0:
-            save(run, settings, step)
-    run.write_summary({"steps": settings.steps})
-
-
-def train(settings, resume=None):
-    """A whole process: a new run, or one that goes on."""
-    with open_run(settings, resume, YAML) as run:
-        go(run, settings, resume)
-    return run
+    return run_settings(RUN, tmp_path / "node", 0.2)
 
 
 def killed(monkeypatch, settings, resume):

@@ -83,6 +83,7 @@ def test_it_is_given_up_after_its_time_with_what_to_do(store):
         (NoCredentialsError("Unable to locate credentials"), r"Unable to locate credentials.*AWS_ACCESS_KEY_ID"),
         (FileNotFoundError("The specified bucket does not exist"), r"make the bucket 'my-bucket' first"),
         (ValueError("Invalid bucket name"), r"Invalid bucket name"),
+        (OSError(22, "The specified bucket is not valid"), r"The specified bucket is not valid"),
     ],
 )
 def test_what_another_try_does_not_mend_is_said_at_once(store, error, words):
