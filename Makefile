@@ -8,7 +8,7 @@ WORKERS ?= 2
 LANES ?= 2
 SBOM := $(BIN)/cyclonedx-py requirements --output-reproducible --output-format JSON
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench gpu-check test test-integration test-nightly test-trackers docs site audit lint format format-check types check sbom clean
+.PHONY: help setup train bench gpu-check test test-integration test-nightly test-trackers test-buckets docs site audit lint format format-check types check sbom clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -37,6 +37,10 @@ test-nightly: setup ## run the long ones: many kills, two thousand steps, matric
 test-trackers: setup ## test the trackers with their real packages, which go into an environment of their own (a few minutes)
 	@docker/install.sh --trackers $(VENV)
 	@KAT_RAY_REQUIRE_TRACKERS=1 $(VENV)-trackers/bin/python -m pytest -m nightly tests/unit/kat_ray/tracking tests/cluster/test_tracking.py $(ARGS)
+
+test-buckets: setup ## test runs in a bucket with a real S3 server, which goes into an environment of its own (some minutes)
+	@docker/install.sh --buckets $(VENV)
+	@KAT_RAY_REQUIRE_BUCKETS=1 $(VENV)-buckets/bin/python -m pytest -m nightly tests/cluster/test_buckets.py $(ARGS)
 
 docs: setup ## write anew what is generated: configuration.md, the table of models.md, the dashboard; then the site
 	@$(BIN)/kat-ray config --docs >docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up a virtual environment with the whole stack: docker/install.sh [--gpu] [--runtime | --trackers] [VENV],
+# Set up a virtual environment with the whole stack: docker/install.sh [--gpu] [--runtime | --trackers | --buckets] [VENV],
 # default .venv.
 # A second call that finds nothing changed installs nothing.
 #
@@ -8,6 +8,7 @@
 #              of its own
 #   --trackers beside VENV, which is there: VENV-trackers, which sees all that is in VENV, and has the packages of
 #              other people's trackers, which only their own tests need
+#   --buckets  likewise VENV-buckets: s3fs, and an S3 server for loopback
 #   --list     print the packages of the runtime, torch among them, and install nothing: for the SBOM
 #
 # In this order, and why:
@@ -38,7 +39,7 @@ tools=("$root/docker/requirements-dev.lock")
 package=(-e "$root")
 modules="ray, deepspeed, transformers, vllm, kat_ray, actors"
 list=
-trackers=
+beside=
 while [ $# -gt 0 ]; do
     case $1 in
     --gpu)
@@ -51,11 +52,11 @@ while [ $# -gt 0 ]; do
         modules="ray, deepspeed, transformers, vllm"
         ;;
     --list) list=1 ;;
-    --trackers)
-        trackers=1
-        lock=$root/docker/requirements-trackers.lock
+    --trackers | --buckets)
+        beside=${1#--}
+        lock=$root/docker/requirements-$beside.lock
         ;;
-    -*) fail "unknown option '$1': only --gpu, --runtime, --trackers and --list are known" ;;
+    -*) fail "unknown option '$1': only --gpu, --runtime, --trackers, --buckets and --list are known" ;;
     *) break ;;
     esac
     shift
@@ -75,9 +76,9 @@ command -v "$python" >/dev/null || fail "no '$python' found: install Python 3.11
     fail "$("$python" --version) has no venv module: install it (Debian: apt install python3-venv)"
 
 base=$venv
-if [ "$trackers" ]; then
+if [ "$beside" ]; then
     [ -x "$base/bin/python" ] || fail "no environment at $base: docker/install.sh makes it"
-    venv=$base-trackers
+    venv=$base-$beside
 fi
 stamp=$venv/.kat-ray-stamp
 wanted=$(cat "$lock" ${tools[@]+"${tools[@]}"} "${BASH_SOURCE[0]}" "$root/pyproject.toml" - <<<"${KAT_RAY_TORCH_INDEX:-}" |
@@ -101,15 +102,17 @@ step() { # step TEXT COMMAND...: run quietly, and show the output if it fails
     fi
 }
 
-if [ "$trackers" ]; then
-    echo "setting up $venv (once; about a minute and 400 MB)"
+if [ "$beside" ]; then
+    imports="kat_ray, wandb, mlflow, trackio, swanlab"
+    [ "$beside" = trackers ] || imports="kat_ray, s3fs, moto.server"
+    echo "setting up $venv (once; about a minute and up to 400 MB)"
     [ -x "$venv/bin/python" ] || step "virtual environment" "$python" -m venv --without-pip "$venv"
     there=$("$base/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     own=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     echo "import site; site.addsitedir('$there')" >"$own/kat-ray.pth"
-    step "trackers" "$base/bin/python" -m pip --python "$venv/bin/python" install --disable-pip-version-check \
+    step "$beside" "$base/bin/python" -m pip --python "$venv/bin/python" install --disable-pip-version-check \
         --no-input --no-deps -r "$lock"
-    step "check" "$venv/bin/python" -c "import kat_ray, wandb, mlflow, trackio, swanlab"
+    step "check" "$venv/bin/python" -c "import $imports"
     echo "$wanted" >"$stamp"
     exit 0
 fi

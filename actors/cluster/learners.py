@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ray.exceptions import ObjectLostError
@@ -14,6 +13,7 @@ from actors.cluster.waiting import ACTOR_LOST, LearnersLost, last_line
 from actors.learner.learner import Learner
 from actors.learner.optimizer_state import file_name
 from kat_ray.run.checkpoint import FileDigest
+from kat_ray.storage.address import Place
 
 
 def deal(files: Mapping[str, FileDigest], ranks: int) -> list[dict[str, FileDigest]]:
@@ -55,7 +55,7 @@ class LearnerGroup(ActorGroup[Learner]):
         """`request(rank)` on all ranks at once."""
         return self.wait([request(rank) for rank in self.handles], what)
 
-    def find_damage(self, path: Path, files: Mapping[str, FileDigest]) -> str | None:
+    def find_damage(self, path: Place, files: Mapping[str, FileDigest]) -> str | None:
         """Have the ranks read a checkpoint's files, each about as many bytes: what is wrong with one, or None."""
         shares = deal(files, len(self.replicas))
         calls = [

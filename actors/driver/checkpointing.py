@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from kat_ray.config import RunConfig
 from kat_ray.run.checkpoint import Checkpoints, FileDigest
+from kat_ray.run.stored_checkpoints import StoredCheckpoints
+from kat_ray.storage.address import Place
 
 
 class CheckpointWriter:
@@ -16,11 +17,11 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        checkpoints: Checkpoints,
+        checkpoints: Checkpoints | StoredCheckpoints,
         run: RunConfig,
-        snapshot: Callable[[Path], object],
+        snapshot: Callable[[Place], object],
         written: Callable[[int], Mapping[str, FileDigest]],
-        on_commit: Callable[[int, Path], object],
+        on_commit: Callable[[int, Place], object],
     ) -> None:
         """`snapshot(folder)` copies the learner's state, `written(step)` waits for its files, and returns digests.
 
@@ -31,7 +32,7 @@ class CheckpointWriter:
         self._pending: tuple[int, Mapping[str, Any], float | None] | None = None
         self._stall_seconds = 0.0
         self.saved: int | None = None  # steps done in the newest one, which may still be on its way to disk
-        self.newest: Path | None = None  # complete
+        self.newest: Place | None = None  # complete
 
     def is_due(self, done: int) -> bool:
         """Whether the run wants a checkpoint after so many steps, and has none."""
@@ -61,7 +62,7 @@ class CheckpointWriter:
         """What was being written is lost with the learner."""
         self._pending = None
 
-    def go_back(self, done: int, newest: Path | None) -> None:
+    def go_back(self, done: int, newest: Place | None) -> None:
         """The run goes on after `done` steps, which are saved, in the checkpoint `newest` where it was restored."""
         self.saved = done or None
         self.newest = newest or self.newest

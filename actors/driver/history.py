@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from actors.cluster.handles import remote
@@ -24,6 +23,7 @@ from kat_ray.run.directory import RunDirectory
 from kat_ray.run.state import RunState
 from kat_ray.run.step_guards import StepGuards
 from kat_ray.run.summary import Totals
+from kat_ray.storage.address import Place
 
 
 class RunHistory:
@@ -43,7 +43,7 @@ class RunHistory:
         self._config, self._prepared = config, prepared
         self._run, self._progress, self._trackers = run, progress, trackers
         self._actors, self._steps, self._evaluation = actors, steps, evaluation
-        self._checkpoints = checkpoints_of(run.path, config.run)
+        self._checkpoints = run.checkpoints or checkpoints_of(run.path, config.run)
         self.writer = CheckpointWriter(
             self._checkpoints, config.run, self._snapshot, self._written, trackers.checkpoint
         )
@@ -181,7 +181,7 @@ class RunHistory:
     def _begin_checkpoint(self) -> None:
         self.writer.begin(self.done, self._state().to_json(), self._evaluation.metric(self.done))
 
-    def _snapshot(self, folder: Path) -> None:
+    def _snapshot(self, folder: Place) -> None:
         tokenizer = self._prepared.paths.student_dir
         what = "a copy of the learner's state"
         self._actors.learners.on_all(lambda rank: remote(rank, Learner.snapshot)(str(folder), tokenizer), what)

@@ -12,7 +12,6 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -63,7 +62,7 @@ class RayMetrics(Tracker):
         for name, value in metrics.items():
             self._set(name, value)
 
-    def checkpoint(self, done: int, path: Path) -> None:
+    def checkpoint(self, done: int, path: object) -> None:
         """A checkpoint is complete."""
         self._set("run/checkpoint_time", time.time())
 

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from actors.cluster.placement import Placement
 from actors.cluster.preflight import named_address
@@ -21,7 +20,7 @@ from actors.driver.training_run import TrainingRun
 from actors.learner.schedule import schedule_note
 from kat_ray.cluster.machine import free_memory
 from kat_ray.config import Config
-from kat_ray.config.load import config_yaml, load_config
+from kat_ray.config.load import config_yaml
 from kat_ray.config.rule_warnings import rule_warnings
 from kat_ray.errors import Stopped
 from kat_ray.models.cpu_dtypes import cpu_flags, slow_dtypes
@@ -35,55 +34,60 @@ from kat_ray.run.checkpoint import Loaded, unread
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.resume import check_prompts, run_config, unfinished_run
 from kat_ray.run.reward_functions import changed_files, check_sources, has_functions, try_functions
+from kat_ray.run.stored_run import check_place, open_run
+from kat_ray.storage.address import Place
 from kat_ray.tracking.choice import check_trackers
 
 log = logging.getLogger("kat_ray.run")
 
 
-def train(config: Config, resume: Path | None = None, engines: Engines | None = None) -> Path:
-    """Run the whole job, or go on with the run in the directory `resume`; returns the run directory.
+def train(config: Config, resume: Place | None = None, engines: Engines | None = None) -> Place:
+    """Run the whole job, or go on with the run `resume`; returns the run's directory, or its address in a bucket.
 
     `Stopped` if the process was told to end: the run can be resumed.
     """
     started = time.monotonic()
-    resume = resume or unfinished_run(config)
-    config = pinned(config if resume is None else pinned_like(config, run_config(resume)))
+    if resume is None:
+        check_place(config.run)  # before models and data are read
+        resume = unfinished_run(config)
+    before = None if resume is None else run_config(resume)
+    config = pinned(config if before is None else pinned_like(config, before))
     check_sources(config)
     check_trackers(config.tracking, config.trackers)
     prepared = prepare(config)
     if has_functions(config):
         try_functions(config, prepared.train, prepared.facts.tokenizer.encode)
-    if resume is None:
-        run = RunDirectory.create(config.run, config_yaml(config))
-    else:
-        run = RunDirectory.reopen(resume, config_yaml(config))
+    run = open_run(config.run, resume, config_yaml(config))
     stop = StopRequest(config.run.grace_seconds)
     with run, Progress(config.run.steps) as progress:
-        loaded, notes = (None, []) if resume is None else _newest(resume, config, prepared)
+        loaded, notes = (None, []) if before is None else _newest(run, before, config, prepared)
         for note in (*notes, *_notes(config, prepared)):
             progress.note(note)
-        log.info("run %s: %d prompts", run.path, len(prepared.train.prompts))
+        log.info("run %s: %d prompts", run.home, len(prepared.train.prompts))
         progress.phase("starting Ray")
-        with _placement(config, run.path.name, progress) as placement:
+        with _placement(config, run.home.name, progress) as placement:
             training = TrainingRun(config, prepared, placement, run, progress, stop, engines or Engines())
             try:
                 training.run(started, loaded)
             except Preempted:
                 assert stop.signal is not None
-                words = f"stopped; go on with: kat-ray train --resume {run.path}"
+                words = f"stopped; go on with: kat-ray train --resume {run.home}"
                 raise Stopped(words, 128 + stop.signal) from None
-    return run.path
+    return run.home
 
 
-def _newest(run: Path, config: Config, prepared: Prepared) -> tuple[Loaded | None, list[str]]:
+def _newest(
+    run: RunDirectory, before: Config, config: Config, prepared: Prepared
+) -> tuple[Loaded | None, list[str]]:
     """The checkpoint that a run goes on from, and what to say of it; the run is locked."""
-    loaded, notes = checkpoints_of(run, config.run).newest(unread)  # the ranks read it before they load it
+    checkpoints = run.checkpoints or checkpoints_of(run.path, config.run)
+    loaded, notes = checkpoints.newest(unread)  # the ranks read it before they load it
     if loaded is None:
-        return None, [*notes, f"{run}: no checkpoint yet, starting anew"]
-    check_prompts(run, loaded.state.get("prompts", {}), prepared.prompt_sets())
+        return None, [*notes, f"{run.home}: no checkpoint yet, starting anew"]
+    check_prompts(run.home, loaded.state.get("prompts", {}), prepared.prompt_sets())
     changed = changed_files(loaded.state.get("reward_files", {}), prepared.reward_files)
-    notes = [*notes, f"resuming {run} after step {loaded.step}", *changed]
-    if (note := schedule_note(load_config(run / "config.yaml", []), config, loaded.step)) is not None:
+    notes = [*notes, f"resuming {run.home} after step {loaded.step}", *changed]
+    if (note := schedule_note(before, config, loaded.step)) is not None:
         notes.append(note)
     return loaded, notes
 

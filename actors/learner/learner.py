@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +47,7 @@ from kat_ray.losses.term import LossTerm
 from kat_ray.models.load import DTYPES
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
-from kat_ray.run.checkpoint import FileDigest, damage_in
+from kat_ray.run.checkpoint import FileDigest
 from kat_ray.run.step_result import LearnerReport
 from kat_ray.types.records import FloatArray, KeptRollout, RolloutChunk, TeacherRows, WeightUpdate
 
@@ -276,7 +275,7 @@ class Learner:
                 self._saved = None
 
     def snapshot(self, path: str, tokenizer_dir: str) -> None:
-        """Copy weights and optimiser to host memory; a thread writes them below the directory `path`.
+        """Copy weights and optimiser to host memory; a thread writes them below the directory or address `path`.
 
         All ranks must call it, between two steps. Training may go on when it returns.
         """
@@ -284,10 +283,13 @@ class Learner:
         saved = gathered(loaded.engine, loaded.student.saved_parameters())
         with self._timeline.span("snapshot"), self._heartbeat.busy("snapshot"), saved:
             average = None if loaded.average is None else loaded.average.arrays
-            loaded.snapshots.take(Path(path), tokenizer_dir, loaded.trainer.steps_taken, beat, average)
+            folder, upload = self._settings.parts.for_writing(path, self._rank)
+            loaded.snapshots.take(folder, tokenizer_dir, loaded.trainer.steps_taken, beat, average, upload)
 
     def written(self) -> dict[str, FileDigest]:
-        """Wait until this rank's files of the last snapshot are on disk; their digests by relative path."""
+        """Wait until this rank's files of the last snapshot are on disk or in the bucket; their digests by relative
+        path.
+        """
         loaded = self._ready()
         with self._timeline.span("written"), self._heartbeat.busy("write the checkpoint"):
             return loaded.snapshots.written(self._heartbeat.beat)
@@ -295,7 +297,7 @@ class Learner:
     def find_damage(self, path: str, files: Mapping[str, FileDigest]) -> str | None:
         """Read these files of a checkpoint to their end: what is wrong with the first that is damaged, or None."""
         with self._heartbeat.busy("verify the checkpoint"):
-            return damage_in(Path(path), files, self._heartbeat.beat)
+            return self._settings.parts.find_damage(path, files, self._heartbeat.beat)
 
     def restore(self, path: str) -> None:
         """Continue from the checkpoint `path`, bit for bit. All ranks must call it after `start`, before a step.
@@ -305,8 +307,9 @@ class Learner:
         """
         loaded = self._ready()
         with self._heartbeat.busy("restore"):
-            steps = loaded.snapshots.restore(Path(path), self._heartbeat.beat)
+            folder = self._settings.parts.for_reading(path, self._heartbeat.beat)
+            steps = loaded.snapshots.restore(folder, self._heartbeat.beat)
             if loaded.average is not None:
-                loaded.average.restore(Path(path))
+                loaded.average.restore(folder)
         loaded.trainer.steps_taken = steps
         log.info("restored %s, %d optimiser steps", path, steps)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kat_ray.config import Config, LearnerConfig, ModelConfig, ObjectiveConfig
 from kat_ray.losses.eos import EosMode
+from kat_ray.run.checkpoint_parts import CheckpointParts
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class LearnerSettings:
     fp32_output: bool = False  # `numerics.fp32_output_layer`: of the plain pass; the loss has it in any case
     record_logprobs: bool = False  # `run.learner_logprobs`
     average_decay: float | None = None  # of the average that a teacher has; None: none is kept
+    parts: CheckpointParts = field(
+        default_factory=CheckpointParts
+    )  # how checkpoints are written and read on this rank's node
 
     @classmethod
     def from_config(
@@ -46,4 +50,5 @@ class LearnerSettings:
             record_logprobs=config.run.learner_logprobs,
             objective=config.objective,
             average_decay=config.average_decay,
+            parts=CheckpointParts(config.run.local_dir, config.run.store_timeout),
         )

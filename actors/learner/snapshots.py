@@ -6,7 +6,7 @@ completes it (`kat_ray.run.checkpoint`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,12 @@ class Snapshots:
         optimizer_steps: int,
         beat: Callable[[], object] = lambda: None,
         average: Arrays | None = None,
+        on_written: Callable[[Mapping[str, FileDigest]], object] = lambda files: None,
     ) -> None:
         """Copy the state, and start to write it below `path`. On rank 0 the parameters must be `gathered`.
 
-        `average` is that of the student's weights, of rank 0; its arrays do not change.
+        `average` is that of the student's weights, of rank 0; its arrays do not change. `on_written` is called by
+        the thread, once the files are on disk.
         """
         if self._writing is not None:
             self.written(beat)  # its buffers are about to be overwritten
@@ -71,7 +73,9 @@ class Snapshots:
             if average is not None:
                 write_average(path, average)
                 digests[AVERAGE] = FileDigest.synced(path / AVERAGE)
-            return digests | (save_model() if save_model else {})
+            digests |= save_model() if save_model else {}
+            on_written(digests)
+            return digests
 
         self._writing = self._thread.submit(write)
 

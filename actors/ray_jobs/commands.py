@@ -22,6 +22,7 @@ from actors.ray_jobs.upload import Upload, dashboard_limit, plan_upload
 from kat_ray.cluster.versions import other_ray
 from kat_ray.config import Config
 from kat_ray.config.load import EMBEDDED, config_files
+from kat_ray.config.local_paths import is_url
 from kat_ray.errors import UserError
 from kat_ray.run.reward_functions import reward_files
 from kat_ray.watch.view import View, view_of_log
@@ -96,10 +97,11 @@ def check_ray_version(jobs: Jobs) -> None:
 
 def train_command(config: Config, source: str, overrides: Sequence[str], folder: Path) -> list[str]:
     """What the job runs, in the uploaded folder; `UserError` for what cannot be found there."""
-    if not Path(config.run.dir).expanduser().is_absolute():
+    if not is_url(config.run.dir) and not Path(config.run.dir).expanduser().is_absolute():
         raise UserError(
             f"run.dir = {config.run.dir!r}: on a cluster a relative path lies in the job's temporary folder and "
-            "goes with it; name one on storage that all nodes share, such as run.dir=/runs"
+            "goes with it; name one on storage that all nodes share, such as run.dir=/runs, or a bucket, such as "
+            "run.dir=s3://my-bucket/runs"
         )
     if source not in EMBEDDED:
         extended = [file for file in config_files(source)[1:] if file not in EMBEDDED.values()]

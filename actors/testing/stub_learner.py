@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from kat_ray.data.given import GivenShare, given_samples
 from kat_ray.errors import StateLost
 from kat_ray.observability.logs import label_logs
 from kat_ray.observability.timeline import Span, Timeline
-from kat_ray.run.checkpoint import TRAINING, FileDigest, damage_in
+from kat_ray.run.checkpoint import TRAINING, FileDigest
 from kat_ray.run.step_result import LearnerReport
 from kat_ray.types.records import KeptRollout, WeightUpdate
 
@@ -46,6 +46,7 @@ class StubLearner:
         assert ranks == 1, f"learner.world_size = {ranks}: stubs of several ranks would have to meet"
         label_logs()
         self._lr, self._top_k = settings.learner.lr, settings.top_k
+        self._parts = settings.parts
         self._weights: NDArray[np.uint64] | None = None  # [_SIZE], once it is started
         self._steps = 0
         self._rows: list[TrainingSample] | None = None
@@ -118,7 +119,8 @@ class StubLearner:
         """Have a thread write the weights of this moment below the directory `path`."""
         model = {"sum": self._started().copy()}
         state = model | {"steps": np.array([self._steps])}
-        self._writing = self._thread.submit(_write, Path(path), {MODEL: model, STATE: state})
+        folder, upload = self._parts.for_writing(path, 0)
+        self._writing = self._thread.submit(_write, folder, {MODEL: model, STATE: state}, upload)
 
     def written(self) -> dict[str, FileDigest]:
         """Wait until the files of the last snapshot are on disk; their digests by relative path."""
@@ -130,14 +132,14 @@ class StubLearner:
 
     def find_damage(self, path: str, files: Mapping[str, FileDigest]) -> str | None:
         """As a real rank does."""
-        return damage_in(Path(path), files)
+        return self._parts.find_damage(path, files, self._heartbeat.beat)
 
     def restore(self, path: str) -> None:
         """Go on from a checkpoint."""
         from safetensors.numpy import load_file
 
         self._started()
-        state = load_file(Path(path) / STATE)
+        state = load_file(self._parts.for_reading(path, self._heartbeat.beat) / STATE)
         self._weights, self._steps = state["sum"], int(state["steps"][0])
 
     def _started(self) -> NDArray[np.uint64]:
@@ -158,12 +160,19 @@ def _fetched_given(given: GivenShare, top_k: int) -> list[TrainingSample]:
     return given_samples(given, ray.get(list(given.chunks)), ray.get(list(given.teacher)), top_k)
 
 
-def _write(path: Path, files: dict[str, dict[str, NDArray[Any]]]) -> dict[str, FileDigest]:
+def _write(
+    path: Path,
+    files: dict[str, dict[str, NDArray[Any]]],
+    on_written: Callable[[Mapping[str, FileDigest]], object],
+) -> dict[str, FileDigest]:
     from safetensors.numpy import save_file
 
     for name, tensors in files.items():
+        (path / name).parent.mkdir(exist_ok=True)
         save_file(tensors, path / name)
-    return {name: FileDigest.synced(path / name) for name in files}
+    digests = {name: FileDigest.synced(path / name) for name in files}
+    on_written(digests)
+    return digests
 
 
 def _learnt(rows: Sequence[TrainingSample]) -> tuple[NDArray[np.uint64], float, int]:

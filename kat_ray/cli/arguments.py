@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from kat_ray.errors import UserError
+from kat_ray.storage.address import Address, Place
 
 
 def path_of(text: str) -> Path:
@@ -17,6 +18,20 @@ def path_of(text: str) -> Path:
         return usable_path(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def run_of(text: str) -> Place:
+    """A path as `path_of`, or the address of something in a bucket."""
+    from kat_ray.config.local_paths import is_bucket_url
+
+    return Address.of(text) if is_bucket_url(text) else path_of(text)
+
+
+def records_of(run: Place) -> Path:
+    """A run's directory; of one in a bucket a folder with what its records are now."""
+    from kat_ray.run.stored_copy import copied_records, resolved
+
+    return copied_records(resolved(run)) if isinstance(run, Address) else run
 
 
 def share_of(text: str) -> float:

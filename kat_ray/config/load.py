@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from kat_ray.config import Config, plain_yaml, schema
 from kat_ray.config.extends import Layer, Path_, Source, layers, merged
-from kat_ray.config.local_paths import ADVICE, URL, is_url
+from kat_ray.config.local_paths import ADVICE, RUN_ADVICE, RUN_URL, URL, is_url
 from kat_ray.config.tracking import LISTED
 from kat_ray.errors import ConfigError
 from kat_ray.observability.redact import redact
@@ -313,6 +313,8 @@ def _message(error: Any, source: Source) -> str:
         return f"{source.of(path)}{name + '.' if name else ''}{error['ctx']['error']}"
     if kind == URL:
         return f"{source.of(path)}{name} = {_shown(redact(value))}: {ADVICE}"
+    if kind == RUN_URL:
+        return f"{source.of(path)}{name} = {_shown(redact(value))}: {RUN_ADVICE}"
     if not schema.allowed_at(path) and schema.allowed_at(path[:-1]):
         path = path[:-1]  # of a union pydantic names each alternative: true or false, or text
     return _wrong(path, value, source)

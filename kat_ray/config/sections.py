@@ -26,7 +26,7 @@ from kat_ray.config.cross_checks import CHECKS
 from kat_ray.config.data import DataConfig, EvaluationConfig
 from kat_ray.config.environment import EnvironmentConfig
 from kat_ray.config.guards import GuardsConfig
-from kat_ray.config.local_paths import LocalPath
+from kat_ray.config.local_paths import LocalPath, RunPath
 from kat_ray.config.numerics import NumericsConfig
 from kat_ray.config.objective import ObjectiveConfig
 from kat_ray.config.reward import RewardConfig
@@ -51,8 +51,15 @@ class RunConfig(Section):
 
     name: Resumable[str] = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run directory. `latest` is reserved."""
-    dir: Resumable[LocalPath] = "runs"
-    """Folder that holds run directories; a relative path is relative to the working directory."""
+    dir: Resumable[RunPath] = "runs"
+    """Folder that holds run directories; a relative path is relative to the working directory. Or a bucket:
+    s3://BUCKET/FOLDER, gs:// or az:// (docs/recovery.md, A run in a bucket)."""
+    local_dir: Resumable[LocalPath | None] = None
+    """Of a run in a bucket: the folder of each node that holds what is not uploaded yet, and what was downloaded;
+    null: one of the user's below the system's temporary folder."""
+    store_timeout: Resumable[float] = Field(300.0, gt=0)
+    """Of a run in a bucket: seconds for which a request is tried again while the store gives no good answer; then
+    the run ends, and what is whole in the bucket stays."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Seeds data order, sampling, probes and the learner."""
     steps: Resumable[int] = Field(100, ge=1)

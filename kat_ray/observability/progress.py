@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -100,7 +99,7 @@ class Progress:
             f"{line.tokens_per_second:>6,.0f} tok/s  ETA {int(left) // 60}:{int(left) % 60:02d}"
         )
 
-    def finish(self, summary: Mapping[str, Any], paths: Mapping[str, Path]) -> None:
+    def finish(self, summary: Mapping[str, Any], paths: Mapping[str, object]) -> None:
         """The table of results and where everything lies."""
         self._end_phase()
         self._console.print(_evaluations(summary))

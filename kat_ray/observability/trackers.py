@@ -49,10 +49,10 @@ class Tracker:
         `record` also has the tokens that training took until then, without those of evaluations.
         """
 
-    def checkpoint(self, done: int, path: Path) -> None:
+    def checkpoint(self, done: int, path: object) -> None:
         """The checkpoint after `done` steps is complete."""
 
-    def finish(self, summary: Mapping[str, Any], paths: Mapping[str, Path]) -> None:
+    def finish(self, summary: Mapping[str, Any], paths: Mapping[str, object]) -> None:
         """All steps are done: the content of summary.json, and where a user finds what."""
 
     def close(self) -> None:
@@ -95,10 +95,10 @@ class Trackers:
             metrics |= {f"eval/{name}/{part}": float(own[name]) for name in _EVALUATED if name in own}
         self._tell_all(lambda t: t.evaluation(done, record, metrics))
 
-    def checkpoint(self, done: int, path: Path) -> None:
+    def checkpoint(self, done: int, path: object) -> None:
         self._tell_all(lambda t: t.checkpoint(done, path))
 
-    def finish(self, summary: Mapping[str, Any], paths: Mapping[str, Path]) -> None:
+    def finish(self, summary: Mapping[str, Any], paths: Mapping[str, object]) -> None:
         self._tell_all(lambda t: t.finish(summary, paths))
 
     def _tell_all(self, what: Callable[[Tracker], None]) -> None:
@@ -150,7 +150,7 @@ class ConsoleTracker(Tracker):
             f"mean length {record['mean_length']:.0f}"
         )
 
-    def finish(self, summary: Mapping[str, Any], paths: Mapping[str, Path]) -> None:
+    def finish(self, summary: Mapping[str, Any], paths: Mapping[str, object]) -> None:
         self._progress.finish(summary, paths)
 
 

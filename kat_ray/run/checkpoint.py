@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -23,13 +23,14 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from kat_ray.errors import UserError
+from kat_ray.storage.address import Place
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 TRAINING = "training"  # folder with what a resume needs beside the model
 STATE = f"{TRAINING}/state.json"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
-_NAME = re.compile(r"step-(0|[1-9]\d{0,17})")
+STEP_NAME = re.compile(r"step-(0|[1-9]\d{0,17})")
 
 _BLOCK = 4 * 2**20  # bytes that are read at once
 # Seconds for which a file that another machine has just written may not be seen: NFS keeps what it knows of a
@@ -69,7 +70,7 @@ class FileDigest:
 
 
 # Checkpoint and files -> what is wrong with the first whose bytes are not those that were written; None: nothing.
-FindDamage = Callable[[Path, Mapping[str, FileDigest]], str | None]
+FindDamage = Callable[[Any, Mapping[str, FileDigest]], str | None]
 
 
 def damage_in(path: Path, files: Mapping[str, FileDigest], beat: Callable[[], object] = lambda: None) -> str | None:
@@ -84,7 +85,7 @@ def damage_in(path: Path, files: Mapping[str, FileDigest], beat: Callable[[], ob
     return None
 
 
-def unread(path: Path, files: Mapping[str, FileDigest]) -> str | None:
+def unread(path: Place, files: Mapping[str, FileDigest]) -> str | None:
     """A `FindDamage` that finds none: whoever loads the checkpoint reads the files first."""
     return None
 
@@ -93,7 +94,7 @@ def unread(path: Path, files: Mapping[str, FileDigest]) -> str | None:
 class Loaded:
     """A checkpoint whose files were found to be what its manifest says."""
 
-    path: Path
+    path: Place
     step: int  # optimiser steps done
     metric: float | None  # by which the best is kept; higher is better
     state: dict[str, Any]
@@ -105,6 +106,11 @@ class Loaded:
         except ValidationError as error:
             raise CheckpointError(f"{self.path / STATE}: {_first_of(error)}; it is of another version") from error
 
+    @classmethod
+    def of(cls, path: Place, manifest: Manifest, state: bytes) -> Loaded:
+        """From the parts that are read on their own; `CheckpointError` where the state is no JSON object."""
+        return cls(path, manifest.step, manifest.metric, _object(state, path, STATE))
+
 
 class _File(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -112,7 +118,9 @@ class _File(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class _Manifest(BaseModel):
+class Manifest(BaseModel):
+    """A checkpoint's files with their digests: what makes a checkpoint of them."""
+
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     format: Literal[1]
     step: int = Field(ge=0)
@@ -120,7 +128,7 @@ class _Manifest(BaseModel):
     files: dict[str, _File]
 
     @model_validator(mode="after")
-    def _files_lie_inside(self) -> _Manifest:
+    def _files_lie_inside(self) -> Manifest:
         for name in self.files:
             path = PurePosixPath(name)
             written = name.isprintable() and str(path) == name and name not in (".", MANIFEST)
@@ -129,6 +137,27 @@ class _Manifest(BaseModel):
         if STATE not in self.files:
             raise ValueError(f"files: {STATE} is not among them")
         return self
+
+    @classmethod
+    def of(cls, content: bytes, path: Place) -> Manifest:
+        """The manifest of the checkpoint at `path`, from its text; `CheckpointError` where it is none."""
+        tree = _object(content, path, MANIFEST)
+        if tree.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{path}: is of format {str(tree.get('format'))[:40]!r}, this version reads format {FORMAT}"
+            )
+        try:
+            manifest = cls.model_validate(tree)
+        except ValidationError as error:
+            raise CheckpointError(f"{path}: {MANIFEST} is damaged: {_first_of(error)}") from error
+        name = STEP_NAME.fullmatch(path.name)
+        if name and int(name[1]) != manifest.step:
+            raise CheckpointError(f"{path}: its {MANIFEST} is of step {manifest.step}")
+        return manifest
+
+    def digests(self) -> dict[str, FileDigest]:
+        """Of each file, by its name."""
+        return {name: FileDigest(file.size, file.sha256) for name, file in self.files.items()}
 
 
 class Checkpoints:
@@ -194,7 +223,7 @@ class Checkpoints:
     def _found(self) -> dict[int, Path]:
         if not self._folder.is_dir():
             return {}
-        named = ((_NAME.fullmatch(path.name), path) for path in self._folder.iterdir() if path.is_dir())
+        named = ((STEP_NAME.fullmatch(path.name), path) for path in self._folder.iterdir() if path.is_dir())
         return {int(match[1]): path for match, path in named if match}
 
     def _tidy(self) -> None:
@@ -213,12 +242,7 @@ class Checkpoints:
     def _prune(self, step: int) -> None:
         """Directories without a manifest are not of this class's making and stay."""
         complete = {n: path for n, path in self._found().items() if (path / MANIFEST).exists()}
-        past = sorted(n for n in complete if n <= step)
-        kept = set(past[-self._keep :])
-        if self._keep_best:
-            metrics = {n: _metric(complete[n]) for n in past}
-            rated = [(metric, n) for n, metric in metrics.items() if metric is not None]
-            kept |= {n for _, n in sorted(rated)[-1:]}
+        kept = kept_steps(complete, step, self._keep, self._keep_best, lambda n: _metric(complete[n]))
         for n in complete.keys() - kept:
             # Under its own name it would be half a checkpoint if this process died here.
             doomed = complete[n].with_name(f"{complete[n].name}{_PARTIAL}")
@@ -226,14 +250,27 @@ class Checkpoints:
             shutil.rmtree(doomed)
 
 
+def kept_steps(
+    complete: Iterable[int], step: int, keep: int, keep_best: bool, metric: Callable[[int], float | None]
+) -> set[int]:
+    """Of the steps of complete checkpoints those that stay once `step` is complete.
+
+    The `keep` newest, and with `keep_best` the one with the highest metric, of equals the newer. Later ones are of
+    a past that was given up.
+    """
+    past = sorted(n for n in complete if n <= step)
+    kept = set(past[-keep:])
+    if keep_best:
+        rated = [(value, n) for n in past if (value := metric(n)) is not None]
+        kept |= {n for _, n in sorted(rated)[-1:]}
+    return kept
+
+
 def verify(path: Path, find_damage: FindDamage = damage_in) -> Loaded:
     """Look at every file of a checkpoint; `CheckpointError` names one that is not what the manifest says."""
     if path.is_dir() and not (path / MANIFEST).exists():
         raise CheckpointError(f"{path}: has no {MANIFEST}: it holds a model only and cannot be resumed")
     manifest = _read_manifest(path)
-    name = _NAME.fullmatch(path.name)
-    if name and int(name[1]) != manifest.step:
-        raise CheckpointError(f"{path}: its {MANIFEST} is of step {manifest.step}")
     for file, expected in sorted(manifest.files.items()):
         with _named(path / file):
             if not (path / file).is_file() and (path / file).exists():
@@ -241,21 +278,26 @@ def verify(path: Path, find_damage: FindDamage = damage_in) -> Loaded:
             size = (path / file).stat().st_size
             if size != expected.size:
                 raise CheckpointError(f"{path}: {file} has {size} bytes instead of {expected.size}")
-    files = {file: FileDigest(listed.size, listed.sha256) for file, listed in manifest.files.items()}
+    files = manifest.digests()
     damage = damage_in(path, {STATE: files.pop(STATE)}) or find_damage(path, files)
     if damage:
         raise CheckpointError(f"{path}: {damage}")
-    return Loaded(path, manifest.step, manifest.metric, _read_object(path, STATE))
+    return Loaded.of(path, manifest, _read(path, STATE))
 
 
 def check_model(path: Path) -> None:
     """Read what a checkpoint holds beside `training/`; `CheckpointError` names a file that is not what its manifest
     says.
     """
-    listed = _read_manifest(path).files
-    files = {n: FileDigest(f.size, f.sha256) for n, f in listed.items() if PurePosixPath(n).parts[0] != TRAINING}
+    digests = _read_manifest(path).digests()
+    files = {name: digest for name, digest in digests.items() if is_of_model(name)}
     if damage := damage_in(path, files):
         raise CheckpointError(f"{path}: {damage}")
+
+
+def is_of_model(name: str) -> bool:
+    """Whether a file of a checkpoint is one of the model's, and not of what a resume needs beside it."""
+    return PurePosixPath(name).parts[0] != TRAINING
 
 
 def check_state(state: Mapping[str, Any]) -> None:
@@ -290,6 +332,11 @@ def _manifest(folder: Path, step: int, files: Mapping[str, FileDigest], metric: 
         )
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
     assert there <= files.keys(), f"{folder}: no digests of {sorted(there - files.keys())}"
+    return manifest_text(step, files, metric)
+
+
+def manifest_text(step: int, files: Mapping[str, FileDigest], metric: float | None) -> str:
+    """What `Manifest.of` takes."""
     listed = {name: {"size": digest.size, "sha256": digest.sha256} for name, digest in sorted(files.items())}
     rated = metric if metric is not None and math.isfinite(metric) else None
     return json.dumps({"format": FORMAT, "step": step, "metric": rated, "files": listed}, indent=1)
@@ -315,21 +362,16 @@ def _refresh(folder: Path, names: Sequence[str]) -> None:
         marker.unlink()
 
 
-def _read_manifest(path: Path) -> _Manifest:
-    content = _read_object(path, MANIFEST)
-    if content.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path}: is of format {str(content.get('format'))[:40]!r}, this version reads format {FORMAT}"
-        )
-    try:
-        return _Manifest.model_validate(content)
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: {MANIFEST} is damaged: {_first_of(error)}") from error
+def _read_manifest(path: Path) -> Manifest:
+    return Manifest.of(_read(path, MANIFEST), path)
 
 
-def _read_object(path: Path, name: str) -> dict[str, Any]:
+def _read(path: Path, name: str) -> bytes:
     with _named(path / name):
-        text = (path / name).read_bytes()
+        return (path / name).read_bytes()
+
+
+def _object(text: bytes, path: Place, name: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

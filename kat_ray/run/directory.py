@@ -17,13 +17,17 @@ from collections.abc import Mapping, Sequence
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kat_ray.config import RunConfig
 from kat_ray.observability.logs import line_format, name_driver
 from kat_ray.observability.redact import RedactingFormatter
 from kat_ray.records.traces import TraceRow, write_traces
 from kat_ray.run.lock import RecordError, ReplacedRun, discard_replaced, lock_run, naming
+from kat_ray.storage.address import Place
+
+if TYPE_CHECKING:
+    from kat_ray.run.stored_checkpoints import StoredCheckpoints
 
 # A run that starts with less would end in the middle of its first checkpoint.
 MIN_FREE_BYTES = 64 * 2**20
@@ -35,6 +39,8 @@ METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"  # appended to, line
 
 class RunDirectory:
     """One run's directory, locked for this process. What is appended to its growing files: `JsonlTracker`."""
+
+    checkpoints: StoredCheckpoints | None = None  # where they are in a bucket
 
     def __init__(self, path: Path, config_yaml: str | None = None, replaced: ReplacedRun | None = None) -> None:
         """A new run is written from now on, one that goes on (with `config_yaml`) from `begin` on."""
@@ -49,6 +55,11 @@ class RunDirectory:
         name_driver(path.name)
         if config_yaml is None:
             self._write_log()
+
+    @property
+    def home(self) -> Place:
+        """Where a user finds the run; it is resumed from there."""
+        return self.path
 
     @classmethod
     def create(cls, run: RunConfig, config_yaml: str) -> RunDirectory:
@@ -66,9 +77,7 @@ class RunDirectory:
             replaced = ReplacedRun.put_aside(root / run.name) if run.overwrite else None
             try:
                 path = _new_directory(root, run.name)
-                (path / "traces").mkdir()
-                (path / METRICS).touch()
-                (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
+                fill_new(path, config_yaml)
                 link = root / f".latest-{os.getpid()}"
                 link.unlink(missing_ok=True)
                 link.symlink_to(path.name)
@@ -160,15 +169,22 @@ class RunDirectory:
         with naming(path):
             _replace(path, json.dumps(summary, indent=2) + "\n")
 
-    def paths(self, checkpoint: Path) -> dict[str, Path]:
+    def paths(self, checkpoint: Place) -> dict[str, Place]:
         """What a user looks for after a run."""
         return {
             "checkpoint": checkpoint,
-            "metrics": self.path / METRICS,
-            "traces": self.path / "traces",
-            "summary": self.path / "summary.json",
-            "log": self.path / "run.log",
+            "metrics": self.home / METRICS,
+            "traces": self.home / "traces",
+            "summary": self.home / "summary.json",
+            "log": self.home / "run.log",
         }
+
+
+def fill_new(path: Path, config_yaml: str) -> None:
+    """What a run's directory has from the start."""
+    (path / "traces").mkdir()
+    (path / METRICS).touch()
+    (path / "config.yaml").write_text(config_yaml, encoding="utf-8")
 
 
 def _new_directory(root: Path, name: str) -> Path:

@@ -16,10 +16,13 @@ from pydantic import BaseModel
 from kat_ray.config import Config, Section
 from kat_ray.config.cluster import is_resumable
 from kat_ray.config.load import load_config
+from kat_ray.config.local_paths import is_url
 from kat_ray.data.prompts import PromptSet
 from kat_ray.errors import UserError
 from kat_ray.models.revisions import pinned_like
 from kat_ray.records.json_records import SUMMARY, read_json
+from kat_ray.run.stored_copy import copied
+from kat_ray.storage.address import Address, Place
 
 
 def resumable(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -47,10 +50,10 @@ def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
-def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
+def resumed_config(run: Place, overrides: Sequence[str]) -> Config:
     """A run's configuration with overrides; `UserError` names those that would make it another run."""
     before = run_config(run)
-    after = load_config(run / "config.yaml", overrides)
+    after = load_config(_config_file(run), overrides)
     changed = changes(before, after)
     if changed:
         raise UserError(
@@ -60,9 +63,9 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
     return after
 
 
-def run_config(run: Path) -> Config:
-    """The configuration in a run's directory."""
-    file = run / "config.yaml"
+def run_config(run: Place) -> Config:
+    """The configuration in a run's directory, or of a run in a bucket."""
+    file = _config_file(run)
     if not file.is_file():
         raise UserError(
             f"{run}: not a run directory (no config.yaml in it); --resume takes one, such as runs/latest"
@@ -70,7 +73,11 @@ def run_config(run: Path) -> Config:
     return load_config(file, [])
 
 
-def check_prompts(run: Path, before: Mapping[str, str], now: Mapping[str, PromptSet]) -> None:
+def _config_file(run: Place) -> Path:
+    return (copied(run, ("config.yaml",)) if isinstance(run, Address) else run) / "config.yaml"
+
+
+def check_prompts(run: Place, before: Mapping[str, str], now: Mapping[str, PromptSet]) -> None:
     """`UserError` if a file of prompts holds others than those that the run was made with so far.
 
     `before` holds digests by section; a checkpoint of an earlier version has none.
@@ -104,9 +111,9 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, tree
 
 
-def is_finished(run: Path, steps: int) -> bool:
+def is_finished(run: Place, steps: int) -> bool:
     """Whether a run has done so many steps and written its summary."""
-    file = run / "summary.json"
+    file = (copied(run, ("summary.json",)) if isinstance(run, Address) else run) / "summary.json"
     return file.is_file() and int(read_json(file, SUMMARY).get("steps", 0)) >= steps
 
 
@@ -115,13 +122,17 @@ def in_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def unfinished_run(config: Config) -> Path | None:
+def unfinished_run(config: Config) -> Place | None:
     """The run that a retried job goes on with: same name, same configuration, not finished; else None."""
-    path = Path(config.run.dir) / config.run.name
-    if config.run.resume == "never" or not in_ray_job() or not (path / "config.yaml").is_file():
+    if config.run.resume == "never" or not in_ray_job():
+        return None
+    stored = is_url(config.run.dir)
+    path: Place = (Address.of(config.run.dir) if stored else Path(config.run.dir)) / config.run.name
+    file = _config_file(path)
+    if not file.is_file():
         return None
     try:
-        before = load_config(path / "config.yaml", [])
+        before = load_config(file, [])
     except UserError:
         return None
     config = pinned_like(config, before)

@@ -77,7 +77,7 @@ class ServiceTracker(Tracker):
         """There is a line more."""
         self._nudge()
 
-    def finish(self, summary: Mapping[str, Any], paths: Mapping[str, Path]) -> None:
+    def finish(self, summary: Mapping[str, Any], paths: Mapping[str, object]) -> None:
         """The summary is there, and the last line."""
         self._nudge()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from kat_ray.errors import UserError
+from kat_ray.storage.address import Address
 from kat_ray.watch.screen import screen
 from kat_ray.watch.view import RunReader, State, View
 
@@ -26,6 +28,24 @@ def watch_run(folder: Path, console: Console, once: bool = False, seconds: float
     if view.state is State.ABSENT and (once or not console.is_terminal or not folder.parent.is_dir()):
         raise UserError(f"{folder}: not a run directory (no config.yaml in it); name one, such as runs/latest")
     return watch(RunReader(folder).view, console, once, seconds)
+
+
+def stored_view(address: Address) -> Callable[[], View]:
+    """Looks at a run in a bucket, whose records its driver uploads twice a minute; `UserError` for none there."""
+    from kat_ray.run.stored_copy import WATCHED, copied, has_ended, resolved
+
+    run = resolved(address)
+    reader = RunReader(copied(run, WATCHED))
+
+    def look() -> View:
+        copied(run, WATCHED)
+        view = reader.view()
+        if view.state is State.ABSENT:
+            raise UserError(f"{run}: no run there (no config.yaml); name one, such as {run.parent}/latest")
+        ended = view.state is not State.FINISHED and has_ended(run)
+        return replace(view, state=State.STOPPED) if ended else view
+
+    return look
 
 
 def watch(look: Callable[[], View], console: Console, once: bool = False, seconds: float = SECONDS) -> int:

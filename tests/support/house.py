@@ -18,7 +18,7 @@ FLOORS = (
     ("kat_ray.termination",),
     ("kat_ray.config",),
     ("kat_ray.remote",),
-    ("kat_ray.cluster", "kat_ray.data", "kat_ray.models", "kat_ray.demo"),
+    ("kat_ray.cluster", "kat_ray.data", "kat_ray.models", "kat_ray.demo", "kat_ray.storage"),
     ("kat_ray.agreement", "kat_ray.algorithms", "kat_ray.run"),
     ("kat_ray.analysis", "kat_ray.tracking"),
     ("kat_ray.report", "kat_ray.watch"),

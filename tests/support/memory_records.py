@@ -22,6 +22,7 @@ class MemoryRun:
         self.traces: dict[int, list[Any]] = {}
         self.summary: dict[str, Any] | None = None
         self.has_begun = False
+        self.checkpoints = None  # none in a bucket
 
     def begin(self) -> None:
         self.has_begun = True

@@ -70,5 +70,8 @@ seccompProfile: {type: RuntimeDefault}
 {{- if .Values.run.demo -}}
 {{- $ours = prepend $ours (printf "run.name=%s" .Release.Name) -}}
 {{- end -}}
+{{- if and (not .Values.storage.claim) (not (regexMatch "(^| )run\\.dir=[a-z0-9]+://" (join " " .Values.run.overrides))) -}}
+{{- fail "storage.claim is empty: runs would be lost with their pods. Name a claim, or keep runs in a bucket: run.overrides: [run.dir=s3://my-bucket/runs]" -}}
+{{- end -}}
 kat-ray train {{ $config }} {{ concat $ours .Values.run.overrides | join " " }}
 {{- end -}}

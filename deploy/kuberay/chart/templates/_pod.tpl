@@ -112,7 +112,11 @@ spec:
     - name: cache
       emptyDir: {sizeLimit: {{ $values.storage.cacheSize }}}
     - name: runs
+      {{- if $values.storage.claim }}
       persistentVolumeClaim: {claimName: {{ $values.storage.claim }}}
+      {{- else }}
+      emptyDir: {}
+      {{- end }}
     - name: config
       configMap: {name: {{ $root.Release.Name }}}
     {{- with $values.storage.modelsClaim }}

@@ -270,10 +270,10 @@ def test_a_local_ray_gets_a_token_of_its_own(monkeypatch, environment, address, 
 
 @pytest.mark.parametrize(
     "argv",
-    [["train", "--resume", "s3://b/run"], ["report", "s3://b/run"], ["replay", "s3://b/run"],
-     ["compare", "demo", "--out", "s3://b"], ["train", "gs://b/my.yaml"], ["eval", "s3://b/run"]],
+    [["train", "--resume", "hdfs://b/run"], ["report", "hdfs://b/run"], ["replay", "s3://b//run"],
+     ["compare", "demo", "--out", "s3://b"], ["train", "gs://b/my.yaml"], ["eval", "hdfs://b/run"]],
 )  # fmt: skip
-def test_commands_refuse_object_stores(argv, capsys, tmp_path, monkeypatch):
+def test_commands_refuse_other_addresses_than_of_runs(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
         code = cli.main(argv)

@@ -10,7 +10,8 @@ from packaging.specifiers import SpecifierSet
 
 from kat_ray.cli import doctor
 from kat_ray.cli.checks import ClusterSeen, resources, same_ray
-from kat_ray.cli.doctor import GIB, Check, disk_verdict, vllm_verdict
+from kat_ray.cli.disk_checks import GIB, disk_verdict, run_folder
+from kat_ray.cli.doctor import Check, vllm_verdict
 from kat_ray.cli.gpu_driver import driver_check, driver_version
 from kat_ray.cluster.roles import Node
 from tests.support.configs import ALONE, make_config
@@ -128,9 +129,9 @@ def test_little_disk_warns_and_a_full_one_fails(free, level):
 
 
 def test_run_directory(files, tmp_path):
-    assert levels(doctor._disk(config(files, run={"dir": str(tmp_path / "a" / "b")})))["disk"] in ("ok", "warn")
+    assert levels(run_folder(config(files, run={"dir": str(tmp_path / "a" / "b")})))["disk"] in ("ok", "warn")
     (tmp_path / "file").write_text("")
-    inside = list(doctor._disk(config(files, run={"dir": str(tmp_path / "file" / "runs")})))
+    inside = list(run_folder(config(files, run={"dir": str(tmp_path / "file" / "runs")})))
     assert levels(inside) == {"run directory": "FAIL"}
 
 

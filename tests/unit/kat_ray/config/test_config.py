@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kat_ray.config import Config, schema
 from kat_ray.config.load import DEMO_FILES, config_yaml, load_config, resolve_path, save_config
-from kat_ray.config.local_paths import ADVICE
+from kat_ray.config.local_paths import ADVICE, RUN_ADVICE
 from kat_ray.errors import ConfigError
 from tests.support.paths import ROOT
 
@@ -175,8 +175,8 @@ def test_termination_without_rule_takes_the_default_rule(write):
         ),
         ("run: {name: latest}\n", "F:4: run.name = 'latest': this name is reserved for the link to the newest run"),
         (
-            "run: {dir: s3://b/runs}\n",
-            f'F:4: run.dir = "s3://b/runs": {ADVICE}',
+            "run: {dir: ftp://b/runs}\n",
+            f'F:4: run.dir = "ftp://b/runs": {RUN_ADVICE}',
         ),
         (
             "evaluation: {data: {path: gs://b/p.jsonl}}\n",
@@ -457,7 +457,18 @@ def test_every_field_is_documented():
             assert "description" in properties or "const" in properties, f"{name}.{field}"
 
 
-@pytest.mark.parametrize("field", ["run.dir", "student.path", "teacher.path", "data.path", "evaluation.data.path"])
+@pytest.mark.parametrize("address", ["s3://my-bucket", "s3://my-bucket/a/b/", "gs://b/runs", "az://container/runs"])
+def test_a_run_may_be_in_a_bucket(address):
+    assert load_config("demo", [f"run.dir={address}"]).run.dir == address
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3:///runs", "S3://b/x", "s3://b/a?x=1", "hdfs://b/x", "s3://b//x"])
+def test_other_addresses_of_runs_are_refused_with_what_is_allowed(address):
+    with pytest.raises(ConfigError, match="must be a folder, or an address of s3://BUCKET/FOLDER, gs://"):
+        load_config("demo", [f"run.dir={address}"])
+
+
+@pytest.mark.parametrize("field", ["student.path", "teacher.path", "data.path", "evaluation.data.path"])
 def test_object_stores_are_refused_with_what_to_do(field):
     """`Path` would make a local folder `s3:` of it; a hub would be asked for it."""
     with pytest.raises(ConfigError, match=rf'{field} = "s3://bucket/x": .*mount it as a file system on all nodes'):
