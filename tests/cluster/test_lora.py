@@ -252,3 +252,30 @@ def test_adapters_published_alone_are_what_vllm_computes_with(models, in_process
         wrong = WeightUpdate(2, tuple(other), ("float32",) * len(other), tuple(other.values()))
         with pytest.raises(ModelError, match=r"it passed over model\.layers\.7\.mlp\.down_proj"):
             engine.load_weights(wrong)
+
+
+@pytest.mark.nightly
+def test_adapters_published_alone_to_an_engine_of_two_processes(models, in_process, monkeypatch):
+    """Each worker holds a part of each layer, and takes its own part of the adapters, each time anew."""
+    from tests.support.vllm_adapters import engine_of, given_logprobs
+
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    lora, found, updates = LORA | {"publish": "adapters"}, [], []
+    with group_of(models, lora=lora) as group:
+        for steps in ([0, 1], [2, 3]):
+            group.steps(models, steps)
+            updates.append(group.all("weights", len(updates) + 1)[0][0])
+            found.append(np.concatenate(group.all("logprobs", PAIRS, True)[0]))
+    student = models["student"][1]
+    base = np.concatenate([plain_logprobs(student, *pair, CPU) for pair in PAIRS])
+    assert np.abs(found[0] - base).max() > 0.05 and np.abs(found[1] - found[0]).max() > 0.05
+    with engine_of(models["student"][0], LoraConfig(**lora), tensor_parallel_size=2, num_cpus=2) as engine:
+        np.testing.assert_allclose(given_logprobs(engine, PAIRS), base, atol=1e-4)
+        for update, plain in [*zip(updates, found, strict=True), (updates[0], found[0])]:
+            engine.load_weights(update)
+            np.testing.assert_allclose(given_logprobs(engine, PAIRS), plain, atol=1e-4)
+        named = dict(zip(updates[1].names, updates[1].arrays, strict=True))
+        other = {n.replace("layers.0.mlp", "layers.7.mlp"): a for n, a in named.items()}
+        wrong = WeightUpdate(3, tuple(other), ("float32",) * len(other), tuple(other.values()))
+        with pytest.raises(ModelError, match=r"it passed over model\.layers\.7\.mlp\.down_proj"):
+            engine.load_weights(wrong)

@@ -15,10 +15,10 @@ LENGTH = 128  # of the longest prompt and answer
 
 
 @contextmanager
-def engine_of(directory, lora=None):
+def engine_of(directory, lora=None, **more):
     from actors.sampler.vllm_engine import VllmEngine
 
-    sampler = SamplerConfig(kv_cache_gib=0.1, max_num_seqs=16)
+    sampler = SamplerConfig(kv_cache_gib=0.1, max_num_seqs=16, **more)
     model = ModelConfig(path=directory, dtype="float32")
     engine = VllmEngine(model, sampler, directory, max_model_len=LENGTH, top_k=4, seed=0, lora=lora)
     try:
