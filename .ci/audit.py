@@ -114,13 +114,13 @@ def pinned(text: str) -> str:
 
 
 def locks() -> dict[str, str]:
-    """Name -> pins of what the images install, torch included, and of the tools and trackers beside them."""
+    """Name -> pins of what the images install, torch included, and of the tools, trackers and buckets' packages beside them."""
 
     def runtime(*build: str) -> str:
         command = [str(ROOT / "docker" / "install.sh"), "--list", *build]
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS).stdout
 
-    files = {name: ROOT / "docker" / f"requirements-{name}.lock" for name in ("dev", "docs", "trackers")}
+    files = {name: ROOT / "docker" / f"requirements-{name}.lock" for name in ("dev", "docs", "trackers", "buckets")}
     tools = {name: pinned(file.read_text(encoding="utf-8")) for name, file in files.items()}
     return {"cpu": pinned(runtime()), "gpu": pinned(runtime("--gpu")), **tools}
 

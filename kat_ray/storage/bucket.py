@@ -35,7 +35,9 @@ _NO_LISTINGS = {"use_listings_cache": False, "skip_instance_cache": True}  # oth
 _LASTING = frozenset({
     "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound", "NoRegionError",
     "DefaultCredentialsError", "RefreshError", "ClientAuthenticationError", "ParamValidationError",
+    "ResourceNotFoundError",  # of Azure: no such container
 })  # fmt: skip
+_CONDITION_FAILED = (412, "412")  # of gcsfs, which has no error of its own for it
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role of the machine or service account",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS, or a service account of the machine or pod",
@@ -162,6 +164,8 @@ class Bucket:
                     raise _Absent(error) from error
                 raise StoreError(self._words(error, verb, name)) from error
             except Exception as error:  # each store's library raises its own, and none of them is imported here
+                if getattr(error, "code", None) in _CONDITION_FAILED:
+                    raise Exists(name) from error
                 if _is_lasting(error):
                     raise StoreError(self._words(error, verb, name)) from error
                 wait = retry.wait(time.monotonic(), random.random())  # noqa: S311

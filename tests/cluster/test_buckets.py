@@ -136,7 +136,7 @@ def test_a_driver_that_is_killed_at_any_moment_and_its_node_lost(tmp_path, serve
 
     finish(process("straight", 6))
     straight = objects()
-    for number, seconds in enumerate((0.2, 0.6, 1.0, 1.4)):
+    for number, seconds in enumerate((0.4, 1.4)):
         store().rm("runs-of-tests/drivers", recursive=True)
         killed = process(f"killed-{number}", 6)
         while not store().exists("runs-of-tests/drivers/one/config.yaml"):

@@ -121,11 +121,20 @@ def test_the_schema_refuses(changes, said):
             "WANDB_API_KEY has the name",
         ),
         ({"storage": {"fetch": ["a/b"]}}, "name the claim"),
+        ({"storage": {"claim": ""}}, "keep runs in a bucket"),
     ],
 )
 def test_the_chart_refuses(changes, said):
     with pytest.raises(helm.HelmRenderError, match=said):
         render("run", changes)
+
+
+def test_a_run_in_a_bucket_needs_no_claim():
+    docs = render("run", {"storage": {"claim": ""}, "run": {"overrides": ["run.dir=s3://my-bucket/runs"]}})
+    for name in ("head", "sampler", "learner"):
+        assert {"name": "runs", "emptyDir": {}} in ray_pods(docs)[name]["spec"]["volumes"]
+    assert "run.dir=/runs" in (line := one(docs, "RayJob")["spec"]["entrypoint"])
+    assert line.index("run.dir=s3://my-bucket/runs") > line.index("run.dir=/runs"), "the last one counts"
 
 
 def test_a_secret_comes_by_reference():

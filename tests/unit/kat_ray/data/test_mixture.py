@@ -108,7 +108,7 @@ def test_an_answer_stands_behind_the_last_mark(tmp_path):
         tmp_path / "p.jsonl", [{"prompt": "a", "answer": "1 #### 2 #### 3\n"}, {"prompt": "b", "answer": "4"}]
     )
     assert [p.answer for p in load(path=path, answer_after="####").prompts] == ["3", None]
-    with pytest.raises(DataError, match=r"p.jsonl:2: answer holds no '####' \(data.answer_after\)"):
+    with pytest.raises(DataError, match=r"p.jsonl:2: answer holds no '####' \(evaluation.data.answer_after\)"):
         load(path=path, answer_after="####", graded=True)
 
 

@@ -50,6 +50,16 @@ def test_an_object_is_created_once(store):
     assert b.read("claim") == b"mine"
 
 
+def test_a_condition_that_is_refused_by_its_number(store):
+    b = bucket(store)
+    b.create("claim", b"another's")
+    refused = OSError("conditionNotMet")
+    refused.code = 412
+    store.failures = [refused]
+    with pytest.raises(Exists):
+        b.create("claim", b"mine")
+
+
 def test_a_store_that_does_not_know_the_condition_is_found_out(store):
     b = bucket(store)
     b.create("claim", b"mine")
