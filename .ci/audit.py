@@ -114,7 +114,7 @@ def pinned(text: str) -> str:
 
 
 def locks() -> dict[str, str]:
-    """Name -> pins of what the images install, torch included, and of the tools, trackers and buckets' packages beside them."""
+    """Name -> pins of what the images install, torch included, and of tools, trackers and stores beside them."""
 
     def runtime(*build: str) -> str:
         command = [str(ROOT / "docker" / "install.sh"), "--list", *build]
