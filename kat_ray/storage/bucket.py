@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}  # by scheme, which is the extra's name too: fsspec's package
 _NO_LISTINGS = {"use_listings_cache": False, "skip_instance_cache": True}  # others write the bucket too
+# What a library waits and tries by itself before `_try` hears of it: s3fs and botocore would try five times each.
+_ONE_TRY: dict[str, dict[str, Any]] = {"s3": {"config_kwargs": {"retries": {"max_attempts": 0}}}}
 # Errors of the stores' own libraries that another try does not mend, by name: few have all of them installed.
 _LASTING = frozenset({
     "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound", "NoRegionError",
@@ -44,6 +46,8 @@ _CREDENTIALS = {
     "az": "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY, or a workload identity",
 }
 _LONGEST_REASON = 300  # characters
+_REQUEST_SECONDS = 30.0  # of one that moves little
+_SLOWEST = 2**20  # bytes/s, of uploads
 
 
 class StoreError(UserError):
@@ -81,7 +85,7 @@ class Bucket:
 
         def request() -> bool:
             try:
-                self._fs.put_file(str(file), self._key(name))
+                self._call("put_file", str(file), self._key(name), seconds=_time_for(file.stat().st_size))
             except FileNotFoundError:
                 if file.exists():
                     raise
@@ -92,7 +96,7 @@ class Bucket:
 
     def write(self, name: str, content: bytes) -> None:
         """An object with this content, in place of one that is there."""
-        self._try(lambda: self._fs.pipe_file(self._key(name), content), "write", name)
+        self._try(lambda: self._call("pipe_file", self._key(name), content), "write", name)
 
     def create(self, name: str, content: bytes) -> None:
         """An object that is not there yet; `Exists` where it is, and its content is another one.
@@ -100,19 +104,21 @@ class Bucket:
         A store that does not know the condition overwrites: what is there afterwards is compared.
         """
         with suppress(Exists):  # perhaps it is of this call, whose first answer was lost
-            self._try(lambda: self._fs.pipe_file(self._key(name), content, mode="create"), "write", name)
+            self._try(lambda: self._call("pipe_file", self._key(name), content, mode="create"), "write", name)
         if self.read(name) != content:
             raise Exists(name)
 
     def read(self, name: str) -> bytes | None:
         """An object's content; None where there is none."""
-        return self._found(lambda: bytes(self._fs.cat_file(self._key(name))), name)
+        return self._found(lambda: bytes(self._call("cat_file", self._key(name))), name)
 
     def get(self, name: str, file: Path) -> bool:
         """Download an object to a file; False where there is none."""
         partial = file.with_name(f"{file.name}.partial")
         try:
-            found = self._found(lambda: self._fs.get_file(self._key(name), str(partial)) or True, name)
+            found = self._found(
+                lambda: self._call("get_file", self._key(name), str(partial), seconds=None) or True, name
+            )
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
@@ -126,7 +132,7 @@ class Bucket:
         """Bytes by name of all objects below a prefix, which ends before a slash."""
         start = self._key(prefix) if prefix else self.address.key
         self._fs.invalidate_cache()
-        found = self._try(lambda: self._fs.find(start, detail=True), "list", prefix)
+        found = self._try(lambda: self._call("find", start, detail=True), "list", prefix)
         base = f"{self.address.key}/"
         named = {str(key).lstrip("/"): facts for key, facts in found.items()}
         return {k.removeprefix(base): int(f["size"]) for k, f in named.items() if k.startswith(f"{start}/")}
@@ -134,11 +140,19 @@ class Bucket:
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects one after the other, in this order; one that is not there is no error."""
         for name in names:
-            self._found(partial(self._fs.rm_file, self._key(name)), name, "delete")
+            self._found(partial(self._call, "rm_file", self._key(name)), name, "delete")
 
     def check(self) -> None:
         """`StoreError` where the bucket cannot be listed."""
         self.sizes(".kat-ray")
+
+    def _call(self, method: str, *arguments: Any, seconds: float | None = _REQUEST_SECONDS, **options: Any) -> Any:
+        """One request, ended after `seconds`: libraries do not always notice a store that is silent."""
+        if getattr(self._fs, "async_impl", False) is not True:
+            return getattr(self._fs, method)(*arguments, **options)
+        from fsspec.asyn import sync
+
+        return sync(self._fs.loop, getattr(self._fs, f"_{method}"), *arguments, timeout=seconds, **options)
 
     def _key(self, name: str) -> str:
         return f"{self.address.key}/{name}"
@@ -199,6 +213,10 @@ class _Absent(Exception):
         self.error = error
 
 
+def _time_for(size: int) -> float:
+    return _REQUEST_SECONDS + size / _SLOWEST
+
+
 def _is_lasting(error: Exception) -> bool:
     lasting = (PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError, ImportError)
     names = {kind.__name__ for kind in type(error).__mro__}
@@ -215,7 +233,7 @@ def _filesystem(address: Address) -> Any:
     try:
         import fsspec
 
-        return fsspec.filesystem(address.scheme, **_NO_LISTINGS)
+        found = fsspec.filesystem(address.scheme, **_NO_LISTINGS, **_ONE_TRY.get(address.scheme, {}))
     except ImportError as error:
         extra, package = address.scheme, EXTRAS.get(address.scheme, "fsspec")
         raise StoreError(
@@ -227,3 +245,6 @@ def _filesystem(address: Address) -> Any:
             f"run.dir = {address.url!r}: cannot be opened: {_reason(error)}; credentials come from the environment "
             f"({_CREDENTIALS.get(address.scheme, 'of the store')})"
         ) from error
+    if address.scheme == "s3":
+        found.retries = 1
+    return found
