@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -218,14 +219,19 @@ def test_a_second_process_does_not_get_a_run_that_is_written(files, tmp_path, se
     assert f"--resume {url}/twice" in out
 
 
-def test_commands_take_a_run_in_a_bucket(files, tmp_path, server):
+@pytest.fixture
+def short_folder():
+    """One in which Ray's sockets have names that are short enough."""
+    with tempfile.TemporaryDirectory(prefix="kat-") as folder:
+        yield folder
+
+
+def test_commands_take_a_run_in_a_bucket(files, tmp_path, server, short_folder):
     url = "s3://runs-of-tests/commands"
     finish(command(server, REAL, "train", write(files, tmp_path, "made", url, 3, 3)))
-    temp = {"TMPDIR": str(tmp_path / "temp")}
-    (tmp_path / "temp").mkdir()
 
     def kat_ray(*arguments, code=0):
-        return finish(command(server, REAL, *arguments, **temp), code)
+        return finish(command(server, REAL, *arguments, TMPDIR=short_folder), code)
 
     assert "step" in kat_ray("watch", f"{url}/latest", "--once")
     assert "report.html" in kat_ray("report", f"{url}/made", "--out", tmp_path / "page")
