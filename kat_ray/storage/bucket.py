@@ -147,7 +147,10 @@ class Bucket:
         self.sizes(".kat-ray")
 
     def _call(self, method: str, *arguments: Any, seconds: float | None = _REQUEST_SECONDS, **options: Any) -> Any:
-        """One request, ended after `seconds`: libraries do not always notice a store that is silent."""
+        """One request, ended after `seconds`: libraries do not always notice a store that is silent.
+
+        None leaves it to the library, whose time-out between bytes holds for downloads.
+        """
         if getattr(self._fs, "async_impl", False) is not True:
             return getattr(self._fs, method)(*arguments, **options)
         from fsspec.asyn import sync

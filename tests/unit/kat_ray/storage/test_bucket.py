@@ -1,8 +1,10 @@
 """Requests to a store: what is tried again, what is not, what is said, and that no credential is in it."""
 
+import asyncio
 import builtins
 
 import pytest
+from fsspec.asyn import AsyncFileSystem
 
 from kat_ray.storage.address import Address
 from kat_ray.storage.bucket import EXTRAS, Bucket, Exists, StoreError
@@ -126,3 +128,17 @@ def test_the_extra_that_is_missing_is_named(monkeypatch, scheme, package):
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(StoreError, match=rf"{package} is not installed: pip install 'kat-ray\[{scheme}\]'"):
         Bucket(Address(f"{scheme}://my-bucket/runs"), 1.0)
+
+
+class Silent(AsyncFileSystem):
+    """Takes requests and never answers."""
+
+    async def _pipe_file(self, path, value, mode="overwrite", **kwargs):
+        await asyncio.Event().wait()
+
+
+def test_a_request_that_is_never_answered_is_ended(monkeypatch):
+    monkeypatch.setitem(Bucket._call.__kwdefaults__, "seconds", 0.02)
+    silent = bucket(Silent(skip_instance_cache=True), seconds=0.0)
+    with pytest.raises(StoreError, match=r"cannot write a: no good answer for 0 s .*FSTimeoutError"):
+        silent.write("a", b"1")
