@@ -22,7 +22,7 @@ def call(tmp_path):
             env=kept | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)} | variables, timeout=seconds,
         )  # fmt: skip
         assert "Traceback" not in done.stderr + done.stdout
-        assert not list(tmp_path.iterdir()), "a run was step_start"
+        assert not list(tmp_path.iterdir()), "a run was started"
         return done
 
     return run

@@ -1,7 +1,6 @@
 """An address at which no cluster is: one message that says what to do, exit code 2, nothing left."""
 
 import socket
-import time
 
 import pytest
 
@@ -13,11 +12,9 @@ pytestmark = pytest.mark.integration
 
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_nobody_is_there(call, command):
-    started = time.monotonic()
     words = ["train", "demo"] if command == "train" else ["eval", "nowhere", "--config", "demo"]
     message = refusal(call(*words, f"cluster.address=127.0.0.1:{outside_port()}"))
     assert "no Ray cluster answers there. Start one (`ray start --head`)" in message
-    assert time.monotonic() - started < 30
 
 
 def test_silence_has_an_end(call, monkeypatch):

@@ -119,7 +119,7 @@ def test_who_waits_for_an_actor_hears_that_the_run_is_to_end(ray_local):
 
 
 def waiting_engine(folder, settings):
-    """Takes very long to load, and says when it has step_start to."""
+    """Takes very long to load, and says when it has started to."""
     (folder / "loading").touch()
     time.sleep(1e6)
 
