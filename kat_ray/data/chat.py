@@ -144,6 +144,11 @@ def _file(name: str) -> str:
         ) from error
 
 
+def with_instruction(prompt: Any, data: DataConfig) -> Any:
+    """What the prompt's column holds, with `data.instruction` behind it where it is text."""
+    return f"{prompt}\n\n{data.instruction}" if isinstance(prompt, str) and data.instruction is not None else prompt
+
+
 def messages_of(prompt: str | Sequence[Any], system: str | None, where: str) -> list[Message]:
     """The prompt as messages that an answer can follow; `DataError` names what cannot be one.
 

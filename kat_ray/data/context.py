@@ -11,7 +11,7 @@ from typing import Any
 
 from kat_ray.config import DataConfig
 from kat_ray.config.context import PROMPT, parts_of
-from kat_ray.data.chat import ChatTemplate, messages_of
+from kat_ray.data.chat import ChatTemplate, messages_of, with_instruction
 from kat_ray.data.rows import Row, kind
 from kat_ray.errors import DataError
 
@@ -28,7 +28,7 @@ class Context:
 
         With a chat template it takes the place of the last message's text; without, of the prompt.
         """
-        prompt = row.value(data.prompt_column)
+        prompt = with_instruction(row.value(data.prompt_column), data)
         if template is None:
             return self._filled(row, str(prompt))
         messages = messages_of(prompt, data.system_prompt, row.where)

@@ -20,7 +20,7 @@ from typing import Any
 from kat_ray.config import DataConfig, EnvironmentConfig
 from kat_ray.config.environment import is_environment
 from kat_ray.config.teachers import section_of
-from kat_ray.data.chat import ChatTemplate, chat_template_of, encode, messages_of, teachers_own
+from kat_ray.data.chat import ChatTemplate, chat_template_of, encode, messages_of, teachers_own, with_instruction
 from kat_ray.data.completions import CompletionLimits, Completions
 from kat_ray.data.environment import FAMILY, LEVEL, PROBLEM
 from kat_ray.data.mixture import epoch, open_all, weights_of
@@ -351,8 +351,7 @@ def _text(row: Row, data: DataConfig, template: ChatTemplate | None, section: st
         raise DataError(f"{row.where}: {column} is {kind(value)}; a prompt is text or a list of messages")
     if not value or (isinstance(value, str) and not value.strip()):
         raise DataError(f"{row.where}: {column} is empty")
-    if isinstance(value, str) and data.instruction is not None:
-        value = f"{value}\n\n{data.instruction}"
+    value = with_instruction(value, data)
     if template is not None:
         where = f"{row.where}: {column}"
         return template.render(messages_of(value, data.system_prompt, where), row.where)

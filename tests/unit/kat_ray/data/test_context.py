@@ -46,6 +46,16 @@ def test_columns_stand_in_the_text(load):
     assert same.context_ids is None
 
 
+def test_the_prompt_is_the_students_with_its_instruction(load):
+    """As text, and as a message; a list of messages has its own."""
+    rows = [{"prompt": "1+1", "solution": "2"}, {"prompt": [{"role": "user", "content": "q"}], "solution": "b"}]
+    context, fields = "{prompt} ({solution})", {"instruction": "Be short."}
+    assert told(load(rows[:1], context, **fields).prompts[0]) == "1+1\n\nBe short. (2)"
+    text, message = load(rows, context, CHAT, chat_template=True, **fields).prompts
+    assert "1+1\n\nBe short. (2)" in told(text, CHAT)
+    assert "q (b)" in told(message, CHAT) and "Be short." not in told(message, CHAT)
+
+
 def test_with_a_chat_template_it_is_a_message_and_both_end_with_the_start_of_an_answer(load):
     """Not put behind what the template has made: a model would see it as its own answer."""
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
