@@ -1,16 +1,17 @@
 """What a run's models take of the memory, estimated from their sizes before anything is loaded: docs/numbers.md.
 
 Left out: what libraries take beside it (contexts of a GPU, fragments, Ray itself: some GiB in all), and samplers
-and scorers on a GPU, whose vLLM takes a share of the memory that is a field of its own.
+and scorers on other GPUs than the learner's, whose vLLM takes a share of the memory that is a field of its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from kat_ray.config import Config, LearnerConfig
+from kat_ray.config.teachers import ScorerGroup
 from kat_ray.models.inspect import ModelFacts, ModelInfo
 from kat_ray.models.lora_targets import adapter_parameters
 
@@ -73,12 +74,12 @@ def _rank_bytes(config: Config, facts: ModelFacts, parameters: int) -> float | N
 def memory_needed(
     config: Config, facts: ModelFacts, longest: int, gpu: int | None
 ) -> Iterator[tuple[str, float, str]]:
-    """(where, bytes, what of) by each memory: "memory" of the machine, "GPU memory" of a rank of the learner.
+    """(where, bytes, what of): "memory" of the machine, or "GPU memory" of a learner's rank and what is beside it.
 
     `gpu` is a GPU's memory, None without one. Nothing where the number of parameters is not known.
     """
     student = facts.student.parameters
-    loaded = [group for group in config.scorer_groups if group.engine != "http"]
+    loaded = _loaded(config)
     teachers = {group.section: facts.teachers[group.section].parameters for group in loaded}
     if student is None or None in teachers.values():
         return
@@ -88,8 +89,12 @@ def memory_needed(
     rank += batch.bytes if batch else 0.0
     words = "" if batch is None else _words(config, batch)
     if config.learner.num_gpus:
-        if gpu is not None:
+        if gpu is not None and not _shares_one_gpu(config):
             yield "GPU memory", rank, f"a rank of the learner{words}"
+        elif gpu is not None:
+            beside, roles = _beside_the_learner(config, teachers, gpu)
+            total = config.learner.world_size * rank + beside
+            yield "GPU memory", total, f"the learner{words}, {roles}, which share one GPU,"
         return
     if gpu is not None:  # the machine's memory is then not what the engines use
         return
@@ -99,6 +104,35 @@ def memory_needed(
         rest += group.scorer.bounds[1] * (teachers[group.section] or 0) * _BYTES[group.model.dtype]
     total = config.learner.world_size * rank + rest
     yield "memory", total, f"weights, optimiser, KV caches and micro-batches{words}"
+
+
+def _loaded(config: Config) -> list[ScorerGroup]:
+    return [group for group in config.scorer_groups if group.engine != "http"]
+
+
+def _shares_one_gpu(config: Config) -> bool:
+    """Whether all that has a GPU has parts of the same one."""
+    pools = [config.sampler, *(group.scorer for group in _loaded(config))]
+    beside = sum(pool.bounds[1] * pool.num_gpus for pool in pools)
+    return beside > 0 and config.learner.world_size * config.learner.num_gpus + beside <= 1 + 1e-9
+
+
+def _beside_the_learner(config: Config, teachers: Mapping[str, int | None], gpu: int) -> tuple[float, str]:
+    """Bytes of what shares the learner's GPU, and its name with the fields that set them."""
+    taken, names = 0.0, []
+    if config.sampler.num_gpus:
+        taken += config.sampler.bounds[1] * config.sampler.gpu_memory_utilization * gpu
+        names.append(f"samplers (sampler.gpu_memory_utilization = {config.sampler.gpu_memory_utilization:g})")
+    for group in _loaded(config):
+        scorer = group.scorer
+        if not scorer.num_gpus:
+            continue
+        vllm = scorer.engine == "vllm"
+        weights = (teachers[group.section] or 0) * _BYTES[group.model.dtype]
+        taken += scorer.bounds[1] * (scorer.gpu_memory_utilization * gpu if vllm else weights)
+        share = f" (gpu_memory_utilization = {scorer.gpu_memory_utilization:g})" if vllm else ""
+        names.append(f"scorers of {group.section}{share}")
+    return taken, " and ".join(names)
 
 
 def memory_notes(config: Config, facts: ModelFacts, longest: int, free: int, gpu: int | None) -> Iterator[str]:

@@ -66,6 +66,28 @@ def test_one_memory_for_all_on_a_cpu():
     )
 
 
+def test_what_shares_the_learners_gpu_is_added_up():
+    """vLLM's part is a share of the memory; a teacher of transformers takes its weights."""
+    parts = {
+        "learner": {"num_gpus": 0.4},
+        "sampler": {"num_gpus": 0.3, "gpu_memory_utilization": 0.25},
+        "scorer": {"num_gpus": 0.3, "gpu_memory_utilization": 0.5},
+    }
+    gpu = 10 * GIB
+    ((_, alone, _),) = memory_needed(a_config(learner={"num_gpus": 0.4}), FACTS, 40, gpu)
+    ((name, needed, words),) = memory_needed(a_config(**parts), FACTS, 40, gpu)
+    assert name == "GPU memory" and needed == pytest.approx(alone + 0.75 * gpu)
+    assert (
+        "sampler.gpu_memory_utilization = 0.25" in words and "scorers of teacher (" in words
+    )
+    parts["scorer"]["backend"] = "transformers"
+    ((_, needed, _),) = memory_needed(a_config(**parts), FACTS, 40, gpu)
+    assert needed == pytest.approx(alone + 0.25 * gpu + 2e6 * 4)
+    parts["sampler"]["max_replicas"] = 2  # Ray may give the second one another GPU
+    ((_, needed, words),) = memory_needed(a_config(**parts), FACTS, 40, gpu)
+    assert needed == pytest.approx(alone) and words.startswith("a rank of the learner")
+
+
 def test_of_a_student_with_adapters_a_rank_holds_the_weights_and_little_more():
     from transformers import LlamaConfig
 
