@@ -8,6 +8,7 @@ import threading
 import time
 
 import psutil
+import ray
 
 CLASSES = {"sampler": "StudentSampler", "scorer": "TeacherScorer", "monitor": "TrapMonitor", "learner": "Learner"}
 
@@ -35,6 +36,18 @@ def processes_of(role):
 def newest_of(role):
     """The one that was started last: one that is about to end may still be there."""
     return max(processes_of(role), key=lambda p: p.create_time())
+
+
+def named(name):
+    """What Ray knows of the actors of a name; a run's are listed for a while after it has ended."""
+    return [actor for actor in ray.util.list_named_actors(True) if actor["name"] == name]
+
+
+def kill_named(name, ended=()):
+    """The process of the actor of a name which is not among `ended`."""
+    (found,) = [actor for actor in named(name) if actor not in ended]
+    pid = ray.get(ray.get_actor(**found).__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(pid, signal.SIGKILL)
 
 
 def is_frozen(process):
@@ -104,6 +117,23 @@ class Disturber(Beside):
         except ProcessLookupError:
             return
         self.killed.append((role, number))
+
+
+class AtSteps(Beside):
+    """Does one thing after another, each once a run has done so many steps."""
+
+    def __init__(self, metrics, *acts):
+        super().__init__()
+        self._metrics, self._acts = metrics, acts  # (steps, what to call)
+        self.done = []  # steps that the run had done when each was through
+
+    def _work(self):
+        for steps, act in self._acts:
+            while steps_done(self._metrics) < steps:
+                if self._over.wait(0.02):
+                    return
+            act()
+            self.done.append(steps_done(self._metrics))
 
 
 def lines_of(metrics):

@@ -1,21 +1,17 @@
 """The embedded self-distillation on real engines: a teacher that is the student of the step, told the solution."""
 
 import json
-import os
 import shutil
-import signal
-import threading
-import time
+from functools import partial
 
 import numpy as np
 import pytest
-import ray
 
 from actors.driver.train import train
 from kat_ray.analysis.replay import load_traces
 from kat_ray.config.load import load_config
 from kat_ray.run.resume import resumed_config
-from tests.cluster.disturb import steps_done
+from tests.cluster.disturb import AtSteps, kill_named, named
 from tests.support.runs import everything
 
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("ray_local")]
@@ -61,28 +57,11 @@ def test_a_resumed_run_has_the_same_bits(straight, tmp_path):
 def test_the_scorer_dies_and_the_next_one_holds_the_students_weights(straight, tmp_path):
     """With a step's rollouts under way. The steps before are those of the run without it, to the bit."""
     config = config_of(tmp_path, "killed", "run.steps=8", "evaluation.data=null", "cluster.max_restarts=5")
-    killed, metrics = [], tmp_path / "killed" / "metrics.jsonl"
-
-    def scorers():
-        named = ray.util.list_named_actors(True)
-        return {(actor["name"], actor["namespace"]) for actor in named if actor["name"] == "kat:scorer:0"}
-
-    before = scorers()  # a run's namespace lists its actors for a while after it has ended
-
-    def kill():
-        while steps_done(metrics) < 2:
-            time.sleep(0.02)
-        (found,) = scorers() - before
-        pid = ray.get(ray.get_actor(*found).__ray_call__.remote(lambda _: os.getpid()))
-        os.kill(pid, signal.SIGKILL)
-        killed.append(steps_done(metrics))
-
-    thread = threading.Thread(target=kill, daemon=True)
-    thread.start()
-    path = train(config)
-    thread.join(10)
+    metrics, ended = tmp_path / "killed" / "metrics.jsonl", named("kat:scorer:0")
+    with AtSteps(metrics, (2, partial(kill_named, "kat:scorer:0", ended))) as killed:
+        path = train(config)
     steps = [m for m in map(json.loads, metrics.read_text().splitlines()) if "kl/mean" in m]
-    assert killed and killed[0] < 7 and sum(m["pool/restarts"] for m in steps) >= 1
+    assert killed.done and killed.done[0] < 7 and sum(m["pool/restarts"] for m in steps) >= 1
     traces, others = (load_traces(p)[0] for p in (path, straight))
     end = others.offsets[int((others.step < 2).sum())]
     assert end > 0 and traces.d[:end].tolist() == others.d[:end].tolist()

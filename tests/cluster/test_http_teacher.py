@@ -4,20 +4,18 @@ import json
 import os
 import shutil
 import signal
-import threading
-import time
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import pytest
-import ray
 
 from actors.driver.train import train
 from kat_ray.analysis.replay import load_traces
 from kat_ray.config import Config
 from kat_ray.config.load import load_config
 from kat_ray.run.resume import resumed_config
-from tests.cluster.disturb import steps_done
+from tests.cluster.disturb import AtSteps, kill_named, named
 from tests.support.runs import everything
 from tests.support.teacher_server import free_port, own_server, server_process
 
@@ -97,30 +95,19 @@ def test_server_and_scorer_are_killed_in_the_middle_of_a_run(straight, tmp_path)
     server = Server(tmp_path)
     config = config_of(tmp_path, "killed", server, steps=8, check_agreement=False)
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"data": None})})
-    metrics, killed = tmp_path / "killed" / "metrics.jsonl", []
+    metrics, ended = tmp_path / "killed" / "metrics.jsonl", named("kat:scorer:0")
     with ExitStack() as servers:
         first = servers.enter_context(server.start())
 
-        def disturb():
-            while steps_done(metrics) < 2:
-                time.sleep(0.02)
+        def another_server():
             os.killpg(first.pid, signal.SIGKILL)
             first.wait()
-            killed.append(steps_done(metrics))
             servers.enter_context(server.start())
-            while steps_done(metrics) < 4:
-                time.sleep(0.02)
-            (found,) = [a for a in ray.util.list_named_actors(True) if a["name"] == "kat:scorer:0"]
-            pid = ray.get(ray.get_actor(**found).__ray_call__.remote(lambda _: os.getpid()))
-            os.kill(pid, signal.SIGKILL)
-            killed.append(steps_done(metrics))
 
-        thread = threading.Thread(target=disturb, daemon=True)
-        thread.start()
-        path = train(config)
-        thread.join(10)
+        with AtSteps(metrics, (2, another_server), (4, partial(kill_named, "kat:scorer:0", ended))) as killed:
+            path = train(config)
     steps = [m for m in map(json.loads, metrics.read_text().splitlines()) if "learner/loss" in m]
-    assert len(killed) == 2 and killed[1] < 8, "both were killed before the last step"
+    assert len(killed.done) == 2 and killed.done[1] < 8, "both were killed before the last step"
     assert len(steps) == 8 and all(np.isfinite(m["learner/loss"]) for m in steps)
     traces, others = (load_traces(p)[0] for p in (path, straight))
     (end,) = traces.offsets[[int((traces.step == 0).sum())]]

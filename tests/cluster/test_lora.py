@@ -226,9 +226,14 @@ def test_vllm_computes_what_the_learner_does_published_and_exported(models, tmp_
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("world_size", "stage"), [(1, 1), (2, 3)])
-def test_adapters_published_alone_are_what_vllm_computes_with(models, in_process, world_size, stage):
-    """As loaded, after a publication, and after another one that replaces it."""
+@pytest.mark.parametrize(("world_size", "stage", "processes"), [(1, 1, 1), (2, 3, 1), (1, 1, 2)])
+def test_adapters_published_alone_are_what_vllm_computes_with(
+    models, in_process, monkeypatch, world_size, stage, processes
+):
+    """As loaded, after a publication, after another one that replaces it, and after an older one.
+
+    Each of an engine's processes holds a part of every layer, and takes its own part of the adapters.
+    """
     from tests.support.vllm_adapters import engine_of, given_logprobs
 
     lora = LORA | {"rank": 3, "publish": "adapters"}  # vLLM has room for 8
@@ -242,7 +247,11 @@ def test_adapters_published_alone_are_what_vllm_computes_with(models, in_process
     whole = sum(t.numel() for t in models["student"][1].parameters())
     assert sum(a.size for a in updates[1].arrays) < 0.2 * whole and len({len(u.names) for u in updates}) == 1
     assert all(np.abs(a - b).max() > 0.05 for a, b in pairwise(found))
-    with engine_of(models["student"][0], LoraConfig(**lora)) as engine:
+    parallel = {}
+    if processes > 1:
+        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        parallel = {"tensor_parallel_size": processes, "num_cpus": processes}
+    with engine_of(models["student"][0], LoraConfig(**lora), **parallel) as engine:
         np.testing.assert_allclose(given_logprobs(engine, PAIRS), found[0], atol=1e-4)
         for update, plain in [*zip(updates, found, strict=True), (updates[1], found[1])]:
             engine.load_weights(update)
@@ -250,32 +259,5 @@ def test_adapters_published_alone_are_what_vllm_computes_with(models, in_process
         named = dict(zip(updates[1].names, updates[1].arrays, strict=True))
         other = {n.replace("layers.0.mlp", "layers.7.mlp"): a for n, a in named.items()}
         wrong = WeightUpdate(2, tuple(other), ("float32",) * len(other), tuple(other.values()))
-        with pytest.raises(ModelError, match=r"it passed over model\.layers\.7\.mlp\.down_proj"):
-            engine.load_weights(wrong)
-
-
-@pytest.mark.nightly
-def test_adapters_published_alone_to_an_engine_of_two_processes(models, in_process, monkeypatch):
-    """Each worker holds a part of each layer, and takes its own part of the adapters, each time anew."""
-    from tests.support.vllm_adapters import engine_of, given_logprobs
-
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    lora, found, updates = LORA | {"publish": "adapters"}, [], []
-    with group_of(models, lora=lora) as group:
-        for steps in ([0, 1], [2, 3]):
-            group.steps(models, steps)
-            updates.append(group.all("weights", len(updates) + 1)[0][0])
-            found.append(np.concatenate(group.all("logprobs", PAIRS, True)[0]))
-    student = models["student"][1]
-    base = np.concatenate([plain_logprobs(student, *pair, CPU) for pair in PAIRS])
-    assert np.abs(found[0] - base).max() > 0.05 and np.abs(found[1] - found[0]).max() > 0.05
-    with engine_of(models["student"][0], LoraConfig(**lora), tensor_parallel_size=2, num_cpus=2) as engine:
-        np.testing.assert_allclose(given_logprobs(engine, PAIRS), base, atol=1e-4)
-        for update, plain in [*zip(updates, found, strict=True), (updates[0], found[0])]:
-            engine.load_weights(update)
-            np.testing.assert_allclose(given_logprobs(engine, PAIRS), plain, atol=1e-4)
-        named = dict(zip(updates[1].names, updates[1].arrays, strict=True))
-        other = {n.replace("layers.0.mlp", "layers.7.mlp"): a for n, a in named.items()}
-        wrong = WeightUpdate(3, tuple(other), ("float32",) * len(other), tuple(other.values()))
         with pytest.raises(ModelError, match=r"it passed over model\.layers\.7\.mlp\.down_proj"):
             engine.load_weights(wrong)

@@ -1,15 +1,11 @@
 """Runs with two teachers on real engines: the embedded task's, and a copy of it whose weights are noisy."""
 
 import json
-import os
 import shutil
-import signal
-import threading
-import time
+from functools import partial
 
 import numpy as np
 import pytest
-import ray
 from safetensors.numpy import load_file, save_file
 
 from actors.driver.train import train
@@ -19,7 +15,7 @@ from kat_ray.config import Config
 from kat_ray.config.load import DEMO_FILES, load_config
 from kat_ray.run.resume import resumed_config
 from kat_ray.termination import RunFacts
-from tests.cluster.disturb import steps_done
+from tests.cluster.disturb import AtSteps, kill_named, named
 from tests.support.runs import everything
 
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("ray_local")]
@@ -116,23 +112,11 @@ def test_a_scorer_of_the_second_group_dies(teachers, straight, tmp_path):
     """With a step's rollouts under way: the other scorer of its group takes over what it had."""
     config = config_of(teachers, tmp_path, "killed", steps=10, check_agreement=False)
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"data": None})})
-    killed, metrics = [], tmp_path / "killed" / "metrics.jsonl"
-
-    def kill():
-        while steps_done(metrics) < 1:  # before that the name may still be that of the run before
-            time.sleep(0.02)
-        (found,) = [a for a in ray.util.list_named_actors(True) if a["name"] == "kat:scorer-noisy:1"]
-        victim = ray.get_actor(**found)
-        pid = ray.get(victim.__ray_call__.remote(lambda _: os.getpid()))
-        os.kill(pid, signal.SIGKILL)
-        killed.append(steps_done(metrics))
-
-    thread = threading.Thread(target=kill, daemon=True)
-    thread.start()
-    path = train(config)
-    thread.join(10)
+    metrics, ended = tmp_path / "killed" / "metrics.jsonl", named("kat:scorer-noisy:1")
+    with AtSteps(metrics, (1, partial(kill_named, "kat:scorer-noisy:1", ended))) as killed:
+        path = train(config)
     steps = [m for m in map(json.loads, metrics.read_text().splitlines()) if "learner/loss" in m]
-    assert killed and killed[0] < 9, "it was killed before the last step"
+    assert killed.done and killed.done[0] < 9, "it was killed before the last step"
     assert sum(m["pool/restarts"] for m in steps) >= 1
     traces, others = (load_traces(p)[0] for p in (path, straight[1]))
     assert traces.teacher[: len(others.teacher)].tolist() == others.teacher.tolist()

@@ -77,9 +77,7 @@ def test_what_shares_the_learners_gpu_is_added_up():
     ((_, alone, _),) = memory_needed(a_config(learner={"num_gpus": 0.4}), FACTS, 40, gpu)
     ((name, needed, words),) = memory_needed(a_config(**parts), FACTS, 40, gpu)
     assert name == "GPU memory" and needed == pytest.approx(alone + 0.75 * gpu)
-    assert (
-        "sampler.gpu_memory_utilization = 0.25" in words and "scorers of teacher (" in words
-    )
+    assert "sampler.gpu_memory_utilization = 0.25" in words and "scorers of teacher (" in words
     parts["scorer"]["backend"] = "transformers"
     ((_, needed, _),) = memory_needed(a_config(**parts), FACTS, 40, gpu)
     assert needed == pytest.approx(alone + 0.25 * gpu + 2e6 * 4)
