@@ -211,12 +211,13 @@ def check_same(config: Config, folder: Path) -> None:
 
 def differences(one: Config, other: Config) -> list[str]:
     """Fields that differ, as `section.field: a, was b`."""
-    a, b = _flat(one.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+    a, b = flatten(one.model_dump(mode="json")), flatten(other.model_dump(mode="json"))
     return [f"{k}: {a.get(k)!r}, was {b.get(k)!r}" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A configuration's values by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kat_ray.analysis.compare import ALONG_THE_WAY, Arm, differences
+from kat_ray.analysis.compare import ALONG_THE_WAY, Arm, differences, flatten
 from kat_ray.analysis.compare_curves import Curve, curve_of
 from kat_ray.config import Config
 from kat_ray.config.load import load_config, resolve_path
@@ -19,6 +20,7 @@ from kat_ray.errors import UserError
 from kat_ray.records.json_records import EVALUATION, METRICS, SUMMARY, read_json, read_json_lines
 from kat_ray.types.records import FloatArray
 
+_FIELDS_IN_A_LABEL = 3  # where runs of one rule differ in more, a folder tells them apart
 # Of the table, in its order.
 MEASURES = {
     "avg_at_k": "avg@k",
@@ -123,26 +125,56 @@ def read_results(arms: Sequence[Arm], seeds: Sequence[int], out: Path) -> list[R
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
-    """Arms from any finished runs, grouped by their rule, and notes on what else they differ in.
+    """Arms from any finished runs, and notes on what they differ in beside what the arms are called by.
 
-    Runs of one rule that differ in more than their seed are arms of their own.
+    An arm's runs have one rule and one configuration, and a seed each.
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("--runs: the same run is named twice")
     runs = [read_finished(path) for path in paths]
-    groups: dict[str, list[FinishedRun]] = {}
+    by_rule: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        label = _label_of(run.config, [r.config for r in runs])
-        others = groups.get(label, [])
-        if any(r.seed == run.seed or _differs(run.config, r.config) for r in others):
-            label = f"{label} ({run.path})"
-        groups.setdefault(label, []).append(run)
+        by_rule.setdefault(_label_of(run.config, [r.config for r in runs]), []).append(run)
+    results, shown = [], dict[Path, set[str]]()
+    for label, same in by_rule.items():
+        varying = _varying([run.config for run in same])
+        named = set(varying) if len(varying) <= _FIELDS_IN_A_LABEL else set()
+        shown |= {run.path: named for run in same}
+        results += [Result(name, tuple(sorted(g, key=lambda r: r.seed))) for name, g in _arms(label, same, varying)]
     notes = []
     for run in runs[1:]:
-        if more := _differs(run.config, runs[0].config):
+        said = tuple(f"{field}:" for field in shown[run.path] | shown[runs[0].path])
+        if more := [d for d in _differs(run.config, runs[0].config) if not d.startswith(said)]:
             notes.append(f"{run.path} differs from {runs[0].path} in more than the rule: {'; '.join(more)}")
-    results = [Result(label, tuple(sorted(g, key=lambda r: r.seed))) for label, g in groups.items()]
     return results, notes
+
+
+def _varying(configs: Sequence[Config]) -> list[str]:
+    """Fields beside rule and seed in which some of these differ."""
+    return sorted({d.partition(":")[0] for config in configs[1:] for d in _differs(config, configs[0])})
+
+
+def _arms(
+    label: str, runs: Sequence[FinishedRun], varying: Sequence[str]
+) -> Iterator[tuple[str, list[FinishedRun]]]:
+    """Runs of one rule by their values of the fields that vary; a second one of a seed is an arm of its own."""
+    arms: dict[tuple[tuple[str, ...], int], list[FinishedRun]] = {}
+    for run in runs:
+        flat = flatten(run.config.model_dump(mode="json"))
+        values = tuple(str(flat.get(field)) for field in varying)
+        number = next(n for n in count() if all(r.seed != run.seed for r in arms.get((values, n), ())))
+        arms.setdefault((values, number), []).append(run)
+    for (values, number), group in arms.items():
+        if len(varying) > _FIELDS_IN_A_LABEL or number:
+            yield f"{label} ({group[0].path})", group
+        else:
+            yield "-".join([label, *map("{}={}".format, _short(varying), values)]), group
+
+
+def _short(fields: Sequence[str]) -> list[str]:
+    """The last part of each field's name, where no other has the same."""
+    last = [field.rpartition(".")[2] for field in fields]
+    return [name if last.count(name) == 1 else field for name, field in zip(last, fields, strict=True)]
 
 
 def _differs(one: Config, other: Config) -> list[str]:

@@ -27,9 +27,9 @@ def test_finished_runs_are_compared_and_their_other_differences_named(tmp_path, 
     assert not notes and not notes_of(results)
     runs += [Path(hot.run.dir) / "seed-0", Path(hot.run.dir) / "again"]
     results, notes = read_runs(runs)
-    assert [r.label for r in results][1:3] == ["kat-eta=0.3", "kat-eta=0.5"]
-    assert results[3].label.endswith("again)"), "same rule and seed: it differs in something else"
-    assert "more than the rule: learner.lr: 0.0009, was 0.001" in notes[0] and "run.steps: 4, was 3" in notes[-1]
+    assert [r.label for r in results][1:] == ["kat-eta=0.3", "kat-eta=0.5-steps=3", "kat-eta=0.5-steps=4"]
+    assert all("more than the rule: learner.lr: 0.0009, was 0.001" in note for note in notes), "of another rule"
+    assert not any("run.steps" in note for note in notes), "the label says it"
     assert cli.main(["compare", "--runs", *map(str, runs), "--out", str(tmp_path / "page")]) == 0
     assert "note: " in (out := capsys.readouterr().out) and "compare.html" in out
     html = (tmp_path / "page" / "compare.html").read_text()
@@ -39,7 +39,7 @@ def test_finished_runs_are_compared_and_their_other_differences_named(tmp_path, 
     document = json.loads((tmp_path / "page" / "compare.json").read_text())
     by_rule = {d["rule"]: d for d in document["differences"]}
     assert by_rule["kat-eta=0.3"]["avg_at_k"]["mean"] == pytest.approx(0.5)
-    assert by_rule["kat-eta=0.5"]["seeds"] == [0], "paired on the seeds that both have"
+    assert by_rule["kat-eta=0.5-steps=3"]["seeds"] == [0], "paired on the seeds that both have"
     assert any("not all rules have the same seeds" in note for note in document["notes"])
 
 
@@ -70,6 +70,29 @@ def test_one_rule_evaluated_in_two_ways_is_two_arms(tmp_path):
     short = changed(BASE, "evaluation", max_tokens=100)
     runs = [finish_rule(tmp_path, "kat", 0, [1, 0]), finish_rule(tmp_path, "kat", 1, [1, 0, 3], short)]
     assert [r.seeds for r in read_runs(runs)[0]] == [(0,), (1,)]
+
+
+def test_runs_of_one_rule_are_told_apart_by_the_fields_that_vary(tmp_path):
+    """Seeds of one configuration are one arm, whatever else was compared."""
+
+    def kat(name, seed, **rl):
+        opd = BASE.objective.model_copy(update={"rl": BASE.objective.rl.model_copy(update=rl)})
+        return finish_rule(tmp_path / name, "kat", seed, [1, 0], BASE.model_copy(update={"objective": opd}))
+
+    ways = {"a": {"cut_reward": "failure"}, "b": {"cut_reward": "exclude"}}
+    runs = [kat(name, seed, **rl) for seed in (0, 1) for name, rl in ways.items()]
+    results, notes = read_runs(runs)
+    assert [(r.label, r.seeds) for r in results] == [
+        ("kat-cut_reward=failure", (0, 1)), ("kat-cut_reward=exclude", (0, 1))
+    ]  # fmt: skip
+    assert notes == []
+    results, notes = read_runs([*runs, kat("again", 0, cut_reward="exclude")])
+    assert [r.label for r in results][:2] == ["kat-cut_reward=failure", "kat-cut_reward=exclude"]
+    assert results[2].label == f"kat ({tmp_path / 'again' / 'kat' / 'seed-0'})", "a second run of that seed"
+    many = kat("many", 0, cut_reward="exclude", advantage="rloo", aggregate="sequence_mean", dual_clip=4.0)
+    results, notes = read_runs([*runs, many])
+    assert [r.seeds for r in results] == [(0, 1), (0, 1), (0,)] and f"({many})" in results[2].label
+    assert "objective.rl.advantage: 'rloo', was 'grpo'" in notes[-1]
 
 
 def test_software_and_start_are_compared(tmp_path):
