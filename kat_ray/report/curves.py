@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,9 @@ def line(axes: Any, records: RunRecords, metric: str, label: str, colour: str, p
     return draw(axes, *records.series(metric), label, colour, parts)
 
 
-def draw(axes: Any, steps: list[int], values: list[float], label: str, colour: str, parts: int = 25) -> bool:
+def draw(
+    axes: Any, steps: Sequence[float], values: list[float], label: str | None, colour: str, parts: int = 25
+) -> bool:
     """Single steps faint, their trailing mean over one of `parts` of the run strong."""
     if not values:
         return False

@@ -155,30 +155,50 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, str]:
 
 def _pictures(runs: Sequence[_Run]) -> list[Section]:
     sections = []
+    looks = _looks(runs)
     for metric, title, unit in _CURVES:
         if not any(run.series(metric)[1] for run in runs):
             continue
-        fig, ((steps, tokens),) = figure(1, 2)
-        for number, run in enumerate(runs):
+        fig, (axes,) = figure(1, 3, width=15)
+        for run, (colour, label) in zip(runs, looks, strict=True):
             at, values = run.series(metric)
-            draw(steps, at, values, run.name, f"C{number % 10}")
-            draw(tokens, _tokens_at(run, at), values, run.name, f"C{number % 10}")
-        steps.set(xlabel="step", ylabel=unit)
-        tokens.set(xlabel="tokens generated until then")
-        thousands(tokens.xaxis)
-        for axes in (steps, tokens):
+            draw(axes[0], at, values, label, colour)
+            for one, cost in zip(axes[1:], ("rollout/generated_tokens", "time/step"), strict=True):
+                draw(one, _cost_at(run, cost, at), values, label, colour)
+        for one, name in zip(axes, ("step", "tokens generated until then", "seconds of steps"), strict=True):
+            one.set(xlabel=name)
             if unit == "share":
-                percent(axes.yaxis)
-        legend(steps)
-        text = "Faint: single steps; strong: trailing means. Left by steps, right by what they cost."
+                percent(one.yaxis)
+        axes[0].set(ylabel=unit)
+        thousands(axes[1].xaxis)
+        legend(axes[0])
+        text = (
+            "Faint: single steps; strong: trailing means. By steps, and by what they cost in tokens and in time "
+            "without evaluations. Runs that differ in their seed only have one colour."
+        )
         sections.append(Section(metric.replace("/", "-"), title, text, png=png_of(fig)))
     return sections
 
 
-def _tokens_at(run: _Run, steps: Sequence[int]) -> list[int]:
-    """Tokens that training had generated after each of these steps."""
-    total, by_step = 0, {0: 0}
-    for step, count in zip(*run.series("rollout/generated_tokens"), strict=True):
-        total += int(count)
+def _looks(runs: Sequence[_Run]) -> list[tuple[str, str | None]]:
+    """Colour and label of each run; runs that differ in their seed only share both, and the label stands once."""
+    own = (*_OWN, "run.seed")
+    kinds = [
+        {k: v for k, v in _leaves(r.config.model_dump(mode="json")).items() if not k.startswith(own)} for r in runs
+    ]
+    looks = []
+    for number, kind in enumerate(kinds):
+        first, alike = kinds.index(kind), kinds.count(kind)
+        colour = f"C{sum(kinds.index(k) == i for i, k in enumerate(kinds[:first])) % 10}"
+        label = runs[number].name + (f" and {alike - 1} more" if alike > 1 else "")
+        looks.append((colour, label if first == number else None))
+    return looks
+
+
+def _cost_at(run: _Run, metric: str, steps: Sequence[int]) -> list[float]:
+    """Sum of a metric over training until each of these steps."""
+    total, by_step = 0.0, {0: 0.0}
+    for step, value in zip(*run.series(metric), strict=True):
+        total += value
         by_step[step] = total
     return [by_step.get(step, total) for step in steps]

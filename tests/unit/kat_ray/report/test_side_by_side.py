@@ -7,6 +7,8 @@ import shutil
 import pytest
 
 from kat_ray.cli import main as cli
+from kat_ray.config.load import load_config
+from kat_ray.report import side_by_side
 from kat_ray.report.cut_figure import _lines, _parts, example
 from kat_ray.report.run_records import read_run
 from tests.support.reports import small_run
@@ -47,6 +49,23 @@ def test_runs_that_go_on_are_side_by_side(runs, capsys):
     assert "metrics.jsonl:4 is half a line: the run is writing it" in html
     assert 'id="kl-mean"' in html and 'id="reward-mean"' not in html
     assert (one / "report" / "kl-mean.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_differ_in_their_seed_only_look_alike(runs, tmp_path):
+    one, other = runs
+    again = tmp_path / "again" / "run"
+    shutil.copytree(one, again)
+    (again / "config.yaml").write_text(re.sub(r"seed: \d+", "seed: 77", (one / "config.yaml").read_text()))
+    read = [side_by_side._Run(f.parent.name, load_config(f / "config.yaml"), [], None) for f in (one, other, again)]
+    assert side_by_side._looks(read) == [
+        ("C0", f"{one.parent.name} and 1 more"), ("C1", "other"), ("C0", None)
+    ]  # fmt: skip
+
+
+def test_costs_are_summed_up_to_the_step_of_a_value():
+    lines = [{"step": 0, "eval/avg_at_k": 0.1}, {"step": 1, "time/step": 2.0}, {"step": 2, "time/step": 3.5}]
+    run = side_by_side._Run("a", None, lines, None)
+    assert side_by_side._cost_at(run, "time/step", [0, 1, 2, 9]) == [0.0, 2.0, 5.5, 5.5]
 
 
 def test_mistakes_are_one_message(runs, capsys, tmp_path):
