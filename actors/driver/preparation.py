@@ -8,6 +8,7 @@ from pathlib import Path
 
 from actors.cluster.samplers import ModelPaths
 from actors.driver.evaluator import Evaluations, Evaluator
+from kat_ray.algorithms.choice import check_rule
 from kat_ray.config import Config, DataConfig, RunConfig
 from kat_ray.data.completions import CompletionLimits
 from kat_ray.data.golds import TrainingGolds, training_golds
@@ -19,7 +20,6 @@ from kat_ray.rewards.verifiers import check_golds
 from kat_ray.run.chat_facts import with_chat
 from kat_ray.run.checkpoint import Checkpoints
 from kat_ray.run.reward_functions import check_golds_for_rewards, file_digests, has_functions, needs_golds
-from kat_ray.termination import RunFacts, make_rule
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def make_evaluator(config: Config, prepared: Prepared, pool: GraderPool | None =
 def prepare(config: Config, ask_servers: bool = True) -> Prepared:
     """Check models and data; `UserError` names what is wrong. See `check_models` for `ask_servers`."""
     facts = with_chat(config, check_models(config, ask_servers))
-    _check_rule(config)
+    check_rule(config)
     verifier, limits = config.evaluation.verifier, config.evaluation.grading_limits
     heldout, longest = None, 0
     if config.evaluation.data is not None:  # first: of a model that is evaluated alone it stands for `data`, too
@@ -93,17 +93,6 @@ def prepare(config: Config, ask_servers: bool = True) -> Prepared:
         scored_len=scored,
     )
     return Prepared(facts, train, golds, heldout, paths, file_digests(config), sets)
-
-
-def _check_rule(config: Config) -> None:
-    """The rule can be made, which is said now and not in the monitor, and gives the probes that rewards ask for."""
-    rule = make_rule(config.termination, RunFacts(config.run.seed, config.rollout.max_tokens))
-    cuts = config.objective.rl
-    if cuts.weight and cuts.cut_reward.startswith("probe") and rule.budget is not None:
-        raise UserError(
-            f"objective.rl.cut_reward = {cuts.cut_reward!r}: termination.rule = {config.termination.rule!r} bounds "
-            "lengths, and does not say which probes it would have ended; use 'failure' or 'exclude'"
-        )
 
 
 def _prompts(

@@ -22,8 +22,7 @@ _WHITENED = ("reinforce_pp", "reinforce_pp_baseline")
 def advantages(kind: Advantage, members: Members, tokens: NDArray[np.int64], min_std: float = 1e-6) -> Floats:
     """The advantage of every rollout [N], the same for all its tokens; 0 where it counts nothing.
 
-    With r a reward, w its weight (1, but for probes that stand for cut rollouts) and m = sum w r / sum w over the
-    group:
+    With r a reward and m the mean over the group:
 
         grpo                   (r - m) / (s + min_std), s the sample standard deviation (arXiv 2402.03300)
         dr_grpo                r - m (arXiv 2503.20783)
@@ -33,9 +32,15 @@ def advantages(kind: Advantage, members: Members, tokens: NDArray[np.int64], min
         max_rl                 (r - m) / m, 0 where m <= 0
 
     `tokens` [N] are those in the loss: whitening weighs by them. A rollout whose group has no other that counts has
-    advantage 0 wherever a group is looked at. The weights themselves are not in the result: they multiply the loss.
+    advantage 0 wherever a group is looked at. Where probes stand for cut rollouts (`Members.stood_for`) only
+    `dr_grpo` and `rloo` are there (`_of_weighted`), else ValueError. The weights are not in the result: they
+    multiply the loss.
     """
     reward, weight = members.reward, members.weight
+    if members.stood_for is not None:
+        if kind not in ("dr_grpo", "rloo"):
+            raise ValueError(f"{kind}: is no sum of rewards, which is all that weighted probes can give")
+        return _of_weighted(members, reward) * (_share_of_others(members) if kind == "dr_grpo" else 1.0)
     if kind == "reinforce_pp":
         return _whitened(reward, weight * tokens) * (weight > 0)
     total = _by_group(weight, members)
@@ -55,6 +60,28 @@ def advantages(kind: Advantage, members: Members, tokens: NDArray[np.int64], min
             return _whitened(centred, weight * tokens) * (weight > 0)
 
 
+def _of_weighted(members: Members, reward: Floats) -> Floats:
+    """Rewards [N] less the weighted mean of the others of their group, which is 0 where no other counts.
+
+    Times weight and score, summed, and divided by the number of all rollouts, this is on average the gradient of
+    the expected reward: the others are independent of a rollout, and its weight times its score is 0 on average. A
+    mean that the rollout is part of moves with its weight.
+    """
+    others = _by_group(members.weight, members) - members.weight
+    rewards = _by_group(members.weight * reward, members) - members.weight * reward
+    credit = reward - np.where(others > 0, rewards / np.where(others > 0, others, 1.0), 0.0)
+    tells = (members.weight > 0) & (_share_of_others(members) > 0) & (np.abs(credit) > SAME)
+    return np.where(tells, credit, 0.0)
+
+
+def _share_of_others(members: Members) -> Floats:
+    """(n - 1) / n of n rollouts of a group [N] that count or are stood for: what `dr_grpo` has of `rloo`."""
+    there = members.weight > 0 if members.stood_for is None else (members.weight > 0) | members.stood_for
+    n = np.maximum(_by_group(there.astype(np.float64), members), 1.0)
+    share: Floats = (n - 1.0) / n
+    return share
+
+
 def deviations(members: Members) -> Floats:
     """The sample standard deviation of each group's rewards [G], by weight; 0 where fewer than two count."""
     total = _by_group(members.weight, members)
@@ -65,9 +92,15 @@ def deviations(members: Members) -> Floats:
 
 
 def constant_groups(members: Members) -> NDArray[np.bool_]:
-    """Whether the rewards of a group [G] that count, less what is for their length, are all the same."""
+    """Whether the rewards of a group [G] that count, less what is for their length, are all the same.
+
+    With weighted probes: whether none of them has an advantage. One that is right among cut ones has.
+    """
     constant = np.ones(members.groups, dtype=bool)
-    constant[members.group[_tells(members, members.reward - members.penalty)]] = False
+    answers = members.reward - members.penalty
+    weighted = members.stood_for is not None
+    tells = _of_weighted(members, answers) != 0 if weighted else _tells(members, answers)
+    constant[members.group[tells]] = False
     return constant
 
 

@@ -17,7 +17,11 @@ Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 
 
 def token_weights(
-    kind: Aggregation, tokens: NDArray[np.int64], weight: Floats, length: int | None = None
+    kind: Aggregation,
+    tokens: NDArray[np.int64],
+    weight: Floats,
+    length: int | None = None,
+    stood_for: NDArray[np.bool_] | None = None,
 ) -> Floats:
     """What each token of a rollout [N] weighs in the loss of a step.
 
@@ -27,10 +31,14 @@ def token_weights(
         constant       w / (L sum w): the same over a constant `length` L (Dr. GRPO, arXiv 2503.20783)
 
     `tokens` T [N] are a rollout's tokens in the loss, `weight` w [N] what it counts itself. Rollouts without either
-    weigh 0 and are in no count. ValueError for `constant` without a length.
+    weigh 0 and are in no count. With `stood_for` [N], rollouts that others' weights stand for, the number of those
+    and of all that count is taken for sum w, which depends on the draw. ValueError for `constant` without a length,
+    and with `stood_for` for both means, since what those would divide by is not known.
     """
     if kind == "constant" and not length:
         raise ValueError("constant: needs the length of a rollout that tokens are counted by")
+    if kind in ("token_mean", "sequence_mean") and stood_for is not None:
+        raise ValueError(f"{kind}: divides by lengths, and those of rollouts that others stand for are not known")
     counts = (tokens > 0) & (weight > 0)
     mass = np.where(counts, weight, 0.0)
     per_token = {
@@ -40,5 +48,7 @@ def token_weights(
         "constant": mass / (length or 1),
     }[kind]
     total = (mass * tokens).sum() if kind == "token_mean" else mass.sum()
+    if stood_for is not None:
+        total = float((counts | (stood_for & (tokens > 0))).sum())
     weights: Floats = per_token / total if total else np.zeros_like(mass)
     return weights

@@ -49,9 +49,9 @@ class Treatment:
 
     `failure`: a cut rollout is as the worst answer of its step, and no better than 0. `probe_mean`: it has the mean
     reward of probes that would have been cut, and is a failure where that is not known.
-    `probe_weighted`: it counts nothing, and a probe that would have been cut counts 1 / `probe_share` times, which
-    is unbiased: a probe is drawn without a look at what it says (Horvitz and Thompson, 1952). `exclude`: it leaves
-    its group, for comparison.
+    `probe_weighted`: it counts nothing, and a probe that would have been cut counts 1 / `probe_share` times, since
+    probes are drawn without a look at what they say (Horvitz and Thompson, 1952). Sums are then right on average,
+    divided by what does not depend on the draw (`Members.stood_for`). `exclude`: it leaves its group, to compare.
     """
 
     cut: CutReward = "failure"
@@ -77,6 +77,9 @@ class Members:
     weight: Floats  # [N]
     group: NDArray[np.int64]  # [N], 0 .. G - 1 in the order of appearance
     penalty: Floats  # [N], <= 0, of the reward
+    stood_for: NDArray[np.bool_] | None = (
+        None  # [N], cut rollouts that weighted probes stand for; None without those
+    )
     left_out: Mapping[str, int] = field(default_factory=dict)  # how many, by the reason
 
     @property
@@ -94,12 +97,14 @@ def members(rollouts: Sequence[Graded], treatment: Treatment) -> Members:
     weight = np.array([weight for _, weight, _ in rows], dtype=np.float64)
     answered = weight * [r.ending in (Ending.ANSWERED, Ending.TRUNCATED) for r in rollouts] > 0
     penalty = np.where(answered, [r.penalty for r in rollouts], 0.0)
+    weighted = treatment.cut == "probe_weighted"
     return Members(
         rollout_ids=tuple(r.rollout_id for r in rollouts),
         reward=np.array([reward for reward, _, _ in rows], dtype=np.float64) + penalty,
         weight=weight,
         group=np.array([numbers.setdefault(r.group, len(numbers)) for r in rollouts], dtype=np.int64),
         penalty=penalty,
+        stood_for=np.array([r.ending is Ending.CUT for r in rollouts], dtype=bool) if weighted else None,
         left_out=dict(left_out),
     )
 

@@ -42,7 +42,7 @@ class PolicyOptimization:
         advantage = advantages(rule.advantage, found, tokens, rule.min_std)
         if rule.advantage_clip is not None:
             advantage = advantage.clip(-rule.advantage_clip, rule.advantage_clip)
-        weight = token_weights(rule.aggregate, tokens, found.weight, self.longest)
+        weight = token_weights(rule.aggregate, tokens, found.weight, self.longest, found.stood_for)
         kept = [
             self._kept(rollout, by_id[rollout.rollout_id], PolicyCredit(float(a), int(t), float(w)))
             for rollout, a, t, w in zip(rollouts, advantage, tokens, weight, strict=True)

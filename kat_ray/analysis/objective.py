@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from pydantic import ValidationError
 
 from kat_ray.algorithms.base import Credit, EndedStep, RolloutCredit
-from kat_ray.algorithms.choice import algorithm_of
+from kat_ray.algorithms.choice import algorithm_of, check_rule
 from kat_ray.analysis.replay import load_table, with_changes
 from kat_ray.config import Config
 from kat_ray.data.accounting import FinishedRollout, count_tokens
@@ -210,9 +211,15 @@ def _bits(value: float | None) -> bytes | None:
 
 
 def with_objective(config: Config, changes: Mapping[str, Any]) -> Config:
-    """The configuration with other values in `objective.rl`; UserError names the one that is not allowed."""
+    """The configuration with other values in `objective.rl`; UserError says which a run would not be allowed."""
     rl = with_changes(config.objective.rl, changes)
-    return config.model_copy(update={"objective": config.objective.model_copy(update={"rl": rl})})
+    changed = config.model_copy(update={"objective": config.objective.model_copy(update={"rl": rl})})
+    try:
+        changed = Config.model_validate(changed.model_dump())
+    except ValidationError as error:
+        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+    check_rule(changed)
+    return changed
 
 
 def worth(changes: Mapping[str, Any], credits: Sequence[Credit], own: Sequence[Credit]) -> Worth:

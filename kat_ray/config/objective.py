@@ -129,8 +129,9 @@ class PolicyObjective(_Weighted):
     cut_reward: Literal["failure", "probe_mean", "probe_weighted", "exclude"] = "failure"
     """What a rollout counts that its rule cut before its answer (docs/rl.md): as wrong, that is 0, or as the worst
     answer of its step where that is below 0; as the mean of recent probes that would have been cut; nothing, while
-    such probes count 1 / termination.probe_share times, which is unbiased; or nothing at all. The two by probes are
-    refused with rules that bound lengths."""
+    such probes count 1 / termination.probe_share times, which is unbiased with the advantages and means that
+    `probe_weighted` is allowed with; or nothing at all. The two by probes are refused with rules that bound
+    lengths."""
     probe_buffer: int = Field(256, ge=1)
     """Newest probes that the rule would have cut, whose mean reward `probe_mean` gives to those that it cuts."""
     probe_min: int = Field(20, ge=1)
@@ -178,6 +179,25 @@ class PolicyObjective(_Weighted):
                 f"aggregate = {self.aggregate!r}: must be 'sequence_mean' with loss = 'gspo', whose ratio is that "
                 "of a whole rollout; leave aggregate out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_weighted(self) -> PolicyObjective:
+        if self.cut_reward != "probe_weighted":
+            return self
+        allowed: dict[str, tuple[str | bool, ...]] = {
+            "advantage": ("rloo", "dr_grpo"),
+            "aggregate": ("sequence_sum", "constant"),
+            "filter_constant_groups": (False,),
+        }
+        for name, values in allowed.items():
+            if (value := getattr(self, name)) not in values:
+                words = " or ".join("false" if v is False else repr(v) for v in values)
+                shown = "true" if value is True else repr(value)
+                raise ValueError(
+                    f"{name} = {shown}: must be {words} with cut_reward = 'probe_weighted', which is unbiased only "
+                    "for sums of rewards over a fixed number of rollouts (docs/rl.md); or take another cut_reward"
+                )
         return self
 
     @model_validator(mode="after")

@@ -228,7 +228,7 @@ REWARDS = {
 
 @pytest.fixture(scope="module")
 def rewarded(tmp_path_factory):
-    run = Run(0, with_rewards(cut_reward="probe_weighted"))
+    run = Run(0, with_rewards(cut_reward="probe_weighted", advantage="rloo", aggregate="constant"))
     assert run.go().finished
     return written(run, tmp_path_factory.mktemp("rewarded") / "run")
 

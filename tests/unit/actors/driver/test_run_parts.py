@@ -228,6 +228,7 @@ def test_a_batch_weighs_nothing_where_none_of_it_is_in_the_loss(opd, policy, wei
 def test_probes_cannot_stand_for_what_a_bound_on_length_ends():
     """Such a rule does not say which probes it would have ended."""
     config = load_config("demo-rl", ["termination.rule=progressive", "objective.rl.cut_reward=probe_weighted",
+                                     "objective.rl.advantage=rloo", "objective.rl.aggregate=constant",
                                      "termination.start=16"])  # fmt: skip
     with pytest.raises(UserError, match=r"cut_reward = 'probe_weighted': termination\.rule = 'progressive' bounds"):
         prepare(config)

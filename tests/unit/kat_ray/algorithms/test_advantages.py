@@ -128,7 +128,8 @@ CUT_GROUP = [
     [
         (Treatment("failure"), [0.75, -0.25, -0.25, -0.25]),
         (Treatment("probe_mean", probe_mean=0.2), [0.7, -0.1, -0.3, -0.3]),
-        (Treatment("probe_weighted", probe_share=0.1), [0.916667, 0.0, -0.833333, -0.083333]),
+        # Of four, against the others: (1 - 0/11, 10 (0 - 1/2), 0 - 1/11), each 3/4 times.
+        (Treatment("probe_weighted", probe_share=0.1), [0.75, 0.0, -3.75, -0.068182]),
         (Treatment("exclude"), [2 / 3, 0.0, -1 / 3, -1 / 3]),
     ],
     ids=lambda value: value.cut if isinstance(value, Treatment) else "",
@@ -303,6 +304,22 @@ def test_who_counts_nothing_is_in_no_count(kind):
     weights = token_weights(kind, np.array([2, 1, 3, 2, 9, 0]), np.array([1, 1, 1, 1, 0, 1.0]), length=4)
     assert weights.tolist() == [*token_weights(kind, TOKENS, np.ones(4), length=4).tolist(), 0.0, 0.0]
     assert token_weights(kind, np.zeros(2, int), np.ones(2), length=4).tolist() == [0.0, 0.0]
+
+
+def test_those_that_others_stand_for_are_in_the_number_of_rollouts():
+    """Two that count, one of them for ten, and one that was cut: thirds, whatever the weights sum up to."""
+    tokens, weight, cut = np.array([2, 4, 3, 0]), np.array([1.0, 10.0, 0.0, 1.0]), np.array([0, 0, 1, 0], bool)
+    assert token_weights("sequence_sum", tokens, weight, stood_for=cut) == pytest.approx([1 / 3, 10 / 3, 0, 0])
+    assert token_weights("constant", tokens, weight, 4, cut) == pytest.approx([1 / 12, 10 / 12, 0, 0])
+    for kind in ("token_mean", "sequence_mean"):
+        with pytest.raises(ValueError, match=f"{kind}: divides by lengths"):
+            token_weights(kind, tokens, weight, stood_for=cut)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "reinforce_pp", "reinforce_pp_baseline", "max_rl"])
+def test_what_is_no_sum_of_rewards_has_no_weighted_probes(kind):
+    with pytest.raises(ValueError, match=f"{kind}: is no sum of rewards"):
+        advantages(kind, members(CUT_GROUP, Treatment("probe_weighted", probe_share=0.1)), np.ones(4, int))
 
 
 def test_a_constant_length_must_be_given():

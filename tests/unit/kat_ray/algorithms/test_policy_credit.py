@@ -1,5 +1,9 @@
 """From finished rollouts and rewards to what the learner is given: two masks, weights, metrics."""
 
+from collections import Counter
+from itertools import combinations_with_replacement
+from math import factorial, prod
+
 import numpy as np
 import pytest
 
@@ -49,12 +53,82 @@ def test_the_policy_is_told_of_the_tokens_up_to_the_confirmation_and_the_teacher
 
 
 def test_weighted_probes_stand_for_what_was_cut():
-    found = credit(cut_reward="probe_weighted")
+    found = credit(cut_reward="probe_weighted", aggregate="sequence_sum")
     kept = {k.rollout_id: k for k in found.kept}
     assert kept[1].kept == 2 and kept[1].policy is None, "it teaches by its KL alone"
     values = [kept[i].policy.advantage * kept[i].policy.weight for i in (0, 2, 3)]
-    assert values == pytest.approx([0.916667 / 55, -0.833333 / 55, -0.083333 / 55], abs=1e-7)
+    assert values == pytest.approx([0.75 / 4, -3.75 / 4, -0.068182 / 4], abs=1e-6), (
+        "of four, the cut one among them"
+    )
     assert found.metrics["reward/left_out_cut"] == 1
+
+
+# A toy: choose `good` (right with chance 0.8, one token) or a trap; there leave it (0.5, two tokens) or loop, which
+# the rule cuts unless it is a probe (0.2, five tokens to its end). Logits of the two choices: 0.3 and -0.2.
+GOOD, LEAVE = 1 / (1 + np.exp(-0.3)), 1 / (1 + np.exp(0.2))
+PATHS = {  # chance, tokens, and the score in both choices
+    "good": (GOOD, 0.8, 1, np.array([1 - GOOD, 0.0])),
+    "leave": ((1 - GOOD) * LEAVE, 0.5, 2, np.array([-GOOD, 1 - LEAVE])),
+    "loop": ((1 - GOOD) * (1 - LEAVE), 0.2, 5, np.array([-GOOD, -LEAVE])),
+}
+
+
+def outcomes(share):
+    """What can become of a rollout: (chance, path, reward or None of a cut one); share 1 runs all to their end."""
+    for path, (chance, right, _, _) in PATHS.items():
+        seen = share if path == "loop" else 1.0
+        yield chance * seen * right, path, 1.0
+        yield chance * seen * (1 - right), path, 0.0
+        if seen < 1:
+            yield chance * (1 - seen), path, None
+
+
+def exact_update(share, size=4, **settings):
+    """The mean over all groups of a size of what `credit` has the policy's loss go up by, in both choices."""
+    rl = PolicyOptimization(PolicyObjective(weight=1.0, **settings), LONGEST, distils=False)
+    specs = [RolloutSpec(i, "p", (7, 8), 0, False, LONGEST) for i in range(size)]
+    total = np.zeros(2)
+    for group in combinations_with_replacement(list(outcomes(share)), size):
+        orders = factorial(size)
+        for same in Counter(group).values():
+            orders //= factorial(same)
+        rollouts = []
+        for i, (_, path, reward) in enumerate(group):
+            length = PATHS[path][2]
+            if reward is None:
+                rollouts.append(rollout(i, length, StopReason.TRAPPED, cut=2, confirmed=3))
+            else:
+                rollouts.append(rollout(i, length, would_cut=2 if path == "loop" and share < 1 else None))
+        rewards = {i: Reward(reward) for i, (_, _, reward) in enumerate(group) if reward is not None}
+        kept = rl.credit(EndedStep(rollouts, specs, rewards, share)).kept
+        update = sum(
+            k.policy.advantage * k.policy.weight * PATHS[group[k.rollout_id][1]][3] for k in kept if k.policy
+        )
+        total += orders * prod(chance for chance, _, _ in group) * update
+    return total
+
+
+@pytest.mark.parametrize("aggregate", ["sequence_sum", "constant"])
+@pytest.mark.parametrize(("advantage", "share_of_truth"), [("rloo", 1.0), ("dr_grpo", 3 / 4)])
+def test_weighted_probes_give_on_average_what_rollouts_that_run_to_their_end_do(
+    advantage, share_of_truth, aggregate
+):
+    """Through baseline, weights and denominators as a run has them; `exclude` teaches to stay in the trap."""
+    settings = {"advantage": advantage, "aggregate": aggregate}
+    whole = exact_update(1.0, **settings)
+    if aggregate == "sequence_sum":
+        assert whole == pytest.approx(share_of_truth * np.array([0.113661, 0.031600]), abs=1e-6)
+    for share in (0.1, 0.5):
+        weighted = exact_update(share, **settings, cut_reward="probe_weighted")
+        assert weighted == pytest.approx(whole, abs=1e-12)
+    assert exact_update(0.1, **settings, cut_reward="exclude")[1] < 0 < whole[1]
+
+
+def test_one_right_answer_among_cut_ones_is_told():
+    rows = [rollout(0, 3), *(rollout(i, 6, StopReason.TRAPPED, cut=2, confirmed=4) for i in (1, 2, 3))]
+    found = credit(rows, {0: 1.0}, cut_reward="probe_weighted", aggregate="constant")
+    assert found.advantages == {0: 0.75} and found.metrics["group/constant_share"] == 0 and found.groups == 1
+    assert credit(rows, {0: 0.0}, cut_reward="probe_weighted", aggregate="constant").groups == 0
 
 
 def imputed(before, **changes):

@@ -14,7 +14,9 @@ from kat_ray.analysis.ratios import policy_ratios, ratio_words
 from kat_ray.analysis.replay import load_table, traces_from, uncensored
 from kat_ray.analysis.replay_rules import sweep
 from kat_ray.cli import main as cli
+from kat_ray.config import Config
 from kat_ray.config.load import load_config
+from kat_ray.errors import UserError
 from kat_ray.records.traces import SCHEMA
 from kat_ray.termination import RunFacts
 from tests.support.rewarded import RULE, with_rewards, written
@@ -52,8 +54,10 @@ def altered(path, to, step, change):
         {"advantage": "dr_grpo", "aggregate": "sequence_mean"},
         {"advantage": "rloo", "aggregate": "constant", "truncated": "zero"},
         {"advantage": "reinforce_pp", "cut_reward": "exclude"},
-        {"advantage": "reinforce_pp_baseline", "cut_reward": "probe_weighted", "aggregate": "sequence_sum"},
-        {"advantage": "max_rl", "cut_reward": "probe_weighted", "truncated": "exclude"},
+        {"advantage": "dr_grpo", "cut_reward": "probe_weighted", "aggregate": "sequence_sum"},
+        {"advantage": "rloo", "cut_reward": "probe_weighted", "aggregate": "constant", "truncated": "exclude"},
+        {"advantage": "reinforce_pp_baseline", "aggregate": "sequence_sum"},
+        {"advantage": "max_rl"},
         {"cut_reward": "probe_mean", "probe_min": 1, "probe_buffer": 64, "advantage": "dr_grpo"},
         {"overlong": {"buffer": 8, "factor": 0.5}, "advantage_clip": 0.75, "advantage": "rloo"},
         {"filter_constant_groups": True, "cut_reward": "exclude", "final_weight": 0.5, "anneal_steps": 2},
@@ -186,9 +190,30 @@ def test_after_a_step_that_is_not_whole_imputed_rewards_are_not_held_against_the
 
 
 @pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            {"rule": "fixed_prefix", "n": 8, "probe_share": 0.0},
+            "'probe_weighted': needs termination.probe_share > 0",
+        ),
+        ({"rule": "progressive", "start": 16}, "termination.rule = 'progressive' bounds lengths"),
+    ],
+    ids=["no probes", "progressive"],
+)
+def test_what_no_run_is_allowed_is_not_replayed(rule, message):
+    config = Run(0, with_rewards()).config
+    config = Config.model_validate(config.model_dump() | {"termination": rule})
+    weighted = {"cut_reward": "probe_weighted", "advantage": "rloo", "aggregate": "constant"}
+    with pytest.raises(UserError, match=message):
+        with_objective(config, weighted)
+    assert with_objective(config, {"cut_reward": "exclude"}).objective.rl.cut_reward == "exclude"
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["advantage=best"], "advantage = 'best'"),
+        (["cut_reward=probe_weighted"], "must be 'rloo' or 'dr_grpo' with cut_reward = 'probe_weighted'"),
         (["cut=3"], "must be FIELD=VALUE or FIELD=[VALUE, ...] with one of advantage, min_std"),
         (["clip=[0.1, 0.2]"], "objective.rl.clip is the learner's, which a replay does without"),
         (["--rule", "kat"], "--rule: is of a termination rule"),

@@ -34,6 +34,21 @@ def test_gspo_has_the_mean_over_rollouts():
     assert ObjectiveConfig.model_validate(same).rl.aggregate == "sequence_mean"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("advantage", "grpo", "advantage = 'grpo': must be 'rloo' or 'dr_grpo' with cut_reward = 'probe_weighted'"),
+        ("aggregate", "token_mean", "aggregate = 'token_mean': must be 'sequence_sum' or 'constant' with"),
+        ("filter_constant_groups", True, "filter_constant_groups = true: must be false with"),
+    ],
+)
+def test_weighted_probes_are_for_sums_of_rewards(field, value, said):
+    allowed = {"cut_reward": "probe_weighted", "advantage": "rloo", "aggregate": "sequence_sum"}
+    assert ObjectiveConfig.model_validate({"rl": allowed}).rl.cut_reward == "probe_weighted"
+    with pytest.raises(ValueError, match=said):
+        ObjectiveConfig.model_validate({"rl": allowed | {field: value}})
+
+
 def test_the_preset_of_the_page_is_dapo():
     block = PAGE.read_text().split("DAPO (arXiv 2503.14476):\n\n")[1].split("\n\n")[0]
     rl = ObjectiveConfig.model_validate(yaml.safe_load(textwrap.dedent(block))["objective"]).rl

@@ -103,8 +103,9 @@ def test_a_resume_may_change_scorers_and_no_teacher(file):
         (["teachers.code.weight=0"], "teachers.code.weight = 0: must be a number > 0"),
         (["run.deterministic=true"], "needs a fixed number of scorers of teachers.code"),
         (["teachers.math.scorer.backend=vllm", "termination={rule: kat_stages}"], ""),
-        (["objective.rl.weight=1", "rollout.rollouts_per_prompt=2", "rollout.top_p=1", "termination.budget=0.1",
-          "objective.rl.cut_reward=probe_weighted"], "each teacher has a share of probes of its own"),
+        (["rollout.rollouts_per_prompt=2", "rollout.top_p=1", "termination.budget=0.1",
+          "objective.rl={weight: 1, advantage: rloo, aggregate: constant, cut_reward: probe_weighted}"],
+         "each teacher has a share of probes of its own"),
     ],
 )  # fmt: skip
 def test_what_cannot_mean_anything_is_refused(file, overrides, said):
