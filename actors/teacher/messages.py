@@ -6,7 +6,7 @@ A chunk goes without the student's log-probabilities, which no teacher needs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, TypeGuard
 
@@ -21,12 +21,26 @@ from kat_ray.types.records import FloatArray, IntArray, RolloutChunk
 MAX_VOCABULARY = 2**22  # ids; a server makes rows of so many numbers
 _CHUNK: Mapping[str, tuple[str, int]] = {  # fields that are sent, with type and number of axes
     "rollout_ids": ("<i8", 1), "offsets": ("<i4", 1), "token_ids": ("<i4", 1), "ended": ("|i1", 1),
-    "context_offsets": ("<i4", 1), "context_ids": ("<i4", 1), "inserted": ("|b1", 1), "released": ("<i8", 1),
+    "context_offsets": ("<i4", 1), "context_ids": ("<i4", 1), "inserted": ("|b1", 1),
     "topk_ids_low": ("<u2", 2), "topk_ids_high": ("|u1", 2),
 }  # fmt: skip
 # Other targets than the student's own ids at temperature 1 are refused of servers.
 _COLUMNS = tuple(f.name for f in fields(TeacherColumns) if f.name != "targets")
 Arrays = Mapping[str, NDArray[Any]]
+
+NOTHING = -1  # of `Past.after`: no request brought anything of a rollout yet
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a server has to hold of a session when a chunk comes; all else of the session it can drop.
+
+    A number of tokens would not tell: a server that others were asked in place of may hold as many of an earlier
+    attempt at a rollout. The number of a request does, since each has one of its own and is always the same bytes.
+    """
+
+    after: IntArray  # [R] int64, the request that brought the last tokens of each of the chunk's rollouts
+    others: IntArray  # [*] int64, live rollouts that are not in the chunk
 
 
 def needs_meta(run: RunNeeds) -> dict[str, Any]:
@@ -51,10 +65,18 @@ def is_count(value: Any, most: int) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= most
 
 
-def chunk_arrays(chunk: RolloutChunk, released: Sequence[int]) -> dict[str, NDArray[Any]]:
-    """The arrays of a chunk that its teacher needs, and rollouts whose state can be dropped."""
+def chunk_arrays(chunk: RolloutChunk, past: Past) -> dict[str, NDArray[Any]]:
+    """The arrays of a chunk that its teacher needs, and of what it follows."""
     arrays = {name: getattr(chunk, name).astype(dtype, copy=False) for name, (dtype, _) in _CHUNK.items()}
-    return arrays | {"released": np.array(released, dtype=np.int64)}
+    return arrays | {"after": past.after.astype("<i8"), "others": past.others.astype("<i8")}
+
+
+def past_of_message(message: Message, rollouts: int) -> Past:
+    """What a chunk of so many rollouts follows; `WireError` where it is not said."""
+    after, others = (_array(message.arrays, name, "<i8", 1) for name in ("after", "others"))
+    if len(after) != rollouts:
+        raise WireError(f"after has {len(after)} entries, the chunk {rollouts}")
+    return Past(after, others)
 
 
 def chunk_of_message(message: Message) -> RolloutChunk:
@@ -82,6 +104,7 @@ def chunk_of_message(message: Message) -> RolloutChunk:
         sampled_logprobs=np.zeros(rows, dtype=np.float32),
         topk_logprobs=np.broadcast_to(np.float16(0.0), (rows, top_k)),
         tail_logprobs=np.zeros(rows, dtype=np.float32),
+        released=np.zeros(0, dtype=np.int64),
         **given,
     )
 
