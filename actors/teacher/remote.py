@@ -15,6 +15,7 @@ from actors.teacher.backend import RunNeeds, Sequences, Teacher, TeacherColumns
 from actors.teacher.messages import (
     NOTHING,
     Past,
+    Wanted,
     chunk_arrays,
     columns_of_message,
     needs_meta,
@@ -52,7 +53,10 @@ class ServedTeacher:
     def __init__(self, settings: ScorerSettings, client: HttpClient, info: ServerInfo) -> None:
         self._name, self._client, self._info = settings.model_name, client, info
         self._student_vocabulary = settings.student_vocabulary
-        self._needs = needs_meta(RunNeeds(settings.stop_ids, settings.student_vocabulary, settings.top_needed))
+        self._needs = needs_meta(
+            RunNeeds(settings.stop_ids, settings.student_vocabulary, settings.top_needed, settings.temperature)
+        )
+        self._temperature = settings.temperature
         self._session, self._numbers = secrets.token_hex(16), count()
         self._live: dict[int, int] = {}  # by rollout, the number of the request with its last tokens
         self._cache_bytes = 0
@@ -88,12 +92,15 @@ class ServedTeacher:
     def score(self, chunk: RolloutChunk, topk_ids: IntArray, own_top: int = 0) -> TeacherColumns:
         """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked.
 
+        With `own_top` the targets are those of so many of the teacher's own most likely ids.
         `StateLost` names rollouts whose past is not held there: send them again with their whole past.
         """
-        assert not own_top, "the configuration asks no server for its own top k"
         past, number = self._past(chunk), next(self._numbers)
-        message = self._ask(SCORE, {"session": self._session, "number": number}, chunk_arrays(chunk, past))
-        columns = columns_of_message(message, *topk_ids.shape)
+        meta = {"session": self._session, "number": number, "own_top": own_top}
+        message = self._ask(SCORE, meta, chunk_arrays(chunk, past))
+        common = min(self.vocabulary, self._student_vocabulary or self.vocabulary)
+        rows, top_k = topk_ids.shape
+        columns = columns_of_message(message, Wanted(rows, top_k, own_top, common, self._temperature))
         self.run_tokens += int(message.meta["run_tokens"])
         self._cache_bytes = int(message.meta["cache_bytes"])
         running = chunk.ended == EngineEnd.RUNNING  # the others the server has dropped by itself

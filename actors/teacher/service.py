@@ -18,6 +18,7 @@ import numpy as np
 
 from actors.teacher.backend import RunNeeds, ServesRuns, Teacher
 from actors.teacher.messages import (
+    MAX_VOCABULARY,
     Past,
     chunk_of_message,
     columns_body,
@@ -102,9 +103,10 @@ class TeacherService:
         if number == session.number:
             return session.answer
         self._release(session, [*session.held.keys() - {*chunk.rollout_ids.tolist(), *past.others.tolist()}])
+        own_top = self._own_top(message.meta, run)
         self._check(session, chunk, past, run)
         try:
-            session.answer = self._score(session, chunk, number)
+            session.answer = self._score(session, chunk, number, own_top)
         except Exception:  # what the teacher holds of the session is not known any more; the error goes on
             self._release(session, [*session.held])
             raise
@@ -170,6 +172,13 @@ class TeacherService:
         if self.held + len([i for i in ids if i not in session.held]) > self._limits.max_rollouts:
             raise TooManyRollouts(f"{self.held} rollouts are held, of {self._limits.max_rollouts} (--max-rollouts)")
 
+    def _own_top(self, meta: Mapping[str, Any], run: RunNeeds) -> int:
+        """How many of the teacher's own most likely ids are asked for: of those that the student has, too."""
+        own_top, most = meta.get("own_top"), min(self._teacher.vocabulary, run.student_vocabulary or MAX_VOCABULARY)
+        if not is_count(own_top, most):
+            raise WireError(f"own_top = {own_top!r}: must be a whole number <= {most}")
+        return own_top
+
     def _check_length(self, length: int) -> None:
         if length > self._limits.max_length:
             raise UserError(f"prompt and answer have {length} tokens, {self._name} takes {self._limits.max_length}")
@@ -183,14 +192,14 @@ class TeacherService:
         ]
         return [a + b for a, b in zip(before, brought, strict=True)]
 
-    def _score(self, session: _Session, chunk: RolloutChunk, number: int) -> bytes:
+    def _score(self, session: _Session, chunk: RolloutChunk, number: int, own_top: int) -> bytes:
         own_ids, lengths = chunk.rollout_ids.tolist(), self._lengths(session, chunk)
         for i, length in zip(own_ids, lengths, strict=True):
             name = session.held[i].name if i in session.held else next(self._names)
             session.held[i] = _Rollout(name, length, number)
         here = np.array([session.held[i].name for i in own_ids], dtype=np.int64)
         before = self._teacher.run_tokens
-        columns = self._teacher.score(replace(chunk, rollout_ids=here), chunk.topk_ids())
+        columns = self._teacher.score(replace(chunk, rollout_ids=here), chunk.topk_ids(), own_top)
         self.scored_tokens += chunk.tokens
         self._release(session, chunk.rollout_ids[chunk.ended != EngineEnd.RUNNING].tolist())
         meta = {

@@ -15,8 +15,8 @@ from tests.support.configs import make_config
 FAST = {"retry_seconds": 20.0, "connect_seconds": 2.0}
 
 
-def settings_of(models, url=None, **http):
-    config = make_config(models["student"][0], models["teacher"][0])
+def settings_of(models, url=None, objective=None, **http):
+    config = make_config(models["student"][0], models["teacher"][0], objective=objective or {})
     if url:
         tree = config.model_dump(mode="json")
         tree["teacher"] |= {"type": "http", "url": url, "http": {**FAST, **http}}
@@ -26,7 +26,7 @@ def settings_of(models, url=None, **http):
 
 def info_of(**changes):
     found = ServerInfo(
-        1, "m", "Qwen3ForCausalLM", 200, 64, (1,), "float32", "transformers", True, True, True, "", 2**24
+        1, "m", "Qwen3ForCausalLM", 200, 64, (1,), "float32", "transformers", True, True, True, "", 2**24, 200, True
     )
     return replace(found, **changes)
 
@@ -49,5 +49,11 @@ def pieces(student, rollouts, size):
 def assert_same(a, b):
     for name in ("d", "overlap", "teacher_max", "teacher_entropy", "teacher_top"):
         assert getattr(a[0], name).tobytes() == getattr(b[0], name).tobytes(), name
+    assert_same_rows(a[1], b[1])
+
+
+def assert_same_rows(a, b):
     for name in ("topk_logprobs", "tail_logprobs", "stop_logprobs"):
-        assert getattr(a[1], name).tobytes() == getattr(b[1], name).tobytes(), name
+        assert getattr(a, name).tobytes() == getattr(b, name).tobytes(), name
+    ids = [rows.topk_ids() for rows in (a, b)]
+    assert (ids[0] is None) == (ids[1] is None) and (ids[0] is None or ids[0].tolist() == ids[1].tolist())

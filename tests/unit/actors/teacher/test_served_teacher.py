@@ -196,7 +196,7 @@ def test_without_the_token_nobody_is_let_in(models, monkeypatch, caplog):
 def body_of(chunk, session="s" * 16, number=0, **meta):
     run = needs_meta(RunNeeds((1,), 200, False))
     past = Past(np.full(len(chunk.rollout_ids), NOTHING), np.zeros(0))
-    return pack({**run, "session": session, "number": number, **meta}, chunk_arrays(chunk, past))
+    return pack({**run, "session": session, "number": number, "own_top": 0, **meta}, chunk_arrays(chunk, past))
 
 
 def test_what_cannot_be_scored_is_refused_by_the_server_itself(models, served):
@@ -215,6 +215,8 @@ def test_what_cannot_be_scored_is_refused_by_the_server_itself(models, served):
         body_of(ragged): "do not divide", body_of(chunk, session="me"): "session: must be",
         body_of(chunk, number=-1): "number = -1", body_of(chunk, stop_ids=["x"]): "stop_ids",
         body_of(chunk, student_vocabulary=2**40): "student_vocabulary",
+        body_of(chunk, own_top=201): "own_top = 201: must be a whole number <= 200",
+        body_of(chunk, temperature=0): "temperature = 0: must be a number > 0",
         pack({}, {}): "stop_ids",
     }  # fmt: skip
     client = HttpClient([url], settings_of(models, url).remote.http, "teacher", None)
