@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 
 from kat_ray.errors import StateLost
-from kat_ray.losses.divergence import entropy, tail_and_stop
+from kat_ray.losses.divergence import entropy, tail_and_stop, tail_and_stop_of_ids
 from kat_ray.remote.traffic import Traffic
 from kat_ray.types.records import FloatArray, IntArray, RolloutChunk, WeightUpdate
 
 Sequences = Sequence[tuple[Sequence[int], Sequence[int]]]  # prompt and answer, token ids
 
 OVERLAP_TOP = 16  # ids compared for the overlap ratio (arXiv 2604.13016)
+
+
+def max_ids(top_k: int, stop_ids: Sequence[int]) -> int:
+    """The most ids of a token that vLLM is set up to score, for runs with this top k and these stop ids."""
+    return max(top_k + len(stop_ids), OVERLAP_TOP)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class RunNeeds:
     stop_ids: tuple[int, ...]  # of all its models
     student_vocabulary: int  # ids that its chunks may hold; 0: those of the teacher
     top_needed: bool  # its rule cannot do without the teacher's most likely ids
+    temperature: float = 1.0  # of the targets
 
 
 @runtime_checkable
@@ -176,6 +182,20 @@ def _targets(
     tail, stop = tail_and_stop(learnt, events, stop_ids)
     named = events.cpu() if own_top else None
     return TeacherTargets(learnt.gather(-1, events).cpu(), tail.cpu(), stop.cpu(), named)
+
+
+def own_targets(
+    logprobs: Tensor, ids: Tensor, stop_logprobs: Tensor, stop_ids: Sequence[int], common: int
+) -> TeacherTargets:
+    """Targets at the teacher's own most likely ids [N, k] int64, of which an engine gives the log-probabilities
+    [N, k], and those of the stop ids [N, S] beside them, at temperature 1.
+
+    The student has the first `common` ids. A row with one that it lacks is NaN: dropped, and counted.
+    """
+    foreign = (ids >= common).any(dim=-1, keepdim=True)
+    topk = logprobs.masked_fill(foreign, torch.nan)
+    ids = torch.where(foreign, torch.arange(ids.shape[-1]), ids)
+    return TeacherTargets(topk, *tail_and_stop_of_ids(topk, ids, stop_logprobs, stop_ids), ids)
 
 
 def with_chunk(held: Mapping[int, Sequence[int]], chunk: RolloutChunk) -> dict[int, list[int]]:

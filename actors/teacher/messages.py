@@ -5,8 +5,9 @@ A chunk goes without the student's log-probabilities, which no teacher needs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, TypeGuard
 
@@ -14,25 +15,40 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.teacher.backend import RunNeeds, Sequences, TeacherColumns
+from actors.teacher.backend import RunNeeds, Sequences, TeacherColumns, TeacherTargets
 from kat_ray.remote.wire import Message, WireError, pack
 from kat_ray.types.records import FloatArray, IntArray, RolloutChunk
 
 MAX_VOCABULARY = 2**22  # ids; a server makes rows of so many numbers
 _CHUNK: Mapping[str, tuple[str, int]] = {  # fields that are sent, with type and number of axes
     "rollout_ids": ("<i8", 1), "offsets": ("<i4", 1), "token_ids": ("<i4", 1), "ended": ("|i1", 1),
-    "context_offsets": ("<i4", 1), "context_ids": ("<i4", 1), "inserted": ("|b1", 1), "released": ("<i8", 1),
+    "context_offsets": ("<i4", 1), "context_ids": ("<i4", 1), "inserted": ("|b1", 1),
     "topk_ids_low": ("<u2", 2), "topk_ids_high": ("|u1", 2),
 }  # fmt: skip
-# Other targets than the student's own ids at temperature 1 are refused of servers.
 _COLUMNS = tuple(f.name for f in fields(TeacherColumns) if f.name != "targets")
+_TARGETS = ("topk", "tail", "stop")  # beside `ids`; they travel under these names behind `targets_`
 Arrays = Mapping[str, NDArray[Any]]
+
+NOTHING = -1  # of `Past.after`: no request brought anything of a rollout yet
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a server has to hold of a session when a chunk comes; all else of the session it can drop.
+
+    A number of tokens would not tell: a server that others were asked in place of may hold as many of an earlier
+    attempt at a rollout. The number of a request does, since each has one of its own and is always the same bytes.
+    """
+
+    after: IntArray  # [R] int64, the request that brought the last tokens of each of the chunk's rollouts
+    others: IntArray  # [*] int64, live rollouts that are not in the chunk
 
 
 def needs_meta(run: RunNeeds) -> dict[str, Any]:
     """What a run asks of its teacher, as plain data."""
     return {
-        "stop_ids": list(run.stop_ids), "student_vocabulary": run.student_vocabulary, "top_needed": run.top_needed
+        "stop_ids": list(run.stop_ids), "student_vocabulary": run.student_vocabulary, "top_needed": run.top_needed,
+        "temperature": run.temperature,
     }  # fmt: skip
 
 
@@ -43,7 +59,10 @@ def needs_of(meta: Mapping[str, Any]) -> RunNeeds:
         raise WireError(f"stop_ids = {stops!r}: must be ids")
     if not is_count(vocabulary, MAX_VOCABULARY):
         raise WireError(f"student_vocabulary = {vocabulary!r}: must be a whole number <= {MAX_VOCABULARY}")
-    return RunNeeds(tuple(stops), vocabulary, meta.get("top_needed") is True)
+    temperature = meta.get("temperature")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise WireError(f"temperature = {temperature!r}: must be a number > 0")
+    return RunNeeds(tuple(stops), vocabulary, meta.get("top_needed") is True, float(temperature))
 
 
 def is_count(value: Any, most: int) -> TypeGuard[int]:
@@ -51,10 +70,18 @@ def is_count(value: Any, most: int) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= most
 
 
-def chunk_arrays(chunk: RolloutChunk, released: Sequence[int]) -> dict[str, NDArray[Any]]:
-    """The arrays of a chunk that its teacher needs, and rollouts whose state can be dropped."""
+def chunk_arrays(chunk: RolloutChunk, past: Past) -> dict[str, NDArray[Any]]:
+    """The arrays of a chunk that its teacher needs, and of what it follows."""
     arrays = {name: getattr(chunk, name).astype(dtype, copy=False) for name, (dtype, _) in _CHUNK.items()}
-    return arrays | {"released": np.array(released, dtype=np.int64)}
+    return arrays | {"after": past.after.astype("<i8"), "others": past.others.astype("<i8")}
+
+
+def past_of_message(message: Message, rollouts: int) -> Past:
+    """What a chunk of so many rollouts follows; `WireError` where it is not said."""
+    after, others = (_array(message.arrays, name, "<i8", 1) for name in ("after", "others"))
+    if len(after) != rollouts:
+        raise WireError(f"after has {len(after)} entries, the chunk {rollouts}")
+    return Past(after, others)
 
 
 def chunk_of_message(message: Message) -> RolloutChunk:
@@ -82,6 +109,7 @@ def chunk_of_message(message: Message) -> RolloutChunk:
         sampled_logprobs=np.zeros(rows, dtype=np.float32),
         topk_logprobs=np.broadcast_to(np.float16(0.0), (rows, top_k)),
         tail_logprobs=np.zeros(rows, dtype=np.float32),
+        released=np.zeros(0, dtype=np.int64),
         **given,
     )
 
@@ -104,18 +132,58 @@ def _check_offsets(name: str, offsets: IntArray, parts: int, count: int) -> None
 
 def columns_body(columns: TeacherColumns, meta: Mapping[str, Any]) -> bytes:
     """The body of an answer to a chunk."""
-    return pack(meta, {name: getattr(columns, name).numpy() for name in _COLUMNS})
+    arrays = {name: getattr(columns, name).numpy() for name in _COLUMNS}
+    if (targets := columns.targets) is not None:
+        arrays |= {f"targets_{name}": getattr(targets, name).numpy() for name in _TARGETS}
+        if targets.ids is not None:
+            arrays["targets_ids"] = targets.ids.int().numpy()
+    return pack(meta, arrays)
 
 
-def columns_of_message(message: Message, rows: int, top_k: int) -> TeacherColumns:
-    """The columns of an answer; `WireError` where they are not those of a chunk of so many rows."""
+@dataclass(frozen=True)
+class Wanted:
+    """What an answer has to hold: columns of `rows` rows at `top_k` ids, and what the learner gets of each."""
+
+    rows: int
+    top_k: int
+    own_top: int = 0  # ids of the teacher's own in its targets
+    own_below: int = MAX_VOCABULARY  # all of which are smaller than this
+    temperature: float = 1.0
+
+    @property
+    def targets(self) -> int:
+        """Ids of each row of its targets; 0 where there are none."""
+        return (self.own_top or self.top_k if self.own_top or self.temperature != 1.0 else 0) if self.rows else 0
+
+
+def columns_of_message(message: Message, wanted: Wanted) -> TeacherColumns:
+    """The columns of an answer; `WireError` where they are not the wanted ones."""
     found: dict[str, torch.Tensor] = {}
     for name in _COLUMNS:
-        array = _array(message.arrays, name, "<i4" if name == "top" else "<f4", 2 if name == "topk" else 1)
-        if array.shape != ((rows, top_k) if name == "topk" else (rows,)):
-            raise WireError(f"{name} has the shape {array.shape} for {rows} rows of {top_k} ids")
-        found[name] = torch.from_numpy(array.copy())
-    return TeacherColumns(**found, targets=None)
+        dtype = "<i4" if name == "top" else "<f4"
+        found[name] = _column(message.arrays, name, dtype, wanted.rows, wanted.top_k if name == "topk" else None)
+    return TeacherColumns(**found, targets=_targets(message.arrays, wanted) if wanted.targets else None)
+
+
+def _targets(arrays: Arrays, wanted: Wanted) -> TeacherTargets:
+    rows, width = wanted.rows, wanted.targets
+    topk, tail, stop = (
+        _column(arrays, f"targets_{name}", "<f4", rows, width if name == "topk" else None) for name in _TARGETS
+    )
+    if not wanted.own_top:
+        return TeacherTargets(topk, tail, stop)
+    ids = _column(arrays, "targets_ids", "<i4", rows, width).long()
+    if not ((ids >= 0) & (ids < wanted.own_below)).all():
+        raise WireError(f"targets_ids: hold ids that are not below {wanted.own_below}")
+    return TeacherTargets(topk, tail, stop, ids)
+
+
+def _column(arrays: Arrays, name: str, dtype: str, rows: int, width: int | None) -> torch.Tensor:
+    array = _array(arrays, name, dtype, 1 if width is None else 2)
+    if array.shape != ((rows,) if width is None else (rows, width)):
+        ids = "" if width is None else f" of {width} ids"
+        raise WireError(f"{name} has the shape {array.shape} for {rows} rows{ids}")
+    return torch.from_numpy(array.copy())
 
 
 # --- plain passes --------------------------------------------------------------------------------------------

@@ -8,10 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from actors.teacher.backend import RunNeeds, Sequences, Teacher, TeacherColumns
 from actors.teacher.messages import (
+    NOTHING,
+    Past,
+    Wanted,
     chunk_arrays,
     columns_of_message,
     needs_meta,
@@ -49,10 +53,12 @@ class ServedTeacher:
     def __init__(self, settings: ScorerSettings, client: HttpClient, info: ServerInfo) -> None:
         self._name, self._client, self._info = settings.model_name, client, info
         self._student_vocabulary = settings.student_vocabulary
-        self._needs = needs_meta(RunNeeds(settings.stop_ids, settings.student_vocabulary, settings.top_needed))
+        self._needs = needs_meta(
+            RunNeeds(settings.stop_ids, settings.student_vocabulary, settings.top_needed, settings.temperature)
+        )
+        self._temperature = settings.temperature
         self._session, self._numbers = secrets.token_hex(16), count()
-        self._live: set[int] = set()
-        self._dropped: list[int] = []  # the server is told with the next chunk
+        self._live: dict[int, int] = {}  # by rollout, the number of the request with its last tokens
         self._cache_bytes = 0
         self.run_tokens = 0
 
@@ -79,27 +85,35 @@ class ServedTeacher:
         self._client.on_progress = beat
 
     def release(self, rollout_ids: Sequence[int]) -> None:
+        """The server is told with the next chunk."""
         for rollout_id in rollout_ids:
-            if rollout_id in self._live:
-                self._live.discard(rollout_id)
-                self._dropped.append(rollout_id)
+            self._live.pop(rollout_id, None)
 
     def score(self, chunk: RolloutChunk, topk_ids: IntArray, own_top: int = 0) -> TeacherColumns:
         """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked.
 
+        With `own_top` the targets are those of so many of the teacher's own most likely ids.
         `StateLost` names rollouts whose past is not held there: send them again with their whole past.
         """
-        assert not own_top, "the configuration asks no server for its own top k"
-        released, self._dropped = self._dropped, []
-        meta = {"session": self._session, "number": next(self._numbers)}
-        message = self._ask(SCORE, meta, chunk_arrays(chunk, released))
-        columns = columns_of_message(message, *topk_ids.shape)
+        past, number = self._past(chunk), next(self._numbers)
+        meta = {"session": self._session, "number": number, "own_top": own_top}
+        message = self._ask(SCORE, meta, chunk_arrays(chunk, past))
+        common = min(self.vocabulary, self._student_vocabulary or self.vocabulary)
+        rows, top_k = topk_ids.shape
+        columns = columns_of_message(message, Wanted(rows, top_k, own_top, common, self._temperature))
         self.run_tokens += int(message.meta["run_tokens"])
         self._cache_bytes = int(message.meta["cache_bytes"])
-        ended = chunk.ended != EngineEnd.RUNNING  # these the server has dropped by itself
-        self._live.update(chunk.rollout_ids[~ended].tolist())
-        self._live.difference_update(chunk.rollout_ids[ended].tolist())
+        running = chunk.ended == EngineEnd.RUNNING  # the others the server has dropped by itself
+        self._live |= dict.fromkeys(chunk.rollout_ids[running].tolist(), number)
         return columns
+
+    def _past(self, chunk: RolloutChunk) -> Past:
+        """What a chunk follows. Until it is answered nothing is known of its rollouts: a server may have run it."""
+        ids = chunk.rollout_ids.tolist()
+        after = np.array([self._live.pop(i, NOTHING) for i in ids], dtype=np.int64)
+        if (lost := chunk.rollout_ids[~chunk.whole_past & (after == NOTHING)]).size:
+            raise StateLost(f"the past of rollouts {lost.tolist()} is not held: send their context")
+        return Past(after, np.array([*self._live], dtype=np.int64))
 
     def plain_logprobs(self, sequences: Sequences) -> list[FloatArray]:
         message = self._ask(PLAIN, {}, sequences_arrays(sequences))

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from actors.teacher.backend import max_ids
 from actors.teacher.scorer import make_teacher
 from actors.teacher.server import Listening, TeacherServer
 from actors.teacher.service import Limits, TeacherService
@@ -55,13 +56,13 @@ def serve(served: Served, listening: Listening, token: Token | None, say: Callab
         scorer=served.scorer, rollout=RolloutConfig(top_k_logprobs=min(served.top_k, info.vocabulary)),
         fp32_output=served.fp32_output, section="serve-teacher",
     )  # fmt: skip
-    teacher = make_teacher(settings)
-    is_vllm = served.scorer.engine == "vllm"
+    teacher, is_vllm = make_teacher(settings), served.scorer.engine == "vllm"
     described = ServerInfo(
         kat_ray_teacher=VERSION, model=model.path, architecture=info.architecture, vocabulary=info.vocabulary,
         max_length=longest, stop_ids=info.stop_ids, dtype=model.dtype, backend=served.scorer.engine, features=True,
         entropy=not is_vllm, fp32_output=served.fp32_output or not is_vllm, tokenizer=fingerprint(tokenizer),
-        max_body=served.max_body,
+        max_body=served.max_body, temperature=not is_vllm,
+        max_ids=max_ids(settings.rollout.top_k_logprobs, info.stop_ids) if is_vllm else info.vocabulary,
     )  # fmt: skip
     service = TeacherService(teacher, model.path, Limits(longest, served.max_rollouts))
     server = TeacherServer(service, described, token, listening)

@@ -1,8 +1,9 @@
 """A teacher that scores for several runs: their sessions, what of them it holds, and answers that come again.
 
 A session is one scorer of one run. Its requests are numbered: one that comes again, since its answer was lost on
-the way, gets that answer and is not scored twice. All of it belongs to one thread. No HTTP here: `server.py` has
-that.
+the way, gets that answer and is not scored twice. A request may also go elsewhere, where there are several servers:
+so each says of its rollouts which request has brought their last tokens, and what another one did is not added to.
+All of it belongs to one thread. No HTTP here: `server.py` has that.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from typing import Any
 import numpy as np
 
 from actors.teacher.backend import RunNeeds, ServesRuns, Teacher
-from actors.teacher.messages import chunk_of_message, columns_body, is_count, needs_of, sequences_of_message
+from actors.teacher.messages import (
+    MAX_VOCABULARY,
+    Past,
+    chunk_of_message,
+    columns_body,
+    is_count,
+    needs_of,
+    past_of_message,
+    sequences_of_message,
+)
 from kat_ray.data.chunks import check_chunk_vocabulary
 from kat_ray.errors import StateLost, UserError
 from kat_ray.remote.wire import WireError, pack, unpack
@@ -38,14 +48,23 @@ class TooManyRollouts(Exception):
     """The server holds as many rollouts as it bears: ask again."""
 
 
+@dataclass(frozen=True)
+class _Rollout:
+    """A live rollout."""
+
+    name: int  # that the teacher knows it by
+    length: int  # tokens
+    number: int  # of the request that brought the last of them
+
+
 @dataclass
 class _Session:
-    """One scorer of a run: its live rollouts, with the number that the teacher knows each by, and its length."""
+    """One scorer of a run, and its live rollouts."""
 
     used: float
     number: int = -1  # of the request answered last
     answer: bytes = b""
-    held: dict[int, tuple[int, int]] = field(default_factory=dict)
+    held: dict[int, _Rollout] = field(default_factory=dict)
 
 
 class TeacherService:
@@ -74,6 +93,7 @@ class TeacherService:
         """
         message = unpack(body)
         run, chunk = needs_of(message.meta), chunk_of_message(message)
+        past = past_of_message(message, len(chunk.rollout_ids))
         session = self._session(message.meta)
         number = message.meta.get("number")
         if not is_count(number, _MAX_NUMBER) or number < session.number:
@@ -82,10 +102,11 @@ class TeacherService:
             )
         if number == session.number:
             return session.answer
-        self._release(session, chunk.released.tolist())
-        self._check(session, chunk, run)
+        self._release(session, [*session.held.keys() - {*chunk.rollout_ids.tolist(), *past.others.tolist()}])
+        own_top = self._own_top(message.meta, run)
+        self._check(session, chunk, past, run)
         try:
-            session.answer = self._score(session, chunk, run)
+            session.answer = self._score(session, chunk, number, own_top)
         except Exception:  # what the teacher holds of the session is not known any more; the error goes on
             self._release(session, [*session.held])
             raise
@@ -134,20 +155,29 @@ class TeacherService:
         return name
 
     def _release(self, session: _Session, rollout_ids: list[int]) -> None:
-        known = [session.held.pop(i)[0] for i in rollout_ids if i in session.held]
+        known = [session.held.pop(i).name for i in rollout_ids if i in session.held]
         self._teacher.release(known)
 
-    def _check(self, session: _Session, chunk: RolloutChunk, run: RunNeeds) -> None:
+    def _check(self, session: _Session, chunk: RolloutChunk, past: Past, run: RunNeeds) -> None:
         """Refuse what cannot be scored, before anything is changed."""
         self._runs.serve(run)
         check_chunk_vocabulary(chunk, chunk.topk_ids(), self._teacher.vocabulary, self._name)
         ids, whole = chunk.rollout_ids.tolist(), chunk.whole_past.tolist()
-        if lost := [i for i, w in zip(ids, whole, strict=True) if not w and i not in session.held]:
+        last = {i: rollout.number for i, rollout in session.held.items()}
+        rollouts = zip(ids, whole, past.after.tolist(), strict=True)
+        if lost := [i for i, w, after in rollouts if not w and last.get(i) != after]:
             raise StateLost(f"the past of rollouts {lost} is not held: send their context")
         for length in self._lengths(session, chunk):
             self._check_length(length)
         if self.held + len([i for i in ids if i not in session.held]) > self._limits.max_rollouts:
             raise TooManyRollouts(f"{self.held} rollouts are held, of {self._limits.max_rollouts} (--max-rollouts)")
+
+    def _own_top(self, meta: Mapping[str, Any], run: RunNeeds) -> int:
+        """How many of the teacher's own most likely ids are asked for: of those that the student has, too."""
+        own_top, most = meta.get("own_top"), min(self._teacher.vocabulary, run.student_vocabulary or MAX_VOCABULARY)
+        if not is_count(own_top, most):
+            raise WireError(f"own_top = {own_top!r}: must be a whole number <= {most}")
+        return own_top
 
     def _check_length(self, length: int) -> None:
         if length > self._limits.max_length:
@@ -157,18 +187,19 @@ class TeacherService:
         """Tokens of each rollout with what the chunk brings."""
         brought = (np.diff(chunk.offsets) + np.diff(chunk.context_offsets)).tolist()
         before = [
-            0 if whole else session.held[i][1]
+            0 if whole else session.held[i].length
             for i, whole in zip(chunk.rollout_ids.tolist(), chunk.whole_past.tolist(), strict=True)
         ]
         return [a + b for a, b in zip(before, brought, strict=True)]
 
-    def _score(self, session: _Session, chunk: RolloutChunk, run: RunNeeds) -> bytes:
+    def _score(self, session: _Session, chunk: RolloutChunk, number: int, own_top: int) -> bytes:
         own_ids, lengths = chunk.rollout_ids.tolist(), self._lengths(session, chunk)
         for i, length in zip(own_ids, lengths, strict=True):
-            session.held[i] = (session.held[i][0] if i in session.held else next(self._names), length)
-        here = np.array([session.held[i][0] for i in own_ids], dtype=np.int64)
+            name = session.held[i].name if i in session.held else next(self._names)
+            session.held[i] = _Rollout(name, length, number)
+        here = np.array([session.held[i].name for i in own_ids], dtype=np.int64)
         before = self._teacher.run_tokens
-        columns = self._teacher.score(replace(chunk, rollout_ids=here), chunk.topk_ids())
+        columns = self._teacher.score(replace(chunk, rollout_ids=here), chunk.topk_ids(), own_top)
         self.scored_tokens += chunk.tokens
         self._release(session, chunk.rollout_ids[chunk.ended != EngineEnd.RUNNING].tolist())
         meta = {

@@ -119,7 +119,8 @@ class TransformersTeacher:
                 self._cache.free(state.slot)
 
     def serve(self, run: RunNeeds) -> None:
-        self._stop_ids = run.stop_ids
+        self._stop_ids, self._temperature = run.stop_ids, run.temperature
+        self._common = run.student_vocabulary or None
         self._vocabulary = max(self._own_vocabulary, run.student_vocabulary)
 
     def load_weights(self, update: WeightUpdate) -> None:

@@ -42,8 +42,8 @@ from actors.teacher.backend import (
     RunNeeds,
     Sequences,
     TeacherColumns,
-    TeacherTargets,
     overlap_share,
+    own_targets,
     with_chunk,
 )
 from actors.teacher.plain_copy import logprobs_of_copy
@@ -102,6 +102,13 @@ class VllmTeacher:
         self.run_tokens = 0
 
     def serve(self, run: RunNeeds) -> None:
+        if run.temperature != 1:
+            raise UserError(
+                f"objective.opd.teacher_temperature = {run.temperature:g}: takes the teacher's whole distribution, "
+                f"and vLLM gives {self._name} log-probabilities of single ids at temperature 1: serve it with "
+                "--backend transformers"
+            )
+        self._common = run.student_vocabulary or self.vocabulary
         # An id that the teacher has no token for has no mass, and vLLM refuses it.
         self._stop_ids = np.array([i for i in run.stop_ids if i < self.vocabulary], dtype=np.int32)
         self._top = min(OVERLAP_TOP, self._settings.rollout.top_k_logprobs) if run.top_needed else None
@@ -155,8 +162,8 @@ class VllmTeacher:
         for warning in self._watch.observe(chunk.tokens + len(chunk.context_ids), self.run_tokens - before, live):
             log.warning("%s: %s", self._name, warning)
         top_k = topk_ids.shape[1]
-        stops, common = self._stop_ids.tolist(), self._settings.student_vocabulary or self.vocabulary
-        parts = [_columns(scores[i], asks[i].ids, stops, top_k, own_top, common) for i in asks]
+        stops = self._stop_ids.tolist()
+        parts = [_columns(scores[i], asks[i].ids, stops, top_k, own_top, self._common) for i in asks]
         return TeacherColumns.join(parts, top_k)
 
     def plain_logprobs(self, sequences: Sequences) -> list[FloatArray]:
@@ -266,17 +273,6 @@ def _columns(
         overlap = overlap_share(topk_ids[:, :compared], scores.top_ids[:, :compared])
         largest, top = scores.top_logprobs[:, 0].exp(), scores.top_ids[:, 0].int()
         if own_top:
-            targets = _own_targets(scores, own_top, scores.given[:, top_k:], stop_ids, common)
+            best = scores.top_logprobs[:, :own_top], scores.top_ids[:, :own_top].long()
+            targets = own_targets(*best, scores.given[:, top_k:], stop_ids, common)
     return TeacherColumns(topk, tail, stop, overlap, largest, unknown, top, targets)
-
-
-def _own_targets(
-    scores: _Scores, own_top: int, stop_logprobs: torch.Tensor, stop_ids: Sequence[int], common: int
-) -> TeacherTargets:
-    """Of the engine's own most likely ids. A row with one that the student lacks is NaN: dropped, and counted."""
-    assert scores.top_ids is not None and scores.top_logprobs is not None
-    topk, ids = scores.top_logprobs[:, :own_top], scores.top_ids[:, :own_top].long()
-    foreign = (ids >= common).any(dim=-1, keepdim=True)
-    topk = topk.masked_fill(foreign, torch.nan)
-    ids = torch.where(foreign, torch.arange(own_top), ids)
-    return TeacherTargets(topk, *tail_and_stop_of_ids(topk, ids, stop_logprobs, stop_ids), ids)

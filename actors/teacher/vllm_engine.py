@@ -16,7 +16,7 @@ from typing import Any
 from vllm import EngineArgs, LLMEngine
 from vllm.transformers_utils.config import iter_rope_parameters
 
-from actors.teacher.backend import OVERLAP_TOP
+from actors.teacher.backend import max_ids
 from actors.teacher.settings import ScorerSettings
 from kat_ray.errors import UserError
 from kat_ray.models.fp32_output import require_fp32_output, type_name, vllm_arguments
@@ -35,7 +35,7 @@ def engine_args(settings: ScorerSettings, **changes: Any) -> EngineArgs:
         trust_remote_code=model.trust_remote_code,
         skip_tokenizer_init=True,
         max_model_len=settings.max_model_len,
-        max_logprobs=max(settings.rollout.top_k_logprobs + len(settings.stop_ids), OVERLAP_TOP),
+        max_logprobs=max_ids(settings.rollout.top_k_logprobs, settings.stop_ids),
         logprobs_mode="raw_logprobs",
         max_num_batched_tokens=scorer.max_batch_tokens,
         max_num_seqs=min(_MAX_SEQS, scorer.max_batch_tokens),

@@ -1,4 +1,5 @@
-"""A teacher that a stock vLLM server has: each new token is one request for the log-probabilities of the ids asked.
+"""A teacher that a stock vLLM server has: each new token is one request for the log-probabilities of the ids asked,
+and each rollout of a chunk one more where the loss is on the teacher's own top k.
 
 `kat_ray/remote/vllm.py` says what is asked, and why so. The server holds nothing of ours: a request brings all that
 stands before its token, and the server's prefix cache makes most of that cheap. What is sent again is counted as
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from actors.teacher.backend import Sequences, TeacherColumns, with_chunk
+from actors.teacher.backend import Sequences, TeacherColumns, TeacherTargets, own_targets, with_chunk
 from actors.teacher.settings import ScorerSettings
 from kat_ray.errors import UserError
 from kat_ray.losses.divergence import tail_and_stop_of_ids
@@ -21,11 +22,14 @@ from kat_ray.remote.client import HttpClient
 from kat_ray.remote.traffic import Traffic
 from kat_ray.remote.vllm import (
     MAX_IDS,
+    NO_TEMPERATURE,
     VllmInfo,
     next_request,
     next_scores,
     plain_request,
     plain_values,
+    top_request,
+    top_values,
 )
 from kat_ray.types.records import EngineEnd, FloatArray, IntArray, RolloutChunk
 
@@ -64,6 +68,9 @@ class VllmServerTeacher:
                 f"{self._name}: the rule needs the teacher's most likely ids, which a vLLM server does not give "
                 "beside chosen ones; use kat-ray serve-teacher, or another rule"
             )
+        if settings.temperature != 1:
+            raise UserError(f"objective.opd.teacher_temperature = {settings.temperature:g}: {NO_TEMPERATURE}")
+        self._common = settings.student_vocabulary or self._vocabulary
         asked = settings.rollout.top_k_logprobs + len(self._stop_ids)
         if asked > MAX_IDS:
             raise UserError(
@@ -97,20 +104,21 @@ class VllmServerTeacher:
     def score(self, chunk: RolloutChunk, topk_ids: IntArray, own_top: int = 0) -> TeacherColumns:
         """The columns of all rows of a chunk, in its order; `topk_ids` [N, k] int32 are the chunk's, unpacked.
 
+        With `own_top` the targets are those of so many of the teacher's own most likely ids.
         `StateLost` names rollouts whose past is not held: send them again with their whole past. Where this raises,
         nothing of the chunk is held.
         """
-        assert not own_top, "the configuration asks no server for its own top k"
         tokens = with_chunk(self._tokens, chunk)
         rows = self._rows(chunk, tokens, topk_ids)
         answers = self._client.ask_all(next_request(self._info.model, row.before, row.ids) for row in rows)
         what = f"{self._name}: its server"
         scored = [next_scores(answer, row.ids, what) for answer, row in zip(answers, rows, strict=True)]
         self.run_tokens += sum(s.run for s in scored)
+        best = self._own_top(chunk, tokens, own_top) if own_top else None
         ended = (chunk.ended != EngineEnd.RUNNING).tolist()
         self._tokens |= {i: t for (i, t), end in zip(tokens.items(), ended, strict=True) if not end}
         values = [dict(zip(row.ids, s.logprobs, strict=True)) for row, s in zip(rows, scored, strict=True)]
-        return self._columns(values, topk_ids)
+        return self._columns(values, topk_ids, best)
 
     def plain_logprobs(self, sequences: Sequences) -> list[FloatArray]:
         """By passes of whole texts, in which the server reads no cache."""
@@ -132,7 +140,28 @@ class VllmServerTeacher:
                 rows.append(_Row(own[:at], list(dict.fromkeys([*ids, *self._stop_ids]))))
         return rows
 
-    def _columns(self, values: Sequence[dict[int, float]], topk_ids: IntArray) -> TeacherColumns:
+    def _own_top(
+        self, chunk: RolloutChunk, tokens: dict[int, list[int]], own_top: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities [N, own_top] and ids of the server's most likely ids at all rows of a chunk."""
+        counts = np.diff(chunk.offsets).tolist()
+        asked = [(tokens[i], n) for i, n in zip(chunk.rollout_ids.tolist(), counts, strict=True) if n]
+        answers = self._client.ask_all(top_request(self._info.model, text, own_top) for text, _ in asked)
+        what = f"{self._name}: its server"
+        found = [
+            top_values(answer, len(text), n, own_top, what)
+            for answer, (text, n) in zip(answers, asked, strict=True)
+        ]
+        self.run_tokens += sum(f.run for f in found)
+        logprobs = torch.tensor([row for f in found for row in f.logprobs], dtype=torch.float32)
+        return logprobs, torch.tensor([row for f in found for row in f.ids], dtype=torch.long)
+
+    def _columns(
+        self,
+        values: Sequence[dict[int, float]],
+        topk_ids: IntArray,
+        best: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> TeacherColumns:
         top_k = topk_ids.shape[1]
         if not values:
             return TeacherColumns.join([], top_k)
@@ -144,4 +173,7 @@ class VllmServerTeacher:
         tail, stop = tail_and_stop_of_ids(topk, torch.from_numpy(topk_ids.copy()), stops, self._stop_ids)
         unknown = torch.full((len(topk),), torch.nan)
         top = torch.full((len(topk),), -1, dtype=torch.int32)
-        return TeacherColumns(topk, tail, stop, unknown, unknown, unknown, top)
+        targets: TeacherTargets | None = None
+        if best is not None:
+            targets = own_targets(*best, stops, self._stop_ids, self._common)
+        return TeacherColumns(topk, tail, stop, unknown, unknown, unknown, top, targets)

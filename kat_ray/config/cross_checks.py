@@ -228,7 +228,6 @@ def _completions_are_there(config: Config) -> None:
 def _teachers_give_what_is_learnt(config: Config) -> None:
     """Engines of teachers give what the loss takes."""
     temperature = config.objective.opd.teacher_temperature
-    _check_servers(config, temperature)
     for group in config.scorer_groups if temperature != 1 else ():
         if group.scorer.engine == "vllm":
             raise ValueError(
@@ -236,22 +235,6 @@ def _teachers_give_what_is_learnt(config: Config) -> None:
                 f"and vLLM gives log-probabilities of single ids at temperature 1; set "
                 f"{group.scorer_section}.backend = 'transformers', or leave the temperature at 1"
             )
-
-
-def _check_servers(config: Config, temperature: float) -> None:
-    """Teachers behind HTTP are asked for their log-probabilities at the student's ids, and at no others."""
-    off_policy = config.objective.off_policy
-    for what, asked in (
-        (f"objective.opd.teacher_temperature = {temperature:g}", temperature != 1),
-        ("objective.opd.support = 'teacher'", config.objective.opd.support == "teacher"),
-        ("objective.off_policy.loss = 'distillation'", off_policy.share and off_policy.loss == "distillation"),
-    ):
-        for group in config.scorer_groups if asked else ():
-            if group.model.is_remote:
-                raise ValueError(
-                    f"{what}: needs a teacher that scorers load, and {group.section}.type = 'http'; a server "
-                    "is asked about the student's own ids at temperature 1"
-                )
 
 
 CHECKS = (

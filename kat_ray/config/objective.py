@@ -69,8 +69,8 @@ class DistillationObjective(_Weighted):
     """What a skewed KL mixes into the distribution that it is held against: near 0 it is the KL of its name."""
     teacher_temperature: float = Field(1.0, gt=0)
     """The loss takes the teacher's logits divided by this, over the whole vocabulary: below 1 it is more certain
-    than it is. Rules and traces have temperature 1 in any case. Needs a teacher on transformers (scorer.backend),
-    since vLLM gives log-probabilities of single ids."""
+    than it is. Rules and traces have temperature 1 in any case. Needs a teacher on transformers (scorer.backend,
+    or `kat-ray serve-teacher --backend transformers`), since vLLM gives log-probabilities of single ids."""
     student_temperature: float = Field(1.0, gt=0)
     """The same of the student. Sampling has rollout.temperature; nothing is multiplied by the square of either."""
 

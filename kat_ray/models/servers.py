@@ -15,6 +15,7 @@ from kat_ray.remote.servers import identify
 from kat_ray.remote.token import read_token
 from kat_ray.remote.vllm import (
     MAX_IDS,
+    NO_TEMPERATURE,
     NOT_ENOUGH,
     VllmInfo,
     detokenize_request,
@@ -22,6 +23,8 @@ from kat_ray.remote.vllm import (
     next_request,
     next_scores,
     tokenize_request,
+    top_request,
+    top_values,
 )
 from kat_ray.termination import RULES
 
@@ -46,6 +49,21 @@ class _Asked:
     def needs(self) -> list[str]:
         """What the rule needs of every token beside the KL."""
         return [*RULES[self.config.termination.rule].needs]
+
+    @property
+    def own_top(self) -> str | None:
+        """What of the objective needs the teacher's own top k, in messages; None where nothing does."""
+        if self.config.objective.opd.support == "teacher":
+            return "objective.opd.support = 'teacher'"
+        given = self.config.objective.off_policy
+        if given.share and given.loss == "distillation":
+            return "objective.off_policy.loss = 'distillation'"
+        return None
+
+    @property
+    def temperature(self) -> float:
+        """Of the teacher's side of the loss."""
+        return self.config.objective.opd.teacher_temperature
 
     @property
     def rule(self) -> str:
@@ -115,8 +133,20 @@ def _check_own(asked: _Asked, server: ServerInfo, where: str) -> None:
         raise ModelError(
             f"{where}: numerics.fp32_output_layer = true, and the server's is not: start it with --fp32-output"
         )
+    if asked.temperature != 1 and not server.temperature:
+        raise ModelError(
+            f"objective.opd.teacher_temperature = {asked.temperature:g}: takes the teacher's whole distribution, "
+            f"and the engine of {where} gives log-probabilities of single ids: start the server with "
+            "--backend transformers, or leave the temperature at 1"
+        )
     if server.backend == "vllm":
         _check_padding(asked, where)
+        most = server.max_ids - len(asked.stop_ids)
+        if (top_k := asked.config.rollout.top_k_logprobs) > most:
+            raise ModelError(
+                f"rollout.top_k_logprobs = {top_k}: must be <= {most} with {where}, which scores {server.max_ids} "
+                "ids of a token, the stop ids among them: start the server with a larger --top-k"
+            )
 
 
 def _check_padding(asked: _Asked, where: str) -> None:
@@ -141,6 +171,11 @@ def _check_vllm(asked: _Asked, server: VllmInfo, client: HttpClient, where: str)
             f"{where}: numerics.fp32_output_layer = true: a vLLM server does not say whether its own is; use "
             "kat-ray serve-teacher --fp32-output"
         )
+    if asked.temperature != 1:
+        raise ModelError(
+            f"objective.opd.teacher_temperature = {asked.temperature:g}: with {where} it cannot be: it "
+            f"{NO_TEMPERATURE}"
+        )
     _check_padding(asked, where)
     most = MAX_IDS - len(asked.stop_ids)
     if config.rollout.top_k_logprobs > most:
@@ -150,7 +185,22 @@ def _check_vllm(asked: _Asked, server: VllmInfo, client: HttpClient, where: str)
         )
     ids = range(min(config.rollout.top_k_logprobs + len(asked.stop_ids), asked.model.vocabulary))
     next_scores(client.ask(next_request(server.model, [0], ids)), ids, where)
+    _check_own_top(asked, server, client, where)
     yield from _check_tokenizer(asked, server, client, where)
+
+
+def _check_own_top(asked: _Asked, server: VllmInfo, client: HttpClient, where: str) -> None:
+    if asked.own_top is None:
+        return
+    top_k = asked.config.rollout.top_k_logprobs
+    answer = client.ask(top_request(server.model, [0, 0], top_k))
+    if answer.status == 400:
+        raise ModelError(
+            f"{asked.own_top}: needs the teacher's {top_k} most likely ids (rollout.top_k_logprobs), which {where} "
+            f"does not give: {answer.words}: start the server with --max-logprobs {top_k}, or lower "
+            "rollout.top_k_logprobs"
+        )
+    top_values(answer, 2, 1, top_k, where)
 
 
 def _check_tokenizer(asked: _Asked, server: VllmInfo, client: HttpClient, where: str) -> Iterator[str]:

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,13 @@ class Answer:
         """The body as part of a message: its first line or so."""
         text = " ".join(self.body[: 4 * _SHOWN].decode("utf-8", "replace").split())
         return text if len(text) <= _SHOWN else text[:_SHOWN] + " ..."
+
+
+@dataclass
+class _Place:
+    """Of a request under way; `too_many`: the server said that it has more than it can do."""
+
+    too_many: bool = False
 
 
 class HttpClient:
@@ -131,16 +139,11 @@ class HttpClient:
         )
 
     async def _one(self, request: Request) -> Answer:
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._window.is_free)
-            self._window.begin()
         retry = Retry(time.monotonic(), self._http.retry_seconds)
         while True:
-            answer, failure, asked = await self._attempt(request, retry.left(time.monotonic()))
-            too_many = answer is not None and answer.status in TOO_MANY
-            async with self._changed:
-                self._window.end(too_many)
-                self._changed.notify_all()
+            async with self._place() as place:
+                answer, failure, asked = await self._attempt(request, retry.left(time.monotonic()))
+                place.too_many = answer is not None and answer.status in TOO_MANY
             if answer is not None and verdict(answer.status) == "answer":
                 self.on_progress()
                 return answer
@@ -157,9 +160,20 @@ class HttpClient:
             )  # fmt: skip
             self.traffic.retries += 1
             await asyncio.sleep(seconds)
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[_Place]:
+        """A place among the requests under way, waited for; it is given up however the request ends."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._window.is_free)
+            self._window.begin()
+        place = _Place()
+        try:
+            yield place
+        finally:
+            self._window.end(place.too_many)
             async with self._changed:
-                await self._changed.wait_for(lambda: self._window.is_free)
-                self._window.begin()
+                self._changed.notify_all()
 
     async def _attempt(self, request: Request, left: float) -> tuple[Answer | None, str, float | None]:
         """The answer, or why there is none; and the seconds that the server asks to wait."""

@@ -32,6 +32,8 @@ class ServerInfo:
     fp32_output: bool
     tokenizer: str  # digest, see `kat_ray.models.tokenizers.fingerprint`
     max_body: int  # bytes of a request
+    max_ids: int  # that it scores of a token, stop ids among them
+    temperature: bool  # whether it takes another one than 1
 
     def to_json(self) -> bytes:
         """The body of an answer."""

@@ -7,7 +7,10 @@ one token is generated and thrown away. What speaks against the other ways:
 - `prompt_logprobs` gives the server's own most likely ids (20, unless it was started with more) and the text's
   own token. Where these do not hold the student's ids, the rest would have to join the tail on both sides: a KL of
   coarser events, which is a lower bound of the KL that is asked for, and by how much depends on the server's list.
-  It also runs every prompt whole: a request that asks for it reads no prefix cache.
+  It also runs every prompt whole: a request that asks for it reads no prefix cache. Where the loss is on the
+  teacher's own top k, that list is what is asked for, of each rollout once a chunk. `logprobs` of a generated token
+  would give it, too, and read the cache; but vLLM's V1 model runner gives nothing to a request with it that runs
+  beside one with `logprob_token_ids`.
 - `prompt_logprob_token_ids` of /inference/v1/generate scores given ids at all rows at once. It needs a server
   started with --enable-scale-out, and the V2 model runner, so a GPU. Whoever can start one so can start
   `kat-ray serve-teacher` instead, which asks the same engine the same and gives more of each row.
@@ -86,6 +89,13 @@ NOT_ENOUGH = (
 )
 
 
+NO_TEMPERATURE = (
+    "takes the log-probabilities of the whole vocabulary, and a vLLM server gives those of single ids: the mass of "
+    "all others at another temperature does not follow from theirs; use kat-ray serve-teacher --backend "
+    "transformers, or leave the temperature at 1"
+)
+
+
 def _value(given: Any) -> float:
     if given is None:
         return math.nan
@@ -108,6 +118,48 @@ def plain_values(answer: Answer, tokens: Sequence[int], what: str) -> list[float
         ]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"{what}: the server does not give the log-probabilities of a prompt") from error
+
+
+@dataclass(frozen=True)
+class OwnTop:
+    """The server's own most likely ids of rows, most likely first, and the tokens that it ran for them."""
+
+    ids: list[list[int]]
+    logprobs: list[list[float]]
+    run: int
+
+
+def top_request(model: str, tokens: Sequence[int], top: int) -> Request:
+    """Asks for the `top` most likely ids at each token of a text, by a pass without cache."""
+    return Request(COMPLETIONS, _json({"model": model, "prompt": list(tokens), "prompt_logprobs": top, **_PLAIN}))
+
+
+def top_values(answer: Answer, tokens: int, rows: int, top: int, what: str) -> OwnTop:
+    """The answer to `top_request` about so many tokens, of which the last `rows` are looked at."""
+    body = good_json(answer, what)
+    try:
+        given = body["choices"][0]["prompt_logprobs"]
+        if len(given) != tokens:
+            raise ValueError(len(given))
+        # The text's own token is there in any case, so a row may have one more.
+        best = [_most_likely(row, top) for row in given[tokens - rows :]]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{what}: the server does not give its {top} most likely ids at the tokens of a prompt"
+        ) from error
+    return OwnTop(
+        [[i for i, _ in row] for row in best], [[v for _, v in row] for row in best],
+        int((body.get("usage") or {}).get("prompt_tokens") or 0),
+    )  # fmt: skip
+
+
+def _most_likely(row: dict[str, Any], top: int) -> list[tuple[int, float]]:
+    values = {int(i): _value(entry["logprob"]) for i, entry in row.items()}
+    if len(values) < top:
+        raise ValueError(len(values))
+    # A row of NaN has no order: any ids will do, it is dropped.
+    order = sorted(values, key=lambda i: -math.inf if math.isnan(values[i]) else values[i], reverse=True)
+    return [(i, values[i]) for i in order[:top]]
 
 
 def tokenize_request(model: str, text: str) -> Request:

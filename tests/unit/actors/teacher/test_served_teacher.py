@@ -17,49 +17,24 @@ from aiohttp import web
 
 from actors.teacher import serve
 from actors.teacher.backend import RunNeeds
-from actors.teacher.messages import chunk_arrays, needs_meta
+from actors.teacher.messages import NOTHING, Past, chunk_arrays, needs_meta
 from actors.teacher.remote import ServedTeacher, remote_teacher
 from actors.teacher.scorer import TeacherScorer, make_teacher
 from actors.teacher.server import Listening, TeacherServer
 from actors.teacher.service import Limits, TeacherService
-from actors.teacher.settings import ScorerSettings
 from actors.teacher.transformers_backend import TransformersTeacher
 from kat_ray.cli.main import main
 from kat_ray.cluster.devices import environment_of
-from kat_ray.config import Config
 from kat_ray.errors import StateLost, UserError
 from kat_ray.remote.client import HttpClient, Request
-from kat_ray.remote.info import INFO, PLAIN, SCORE, ServerInfo
+from kat_ray.remote.info import INFO, PLAIN, SCORE
 from kat_ray.remote.token import Token
 from kat_ray.remote.wire import CONTENT_TYPE, pack
-from kat_ray.types.records import EngineEnd
 from tests.support.chunks import chunk_of, random_rollouts
-from tests.support.configs import make_config
+from tests.support.served import assert_same, info_of, pieces, server_of, settings_of
 from tests.support.teacher_server import AppInThread, answers, free_port
 
 SECRET = "hush-hush-5309"
-FAST = {"retry_seconds": 20.0, "connect_seconds": 2.0}
-
-
-def settings_of(models, url=None, **http):
-    config = make_config(models["student"][0], models["teacher"][0])
-    if url:
-        tree = config.model_dump(mode="json")
-        tree["teacher"] |= {"type": "http", "url": url, "http": {**FAST, **http}}
-        config = Config.model_validate(tree)
-    return ScorerSettings.from_config(config, models["teacher"][0], (1, 5), 64, 200)
-
-
-def info_of(**changes):
-    found = ServerInfo(
-        1, "m", "Qwen3ForCausalLM", 200, 64, (1,), "float32", "transformers", True, True, True, "", 2**24
-    )
-    return replace(found, **changes)
-
-
-def server_of(models, token=None, limits=None, info=None, **listening):
-    service = TeacherService(TransformersTeacher(settings_of(models)), "the model", limits or Limits(64))
-    return service, TeacherServer(service, info or info_of(), token, Listening(**listening))
 
 
 @pytest.fixture(scope="module")
@@ -68,23 +43,6 @@ def served(models):
     service, server = server_of(models)
     with AppInThread(server.app()) as running:
         yield service, running.url
-
-
-def pieces(student, rollouts, size):
-    at, longest = 0, max(len(tokens) for _, tokens in rollouts.values())
-    while at < longest:
-        live = {i: r for i, r in rollouts.items() if at < len(r[1])}
-        end = {i: min(at + size, len(r[1])) for i, r in live.items()}
-        ended = {i: EngineEnd.EOS for i in live if end[i] == len(live[i][1])}
-        yield chunk_of(student, live, start=dict.fromkeys(live, at), end=end, ended=ended)
-        at += size
-
-
-def assert_same(a, b):
-    for name in ("d", "overlap", "teacher_max", "teacher_entropy", "teacher_top"):
-        assert getattr(a[0], name).tobytes() == getattr(b[0], name).tobytes(), name
-    for name in ("topk_logprobs", "tail_logprobs", "stop_logprobs"):
-        assert getattr(a[1], name).tobytes() == getattr(b[1], name).tobytes(), name
 
 
 @pytest.mark.parametrize("size", [3, 1000])
@@ -237,7 +195,8 @@ def test_without_the_token_nobody_is_let_in(models, monkeypatch, caplog):
 
 def body_of(chunk, session="s" * 16, number=0, **meta):
     run = needs_meta(RunNeeds((1,), 200, False))
-    return pack({**run, "session": session, "number": number, **meta}, chunk_arrays(chunk, []))
+    past = Past(np.full(len(chunk.rollout_ids), NOTHING), np.zeros(0))
+    return pack({**run, "session": session, "number": number, "own_top": 0, **meta}, chunk_arrays(chunk, past))
 
 
 def test_what_cannot_be_scored_is_refused_by_the_server_itself(models, served):
@@ -256,6 +215,8 @@ def test_what_cannot_be_scored_is_refused_by_the_server_itself(models, served):
         body_of(ragged): "do not divide", body_of(chunk, session="me"): "session: must be",
         body_of(chunk, number=-1): "number = -1", body_of(chunk, stop_ids=["x"]): "stop_ids",
         body_of(chunk, student_vocabulary=2**40): "student_vocabulary",
+        body_of(chunk, own_top=201): "own_top = 201: must be a whole number <= 200",
+        body_of(chunk, temperature=0): "temperature = 0: must be a number > 0",
         pack({}, {}): "stop_ids",
     }  # fmt: skip
     client = HttpClient([url], settings_of(models, url).remote.http, "teacher", None)

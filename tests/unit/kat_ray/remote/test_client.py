@@ -1,6 +1,7 @@
 """Requests over loopback: how many at once, tried again, bounded; and where a token does not go."""
 
 import asyncio
+import threading
 
 import pytest
 from aiohttp import web
@@ -124,3 +125,24 @@ def test_an_endless_answer_is_not_read(monkeypatch):
     monkeypatch.setattr(client_module, "MAX_ANSWER", 1000)
     with AppInThread(Server().app()) as running, pytest.raises(AnswerTooLarge, match="more than 1,000 bytes"):
         client_of(running.url).ask(Request("/x", b"1" * 2000))
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_request_that_ends_with_an_error_gives_up_its_place(monkeypatch, concurrency):
+    """So do those that were under way beside it."""
+    monkeypatch.setattr(client_module, "MAX_ANSWER", 1000)
+    with AppInThread(Server().app()) as running:
+        client = client_of(running.url, concurrency=concurrency)
+        for _ in range(concurrency):
+            with pytest.raises(AnswerTooLarge):
+                client.ask_all([Request("/x", b"1" * 2000)] * 3)
+        assert answered_within(30, lambda: client.ask(Request("/x", b"2")).body) == b"2"
+
+
+def answered_within(seconds, ask):
+    """What it gives; None where it still waits. A thread that nobody waits for, since it may never end."""
+    found = []
+    asking = threading.Thread(target=lambda: found.append(ask()), daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return found[0] if found else None

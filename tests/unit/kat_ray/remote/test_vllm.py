@@ -7,7 +7,7 @@ import pytest
 
 from kat_ray.errors import UserError
 from kat_ray.remote.client import Answer
-from kat_ray.remote.vllm import next_request, next_scores, plain_request, plain_values
+from kat_ray.remote.vllm import next_request, next_scores, plain_request, plain_values, top_request, top_values
 
 
 def answer(body, status=200):
@@ -59,3 +59,21 @@ def test_a_texts_own_log_probabilities():
     assert math.isnan(found[0]) and found[1:] == [-0.5, -math.inf]
     with pytest.raises(UserError, match="the log-probabilities of a prompt"):
         plain_values(answer({"choices": [{"prompt_logprobs": rows}]}), [5, 6], "it")
+
+
+def test_the_servers_own_most_likely_ids():
+    """The text's own token stands first, also where it is none of them; the last rows are looked at."""
+    rows = [
+        None,
+        {"6": {"logprob": -0.5, "rank": 1}, "9": {"logprob": -1.5, "rank": 2}},
+        {"7": {"logprob": -8.0, "rank": 50}, "2": {"logprob": -0.1}, "3": {"logprob": -2.5}},
+        {"3": {"logprob": -2.0}, "2": {"logprob": -0.25}, "5": {"logprob": -9999.0}},
+    ]
+    body = {"choices": [{"prompt_logprobs": rows}], "usage": {"prompt_tokens": 4}}
+    found = top_values(answer(body), 4, 2, 2, "it")
+    assert found.ids == [[2, 3], [2, 3]] and found.logprobs == [[-0.1, -2.5], [-0.25, -2.0]] and found.run == 4
+    assert top_values(answer(body), 4, 1, 3, "it").logprobs == [[-0.25, -2.0, -math.inf]]
+    assert json.loads(top_request("m", [5, 6], 7).body)["prompt_logprobs"] == 7
+    for tokens, top in ((4, 4), (5, 2)):
+        with pytest.raises(UserError, match=f"its {top} most likely ids"):
+            top_values(answer(body), tokens, 2, top, "it")
