@@ -167,7 +167,15 @@ def test_a_prompt_is_always_left_to_the_student(share, prompts):
         ({"data": {"path": "x.jsonl", "completion_column": "s"}}, r"'s': needs objective\.off_policy\.share > 0"),
         (
             {"objective": {"off_policy": {"share": 0.9}}, "data": {"path": "x.jsonl", "completion_column": "s"}},
-            r"share = 0\.9: must leave a prompt .* <= 0\.75 with rollout\.prompts_per_step = 4",
+            r"share = 0\.9: must leave a prompt .* <= 0\.75 with rollout\.prompts_per_step = 4; .* to 10 or more",
+        ),
+        (
+            {
+                "objective": {"off_policy": {"share": 0.5}}, "data": {"path": "x.jsonl", "completion_column": "s"},
+                "rollout": {"prompts_per_step": 1},
+            },
+            r"share = 0\.5: must leave a prompt of each step to the student, and rollout\.prompts_per_step = 1; "
+            r"raise rollout\.prompts_per_step to 2 or more",
         ),
         (
             {
