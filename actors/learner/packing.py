@@ -2,7 +2,7 @@
 
 Whether it does is tried when it is loaded, against its sequences alone. What a configuration does not tell is found
 there: attention that does not go through transformers' interface, a state that runs on from one sequence into the
-next, positions that are counted along the row. Beyond windows, the masks are the model's own.
+next, positions that are counted along the row, a window that is not kept to.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from kat_ray.config import LearnerConfig
 from kat_ray.data.collate import Collator, PackedCollator, PaddedCollator
 from kat_ray.errors import UserError
 from kat_ray.models.support import refusal
+from kat_ray.models.trial import trial_length, worst_difference
 
 log = logging.getLogger("kat_ray.learner")
 
-# Of a hidden state's norm, at the median token behind the first sequence (experts may be chosen otherwise at a
-# tie): rounding gives 1e-6 in float32 and 1e-2 in 16 bits, a neighbour that is seen 0.1 and more.
+# Of a hidden state's norm: rounding gives 1e-6 in float32 and 1e-2 in 16 bits, a neighbour that is seen 0.1 and
+# more.
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-_LENGTHS = (9, 1, 13)
+_LONGEST = 1200  # tokens: beyond the windows of Gemma 3, which have 1,024
 
 
 def collator_for(student: StudentModel, learner: LearnerConfig, name: str) -> Collator:
@@ -55,13 +56,14 @@ def _tried(student: StudentModel) -> str | None:
 @torch.no_grad()
 def packing_fault(student: StudentModel) -> str | None:
     """What is wrong with packed rows of a student that takes them, as part of a sentence; None where nothing is."""
-    device = student.network.device
-    tokens = [[(7 * i + 31 * r + 3) % student.vocabulary for i in range(n)] for r, n in enumerate(_LENGTHS)]
+    device, text = student.network.device, student.network.config.get_text_config()
+    lengths = (9, 1, trial_length(text, _LONGEST), 13)
+    tokens = [[(7 * i + 31 * r + 3) % student.vocabulary for i in range(n)] for r, n in enumerate(lengths)]
     try:
         with student.plain_attention():
             alone = [student.hidden_states({"input_ids": torch.tensor([ids], device=device)})[0] for ids in tokens]
         row = torch.tensor([[i for ids in tokens for i in ids]], device=device)
-        position_ids = torch.cat([torch.arange(n, device=device) for n in _LENGTHS])[None]
+        position_ids = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
         packed = student.hidden_states(
             {"input_ids": row, "attention_mask": torch.ones_like(row), "position_ids": position_ids}
         )[0]
@@ -69,9 +71,7 @@ def packing_fault(student: StudentModel) -> str | None:
         if fatal_reason(error) is not None:  # the device's fault, not the model's
             raise
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
-    expected = torch.cat(alone).float()
-    difference_T = (packed.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    worst = float(difference_T[_LENGTHS[0] :].median())
+    worst = worst_difference(packed, torch.cat(alone), text)
     if not worst <= _TOLERANCES[student.network.dtype]:
         return f"its hidden states in a packed row differ from those of sequences alone by {worst:.1g}"
     return None

@@ -26,6 +26,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def changed_fields(section: Section) -> dict[str, Any]:
+    """The fields of a section that do not have their defaults, with what they have.
+
+    Of settings that have no effect these are refused; a run writes all fields, so defaults are given, too.
+    """
+    fields = type(section).model_fields
+    return {name: value for name, value in section if value != fields[name].default}
+
+
 class PlacementConfig(Section):
     """What one replica of a role asks of the cluster."""
 
@@ -245,6 +254,16 @@ class LearnerConfig(PlacementConfig):
     max_skipped_steps: Resumable[int] = Field(5, ge=1)
     """Steps in a row whose loss or gradient is not finite, each of them skipped, after which the run stops and
     writes the last one's batch to `dumps/`."""
+
+    @model_validator(mode="after")
+    def _sums_what_is_rounded(self) -> LearnerConfig:
+        if self.reduce_dtype == "float32" and (self.dtype != "bfloat16" or self.zero_stage < 2):
+            where = f"dtype is {self.dtype!r}" if self.dtype != "bfloat16" else f"zero_stage is {self.zero_stage}"
+            raise ValueError(
+                f"reduce_dtype = 'float32': changes sums of bfloat16 at ZeRO 2 and 3, and {where}; leave it at "
+                "'model', or take dtype = 'bfloat16' with zero_stage = 2 or 3"
+            )
+        return self
 
     @model_validator(mode="after")
     def _dora_has_whole_weights(self) -> LearnerConfig:

@@ -215,6 +215,18 @@ def _rule_gets_what_it_needs(config: Config) -> None:
             )
 
 
+def _vllm_has_a_gpu(config: Config) -> None:
+    """Teachers on vLLM run on GPUs, as `make_teacher` would say in a scorer's process."""
+    for group in config.scorer_groups:
+        if group.engine == "vllm" and not group.scorer.num_gpus:
+            field = group.scorer_section
+            raise ValueError(
+                f"{field}.backend = 'vllm': needs a GPU, and {field}.num_gpus = 0: scoring given ids takes vLLM's "
+                "V2 model runner, which runs on no CPU; use 'auto' or 'transformers', or give scorers a GPU "
+                f"({field}.num_gpus = 1)"
+            )
+
+
 def _completions_are_there(config: Config) -> None:
     """Completions of the data have a column, and a teacher where they are distilled."""
     heldout = config.evaluation.data
@@ -247,6 +259,7 @@ CHECKS = (
     _rewards_can_teach,
     _work_for_every_monitor,
     _rule_gets_what_it_needs,
+    _vllm_has_a_gpu,
     _completions_are_there,
     _teachers_give_what_is_learnt,
 )

@@ -93,7 +93,9 @@ class DataConfig(Section):
     limit: int | None = Field(None, ge=1)
     """Use only the first so many prompts; null uses all."""
     dedupe: bool = False
-    """Leave out a prompt whose tokens were those of an earlier one for the same teacher; how many is said."""
+    """Leave out a row that repeats an earlier one: the same tokens of the prompt for the same teacher, and of what
+    the teacher is told (teacher.context) and of the completion (`completion_column`) where there are any; how many
+    is said."""
     weight: float = Field(1.0, gt=0)
     """With `mix`: the share of this data set in an epoch, beside the weights of the others."""
     mix: dict[str, MixedData] = Field({})

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kat_ray.config.cluster import Section
+from kat_ray.config.cluster import Section, changed_fields
 
 Share = Annotated[float, Field(gt=0)]
 
@@ -77,9 +77,9 @@ class DistillationObjective(_Weighted):
     @model_validator(mode="after")
     def _mixes_what_it_is_told_to(self) -> DistillationObjective:
         of = {"beta": ("jsd",), "skew_alpha": ("skewed_forward", "skewed_reverse")}
-        for name, kinds in of.items():
-            value = getattr(self, name)
-            if value != type(self).model_fields[name].default and self.divergence not in kinds:
+        for name, value in changed_fields(self).items():
+            kinds = of.get(name, (self.divergence,))
+            if self.divergence not in kinds:
                 meant = " or ".join(map(repr, kinds))
                 raise ValueError(
                     f"{name} = {value:g}: is of divergence = {meant}, and divergence is {self.divergence!r}; leave "
@@ -234,6 +234,15 @@ class OffPolicyObjective(Section):
     steps: int | None = Field(None, ge=1)
     """Optimiser steps after which all completions are generated; null takes given ones to the end."""
 
+    @model_validator(mode="after")
+    def _takes_some(self) -> OffPolicyObjective:
+        for name, value in changed_fields(self).items() if not self.share else ():
+            raise ValueError(
+                f"{name} = {value!r}: is of given completions, and share is 0, which takes none; leave it out, or "
+                "set share above 0"
+            )
+        return self
+
 
 class ObjectiveConfig(Section):
     """What a run optimises: the sum of two losses, a weight each, and of one of given completions."""
@@ -249,6 +258,11 @@ class ObjectiveConfig(Section):
     def _optimises_something(self) -> ObjectiveConfig:
         if not (self.opd.weight or self.rl.weight):
             raise ValueError("opd.weight = 0 and rl.weight = 0: there is nothing to optimise; set one of them")
+        if not self.opd.weight and self.opd.support != "student":
+            raise ValueError(
+                f"opd.support = {self.opd.support!r}: is of distillation, and opd.weight is 0; leave it out, or "
+                "set opd.weight above 0"
+            )
         end = max(self.opd.anneal_steps or 0, self.rl.anneal_steps or 0)
         if not (self.opd.weight_at(end) or self.rl.weight_at(end)):
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 from kat_ray.config.objective import OffPolicyObjective
 
 
@@ -33,9 +35,12 @@ def check_off_policy(
             f"objective.off_policy.share = {share:g}: needs data.completion_column, the column with the completions"
         )
     if most_given(share, prompts_per_step) >= prompts_per_step:
+        largest = 1 - 1 / prompts_per_step
+        bound = f"hence be <= {largest:.4g} with" if largest else "and"
         raise ValueError(
-            f"objective.off_policy.share = {share:g}: must leave a prompt of each step to the student, hence be <= "
-            f"{max(0.0, 1 - 1 / prompts_per_step):.4g} with rollout.prompts_per_step = {prompts_per_step}"
+            f"objective.off_policy.share = {share:g}: must leave a prompt of each step to the student, {bound} "
+            f"rollout.prompts_per_step = {prompts_per_step}; {'lower the share, or ' if largest else ''}raise "
+            f"rollout.prompts_per_step to {fewest_prompts(share)} or more"
         )
     if batches > 1:
         raise ValueError(
@@ -47,6 +52,11 @@ def check_off_policy(
             "objective.off_policy.loss = 'distillation': no teacher is asked with objective.opd.weight = 0 and "
             "termination.rule = 'none'; use 'sft'"
         )
+
+
+def fewest_prompts(share: float) -> int:
+    """Prompts of the smallest step that leaves one of them to the student."""
+    return next(n for n in count(int(1 / (1 - share))) if most_given(share, n) < n)
 
 
 def most_given(share: float, prompts_per_step: int) -> int:

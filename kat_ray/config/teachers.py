@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from kat_ray.config.cluster import LoraConfig, Resumable, ScorerConfig, Section
+from kat_ray.config.cluster import LoraConfig, Resumable, ScorerConfig, Section, changed_fields
 from kat_ray.config.context import check_context
 from kat_ray.config.http_teacher import HttpConfig, Urls, check_urls
 from kat_ray.config.local_paths import LocalPath
@@ -72,9 +72,23 @@ class TeacherConfig(ModelConfig):
         return None if context is None else check_context(context)
 
     @model_validator(mode="after")
+    def _has_an_average(self) -> TeacherConfig:
+        if self.weights != "average" and "average_decay" in changed_fields(self):
+            raise ValueError(
+                f"average_decay = {self.average_decay:g}: is of weights = 'average', and weights is "
+                f"{self.weights!r}; leave it out, or set weights = 'average'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_a_server(self) -> TeacherConfig:
-        if self.type == "local" and self.url is not None:
-            raise ValueError(f"url = {self.url!r}: is of a teacher with type = 'http', and type is 'local'")
+        asked = {"url": self.url} if self.url is not None else {}
+        asked |= {f"http.{name}": value for name, value in changed_fields(self.http).items()}
+        for name, value in asked.items() if self.type == "local" else ():
+            raise ValueError(
+                f"{name} = {value!r}: is of a teacher with type = 'http', and type is 'local'; leave it out, or "
+                "set type = 'http'"
+            )
         if self.type == "http" and not self.urls:
             raise ValueError("type = 'http': needs url, the address of the teacher's server")
         if self.type == "http" and self.weights != "given":

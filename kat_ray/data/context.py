@@ -48,4 +48,6 @@ class Context:
             raise DataError(f"{row.where}: {row.lacks(column, self._field)}")
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise DataError(f"{row.where}: {column} is {kind(value)}; {self._field} is made of text and numbers")
+        if not str(value).strip():
+            raise DataError(f"{row.where}: {column} is empty; {self._field} would tell the teacher nothing by it")
         return str(value)

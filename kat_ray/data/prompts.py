@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -33,6 +32,8 @@ from kat_ray.types.records import DEFAULT_TEACHER, Prompt
 ID_COLUMN = "id"
 _MOST_SOURCES = 50
 Ids = tuple[int, ...]
+# Of rows that teach the same: the teacher, and the tokens of prompt, context and completion.
+_Alike = tuple[str, Ids, Ids | None, Ids | None]
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class _Kept:
     tasks: dict[str, Task] = field(default_factory=dict)
     seen: dict[str, str] = field(default_factory=dict)
     origins: list[str] = field(default_factory=list)
-    first: dict[tuple[str, Ids], str | None] = field(default_factory=dict)  # answers by teacher and tokens
+    first: dict[_Alike, str | None] = field(default_factory=dict)  # answers
     skipped: int = 0
     repeated: int = 0
     contradicting: int = 0
@@ -185,11 +186,12 @@ class _Kept:
         if _is_too_long(data, row, self.limit, ids, context_ids, route):
             self.skipped += 1
             return
-        if data.dedupe and (alike := (route.teacher, ids)) in self.first:
+        alike = (route.teacher, ids, context_ids, completion)
+        if data.dedupe and alike in self.first:
             self.repeated += 1
             self.contradicting += self.first[alike] != answer
             return
-        self.first[route.teacher, ids] = answer
+        self.first[alike] = answer
         self.origins.append(row.origin or "")
         problem = row.columns[PROBLEM] if is_environment(data.path) else None
         source, level = _source(row, data), row.columns.get(LEVEL, 0) if problem is not None else 0
@@ -251,7 +253,7 @@ def _is_too_long(
 
 
 def _prompt_id(row: Row, stem: str, seen: dict[str, str]) -> str:
-    given = row.columns.get(ID_COLUMN)
+    given = row.value(ID_COLUMN)
     prompt_id = f"{row.origin or stem}:{row.number if given is None else given}"
     if given is not None and row.origin is None:
         prompt_id = str(given)
@@ -267,12 +269,12 @@ def _source(row: Row, data: DataConfig) -> str | None:
     if column is None:
         return str(row.columns[FAMILY]) if is_environment(data.path) else None
     value = row.value(column)
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: what pandas makes of a gap
+    if value is None:
         raise DataError(f"{row.where}: {row.lacks(column, 'data.source_column')}")
     if isinstance(value, str) and not value.strip():
         raise DataError(f"{row.where}: {column} is empty")
     if not isinstance(value, str | int) or isinstance(value, bool):
-        raise DataError(f"{row.where}: {column} is {kind(value)}; what a prompt is from is a name or a number")
+        raise DataError(f"{row.where}: {column} is {kind(value)}; a source is a name or a whole number")
     return str(value).strip()
 
 
@@ -302,8 +304,6 @@ def _refuse_empty_levels(found: PromptSet, environment: EnvironmentConfig | None
 
 def _task(row: Row, data: DataConfig, text: str) -> Task:
     answer = None if data.answer_column is None else row.value(data.answer_column)
-    if isinstance(answer, float) and math.isnan(answer):  # what pandas makes of a gap
-        answer = None
     prompt = row.value(data.prompt_column)
     if not is_plain(prompt):
         raise DataError(
@@ -316,10 +316,6 @@ def _task(row: Row, data: DataConfig, text: str) -> Task:
 
 def _answer(row: Row, data: DataConfig, graded: bool, section: str, anything: bool = False) -> str | None:
     value = None if data.answer_column is None else row.value(data.answer_column)
-    if isinstance(value, float) and math.isnan(value):  # what pandas makes of a gap
-        if graded:
-            raise DataError(f"{row.where}: {data.answer_column} is missing (NaN)")
-        return None
     if value is None and not graded:
         return None
     if value is None:

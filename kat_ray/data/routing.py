@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -73,7 +72,7 @@ class Routing:
             return DEFAULT_TEACHER
         column, names = self._data.teacher_column or "", self._names
         value = row.value(column)
-        if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN: what pandas makes of a gap
+        if value is None:
             if DEFAULT_TEACHER in names:
                 return DEFAULT_TEACHER
             raise DataError(

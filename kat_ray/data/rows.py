@@ -6,6 +6,7 @@ Every error names file and line (row, for formats without lines).
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -34,21 +35,19 @@ class Row:
     origin: str | None = None  # which of several data sets it is of
 
     def value(self, column: str) -> Any:
-        """What is in a column; None where it is not there.
+        """What is in a column; None where it is not there, or is a gap (null, NaN).
 
         A column of this very name, or else the field at the end of a dotted path (`reward_model.ground_truth`).
         """
-        if column in self.columns:
-            return self.columns[column]
         value: Any = self.columns
-        for part in column.split("."):
+        for part in (column,) if column in self.columns else column.split("."):
             if not isinstance(value, Mapping):
                 return None
             value = value.get(part)
-        return value
+        return None if _is_nan(value) else value
 
     def lacks(self, column: str, field: str) -> str:
-        """Why a column has no value: it is null, or what there is in its place. `field` chooses it."""
+        """Why a column has no value: it is a gap, or what there is in its place. `field` chooses it."""
         there: Mapping[str, Any] = self.columns
         *parents, last = [column] if column in self.columns else column.split(".")
         inside = ""
@@ -59,9 +58,14 @@ class Row:
             there, inside = below, f"{inside}{part}."
         else:
             if last in there:
-                return f"{column} is null"
+                return f"{column} is missing (NaN)" if _is_nan(there[last]) else f"{column} is null"
         where = f"in {inside[:-1]} " if inside else ""
         return f"there is no column {column!r}; {where}there are {names_of(there)} ({field} chooses)"
+
+
+def _is_nan(value: Any) -> bool:
+    """Whether a value is what pandas makes of a gap in a column of numbers."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def names_of(columns: Mapping[str, Any]) -> str:

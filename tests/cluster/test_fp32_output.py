@@ -20,7 +20,7 @@ from kat_ray.models.load import plain_logprobs
 from kat_ray.types.records import SamplingSettings
 from tests.support.configs import make_config
 from tests.support.families import BY_NAME, VOCABULARY, make_family
-from tests.support.vllm_scores import patch_scores, patch_v2_flag
+from tests.support.vllm_scores import on_cpu, patch_scores, patch_v2_flag
 
 pytestmark = pytest.mark.nightly  # vLLM takes seconds to import, and to start each of its engines
 LONGEST = 64
@@ -103,9 +103,9 @@ def test_a_teacher_on_vllm_agrees_with_one_on_transformers_where_both_are_float3
 
     config = make_config(
         str(tmp_path), str(tmp_path), numerics={"fp32_output_layer": fp32_output}, rollout={"top_k_logprobs": 8},
-        scorer={"backend": "vllm", "cache_block": 32, "max_batch_tokens": 128},
+        scorer={"num_gpus": 1, "cache_block": 32, "max_batch_tokens": 128},
     )  # fmt: skip
-    settings = ScorerSettings.from_config(config, str(tmp_path), (1,), LONGEST)
+    settings = on_cpu(ScorerSettings.from_config(config, str(tmp_path), (1,), LONGEST))
     settings = replace(settings, teacher=settings.teacher.model_copy(update={"dtype": "bfloat16"}))
     engine = start_engine(settings, kv_cache_memory_bytes=2**25, enforce_eager=True)
     patch_v2_flag(monkeypatch)

@@ -17,7 +17,7 @@ from kat_ray.errors import StateLost, UserError
 from tests.support.chunks import chunk_of, random_rollouts
 from tests.support.configs import make_config
 from tests.support.models import make_model
-from tests.support.vllm_scores import patch_scores, patch_v2_flag
+from tests.support.vllm_scores import on_cpu, patch_scores, patch_v2_flag
 
 pytestmark = pytest.mark.integration  # vLLM takes seconds to import and to start
 
@@ -27,10 +27,10 @@ STOP_IDS = (1, 5)
 
 def settings_of(student, teacher, longest=LONGEST, stop_ids=STOP_IDS, rule="none", top_k=64):
     config = make_config(
-        student, teacher, scorer={"backend": "vllm", "cache_block": BLOCK, "max_batch_tokens": 128},
+        student, teacher, scorer={"num_gpus": 1, "cache_block": BLOCK, "max_batch_tokens": 128},
         termination={"rule": rule}, rollout={"top_k_logprobs": top_k},
     )  # fmt: skip
-    return ScorerSettings.from_config(config, teacher, stop_ids, longest)
+    return on_cpu(ScorerSettings.from_config(config, teacher, stop_ids, longest))
 
 
 @pytest.fixture(scope="module")

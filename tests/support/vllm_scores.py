@@ -5,10 +5,16 @@ request is the V2 runner's own `PromptLogprobsWorker`; here the V1 runner calls 
 kernel of log-probabilities needs Triton: it gathers from a log-softmax of torch instead.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+
+
+def on_cpu(settings):
+    """Settings of scorers on vLLM, which a configuration has with a GPU only, for engines of these tests."""
+    return replace(settings, scorer=settings.scorer.model_copy(update={"num_gpus": 0.0}))
 
 
 def patch_v2_flag(monkeypatch):

@@ -1,6 +1,7 @@
 """Packed rows: what a student computes of sequences in one row is what it computes of each alone."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -197,6 +198,18 @@ def test_a_student_that_cannot_is_refused_padded_or_found_by_trying(name, tmp_pa
     assert max(errors) < 1e-3, "as ever"
     student.pack()
     assert packing_fault(student) is not None, "what a configuration does not tell is tried"
+
+
+@pytest.mark.parametrize("window", [8, 20])
+def test_a_window_that_is_not_kept_to_is_found(window, tmp_path, monkeypatch):
+    """Of 8 tokens: most tokens of short sequences have no fault. Of 20, which short ones do not reach."""
+    family = BY_NAME["Qwen2, sliding window"]
+    make_family(replace(family, changes=family.changes | {"sliding_window": window}), tmp_path)
+    assert isinstance(student_of(tmp_path, "auto")[1], PackedCollator)
+    monkeypatch.setattr(PackedMask, "_causal_up_to", 10**6)
+    with pytest.raises(UserError, match="its hidden states in a packed row differ from those of sequences alone"):
+        student_of(tmp_path)
+    assert isinstance(student_of(tmp_path, "auto")[1], PaddedCollator)
 
 
 def test_what_was_tried_in_vain_leaves_the_student_as_it_was(tmp_path, monkeypatch):

@@ -101,4 +101,4 @@ def test_a_run_keeps_one_average(tmp_path):
     assert config.average_decay == 0.9 and [g.teachers for g in config.scorer_groups] == [("x", "y")]
     with pytest.raises(ConfigError, match=r"y.average_decay = 0.5: must be that of teachers.x.average_decay = 0.9"):
         load_config(file, ["teachers.y.average_decay=0.5"])
-    assert load_config(file, ["teachers.y.weights=given"]).average_decay == 0.9
+    assert load_config(file, ["teachers.y={path: a}"]).average_decay == 0.9

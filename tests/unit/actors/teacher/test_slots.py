@@ -1,5 +1,6 @@
 """What the slots of a teacher take, and what is refused by name."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+from actors.teacher import slot_masks
 from actors.teacher.scorer import TeacherScorer
 from actors.teacher.settings import ScorerSettings
 from actors.teacher.slot_cache import SlotCache
@@ -23,6 +25,7 @@ from kat_ray.errors import UserError
 from kat_ray.losses.divergence import LOG_FLOOR
 from tests.support.chunks import chunk_of
 from tests.support.configs import make_config
+from tests.support.families import BY_NAME, make_family
 from tests.support.models import make_model
 
 attention = AttentionInterface()[ATTENTION]
@@ -181,6 +184,17 @@ def test_a_model_that_looks_elsewhere_is_found_when_it_is_loaded(models, monkeyp
     monkeypatch.setattr("actors.teacher.slot_cache._SlotLayer.attend", lambda *_: {}["cache"])
     with pytest.raises(UserError, match=r"teacher.path = .*Qwen3ForCausalLM cannot be scored.*'cache'"):
         teacher_of(models["teacher"][0])
+
+
+@pytest.mark.parametrize("window", [8, 20])
+def test_a_window_that_is_not_kept_to_is_found(window, tmp_path, monkeypatch):
+    """Of 8 tokens: most tokens of short rollouts have no fault. Of 20, which short ones do not reach."""
+    family = BY_NAME["Qwen2, sliding window"]
+    make_family(replace(family, changes=family.changes | {"sliding_window": window}), tmp_path)
+    teacher_of(str(tmp_path))
+    monkeypatch.setattr(SlotMask, "views", lambda _, selection: slot_masks._causal(selection))
+    with pytest.raises(UserError, match=r"scored in pieces, its hidden states differ from a plain forward pass"):
+        teacher_of(str(tmp_path))
 
 
 def settings_of(path, student_vocabulary=0):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from actors.teacher.scorer import TeacherScorer
+from actors.teacher.scorer import TeacherScorer, make_teacher
 from actors.teacher.settings import ScorerSettings
+from kat_ray.config import ScorerConfig
 from kat_ray.errors import StateLost
 from kat_ray.losses.divergence import full_reverse_kl
 from kat_ray.types.records import EngineEnd
@@ -241,10 +242,13 @@ def test_a_sliding_window_without_layer_types_is_kept_past_its_length(models, tm
 
 
 def test_the_vllm_teacher_needs_a_gpu(models):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match=r"scorer.backend = 'vllm'.*needs a GPU"):
+    """A run is told so before it starts; `kat-ray serve-teacher`, which has no whole configuration, here."""
+    with pytest.raises(ValueError, match=r"scorer.backend = 'vllm': needs a GPU"):
         scorer_of(models, scorer={"backend": "vllm"})
+    teacher = models["teacher"][0]
+    settings = ScorerSettings.from_config(make_config(models["student"][0], teacher), teacher, (1,), 64)
+    with pytest.raises(ValueError, match=r"scorer.backend = 'vllm'.*needs a GPU"):
+        make_teacher(replace(settings, scorer=ScorerConfig(backend="vllm")))
 
 
 def test_the_tail_from_the_top_k_alone_is_that_of_the_whole_vocabulary():

@@ -477,7 +477,7 @@ def test_object_stores_are_refused_with_what_to_do(field):
 
 @pytest.mark.parametrize(
     "scorer, engine, block",
-    [("{}", "transformers", 1), ("{num_gpus: 1}", "vllm", 16), ("{backend: vllm}", "vllm", 16),
+    [("{}", "transformers", 1), ("{num_gpus: 1}", "vllm", 16), ("{backend: vllm, num_gpus: 0.5}", "vllm", 16),
      ("{num_gpus: 2, tensor_parallel_size: 2, cache_block: 64}", "vllm", 64),
      ("{num_gpus: 1, backend: transformers}", "transformers", 1)],
 )  # fmt: skip

@@ -102,7 +102,7 @@ def test_a_resume_may_change_scorers_and_no_teacher(file):
         (["teachers.code.scorer.replica=2"], "teachers.code.scorer.replica: unknown field; did you mean replicas?"),
         (["teachers.code.weight=0"], "teachers.code.weight = 0: must be a number > 0"),
         (["run.deterministic=true"], "needs a fixed number of scorers of teachers.code"),
-        (["teachers.math.scorer.backend=vllm", "termination={rule: kat_stages}"], ""),
+        (["teachers.math.scorer={backend: vllm, num_gpus: 1}", "termination={rule: kat_stages}"], ""),
         (["rollout.rollouts_per_prompt=2", "rollout.top_p=1", "termination.budget=0.1",
           "objective.rl={weight: 1, advantage: rloo, aggregate: constant, cut_reward: probe_weighted}"],
          "each teacher has a share of probes of its own"),

@@ -1,9 +1,12 @@
 """What a teacher is told in place of the prompt: which text, which tokens, and what is refused."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
@@ -75,13 +78,30 @@ def test_with_a_chat_template_it_is_a_message_and_both_end_with_the_start_of_an_
     [
         ([{"prompt": "q"}], "{solution}", r"jsonl:1: there is no column 'solution'; .*\(teacher.context chooses\)"),
         ([{"prompt": "q", "solution": None}], "{solution}", "jsonl:1: solution is null"),
-        ([{"prompt": "q", "solution": ""}], "{solution}", "jsonl:1: teacher.context gives no token"),
+        ([{"prompt": "q", "solution": math.nan}], "{prompt} {solution}", r"jsonl:1: solution is missing \(NaN\)$"),
+        ([{"prompt": "q", "s": {"a": math.nan}}], "{prompt} ({s.a})", r"jsonl:1: s.a is missing \(NaN\)$"),
+        ([{"prompt": "q", "solution": ""}], "{prompt} ({solution})", "jsonl:1: solution is empty; teacher.context"),
+        ([{"prompt": "q", "solution": " \n"}], "{solution}", "jsonl:1: solution is empty; teacher.context"),
         ([{"prompt": "q", "solution": ["a"]}], "{solution}", "solution is a list; teacher.context is made of text"),
     ],
 )
 def test_a_column_that_has_no_text_is_named_with_its_row(load, rows, context, said):
     with pytest.raises(DataError, match=said):
         load(rows, context)
+
+
+def test_a_gap_in_a_column_of_numbers_is_no_hint(tmp_path):
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"prompt": ["1+1", "1+2"], "solution": [2.0, math.nan]}), path)
+    with pytest.raises(DataError, match=r"p\.parquet, row 2: solution is missing \(NaN\)$"):
+        load_prompts(DataConfig(path=str(path)), PLAIN, None, teachers={"default": "{prompt} ({solution})"})
+
+
+def test_rows_with_one_prompt_and_other_hints_are_none_that_repeat(load):
+    rows = [{"prompt": "1", "solution": s} for s in ("2", "3", "2")]
+    found = load(rows, "{prompt} ({solution})", dedupe=True)
+    assert [told(p) for p in found.prompts] == ["1 (2)", "1 (3)"] and found.repeated == 1
+    assert len(load(rows, None, dedupe=True).prompts) == 1, "where the teacher is told the prompt, they are one"
 
 
 @pytest.mark.parametrize(

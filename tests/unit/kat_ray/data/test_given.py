@@ -1,6 +1,7 @@
 """Completions of the data: read, drawn by seed and step, and made samples of the learner's."""
 
 import json
+import math
 from collections import Counter
 
 import numpy as np
@@ -83,6 +84,7 @@ def test_a_template_that_renders_answers_in_another_way_is_refused(tmp_path):
     [
         ({}, r"there is no column 'solution'; .*\(data\.completion_column chooses\)"),
         ({"solution": None}, "solution is null"),
+        ({"solution": math.nan}, r"solution is missing \(NaN\)"),
         ({"solution": " "}, "solution is empty"),
         ({"solution": 3}, "solution is a number; a completion is text"),
         ({"solution": [{"role": "user", "content": "x"}]}, "solution is a list; a completion is text"),
@@ -91,6 +93,12 @@ def test_a_template_that_renders_answers_in_another_way_is_refused(tmp_path):
 def test_what_is_no_completion_is_named(tmp_path, row, told):
     with pytest.raises(DataError, match=rf"rows\.jsonl:2: {told}"):
         load(tmp_path, [{"prompt": "a", "solution": "b"}, {"prompt": "c"} | row])
+
+
+def test_several_completions_of_one_prompt_are_none_that_repeat(tmp_path):
+    rows = [{"prompt": "a", "solution": s} for s in ("b", "c", "b")]
+    assert [text_of(p) for p in load(tmp_path, rows, dedupe=True)] == ["b\t", "c\t"]
+    assert len(load(tmp_path, rows, dedupe=True, completion_column=None)) == 1
 
 
 def test_other_completions_are_other_prompts(tmp_path):
@@ -159,7 +167,15 @@ def test_a_prompt_is_always_left_to_the_student(share, prompts):
         ({"data": {"path": "x.jsonl", "completion_column": "s"}}, r"'s': needs objective\.off_policy\.share > 0"),
         (
             {"objective": {"off_policy": {"share": 0.9}}, "data": {"path": "x.jsonl", "completion_column": "s"}},
-            r"share = 0\.9: must leave a prompt .* <= 0\.75 with rollout\.prompts_per_step = 4",
+            r"share = 0\.9: must leave a prompt .* <= 0\.75 with rollout\.prompts_per_step = 4; .* to 10 or more",
+        ),
+        (
+            {
+                "objective": {"off_policy": {"share": 0.5}}, "data": {"path": "x.jsonl", "completion_column": "s"},
+                "rollout": {"prompts_per_step": 1},
+            },
+            r"share = 0\.5: must leave a prompt of each step to the student, and rollout\.prompts_per_step = 1; "
+            r"raise rollout\.prompts_per_step to 2 or more",
         ),
         (
             {

@@ -353,6 +353,18 @@ def test_answers_that_are_missing_in_a_column_of_numbers(tmp_path):
     assert refusal(path, graded=True) == "F, row 2: answer is missing (NaN)"
 
 
+def test_a_gap_is_one_in_every_column(tmp_path):
+    """pandas writes a gap in a column of numbers as NaN: no id, no prompt, and no source."""
+    path, gap = str(tmp_path / "p.parquet"), [1.0, float("nan")]
+    pq.write_table(pa.table({"prompt": ["a", "b"], "id": gap, "n": gap, "s": [{"n": n} for n in gap]}), path)
+    assert [p.prompt_id for p in load(path).prompts] == ["1.0", "p:2"]
+    assert refusal(path, source_column="n").startswith("F, row 1: n is a number; a source is")
+    pq.write_table(pa.table({"prompt": ["b"], "n": gap[1:], "s": [{"n": gap[1]}]}), path)
+    assert refusal(path, source_column="n") == "F, row 1: n is missing (NaN)"
+    assert refusal(path, source_column="s.n") == "F, row 1: s.n is missing (NaN)"
+    assert refusal(path, prompt_column="n") == "F, row 1: n is missing (NaN)"
+
+
 def training(rows, verifier="integer", **fields):
     data = DataConfig(path=rows, **fields)
     return training_golds(data, load_prompts(data, PLAIN, None), verifier)

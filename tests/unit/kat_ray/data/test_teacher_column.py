@@ -1,6 +1,7 @@
 """Which teacher a prompt names, and what is refused by file and line."""
 
 import json
+import math
 
 import pytest
 
@@ -27,8 +28,8 @@ def load(tmp_path):
 
 
 def test_a_row_names_its_teacher_and_one_that_names_nobody_has_the_default(load):
-    rows = [{"subject": "math"}, {"subject": None}, {}, {"subject": "code"}, {"subject": "default"}]
-    assert [p.teacher for p in load(rows).prompts] == ["math", "default", "default", "code", "default"]
+    rows = [{"subject": s} for s in ("math", None, math.nan, "code", "default")]
+    assert [p.teacher for p in load([*rows, {}]).prompts] == ["math", *["default"] * 2, "code", *["default"] * 2]
     nested = load([{"meta": {"of": "math"}}, {"meta": {"of": "code"}}, {}], column="meta.of")
     assert [p.teacher for p in nested.prompts] == ["math", "code", "default"]
     assert [p.teacher for p in load(rows, ()).prompts] == ["default"] * 5, "where nobody is asked, nobody is given"
@@ -42,6 +43,7 @@ def test_a_row_names_its_teacher_and_one_that_names_nobody_has_the_default(load)
         ([{"subject": "math"}, {}], ("math",),
          r"jsonl:2: there is no column 'subject'; there are prompt \(data.teacher_column chooses\); the section "),
         ([{"subject": None}], ("math",), "jsonl:1: subject is null; the section `teacher` would score the rows"),
+        ([{"subject": math.nan}], ("math",), r"jsonl:1: subject is missing \(NaN\); the section `teacher` would"),
         ([{"subject": 3}], NAMES, "jsonl:1: subject is a number; a teacher's name is text"),
         ([{"subject": "math"}, {}], NAMES, "^teachers.code: no row of .*jsonl names it in column 'subject': "),
         ([{"subject": "math"}, {"subject": "code"}], NAMES, "^teacher: no row of .* lacks a teacher in column"),

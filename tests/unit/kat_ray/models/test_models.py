@@ -181,7 +181,7 @@ def test_models_that_do_not_fit_each_other_or_the_configuration(originals, pair)
     shutil.rmtree(pair / "teacher")
     shutil.copytree(originals / "narrow", pair / "teacher")
     assert check_models(config(pair)).teachers["teacher"].vocabulary == 120  # what it lacks is padding
-    on_vllm = refusal(pair, scorer={"backend": "vllm"})
+    on_vllm = refusal(pair, scorer={"backend": "vllm", "num_gpus": 1})
     assert on_vllm.startswith("the teacher's vocabulary (120, R/teacher) is smaller than the student's (200")
     wide = {"top_k_logprobs": 201}
     assert refusal(originals, rollout=wide).startswith("rollout.top_k_logprobs = 201: must be <= 200")
