@@ -49,6 +49,14 @@ def test_runs_that_go_on_are_side_by_side(runs, capsys):
     assert (one / "report" / "kl-mean.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_may_have_an_equals_sign_in_its_name(runs, capsys):
+    """As those that `compare` makes of a rule with settings have: kat-eta=0.5."""
+    one, other = runs
+    renamed = other.rename(other.with_name("kat-eta=0.5"))
+    assert cli.main(["report", str(one), str(renamed)]) == 0
+    assert str(one / "report" / "side-by-side.html") in capsys.readouterr().out
+
+
 def test_mistakes_are_one_message(runs, capsys, tmp_path):
     one, other = map(str, runs)
     for arguments, message in (
@@ -56,7 +64,9 @@ def test_mistakes_are_one_message(runs, capsys, tmp_path):
         ([one, other, "window=4"], "window=4: is for the report of one run"),
         ([one, other, "--gradients"], "--gradients: is for the report of one run"),
         ([one, str(tmp_path)], f"{tmp_path}: no config.yaml in it"),
-        ([one, "nobody"], "must be FIELD=VALUE"),
+        ([one, "nobody"], "nobody: no such run directory, and no setting, which is FIELD=VALUE"),
+        ([one, other, "nobody"], "nobody: no such run directory"),
+        ([one, "nobody=4"], "'nobody=4': must be FIELD=VALUE"),
     ):
         assert cli.main(["report", *arguments]) == 2
         assert message in capsys.readouterr().err
