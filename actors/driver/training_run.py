@@ -42,6 +42,7 @@ from actors.driver.recorder import StepRecorder
 from actors.driver.steps import SampledStep, Steps
 from kat_ray.cluster.scaling_policy import StageTimes
 from kat_ray.config import Config
+from kat_ray.config.load import config_yaml
 from kat_ray.data.prompt_order import PromptOrder
 from kat_ray.errors import RewardError
 from kat_ray.observability.progress import Progress
@@ -319,7 +320,7 @@ def _trackers(config: Config, run: RunDirectory, progress: Progress) -> Trackers
     """Where the run's figures go."""
     own: list[Tracker] = [JsonlTracker(run.path)]
     if "tensorboard" in config.trackers:
-        own.append(TensorBoardTracker(run.path / "tensorboard"))
+        own.append(TensorBoardTracker(run.path / "tensorboard", config_yaml(config)))
     own += service_trackers(config.tracking, config.trackers, run.path, progress.note)
     steps = config.run.steps
     return Trackers([*own, RayMetrics(run.path.name, steps), ConsoleTracker(progress, steps)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from pathlib import Path
 
 from kat_ray.errors import UserError
@@ -32,6 +33,14 @@ def records_of(run: Place) -> Path:
     from kat_ray.run.stored_copy import copied_records, resolved
 
     return copied_records(resolved(run)) if isinstance(run, Address) else run
+
+
+def is_override(text: str) -> bool:
+    """Whether an argument is section.field=value, and not the path of something with = in its name."""
+    from kat_ray.config import Config
+
+    key, equals, _ = text.partition("=")
+    return bool(equals) and (key in Config.model_fields or re.match(r"[a-z_]+\.[^/]*$", key) is not None)
 
 
 def share_of(text: str) -> float:

@@ -79,6 +79,14 @@ def configuration(asked: Asked) -> tuple[Config, str]:
     ), model
 
 
+def check_files(config: Config) -> None:
+    """`UserError` for a file of held-out problems that is not there, before anything else of it is judged."""
+    for part in config.evaluation.parts().values():
+        path = part.data.path if part.data is not None else ""
+        if Path(path).suffix in (".jsonl", ".parquet") and not resolve_path(path).exists():
+            raise UserError(f"{path}: no such file of held-out problems")
+
+
 def _overrides(config: Config, asked: Asked) -> list[str]:
     """Of a configuration that has held-out problems of its own."""
     chat = config.data.model_dump(mode="json", include=set(_CHAT)) | ({"chat_template": True} if asked.chat else {})

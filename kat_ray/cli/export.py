@@ -154,6 +154,7 @@ def _to_hub(source: Source, repository: HubRepository, options: Options) -> list
 def _write(source: Source, out: Path, name: str, command: str, options: Options) -> list[str]:
     """Make the folder `out` with everything; returns what is to be said of it."""
     from kat_ray.models.export_files import take_students_files
+    from kat_ray.models.older_readers import add_older_names
     from kat_ray.report.model_card import Exported, model_card
 
     _write_weights(source, out, options)
@@ -166,6 +167,8 @@ def _write(source: Source, out: Path, name: str, command: str, options: Options)
     except UserError as error:
         notes.append(f"the tokenizer's files and config.json are those that the run wrote: {error}")
     if source.config is not None and (note := _put_template(source.config, out)):
+        notes.append(note)
+    if note := add_older_names(out, student is not None and student.trust_remote_code):
         notes.append(note)
     card = model_card(Exported(name, options.adapter, source.step, source.run, source.config, command))
     (out / "README.md").write_text(card, encoding="utf-8")

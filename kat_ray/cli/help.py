@@ -39,10 +39,10 @@ RUN is a run directory, finished or not. Its metrics, configuration and summary 
 the run's one id; what a tracker was told before is not told again (docs/tracking.md)."""
 
 ABOUT_EXPORT = """\
-The model is one like any other: for transformers and vLLM, as student or teacher of another run. The tokenizer's
-files and config.json are the student's, as they came; README.md is a model card with data, rule, figures and
-commands. Of a run with learner.lora the adapters are merged with the student that they were trained on, which is
-found where it was then, and checked (docs/lora.md), or with --adapter stay as they are: docs/export.md."""
+The model is one like any other: for transformers (4.57 too) and vLLM, as student or teacher of another run. The
+tokenizer's files and config.json are the student's, as they came; README.md is a model card with data, rule,
+figures and commands. Of a run with learner.lora the adapters are merged with the student that they were trained on,
+which is found where it was then, and checked (docs/lora.md), or with --adapter stay as they are: docs/export.md."""
 
 ABOUT_EVAL = """\
 RUN_OR_MODEL is a run, whose newest checkpoint is taken with the run's configuration, or any model directory or hub
@@ -148,7 +148,8 @@ examples:
   kat-ray data demo
   kat-ray data my.yaml --prompts 1 data.chat_template_kwargs.enable_thinking=false
   kat-ray data openai/gsm8k --model Qwen/Qwen3-0.6B data.name=main data.prompt_column=question
-  kat-ray data my.yaml --heldout""",
+  kat-ray data my.yaml --heldout
+  kat-ray data my.yaml --heldout maths                       the set evaluation.sets.maths""",
     "serve-teacher": """\
 examples:
   kat-ray serve-teacher demo:teacher --dtype float32

@@ -18,7 +18,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 from kat_ray.cli import jobs as cli_jobs
-from kat_ray.cli.arguments import path_of, records_of, run_of
+from kat_ray.cli.arguments import is_override, path_of, records_of, run_of
 from kat_ray.cli.help import ABOUT_EVAL, DESCRIPTION, EXAMPLES, EXIT_CODES, OVERRIDES
 from kat_ray.cli.interpreter import missing
 from kat_ray.cli.records import add_records
@@ -246,11 +246,11 @@ def _keep_others_out(config: Config) -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from kat_ray.cli.evaluate import Asked, configuration, stored_model, table
+    from kat_ray.cli.evaluate import Asked, check_files, configuration, stored_model, table
     from kat_ray.cli.export import whole_model
 
-    sets = [name for name in args.data if "=" not in name]  # --data takes what follows, overrides too
-    more = [*args.overrides, *(name for name in args.data if "=" in name)]
+    sets = [name for name in args.data if not is_override(name)]  # --data takes what follows, overrides too
+    more = [*args.overrides, *filter(is_override, args.data)]
     source, given = stored_model(args.model, args.config)
     config, model = configuration(Asked(source, given, sets, args.chat, args.greedy, more))
     if config.evaluation.data is None:
@@ -258,6 +258,7 @@ def _eval(args: argparse.Namespace) -> int:
             "evaluation.data = null: name the held-out problems with --data, or for example "
             "evaluation.data.path=demo:heldout"
         )
+    check_files(config)
     _reach(config)
     from actors.driver.train import evaluate_model
     from kat_ray.run.summary import evaluation_fields

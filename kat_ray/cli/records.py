@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from kat_ray.cli.arguments import count_of, path_of, records_of, run_of, share_of
+from kat_ray.cli.arguments import count_of, is_override, path_of, records_of, run_of, share_of
 from kat_ray.cli.help import (
     ABOUT_BENCH,
     ABOUT_DATA,
@@ -60,9 +60,14 @@ def add_records(add: Callable[..., argparse.ArgumentParser]) -> list[argparse.Ar
     )
     _add_export(add)
     data = add("data", _data, "show what the model will see of a data set", ABOUT_DATA)
-    data.add_argument("source", metavar="DATA_OR_CONFIG", help="a data set, a YAML file, `demo`, or a run")
+    data.add_argument(
+        "source", metavar="DATA_OR_CONFIG", nargs="?", help="a data set, a YAML file, `demo`, or a run"
+    )
     data.add_argument("--model", metavar="MODEL", help="whose tokenizer reads it (default: the configuration's)")
-    data.add_argument("--heldout", action="store_true", help="the held-out problems (evaluation.data)")
+    data.add_argument(
+        "--heldout", metavar="NAME", nargs="?", const="",
+        help="held-out problems: those of evaluation.data, or the set of evaluation.sets with this name",
+    )  # fmt: skip
     data.add_argument("--prompts", metavar="N", type=count_of, default=3, help="prompts to show (default 3)")
     config = add("config", _config, "print the resolved configuration")
     config.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file, or `demo`")
@@ -163,10 +168,13 @@ def _report(args: argparse.Namespace) -> int:
     args.run = records_of(args.run)
     stored = [text for text in settings if is_bucket_url(text)]
     settings = [text for text in settings if text not in stored]
-    more = [usable_path(text) for text in settings if "=" not in text and usable_path(text).is_dir()]
-    more += [records_of(Address.of(text)) for text in stored]
+    runs = [text for text in settings if "=" not in text or (usable_path(text) / "config.yaml").is_file()]
+    if wrong := next((text for text in runs if not usable_path(text).is_dir()), None):
+        raise UserError(f"{wrong}: no such run directory, and no setting, which is FIELD=VALUE")
+    more = [*map(usable_path, runs), *(records_of(Address.of(text)) for text in stored)]
+    settings = [text for text in settings if text not in runs]
     if more:
-        return _side_by_side(args, more, [text for text in settings if "=" in text])
+        return _side_by_side(args, more, settings)
     rule = rule_with(args.run, settings) if settings else None
     report(
         args.run,
@@ -256,7 +264,14 @@ def _model_of(source: Place) -> Path:
 def _data(args: argparse.Namespace) -> int:
     from kat_ray.cli.data import run
 
-    return run(args.source, args.model, args.heldout, args.prompts, args.overrides)
+    source, heldout, overrides = args.source, args.heldout, list(args.overrides)
+    if heldout and "=" in heldout:  # --heldout takes what follows, an override too
+        heldout, overrides = "", [*overrides, heldout]
+    if heldout and (source is None or is_override(source)):  # or what is to be shown
+        source, heldout, overrides = heldout, "", [*filter(None, [source]), *overrides]
+    if source is None:
+        raise UserError("name a data set, a YAML file, `demo`, or a run")
+    return run(source, args.model, heldout, args.prompts, overrides)
 
 
 def _config(args: argparse.Namespace) -> int:

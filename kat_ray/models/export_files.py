@@ -45,7 +45,7 @@ def copy_model(checkpoint: Path, out: Path, dtype: str | None) -> None:
     floating point stay as they are.
     """
     files = _model_files(checkpoint)
-    written = _read_object(checkpoint / "config.json")
+    written = read_object(checkpoint / "config.json")
     own = written.get("dtype", written.get("torch_dtype"))
     for file in files:
         if dtype not in (None, own) and file.suffix == ".safetensors":
@@ -53,7 +53,7 @@ def copy_model(checkpoint: Path, out: Path, dtype: str | None) -> None:
         else:
             shutil.copyfile(file, out / file.name)
     if dtype not in (None, own):
-        _write_object(out / "config.json", _with_dtype(written, str(dtype)))
+        write_object(out / "config.json", _with_dtype(written, str(dtype)))
         _count_again(out)
 
 
@@ -63,8 +63,8 @@ def copy_adapter(checkpoint: Path, out: Path, base: str | None) -> None:
     for file in _model_files(checkpoint):
         shutil.copyfile(file, out / file.name)
     if base is not None:
-        config = _read_object(out / CONFIG) | {"base_model_name_or_path": base, "revision": None}
-        _write_object(out / CONFIG, config)
+        config = read_object(out / CONFIG) | {"base_model_name_or_path": base, "revision": None}
+        write_object(out / CONFIG, config)
         named = facts.model_copy(update={"path": base, "revision": None})
         (out / BASE).write_text(named.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
@@ -94,21 +94,23 @@ def _take_config(student: ModelConfig, directory: Path, out: Path) -> bool:
     written = out / "config.json"
     if not written.is_file():  # adapters
         return False
-    ours = _read_object(written)
-    theirs = _read_object(directory / "config.json")
-    if _meaning(directory, student) != _meaning(out, student):
+    ours = read_object(written)
+    theirs = read_object(directory / "config.json")
+    trusted = student.trust_remote_code
+    if meaning(directory, trusted) != meaning(out, trusted):
         return False
     dtype = ours.get("dtype", ours.get("torch_dtype"))
-    _write_object(written, theirs if dtype is None else _with_dtype(theirs, str(dtype)))
+    write_object(written, theirs if dtype is None else _with_dtype(theirs, str(dtype)))
     for code in directory.glob("*.py") if theirs.get("auto_map") else ():
         shutil.copyfile(code, out / code.name)
     return True
 
 
-def _meaning(directory: Path, student: ModelConfig) -> Any:
+def meaning(directory: Path, trust_remote_code: bool) -> Any:
+    """What transformers makes of a config.json, to be compared."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=student.trust_remote_code)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     return _without(config.to_dict())
 
 
@@ -140,12 +142,12 @@ def _count_again(out: Path) -> None:
     index = out / "model.safetensors.index.json"
     if not index.is_file():
         return
-    content, total = _read_object(index), 0
+    content, total = read_object(index), 0
     for name in set(content["weight_map"].values()):
         with safe_open(out / name, framework="pt") as shard:
             total += sum(shard.get_tensor(key).nbytes for key in shard.keys())  # noqa: SIM118
     content.setdefault("metadata", {})["total_size"] = total
-    _write_object(index, content)
+    write_object(index, content)
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -162,7 +164,8 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """A file's JSON object; `ModelError` where it holds none."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -172,5 +175,6 @@ def _read_object(file: Path) -> dict[str, Any]:
     return value
 
 
-def _write_object(file: Path, value: Mapping[str, Any]) -> None:
+def write_object(file: Path, value: Mapping[str, Any]) -> None:
+    """As transformers writes one."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

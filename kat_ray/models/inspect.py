@@ -281,6 +281,8 @@ def _check_lengths(config: Config, facts: ModelFacts) -> None:
     asked = {"rollout.max_tokens": config.rollout.max_tokens}
     if config.evaluation.data is not None:
         asked["evaluation.max_tokens"] = config.eval_max_tokens
+    sets = config.evaluation.sets.items()
+    asked |= {f"evaluation.sets.{n}.max_tokens": own.max_tokens for n, own in sets if own.max_tokens is not None}
     if facts.max_length is None:
         return
     for name, tokens in asked.items():

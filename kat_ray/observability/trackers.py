@@ -7,10 +7,12 @@ A place that cannot be reached is said once and costs the run nothing, unless th
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from textwrap import indent
 from types import TracebackType
 from typing import Any
 
@@ -161,10 +163,14 @@ def thresholds_by_teacher(metrics: Mapping[str, float]) -> dict[str, float | Non
 
 
 class TensorBoardTracker(Tracker):
-    """Metrics as TensorBoard events. Of a step that is taken again TensorBoard shows the last time."""
+    """Metrics as TensorBoard events. Of a step that is taken again TensorBoard shows the last time.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Configuration and summary are texts beside them.
+    """
+
+    def __init__(self, folder: Path, configuration: str) -> None:
+        """`configuration` is the run's, as YAML."""
+        self._folder, self._configuration = folder, configuration
         self._events: Any = None  # opened with the first metrics
         self._purge_step: int | None = None  # from which on what was written before is forgotten
 
@@ -175,19 +181,35 @@ class TensorBoardTracker(Tracker):
 
     def step(self, done: int, metrics: Mapping[str, float]) -> None:
         """One event for each metric."""
-        if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+        events = self._opened()
         for name, value in metrics.items():
-            self._events.add_scalar(name, value, done)
+            events.add_scalar(name, value, done)
 
     def evaluation(self, done: int, record: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """As those of a step."""
         self.step(done, metrics)
+
+    def finish(self, summary: Mapping[str, Any], paths: Mapping[str, object]) -> None:
+        """The summary, at the run's last step."""
+        text = json.dumps(dict(summary), indent=2)
+        self._opened().add_text("summary", _preformatted(text), int(summary["steps"]))
 
     def close(self) -> None:
         """Write what is buffered."""
         if self._events is not None:
             self._events.close()
             self._events = None
+
+    def _opened(self) -> Any:
+        """The file of events; a new one has the configuration first, which a resume may have changed."""
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+            self._events.add_text("configuration", _preformatted(self._configuration), self._purge_step or 0)
+        return self._events
+
+
+def _preformatted(text: str) -> str:
+    """In Markdown, as which TensorBoard shows a text."""
+    return indent(text, "    ", lambda line: True)

@@ -14,8 +14,10 @@ import yaml
 
 from kat_ray.analysis.intervals import accuracy_interval
 from kat_ray.config import Config, DataConfig, plain_yaml
+from kat_ray.config.data import MixedData
 from kat_ray.config.environment import is_environment
 from kat_ray.config.load import resolve_path
+from kat_ray.data.mixture import MAIN, weights_of
 from kat_ray.observability.redact import redact
 from kat_ray.records.json_records import EVALUATION, METRICS, SUMMARY, read_json, read_json_lines
 from kat_ray.run.summary import package_versions
@@ -33,7 +35,6 @@ class Exported:
     run: Path | None  # None: nothing is known but the checkpoint
     config: Config | None  # of the run
     command: str  # that exported it
-    notes: Sequence[str] = ()
 
 
 def model_card(exported: Exported) -> str:
@@ -44,7 +45,6 @@ def model_card(exported: Exported) -> str:
         parts += [_how(exported, exported.config)]
     else:
         parts += [_use(exported), f"Exported with `{exported.command}`.\n"]
-    parts += [f"- {note}" for note in exported.notes]
     return redact("\n".join(parts).rstrip() + "\n")
 
 
@@ -56,7 +56,7 @@ def _metadata(exported: Exported) -> dict[str, Any]:
         if _is_hub(config.student.path):
             found["base_model"] = config.student.path
             found["base_model_relation"] = "adapter" if exported.adapter else "finetune"
-        own = [d.path for d in (config.data,) if _is_hub(d.path)]
+        own = list(dict.fromkeys(data.path for data in _data_sets(config).values() if _is_hub(data.path)))
         found |= {"datasets": own} if own else {}
         tags += ["on-policy-distillation"] * bool(config.used_teachers)
         tags += ["reinforcement-learning"] * (config.objective.rl.weight > 0)
@@ -81,7 +81,10 @@ def _facts(config: Config) -> Iterator[tuple[str, str]]:
             f"teacher{'' if len(config.used_teachers) == 1 else f' {name}'}",
             (_named(teacher.path, teacher.revision) + told),
         )
-    yield "data", _data(config.data)
+    shares = weights_of(config.data)
+    for name, part in _data_sets(config).items():
+        share = f", {shares[name] / sum(shares.values()):.3g} of an epoch" if shares else ""
+        yield (MAIN if name == MAIN else f"data {name}"), _data(part) + share
     if config.data.chat_template:
         source = config.data.chat_template
         words = {True: "the base model's own", "student": "the base model's own", "teacher": "the teacher's"}
@@ -105,7 +108,12 @@ def _facts(config: Config) -> Iterator[tuple[str, str]]:
         yield "adapters", _pairs(learner.lora.model_dump(mode="json"))
 
 
-def _data(data: DataConfig) -> str:
+def _data_sets(config: Config) -> dict[str, DataConfig | MixedData]:
+    """What prompts are drawn from, by name."""
+    return {MAIN: config.data, **config.data.mix}
+
+
+def _data(data: DataConfig | MixedData) -> str:
     shown = _named(data.path, data.revision)
     extra = [] if Path(data.path).suffix in (".jsonl", ".parquet") or ":" in data.path else [f"split {data.split}"]
     return ", ".join([shown, *([f"name {data.name}"] if data.name else []), *extra])

@@ -67,9 +67,7 @@ def run_config(run: Place) -> Config:
     """The configuration in a run's directory, or of a run in a bucket."""
     file = _config_file(run)
     if not file.is_file():
-        raise UserError(
-            f"{run}: not a run directory (no config.yaml in it); --resume takes one, such as runs/latest"
-        )
+        raise UserError(f"{run}: not a run directory (no config.yaml in it); name one, such as runs/latest")
     return load_config(file, [])
 
 

@@ -152,10 +152,10 @@ def _plain(path: Path) -> dict[str, Any] | None:
     return tree if isinstance(tree, dict) else None
 
 
-_NUMBER = r"-?[\d,.]+"
+# As `Progress.describe` writes it. A run without a teacher has no KL and no rule, one without rewards no reward.
 _OF_STEP = re.compile(
-    rf"^step +(?P<step>\d+)/(?P<steps>\d+)  KL (?P<kl>\S+)  +(?:reward (?P<reward>{_NUMBER})  +)?"
-    rf"(?P<tokens>[\d,]+) tokens  trapped +(?P<trapped>\d+)%  threshold (?P<threshold>.*?)  +"
+    r"^step +(?P<step>\d+)/(?P<steps>\d+)  (?:KL (?P<kl>\S+)  +)?(?:reward (?P<reward>\S+)  +)?"
+    r"(?P<tokens>[\d,]+) tokens  +(?:trapped +(?P<trapped>\d+)%  threshold (?P<threshold>.*?)  +)?"
     r"(?P<speed>[\d,]+) tok/s"
 )
 _OF_EVALUATION = re.compile(r"^evaluation (?:before|after) .*?avg@\d+ (?P<avg>[\d.]+)%")
@@ -189,14 +189,15 @@ def _figures(match: re.Match[str]) -> dict[str, float]:
         except ValueError:
             return None
 
-    found = {
+    found: dict[str, float | None] = {
         "kl/mean": number(match["kl"]),
         "reward/mean": number(match["reward"]),
         "rollout/generated_tokens": number(match["tokens"]),
-        "rollout/trapped_share": int(match["trapped"]) / 100,
         "kat/threshold": number(match["threshold"]),
         "throughput/tokens_per_second": number(match["speed"]),
     }
-    by_teacher = re.findall(r"([^ ,]+) ([\d.]+)(?:,|$)", match["threshold"])
+    if match["trapped"] is not None:
+        found["rollout/trapped_share"] = int(match["trapped"]) / 100
+    by_teacher = re.findall(r"([^ ,]+) ([\d.]+)(?:,|$)", match["threshold"] or "")
     found |= {f"teacher/threshold/{name}": float(value) for name, value in by_teacher}
     return {name: value for name, value in found.items() if value is not None}

@@ -1,5 +1,7 @@
 """An exported model in the real vLLM: the log-probabilities that transformers computes of the checkpoint."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -24,8 +26,9 @@ def test_vllm_computes_what_transformers_does_of_the_checkpoint(tmp_path, monkey
     from tests.support.vllm_adapters import engine_of, given_logprobs
 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 54321.0})  # no default
     assert cli.main(["export", str(run), "--to", str(tmp_path / "out")]) == 0
+    assert {"rope_theta", "rope_parameters"} <= json.loads((tmp_path / "out" / "config.json").read_text()).keys()
     wanted = plain(run / "checkpoints" / f"step-{STEP}")
     np.testing.assert_array_equal(plain(tmp_path / "out"), wanted)
     with engine_of(str(tmp_path / "out")) as engine:

@@ -19,7 +19,9 @@ def make_run(root, *, template=None, teacher_template=None, data=None, step=STEP
     tokenizer.save_pretrained(root / "student")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         file = root / "student" / name  # as a person may have written it: its bytes are not those of a library
-        file.write_text(json.dumps(json.loads(file.read_text()), separators=(" , ", " : ")))
+        content = json.loads(file.read_text())
+        content |= {"tokenizer_class": "PreTrainedTokenizerFast"} if "tokenizer_class" in content else {}
+        file.write_text(json.dumps(content, separators=(" , ", " : ")))
     make_tokenizer(chat_template=teacher_template).save_pretrained(root / "teacher")
     (root / "student" / "LICENSE").write_text("as you like\n")
     run = root / "run"

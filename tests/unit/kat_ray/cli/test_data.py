@@ -93,6 +93,10 @@ def test_shares_of_a_mixture_and_what_a_teacher_is_told(shown, model, tmp_path):
         (["/none.jsonl", "--model", "demo:student"], "/none.jsonl: cannot be read"),
         (["demo", "evaluation.data=null", "--heldout"], "--heldout: evaluation.data = null"),
         (["demo", "data.colour=red"], "data.colour: unknown field"),
+        ([], "name a data set, a YAML file, `demo`, or a run"),
+        (["demo", "--heldout", "maths"], "--heldout maths: names no set of evaluation.sets (there are none)"),
+        (["demo", "rollout.max_tokens=256"], "rollout.max_tokens = 256: must be < 256, the tokens that demo"),
+        (["demo", "--heldout", "evaluation.max_tokens=300"], "evaluation.max_tokens = 300: must be < 256"),
     ],
 )
 def test_what_cannot_be_shown_is_one_message(arguments, says, capsys):
@@ -104,6 +108,45 @@ def test_held_out_problems_of_a_configuration(capsys):
     assert cli.main(["data", "demo", "--heldout", "--prompts", "1"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("demo:heldout: 200 rows, 200 of them usable") and "heldout:0" in said
+
+
+def test_a_data_set_alone_has_all_the_room_of_the_model(shown):
+    """No answer is sampled, and 1,024 tokens of one, the default, are more than this model takes."""
+    code, said = shown([{"prompt": "start 1 add 2\n"}, {"prompt": "1 " * 300}], "--model", "demo:student")
+    assert code == 0 and "left out: 1 prompts of more than 255 tokens" in said, said
+
+
+def test_further_held_out_sets_are_shown_by_name(tmp_path, capsys):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "start 1 add 2\\n", "answer": "$3$"}\n')
+    mine = {"data": {"path": str(tmp_path / "x.jsonl")}, "max_tokens": 100, "verifier": "math"}
+    sets = f"evaluation.sets={json.dumps({'mine': mine})}"
+    for arguments in (["demo", sets, "--heldout"], ["--heldout", "demo", sets]):
+        assert cli.main(["data", *arguments]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith("demo:heldout: 200 rows") and "(--heldout NAME): mine\n" in said
+    assert cli.main(["data", "demo", sets, "--heldout", "mine"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tmp_path / 'x.jsonl'}: 1 rows") and "that `math` can match" in said
+    assert cli.main(["data", "demo", sets, "--heldout", "mine", "evaluation.sets.mine.max_tokens=256"]) == 2
+    assert "evaluation.sets.mine.max_tokens = 256: must be < 256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "boundary"),
+    [({}, False), ({"NO_COLOR": "1"}, True), ({"TERM": "dumb"}, True)],
+)
+def test_boundaries_are_dots_where_a_terminal_has_no_colours(environment, boundary):
+    import io
+
+    from kat_ray.cli.data import _show_prompt
+    from kat_ray.types.records import Prompt
+
+    there = {"TERM": "xterm-256color", **environment}
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, _environ=there)
+    tokenizer = make_tokenizer()
+    _show_prompt(Prompt("p", tuple(tokenizer("ab")["input_ids"]), None), tokenizer, console)
+    assert ("a·b" in out.getvalue()) is boundary
 
 
 def test_neighbouring_tokens_have_other_colours_and_special_ones_their_own():

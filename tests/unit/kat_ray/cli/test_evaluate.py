@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from kat_ray.cli import main as cli
+from kat_ray.cli.arguments import is_override
 from kat_ray.cli.evaluate import Asked, configuration, table
 from kat_ray.config.load import config_from
 from kat_ray.errors import UserError
@@ -46,6 +48,27 @@ def test_sets_take_the_place_of_a_configurations_own(tmp_path):
     assert list(parts_of(config)) == ["", "greedy", "old", "old/greedy"]
     config, _ = configuration(Asked("m", config=file, data=("gsm8k",), overrides=("evaluation.k=2",)))
     assert parts_of(config) == {"": ("openai/gsm8k", 2, "integer")}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("evaluation.k=8", True), ("evaluation.sets.my-set.k=8", True), ("tracking=[wandb]", True),
+        ("teacher=null", True), ("evaluation.data.path=/a/b.jsonl", True), ("a=b.jsonl", False),
+        ("/data/lr=1/p.jsonl", False), ("./x.y/a=b.jsonl", False), ("gsm8k", False), ("Org/set=1", False),
+    ],
+)  # fmt: skip
+def test_an_override_is_told_from_a_file_with_an_equals_sign(text, is_one):
+    assert is_override(text) is is_one
+
+
+def test_a_file_that_is_not_there_comes_first(tmp_path, capsys):
+    """Before the room that its answers have, and with an equals sign in its name."""
+    file = tmp_path / "a=b.jsonl"
+    assert cli.main(["eval", "demo:student", "--data", str(file), "evaluation.k=2"]) == 2
+    assert capsys.readouterr().err == f"error: {file}: no such file of held-out problems\n"
+    assert cli.main(["eval", "demo:student", "--data", "demo:heldout", str(file), "evaluation.max_tokens=8"]) == 2
+    assert f"{file}: no such file" in capsys.readouterr().err
 
 
 def test_a_model_without_problems_is_told_which_there_are():

@@ -13,7 +13,7 @@ from kat_ray.models.inspect import inspect_model
 from kat_ray.models.load import load_causal_lm, plain_logprobs
 from tests.support.exported import STEP, files_of, make_run
 from tests.support.hub_server import TOKEN, hub_on_loopback
-from tests.support.tokenizers import TEMPLATE
+from tests.support.tokenizers import TEMPLATE, make_tokenizer
 
 PROMPT, ANSWER = [5, 9, 40], [7, 8, 30, 31, 1]
 
@@ -67,11 +67,45 @@ def test_config_json_is_the_students_unless_it_means_another_model(run, tmp_path
     checkpoint.write_text(json.dumps(said | {"a_field_of_older_versions": 1, "use_cache": True}))
     assert export(capsys, run, "--to", tmp_path / "a", "--dtype", "bfloat16")[0] == 0
     found = json.loads((tmp_path / "a" / "config.json").read_text())
-    assert found == own | {"torch_dtype": "bfloat16"} and "dtype" not in found
+    older = {"rope_theta": 10000.0, "rope_scaling": None}
+    assert found == own | {"torch_dtype": "bfloat16"} | older and "dtype" not in found
     config.write_text(json.dumps(own | {"rope_theta": 12345.0, "rope_parameters": None}))
     code, note = export(capsys, run, "--to", tmp_path / "b")
     assert code == 0 and "config.json is the checkpoint's" in note
     assert json.loads((tmp_path / "b" / "config.json").read_text())["use_cache"] is True
+
+
+def test_what_transformers_5_wrote_has_the_older_names_too(tmp_path, capsys):
+    """Of the student, of the checkpoint where that means another model, and where the student is not to be had."""
+    rope = {"rope_type": "llama3", "rope_theta": 54321.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+    run = make_run(tmp_path, rope_parameters=rope)
+    student = tmp_path / "student"
+    make_tokenizer().save_pretrained(student)
+    config = student / "tokenizer_config.json"
+    own = json.loads(config.read_text()) | {"extra_special_tokens": ["~"]}
+    assert own["tokenizer_class"] == "TokenizersBackend" and own["backend"], "what 5 writes"
+    config.write_text(json.dumps(own))
+    assert export(capsys, run, "--to", tmp_path / "a")[0] == 0
+    found = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
+    del own["backend"], own["extra_special_tokens"]
+    assert found == own | {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["~"]}
+    assert files_of(tmp_path / "a")["tokenizer.json"] == files_of(student)["tokenizer.json"], "to the byte"
+    model = student / "config.json"
+    model.write_text(json.dumps(json.loads(model.read_text()) | {"rms_norm_eps": 1e-3}))
+    code, said = export(capsys, run, "--to", tmp_path / "b")
+    assert code == 0 and "config.json is the checkpoint's" in said
+    student.rename(tmp_path / "gone")
+    assert export(capsys, run, "--to", tmp_path / "c")[0] == 0
+    checkpoint = run / "checkpoints" / f"step-{STEP}"
+    for out in (tmp_path / "a", tmp_path / "b", tmp_path / "c"):
+        written = json.loads((out / "config.json").read_text())
+        assert written["rope_parameters"] == rope and written["rope_theta"] == 54321.0
+        assert written["rope_scaling"] == {n: v for n, v in rope.items() if n != "rope_theta"}
+        np.testing.assert_array_equal(logprobs(out), logprobs(checkpoint))
+        tokenizer = json.loads((out / "tokenizer_config.json").read_text())
+        assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert inspect_model(ModelConfig(path=str(out)))[1].decode([5]) == "c"
 
 
 def test_weights_are_converted_shard_by_shard(tmp_path, capsys):
@@ -137,6 +171,29 @@ def test_the_settings_of_a_card_give_the_configuration_again(changes, tmp_path):
     text = model_card(Exported("x", False, 5, tmp_path, config, "kat-ray export x"))
     (tmp_path / "settings.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
     assert load_config(tmp_path / "settings.yaml") == config
+
+
+def test_a_card_lists_every_data_set_of_a_mixture(tmp_path):
+    from kat_ray.config import Config
+    from kat_ray.report.model_card import Exported, model_card
+
+    mix = {
+        "code": {"path": "org/code", "revision": "v1", "weight": 2.0},
+        "own": {"path": "/home/me/own.jsonl"},
+        "again": {"path": "openai/gsm8k", "name": "socratic"},
+    }
+    data = {"path": "openai/gsm8k", "name": "main", "weight": 4.0, "mix": mix}
+    config = Config.model_validate({"student": {"path": "a/b"}, "teacher": {"path": "c/d"}, "data": data})
+    text = model_card(Exported("x", False, 5, tmp_path, config, "kat-ray export x"))
+    assert ModelCard(text).data.datasets == ["openai/gsm8k", "org/code"]
+    for line in (
+        "| data | `openai/gsm8k`, name main, split train, 0.5 of an epoch |",
+        "| data code | `org/code` at `v1`, split train, 0.25 of an epoch |",
+        "| data own | `own.jsonl` (local), 0.125 of an epoch |",
+        "| data again | `openai/gsm8k`, name socratic, split train, 0.125 of an epoch |",
+    ):
+        assert line in text
+    assert "/home/me" not in text
 
 
 def test_a_card_of_hub_models_names_them(tmp_path):

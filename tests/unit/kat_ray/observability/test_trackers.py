@@ -102,13 +102,39 @@ def test_metrics_are_whole_lines_and_odd_numbers_are_named(tmp_path):
 def test_tensorboard_gets_the_same_values(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with Trackers([TensorBoardTracker(tmp_path)]) as trackers:
+    with Trackers([TensorBoardTracker(tmp_path, "run:\n  steps: 4\n")]) as trackers:
         trackers.start(0)
         trackers.step(4, {"kl/mean": 0.5})
         trackers.evaluation(4, EVALUATION)
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("kl/mean")] == [(4, 0.5)]
     assert [(e.step, e.value) for e in events.Scalars("eval/pass_at_k")] == [(4, 1.0)]
+
+
+def test_tensorboard_shows_configuration_and_summary(tmp_path):
+    """Those of the last process that went on with the run, each once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.text.metadata import PLUGIN_NAME
+
+    def texts(name):
+        (event,) = EventAccumulator(str(tmp_path)).Reload().Tensors(f"{name}/text_summary")[-1:]
+        (text,) = event.tensor_proto.string_val
+        return event.step, text.decode()
+
+    with Trackers([TensorBoardTracker(tmp_path, "run:\n  steps: 2\n")]) as trackers:
+        trackers.start(0)
+        trackers.step(1, {"kl/mean": 0.5})
+    assert texts("configuration") == (0, "    run:\n      steps: 2\n")
+    with Trackers([TensorBoardTracker(tmp_path, "run:\n  steps: 4\n")]) as trackers:
+        trackers.start(1)
+        trackers.step(2, {"kl/mean": 0.5})
+        trackers.finish({"steps": 2, "wall_seconds": 1.5}, {})
+    assert texts("configuration") == (2, "    run:\n      steps: 4\n")
+    step, text = texts("summary")
+    assert step == 2 and json.loads(text) == {"steps": 2, "wall_seconds": 1.5}
+    assert text.startswith("    {"), "preformatted"
+    metadata = EventAccumulator(str(tmp_path)).Reload().SummaryMetadata("summary/text_summary")
+    assert metadata.plugin_data.plugin_name == PLUGIN_NAME
 
 
 def test_the_console_shows_steps_and_evaluations():

@@ -68,6 +68,14 @@ def test_costs_are_summed_up_to_the_step_of_a_value():
     assert side_by_side._cost_at(run, "time/step", [0, 1, 2, 9]) == [0.0, 2.0, 5.5, 5.5]
 
 
+def test_a_run_may_have_an_equals_sign_in_its_name(runs, capsys):
+    """As those that `compare` makes of a rule with settings have: kat-eta=0.5."""
+    one, other = runs
+    renamed = other.rename(other.with_name("kat-eta=0.5"))
+    assert cli.main(["report", str(one), str(renamed)]) == 0
+    assert str(one / "report" / "side-by-side.html") in capsys.readouterr().out
+
+
 def test_mistakes_are_one_message(runs, capsys, tmp_path):
     one, other = map(str, runs)
     for arguments, message in (
@@ -75,7 +83,9 @@ def test_mistakes_are_one_message(runs, capsys, tmp_path):
         ([one, other, "window=4"], "window=4: is for the report of one run"),
         ([one, other, "--gradients"], "--gradients: is for the report of one run"),
         ([one, str(tmp_path)], f"{tmp_path}: no config.yaml in it"),
-        ([one, "nobody"], "must be FIELD=VALUE"),
+        ([one, "nobody"], "nobody: no such run directory, and no setting, which is FIELD=VALUE"),
+        ([one, other, "nobody"], "nobody: no such run directory"),
+        ([one, "nobody=4"], "'nobody=4': must be FIELD=VALUE"),
     ):
         assert cli.main(["report", *arguments]) == 2
         assert message in capsys.readouterr().err

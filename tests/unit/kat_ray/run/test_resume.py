@@ -145,7 +145,7 @@ def check_events(folder, steps, last):
 def test_tensorboard_forgets_what_was_taken_back(tmp_path, back_to, steps):
     """Read as TensorBoard reads it: each step once, with the value of the last time."""
     folder = tmp_path / "tensorboard"
-    with Trackers([TensorBoardTracker(folder)]) as trackers:
+    with Trackers([TensorBoardTracker(folder, "a: 1")]) as trackers:
         trackers.start(0)
         for step in range(1, 5):
             trackers.step(step, {"kl/mean": step / 3})
@@ -154,7 +154,7 @@ def test_tensorboard_forgets_what_was_taken_back(tmp_path, back_to, steps):
     check_events(folder, steps, 9.0)
 
     # A process that was killed has left more than its checkpoint knows; another goes on.
-    with Trackers([TensorBoardTracker(folder)]) as trackers:
+    with Trackers([TensorBoardTracker(folder, "a: 1")]) as trackers:
         trackers.start(back_to)
         for step in range(back_to + 1, back_to + 3):
             trackers.step(step, {"kl/mean": 10.0 + step})

@@ -145,6 +145,9 @@ def test_a_folder_of_a_trackers_name_is_no_package(tmp_path, monkeypatch):
 def test_the_command_line_and_the_configuration_know_the_same_trackers(tmp_path, capsys):
     assert {*SERVICES} == {*follow.SERVICES} == {*get_args(TrackerName)} - {"tensorboard"}
     (tmp_path / "config.yaml").write_text(config_yaml(load_config("demo")))
+    assert cli.main(["track", str(tmp_path / "nobody"), "--to", "wandb"]) == 2
+    said = capsys.readouterr().err
+    assert "nobody: not a run directory" in said and "name one, such as runs/latest" in said
     assert cli.main(["track", str(tmp_path)]) == 2
     assert "its tracking.to names none of wandb, mlflow" in capsys.readouterr().err
 

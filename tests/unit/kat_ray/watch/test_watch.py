@@ -203,6 +203,18 @@ def test_a_job_is_shown_by_its_log():
     assert again.series("kat/threshold") == [0.125]
 
 
+def test_a_job_of_rewards_alone_is_shown_by_its_log():
+    progress = Progress(9, io.StringIO())
+    step = StepLine(2, None, 512, 0.0, None, 10.0, reward=0.5)
+    by_the_hour = "step 3/9  reward -0.250   1,512 tokens   1,010 tok/s  ETA 11:02:09"
+    view = view_of_log("night", [progress.describe(step), by_the_hour], finished=False, over=False)
+    assert (view.state, view.steps, view.done, view.notes) == (State.GOING, 9, 3, [])
+    assert view.series("reward/mean") == [0.5, -0.25] and view.series("rollout/generated_tokens") == [512, 1512]
+    assert view.series("throughput/tokens_per_second") == [10.0, 1010.0]
+    assert view.names("kl/") == view.names("rollout/trapped_share") == [], "of a teacher"
+    assert "reward" in frame(view) and "trapped" not in frame(view)
+
+
 def test_the_time_left_counts_from_the_last_line(run):
     write(run, *map(line, range(1, 11)))
     assert time.time() > NOW
