@@ -29,7 +29,7 @@ GROUPS = {
     "Use it": (
         "docs/README.md", COMMANDS, "docs/configuration.md", "docs/data.md", "docs/models.md",
         "docs/termination.md", "docs/rl.md", "docs/teachers.md", "docs/lora.md", "docs/numbers.md",
-        "docs/report.md", "kat_ray/demo/README.md", "docs/upgrading.md",
+        "docs/report.md", "docs/tracking.md", "docs/export.md", "kat_ray/demo/README.md", "docs/upgrading.md",
     ),
     "Recipes": ("docs/recipes/README.md", "docs/recipes/[!R]*.md"),
     "Run it": ("docs/kubernetes.md", "docs/gpu.md", "docs/recovery.md", "docs/scaling.md", "SECURITY.md"),

@@ -1,6 +1,6 @@
-"""What a run shows: a live line in a terminal, one line a step elsewhere, and a short table at its end.
+"""What a run shows: in a terminal a bar and courses of its figures, elsewhere a line a step; at its end a table.
 
-The same lines go to the run's log.
+The lines go to the run's log in any case.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TextIO
@@ -18,7 +18,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from kat_ray.observability.drawing import COURSE, Figure, cut_to, duration, progress_bar, row
+
 log = logging.getLogger("kat_ray.progress")
+
+_WRITTEN: dict[str, Callable[[float], str]] = {  # what has a course, if the run has it, and how a value is written
+    "KL": "{:.4f}".format,
+    "reward": "{:.3f}".format,
+    "accuracy": "{:.1%}".format,
+}
+_Values = tuple[tuple[int, float], ...]  # of a figure: steps that were done, and what it was
 
 
 @dataclass(frozen=True)
@@ -34,22 +43,38 @@ class StepLine:
     reward: float | None = None  # mean of the rollouts that have one; None without rewards
     thresholds: Mapping[str, float | None] = field(default_factory=dict)  # of each teacher, if there are several
 
+    @property
+    def has_teacher(self) -> bool:
+        """Without one there is nothing to say of KL and rule."""
+        return self.kl is not None or self.reward is None
+
+    def threshold_words(self) -> str:
+        """The threshold, or each teacher's."""
+        by_teacher = ", ".join(f"{name} {_nats(value)}" for name, value in self.thresholds.items())
+        return by_teacher or _nats(self.threshold)
+
 
 class Progress:
     """Shows phases and steps on `stream` (standard output unless given)."""
 
     def __init__(self, steps: int, stream: TextIO | None = None) -> None:
         self._console = Console(file=stream or sys.stdout, highlight=False, soft_wrap=True)
+        self._unicode = self._console.encoding.lower().startswith("utf")
         self._steps = steps
+        self._done: int | None = None  # steps; None before the first one is begun
+        self._line: StepLine | None = None
+        self._values: dict[str, _Values] = dict.fromkeys(_WRITTEN, ())
         self._phase = ""
         self._phase_started = time.monotonic()
-        self._line = ""
         self._durations: list[float] = []
         self._last_step: float | None = None
-        self._live = Live(console=self._console, refresh_per_second=4, transient=True, get_renderable=self._render)
+        self._live = Live(  # twice a second: what it shows changes once
+            console=self._console, refresh_per_second=2, transient=True, get_renderable=self._render,
+            vertical_overflow="crop",
+        )  # fmt: skip
 
     def __enter__(self) -> Progress:
-        if self._console.is_terminal:
+        if self._console.is_interactive:  # where lines can be drawn anew
             self._live.start()
         return self
 
@@ -64,10 +89,21 @@ class Progress:
         self._end_phase()
         self._phase, self._phase_started = text, time.monotonic()
 
+    def start(self, done: int) -> None:
+        """The run goes on after `done` steps; what was shown of later ones is taken back."""
+        self._done, self._line = done, None
+        self._values = {name: tuple(v for v in values if v[0] <= done) for name, values in self._values.items()}
+
     def training(self) -> None:
         """The steps go on: no other phase."""
         self._end_phase()
         self._last_step = time.monotonic()
+
+    def accuracy(self, done: int, value: float) -> None:
+        """Of the held-out problems, after `done` steps: a share."""
+        self._add("accuracy", done, value)
+        if self._live.is_started:
+            self._live.refresh()
 
     def note(self, text: str) -> None:
         """A line that stays."""
@@ -76,27 +112,30 @@ class Progress:
         self._console.print(Text(text))
 
     def step(self, line: StepLine) -> None:
+        """A step is finished."""
         now = time.monotonic()
         if self._last_step is not None:
             self._durations = [*self._durations[-9:], now - self._last_step]
-        self._line = self.describe(line)
-        log.info(self._line)
-        if not self._live.is_started:
-            self._console.print(Text(self._line))
+        self._done, self._line, self._last_step = line.step, line, now
+        self._add("KL", line.step, line.kl)
+        self._add("reward", line.step, line.reward)
+        text = self.describe(line)
+        log.info(text)
+        if self._live.is_started:
+            self._live.refresh()
+        else:
+            self._console.print(Text(text))
 
     def describe(self, line: StepLine) -> str:
         """A step in one line; the time left is estimated from the last ten steps."""
-        left = sum(self._durations) / max(1, len(self._durations)) * (self._steps - line.step)
-        kl = _nats(line.kl)
-        threshold = ", ".join(f"{name} {_nats(value)}" for name, value in line.thresholds.items())
-        threshold = threshold or _nats(line.threshold)
+        kl = f"KL {_nats(line.kl)}  " * line.has_teacher
         reward = "" if line.reward is None else f"reward {line.reward:.3f}  "
-        with_teacher = line.kl is not None or line.reward is None  # without one there is nothing to say of it
-        rule = f"trapped {line.trapped_share:>4.0%}  threshold {threshold}  "
+        left = duration(self._seconds_a_step() * (self._steps - line.step))
+        rule = f"trapped {line.trapped_share:>4.0%}  threshold {line.threshold_words()}  " * line.has_teacher
         return (
-            f"step {line.step:>{len(str(self._steps))}}/{self._steps}  {f'KL {kl}  ' * with_teacher}{reward}"
-            f"{line.generated_tokens:>6,} tokens  {rule * with_teacher}"
-            f"{line.tokens_per_second:>6,.0f} tok/s  ETA {int(left) // 60}:{int(left) % 60:02d}"
+            f"step {line.step:>{len(str(self._steps))}}/{self._steps}  {kl}{reward}"
+            f"{line.generated_tokens:>6,} tokens  {rule}"
+            f"{line.tokens_per_second:>6,.0f} tok/s  ETA {left}"
         )
 
     def finish(self, summary: Mapping[str, Any], paths: Mapping[str, object]) -> None:
@@ -124,10 +163,37 @@ class Progress:
             self._console.print(Text(text))
             self._phase = ""
 
+    def _seconds_a_step(self) -> float:
+        return sum(self._durations) / max(1, len(self._durations))
+
+    def _add(self, name: str, done: int, value: float | None) -> None:
+        """A new tuple each time: another thread draws it."""
+        if value is not None:
+            self._values[name] = (*self._values[name], (done, value))[-COURSE[1] :]
+
     def _render(self) -> Text:
-        if self._phase:
-            return Text(f"{self._phase} ... {time.monotonic() - self._phase_started:.0f} s")
-        return Text(self._line, overflow="ellipsis", no_wrap=True)
+        """What stands below the lines that stay; from a thread of its own."""
+        lines = list(self._block(self._done)) if self._done is not None else []
+        if phase := self._phase:
+            lines.append(Text(f"{phase} ... {time.monotonic() - self._phase_started:.0f} s"))
+        return cut_to(lines, self._console.width, self._unicode)
+
+    def _block(self, done: int) -> Iterator[Text]:
+        line, width = self._line, self._console.width
+        count = f"step {done}/{self._steps}  {min(done, self._steps) / self._steps:.0%}"
+        if self._durations and self._last_step is not None:
+            pace = self._seconds_a_step()
+            since = min(time.monotonic() - self._last_step, pace)  # of the step that goes on
+            count += f"  {pace:.1f} s a step  ETA {duration(pace * (self._steps - done) - since)}"
+        yield Text(count)
+        yield progress_bar(done, self._steps, width, self._unicode)
+        for name, write in _WRITTEN.items():
+            if values := self._values[name]:
+                yield row(Figure(name, [value for _, value in values], write), width, self._unicode)
+        if line is not None:
+            rule = f"  trapped {line.trapped_share:.0%}  threshold {line.threshold_words()}" * line.has_teacher
+            speed = f"{line.generated_tokens:,} tokens  {line.tokens_per_second:,.0f} tok/s"
+            yield Text(speed + rule, style="dim")
 
 
 def _nats(value: float | None) -> str:

@@ -124,11 +124,14 @@ class Trackers:
 
 
 class ConsoleTracker(Tracker):
-    """The lines and the table that `Progress` shows."""
+    """What `Progress` shows: lines or a bar, and the table."""
 
     def __init__(self, progress: Progress, steps: int) -> None:
         """`steps` is how many the run is to have."""
         self._progress, self._steps = progress, steps
+
+    def start(self, done: int) -> None:
+        self._progress.start(done)
 
     def step(self, done: int, metrics: Mapping[str, float]) -> None:
         self._progress.step(
@@ -151,6 +154,7 @@ class ConsoleTracker(Tracker):
             f"evaluation {when}: avg@{k} {record['avg_at_k']:.1%}, pass@{k} {record['pass_at_k']:.1%}, "
             f"mean length {record['mean_length']:.0f}"
         )
+        self._progress.accuracy(done, record["avg_at_k"])
 
     def finish(self, summary: Mapping[str, Any], paths: Mapping[str, object]) -> None:
         self._progress.finish(summary, paths)

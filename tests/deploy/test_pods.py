@@ -94,6 +94,17 @@ def test_nothing_of_it_is_there_unasked():
         assert not unasked and "annotations" not in pod["metadata"] and "envFrom" not in spec["containers"][0]
 
 
+def test_a_private_registrys_secrets_go_to_every_pod():
+    storage = {"modelsClaim": "models", "fetch": ["a/b"]}
+    docs = render("run", {"image": {"pullSecrets": ["mine", "theirs"]}, "storage": storage})
+    pods = ray_pods(docs) | {"fetch": one(docs, "Job")["spec"]["template"]}
+    assert {"head", "learner", "submitter", "fetch"} <= pods.keys()
+    for name, pod in pods.items():
+        assert pod["spec"]["imagePullSecrets"] == [{"name": "mine"}, {"name": "theirs"}], name
+        kubernetes_validate.validate({"apiVersion": "v1", "kind": "Pod", **pod}, KUBERNETES[0], strict=True)
+    assert not [pod for pod in ray_pods(render("run")).values() if "imagePullSecrets" in pod["spec"]]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

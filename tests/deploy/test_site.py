@@ -25,6 +25,11 @@ def test_pages_are_laid_out_as_in_the_tree_and_each_is_in_the_sidebar_once(build
     assert laid == pages | {build.COMMANDS} and len(pages) > 40
     listed = [line for line in (tmp_path / "README.md").read_text().splitlines() if line in laid]
     assert sorted(listed) == sorted(laid - {"README.md"})
+    named = {page for patterns in build.GROUPS.values() for pattern in patterns for page in tmp_path.glob(pattern)}
+    forgotten = {page.relative_to(tmp_path).as_posix() for page in tmp_path.rglob("*.md")} - {
+        page.relative_to(tmp_path).as_posix() for page in named
+    }
+    assert forgotten == {"README.md"}, "each other page is in a group that says what it is for"
     assert "](decisions/README.md)" in (tmp_path / "docs/README.md").read_text(), "a folder's page"
     assert (tmp_path / "LICENSE").is_file(), "what pages link to and is no page"
 

@@ -48,7 +48,7 @@ _LOCAL = {"student": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # what a recipe's p
 _CLASSES = {"qwen3": "Qwen3ForCausalLM", "qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}
 _ROWS = {  # columns as those data sets have them
     "openai/gsm8k": {"question": "1 + {}?", "answer": "1 and {0} are more.\n#### {0}"},
-    "gsm8k/train.jsonl": {"prompt": "1 + {}?", "answer": "{}"},
+    "gsm8k/train.jsonl": {"question": "1 + {}?", "answer": "1 and {0} are more.\n#### {0}"},
     "open-r1/DAPO-Math-17k-Processed": {"prompt": "2 + {}?", "solution": "{}"},
     "HuggingFaceH4/MATH-500": {"problem": "3 + {}?", "answer": "{}"},
     "HuggingFaceH4/aime_2024": {"problem": "4 + {}?", "answer": "{}"},

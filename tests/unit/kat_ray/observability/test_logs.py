@@ -74,7 +74,7 @@ def show(log, stdout):
         progress.training()
         progress.step(StepLine(1, 0.5, 100, 0.0, None, 10.0))
         log.warning("sampler:0 was lost (its node is gone, and nothing of what it was at is to be had any more)")
-        progress._live.refresh()  # as four times a second
+        progress._live.refresh()  # as twice a second
         log.warning("again")
         progress.note("a note")
 
@@ -88,7 +88,7 @@ def test_a_pipe_keeps_progress_and_log_apart(log, monkeypatch):
 
 
 def test_a_line_of_the_log_stands_above_the_live_line(log, monkeypatch):
-    """Both are one terminal's: the live line goes, the log's line stands alone and whole, and so does the next."""
+    """Both are one terminal's: the live lines go, the log's line stands alone and whole, and so does the next."""
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -96,7 +96,7 @@ def test_a_line_of_the_log_stands_above_the_live_line(log, monkeypatch):
     first, second = LINE.finditer(terminal.getvalue())
     assert first[1] == second[1] == "[- driver]" and first[2].endswith("any more)") and second[2] == "again"
     between = terminal.getvalue()[first.end() : second.start()]
-    assert "KL 0.5000" in between and between.endswith("\x1b[2K"), "the live line, and a line that was cleared"
+    assert "0.5000" in between and between.endswith("\x1b[2K"), "the live lines, and a line that was cleared"
 
 
 def test_a_log_that_is_redirected_is_not_drawn_on_the_terminal(log, monkeypatch):

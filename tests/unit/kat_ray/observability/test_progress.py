@@ -4,7 +4,10 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from kat_ray.observability.progress import Progress, StepLine
+from tests.support.terminal import Terminal
 
 LINE = StepLine(
     step=7, kl=0.1234, generated_tokens=5120, trapped_share=0.25, threshold=None, tokens_per_second=2345.6
@@ -42,6 +45,8 @@ def test_time_left_comes_from_the_last_steps():
     progress = Progress(100, io.StringIO())
     progress._durations = [2.0, 4.0]
     assert progress.describe(LINE).endswith("ETA 4:39")  # 93 steps of 3 s
+    progress._durations = [360.0]
+    assert progress.describe(LINE).endswith("ETA 9:18:00"), "hours, from one on"
     assert "KL -" in progress.describe(StepLine(1, None, 0, 0.0, 0.5, 0.0))
 
 
@@ -58,12 +63,99 @@ def test_a_run_without_evaluation_still_ends_with_its_paths():
     assert "runs/demo/run.log" in stream.getvalue() and "avg@" not in stream.getvalue()
 
 
-def test_a_terminal_gets_a_live_line(monkeypatch):
-    stream = io.StringIO()
-    stream.isatty = lambda: True
-    monkeypatch.setenv("TERM", "xterm")
-    text = shown(stream)
-    assert "\x1b[" in text and "a note that stays" in text
+@pytest.fixture
+def terminal(monkeypatch):
+    """Of a width; `kind` is TERM, and `more` further variables."""
+
+    def made(width, kind="xterm-256color", encoding="utf-8", **more):
+        for name, value in {"TERM": kind, "COLUMNS": str(width), "LINES": "40", **more}.items():
+            monkeypatch.setenv(name, value)
+        return Terminal(width, encoding)
+
+    return made
+
+
+def stepped(progress, steps):
+    """Steps with rewards, and a held-out accuracy after every second one."""
+    progress.start(0)
+    progress.accuracy(0, 0.125)
+    for done in range(1, steps + 1):
+        progress.training()
+        progress.step(replace(LINE, step=done, kl=1 / done, reward=done / 10, threshold=0.0625))
+        if done % 2 == 0:
+            progress.note("evaluated")
+            progress.accuracy(done, done / 10)
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 40, 12])
+@pytest.mark.parametrize("more", [{}, {"NO_COLOR": "1"}], ids=["colours", "no-colours"])
+def test_a_terminal_has_a_bar_and_courses_below_what_stays(terminal, width, more):
+    out = terminal(width, **more)
+    with Progress(8, out) as progress:
+        stepped(progress, 6)
+        progress.phase("saving")
+        progress._live.refresh()
+        lines = out.screen()
+    assert out.wrapped == [] and lines[:3] == ["evaluated"] * 3
+    head, bar, *rows, last, phase = lines[3:]
+    assert [head, last, phase] == [
+        cut("step 6/8  75%  0.0 s a step  ETA 0:00", width),
+        cut("5,120 tokens  2,346 tok/s  trapped 25%  threshold 0.0625", width),
+        cut("saving ... 0 s", width),
+    ]
+    assert set(bar) == {"━", "─"} and bar.count("━") == len(bar) * 6 // 8
+    assert [row[:6] for row in rows] == ["KL    ", "reward", "accura"]
+    if width >= 40:
+        assert "0.1667  █" in rows[0] and "0.600  ▁" in rows[1] and "60.0%  ▁▂▅█" in rows[2]
+    if width >= 80:
+        assert rows[2].endswith("  12.5% → 60.0%")
+    assert ("\x1b[32m" in out.getvalue()) is not bool(more), "green"
+    assert out.screen() == ["evaluated"] * 3, "of the rest nothing is left"
+
+
+def cut(text, width):
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def test_a_terminal_without_unicode_gets_plain_characters(terminal):
+    out = terminal(80, encoding="ascii")
+    with Progress(8, out) as progress:
+        stepped(progress, 6)
+        assert "#########" in out.screen()[4]
+    assert out.getvalue().isascii()
+
+
+def test_a_terminal_that_draws_nothing_anew_gets_lines(terminal):
+    out = terminal(80, kind="dumb")
+    with Progress(8, out) as progress:
+        stepped(progress, 6)
+    assert "step 6/8  KL 0.1667  reward 0.600" in out.getvalue() and "\x1b" not in out.getvalue()
+
+
+def test_rewards_alone_have_no_rule_in_a_terminal(terminal):
+    out = terminal(80)
+    with Progress(8, out) as progress:
+        progress.step(replace(LINE, kl=None, reward=0.5))
+        text = "\n".join(out.screen())
+    assert "reward" in text and "KL" not in text and "trapped" not in text and "accuracy" not in text
+
+
+def test_a_run_that_goes_back_takes_its_figures_back(terminal):
+    out = terminal(80)
+    with Progress(8, out) as progress:
+        stepped(progress, 6)
+        progress.start(3)
+        progress._live.refresh()
+        text = "\n".join(out.screen())
+    assert "step 3/8  38%" in text and "0.3333" in text and "0.1667" not in text and "20.0%" in text
+
+
+def test_a_course_has_the_last_values(terminal):
+    out = terminal(120)
+    with Progress(200, out) as progress:
+        for done in range(1, 101):
+            progress.step(replace(LINE, step=done, kl=float(done)))
+        assert "41.0000 → 100.0000" in "\n".join(out.screen()), "60 of them"
 
 
 def test_rewards_alone_say_nothing_of_a_teacher():

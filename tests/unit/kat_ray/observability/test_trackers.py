@@ -11,6 +11,7 @@ from kat_ray.observability.progress import Progress
 from kat_ray.observability.trackers import ConsoleTracker, TensorBoardTracker, Tracker, Trackers
 from kat_ray.run.jsonl_tracker import JsonlTracker
 from kat_ray.run.lock import RecordError
+from tests.support.terminal import Terminal
 
 STEP = {
     "kl/mean": 0.5, "rollout/generated_tokens": 5120.0, "rollout/trapped_share": 0.25, "kat/threshold": 0.125,
@@ -150,6 +151,24 @@ def test_the_console_shows_steps_and_evaluations():
         assert f"evaluation {when}: avg@2 50.0%, pass@2 100.0%, mean length 7\n" in text
     assert "step 7/9  KL 0.5000   5,120 tokens  trapped  25%  threshold 0.1250" in text
     assert "step 8/9  KL -   5,120 tokens  trapped  25%  threshold -" in text
+
+
+def test_a_terminal_shows_what_was_held_out_and_forgets_what_is_taken_again(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    out = Terminal(100)
+    with Progress(9, out) as progress:
+        trackers = Trackers([ConsoleTracker(progress, 9)])
+        trackers.start(4)
+        for done in (5, 6):
+            trackers.step(done, STEP | {"kl/mean": 1 / done})
+            trackers.evaluation(done, EVALUATION | {"avg_at_k": done / 10})
+        rows = {line.split()[0]: line for line in out.screen()}
+        assert rows["KL"].endswith("0.2000 → 0.1667") and rows["accuracy"].split()[1] == "60.0%"
+        trackers.start(5)
+        trackers.step(6, STEP)
+        rows = {line.split()[0]: line for line in out.screen()}
+    assert rows["KL"].endswith("0.2000 → 0.5000") and "60.0%" not in rows["accuracy"]
 
 
 def test_the_console_shows_the_threshold_of_each_teacher():

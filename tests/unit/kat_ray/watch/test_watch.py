@@ -16,7 +16,7 @@ from kat_ray.observability.progress import Progress, StepLine
 from kat_ray.run.lock import lock_run
 from kat_ray.watch import command
 from kat_ray.watch.command import watch, watch_run
-from kat_ray.watch.screen import course, duration, screen
+from kat_ray.watch.screen import screen
 from kat_ray.watch.view import RunReader, State, view_of_log
 
 NOW = 1_000_000.0
@@ -128,13 +128,6 @@ def test_no_line_is_wider_than_the_terminal(run, width, unicode):
     text = frame(RunReader(run).view(), width, unicode=unicode)
     assert max(map(len, text.splitlines())) <= width
     assert unicode or text.isascii()
-
-
-def test_a_course_is_scaled_to_its_values():
-    assert course([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
-    assert course([0, 0, 7, 7], 2) == "▁█" and course([3.0, 3.0], 9) == "▁▁" and course([], 9) == ""
-    assert course([0.0, float("nan"), 7.0], 3) == "▁ █"
-    assert duration(3723.9) == "1:02:03" and duration(-5) == "0:00"
 
 
 def test_without_a_terminal_there_is_one_frame(run):
