@@ -22,6 +22,8 @@ PATH = re.compile(r"(?<![\w/.:-])(?:kat_ray|actors|tests|deploy|docker|docs|\.ci
 NOT_OURS = {"deploy/kuberay-operator"}  # kubectl's word for a Deployment
 ENTRY_POINTS = {"kat_ray.termination_rules"}  # groups, not modules
 FOREIGN = {  # classes and kinds of other projects
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
     "BF16_Optimizer",
     "DistillationTrainer",
     "RayCluster",
