@@ -81,7 +81,7 @@ def test_the_loss_on_its_own_top_k_at_a_temperature_is_that_of_a_local_teacher_t
         tree = config_of(tmp_path, name, where, steps=2).model_dump(mode="json")
         tree["objective"]["opd"] |= {"divergence": "forward", "support": "teacher", "teacher_temperature": 0.7}
         tree["objective"]["off_policy"]["share"] = 0.34
-        tree["data"]["completion_column"] = "solution"
+        tree["data"] |= {"path": "demo:hints", "completion_column": "solution"}
         tree["evaluation"]["data"] = None
         paths.append(train(Config.model_validate(tree)))
     assert everything(paths[0]) == everything(paths[1])

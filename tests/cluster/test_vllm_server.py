@@ -188,7 +188,8 @@ def test_a_run(url, tmp_path):
 
 OWN = (
     "objective.opd.divergence=forward", "objective.opd.support=teacher", "objective.off_policy.share=0.34",
-    "data.completion_column=solution", "run.steps=3", "run.checkpoint_every=1", "run.check_agreement=false",
+    "data.path=demo:hints", "data.completion_column=solution", "run.steps=3", "run.checkpoint_every=1",
+    "run.check_agreement=false",
 )  # fmt: skip
 
 
