@@ -74,6 +74,19 @@ def test_it_is_the_run_of_a_local_teacher_to_the_bit(straight, tmp_path):
     assert sum(len(row["token_ids"]) for row in here["traces"]) > 0
 
 
+def test_the_loss_on_its_own_top_k_at_a_temperature_is_that_of_a_local_teacher_to_the_bit(server, tmp_path):
+    """Of rollouts, and of completions of the data."""
+    paths = []
+    for name, where in (("there", server), ("here", None)):
+        tree = config_of(tmp_path, name, where, steps=2).model_dump(mode="json")
+        tree["objective"]["opd"] |= {"divergence": "forward", "support": "teacher", "teacher_temperature": 0.7}
+        tree["objective"]["off_policy"]["share"] = 0.34
+        tree["data"] |= {"path": "demo:hints", "completion_column": "solution"}
+        tree["evaluation"]["data"] = None
+        paths.append(train(Config.model_validate(tree)))
+    assert everything(paths[0]) == everything(paths[1])
+
+
 def test_the_token_is_in_nothing_that_a_run_or_its_server_leaves(straight, server):
     files = [p for p in (*straight.rglob("*"), server.log) if p.is_file()]
     assert len(files) > 10 and not [p for p in files if SECRET.encode() in p.read_bytes()]
