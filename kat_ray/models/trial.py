@@ -20,8 +20,8 @@ _STRETCH = 8  # tokens
 def trial_length(text_config: Any, most: int) -> int:
     """Tokens of a sequence, `most` at most, that goes beyond the window or chunk of a language model.
 
-    By as many tokens again, or by as many as `most` leaves; a window that it does not reach beyond is left out. It
-    is no longer than what the model takes, nor than the length from which on positions may be others.
+    By as many tokens again, or by as many as `most` leaves; a window that it does not reach beyond is left out. The
+    sequence is no longer than what the model takes, nor than the length from which on positions may be others.
     """
     edges = edges_of(text_config)
     original = edges.pop("the original rope length", None)

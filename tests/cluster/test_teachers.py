@@ -137,8 +137,9 @@ def test_scorers_hold_the_students_weights_of_the_step(tmp_path, weights):
         [
             f"run.dir={tmp_path}", "run.name=run", "run.steps=3", "run.deterministic=true", "run.tensorboard=false",
             f"teacher={{path: demo:student, dtype: float32, weights: {weights}, context: '{{prompt}}'}}",
-            "teacher.average_decay=0.5", "objective.opd.weight=0.001", "rollout.prompts_per_step=6",
-            "rollout.max_tokens=64", "rollout.staleness=0", "termination={rule: none}", "evaluation.data=null",
+            *(["teacher.average_decay=0.5"] if weights == "average" else []),
+            "objective.opd.weight=0.001", "rollout.prompts_per_step=6", "rollout.max_tokens=64",
+            "rollout.staleness=0", "termination={rule: none}", "evaluation.data=null",
             "learner.threads=1", "sampler.num_cpus=0.5", "scorer.num_cpus=0.5", "learner.num_cpus=0.5",
         ],
     )  # fmt: skip
