@@ -1,5 +1,6 @@
 """What is released works without the tree: a source archive, its wheel, which is the tree's, what that installs."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ from packaging.requirements import Requirement
 from tests.support.paths import ROOT
 
 PACKAGES = ("kat_ray", "actors")
+OPTIONAL = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+EXTRAS = sorted(OPTIONAL.keys() - {"gpu", "cpu", "dev"})  # those are installed from locks (docker/install.sh)
 BUILD = """
 import sys
 from setuptools import build_meta
@@ -98,6 +101,21 @@ def test_extras_of_other_packages_are_named_as_these_name_them():
     for requirement in named:
         if requirement.extras:
             assert requirement.extras <= set(metadata(requirement.name).get_all("Provides-Extra")), requirement
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_an_extra_resolves_beside_the_pinned_torch(extra, built, tmp_path):
+    """By pip, which installs nothing and brings no other build of torch. A package registry has to be there."""
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "-q", "install", "--dry-run", "--no-input", "--report", report,
+         f"{built[1]}[{extra}]"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    brought = [found["metadata"]["name"] for found in json.loads(report.read_text())["install"]]
+    assert not [name for name in brought if name.startswith(("torch", "nvidia", "triton", "cuda"))]
 
 
 @pytest.fixture(scope="module")

@@ -227,3 +227,5 @@ def test_hooks_and_workflow_call_what_is_there():
         assert yaml.safe_load(form.read_text(encoding="utf-8")), form
     workflow = text(".github/workflows/ci.yml")
     assert yaml.safe_load(workflow)["jobs"] and "bash .ci/run" in workflow
+    called = re.findall(r"-m pytest .*?(tests/\S+)", workflow)
+    assert called == ["tests/deploy/test_release.py"] and all(is_there(path) for path in called)
