@@ -111,7 +111,7 @@ class StepRecorder:
             return {}
         sources = {s.rollout_id: self._sources[s.prompt_id] for s in sampled.specs}
         levels = {f"source/level/{n}": float(sampled.levels.get(n, 0)) for n in {*sources.values()}}
-        return source_metrics(sampled.rollouts, sources, graded.correct, graded.rewards) | (
+        return source_metrics(sampled.rollouts, sources, graded.correct, graded.rewards, graded.ungraded) | (
             levels if self._has_levels else {}
         )
 
@@ -122,9 +122,11 @@ class StepRecorder:
         effect = RULES[self._config.termination.rule].effect
         prompt_ids = {s.rollout_id: s.prompt_id for s in sampled.specs}
         untouched = seen_to_the_end(sampled.rollouts, cuts=effect is not Effect.NOTHING)
-        return self._grader.grade(
+        graded = self._grader.grade(
             {r.rollout_id: (prompt_ids[r.rollout_id], r.token_ids.tolist()) for r in untouched}
         )
+        self._grader.check_failures(graded)
+        return graded
 
     def _rows(
         self,
@@ -201,9 +203,11 @@ class StepRecorder:
         if not credit:
             return {}
         tokens = {i: own.policy_tokens for i, own in credit.items()}
-        rewarded = {i: r.value > 0 for i, r in graded.rewards.items() if r.value is not None}
+        worth = {i: r.value for i, r in graded.rewards.items() if r.value is not None}
+        rewarded = {i: value > 0 for i, value in worth.items()}
         return (
-            answer_metrics(sampled.rollouts, rewarded | dict(graded.correct), tokens)
+            ({"reward/min": min(worth.values())} if worth else {})
+            | answer_metrics(sampled.rollouts, rewarded | dict(graded.correct), tokens)
             | dict(sampled.credit.metrics)
             | self._refill_metrics(sampled)
         )

@@ -167,11 +167,13 @@ class Steps:
             places, taken = range(taken, taken + more), taken + more
             batches.append(self._finish_batch(self._start_batch(step, places, start, sampling.rule_state)))
             ended, credit = self._credit(sampling, batches)
+        graded = together([batch.graded for batch in batches if batch.graded is not None])
+        if self._grader is not None and graded is not None:
+            self._grader.check_failures(graded)
         self._monitors.end_step(step, [r.outcome for r in ended.rollouts], sampling.rule_state)
         # The step before may still be learnt: its checkpoint holds what this step began with, and where its
         # records are lost it is sampled again.
         kept = {s: own for s, own in self._carried.items() if s >= step - 1}
-        graded = together([batch.graded for batch in batches if batch.graded is not None])
         standings, moves = carried.curriculum, list[Move]()
         if self._curriculum is not None and graded is not None:
             families = {s.rollout_id: self._sources[s.prompt_id] for s in ended.specs}

@@ -47,7 +47,8 @@ class Graded:
 class Treatment:
     """What becomes of rollouts without an answer.
 
-    `failure`: a cut rollout is as the worst answer of its step, and no better than 0. `probe_mean`: it has the mean
+    `failure`: a cut rollout is worth what the worst answer of its step is, penalty included, and no more than 0.
+    `probe_mean`: it has the mean
     reward of probes that would have been cut, and is a failure where that is not known.
     `probe_weighted`: it counts nothing, and a probe that would have been cut counts 1 / `probe_share` times, since
     probes are drawn without a look at what they say (Horvitz and Thompson, 1952). Sums are then right on average,
@@ -63,13 +64,19 @@ class Treatment:
         if self.cut == "probe_weighted" and not 0.0 < self.probe_share <= 1.0:
             raise ValueError(f"probe_weighted: probe_share = {self.probe_share}: must lie in (0, 1]")
 
+    @property
+    def cuts_fail(self) -> bool:
+        """Whether a rollout that was cut counts as a failure."""
+        return self.cut == "failure" or (self.cut == "probe_mean" and self.probe_mean is None)
+
 
 @dataclass(frozen=True)
 class Members:
     """Rollouts of a step by row: N rewards, their weights, and the number of their group.
 
     A weight of 0 leaves baseline, loss and denominator alike; its reward is then 0 and means nothing. The
-    `penalty` is within `reward`, and is no part of whether a group's answers are all alike.
+    `penalty` is within `reward`, and is no part of whether a group's answers are all alike; that of a failure is
+    what the worst answer lost by its length.
     """
 
     rollout_ids: tuple[int, ...]
@@ -77,9 +84,7 @@ class Members:
     weight: Floats  # [N]
     group: NDArray[np.int64]  # [N], 0 .. G - 1 in the order of appearance
     penalty: Floats  # [N], <= 0, of the reward
-    stood_for: NDArray[np.bool_] | None = (
-        None  # [N], cut rollouts that weighted probes stand for; None without those
-    )
+    stood_for: NDArray[np.bool_] | None = None  # [N], cut ones that weighted probes stand for; None without those
     left_out: Mapping[str, int] = field(default_factory=dict)  # how many, by the reason
 
     @property
@@ -97,10 +102,15 @@ def members(rollouts: Sequence[Graded], treatment: Treatment) -> Members:
     weight = np.array([weight for _, weight, _ in rows], dtype=np.float64)
     answered = weight * [r.ending in (Ending.ANSWERED, Ending.TRUNCATED) for r in rollouts] > 0
     penalty = np.where(answered, [r.penalty for r in rollouts], 0.0)
+    reward = np.array([reward for reward, _, _ in rows], dtype=np.float64)
+    if treatment.cuts_fail:
+        # Of what answers come to, or a penalty on long ones would make being cut the best of a group again.
+        lowest = (reward + penalty)[answered].min(initial=worst)
+        penalty = np.where([r.ending is Ending.CUT for r in rollouts], lowest - worst, penalty)
     weighted = treatment.cut == "probe_weighted"
     return Members(
         rollout_ids=tuple(r.rollout_id for r in rollouts),
-        reward=np.array([reward for reward, _, _ in rows], dtype=np.float64) + penalty,
+        reward=reward + penalty,
         weight=weight,
         group=np.array([numbers.setdefault(r.group, len(numbers)) for r in rollouts], dtype=np.int64),
         penalty=penalty,

@@ -197,12 +197,13 @@ class EvaluationConfig(Section):
     grading_processes: Resumable[int] = Field(4, ge=1)
     """Child processes that grade at the same time, of a verifier that needs them (not `integer`)."""
     grading_seconds: Resumable[float] = Field(5.0, gt=0)
-    """Seconds after which the grading of one answer is ended; the answer is wrong, and counted as `ran_out`."""
+    """Seconds after which the grading of one answer is ended. It is counted as `ran_out`; an evaluation takes it
+    for wrong, training has no verdict on it."""
     grading_step_seconds: Resumable[float] = Field(60.0, gt=0)
-    """Seconds that grading the rollouts of one step may take in all; those not reached are wrong and counted. An
-    evaluation has `cluster.step_timeout`."""
+    """Seconds that grading the rollouts of one step (of each batch that it samples) may take in all; those not
+    reached have no verdict, and are counted. An evaluation has `cluster.step_timeout`."""
     grading_memory_gib: Resumable[float] = Field(1.0, ge=0.25)
-    """Memory of one grading process, GiB; an answer that needs more is wrong, and counted as `ran_out`."""
+    """Memory of one grading process, GiB; an answer that needs more is counted as one that took too long is."""
     k: int = Field(4, ge=1)
     """Samples per problem."""
     every: Resumable[int] = Field(0, ge=0)

@@ -114,7 +114,8 @@ class PolicyObjective(_Weighted):
     """How far the ratio of learner to sampler may lie below and above 1 before `clip`, `cispo` and `gspo` hold it.
     For `gspo`, whose ratios lie close to 1, its authors have [3e-4, 4e-4]."""
     dual_clip: float | None = Field(3.0, gt=1)
-    """Bound of that ratio where the advantage is negative, for `clip`; null sets none."""
+    """Bound of that ratio where the advantage is negative, for `clip`; null sets none. At least 1 + the second
+    number of `clip`: below it tokens within the clip would have no gradient."""
     correction: Literal["none", "truncate", "interval", "sequence_mask", "geometric_mask"] = "none"
     """Weight of a token by its ratio of learner to sampler, for `reinforce`, whose loss has none: `truncate` takes
     the ratio up to the second number of `correction_range`, `interval` takes it within the two and 0 outside.
@@ -198,6 +199,16 @@ class PolicyObjective(_Weighted):
                     f"{name} = {shown}: must be {words} with cut_reward = 'probe_weighted', which is unbiased only "
                     "for sums of rewards over a fixed number of rollouts (docs/rl.md); or take another cut_reward"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _bounds_what_the_clip_leaves(self) -> PolicyObjective:
+        if self.loss == "clip" and self.dual_clip is not None and self.dual_clip < 1.0 + self.clip[1]:
+            raise ValueError(
+                f"dual_clip = {self.dual_clip:g}: lies within clip = [{self.clip[0]:g}, {self.clip[1]:g}], whose "
+                f"ratios go up to {1.0 + self.clip[1]:g}: with a negative advantage tokens in between would have "
+                f"no gradient; it must be at least {1.0 + self.clip[1]:g}, such as 3, or null"
+            )
         return self
 
     @model_validator(mode="after")

@@ -30,13 +30,13 @@ class RewardConfig(Section):
     seconds: Resumable[float] = Field(5.0, gt=0)
     """Seconds after which a call about one answer is ended, with its process; the answer is not graded."""
     step_seconds: Resumable[float] = Field(60.0, gt=0)
-    """Seconds that all calls of one step may take once its rollouts have ended; answers that are not reached are
-    not graded."""
+    """Seconds that all calls of one step (of each batch that it samples) may take once its rollouts have ended;
+    answers that are not reached are not graded."""
     memory_gib: Resumable[float] = Field(1.0, ge=0.25)
     """Memory of one child process, GiB, with all that the functions' files import."""
     max_error_share: Resumable[float] = Field(0.05, ge=0, le=1)
-    """Share of a step's answers that may have no reward, by an error or a timeout of a function or a verifier,
-    before the run ends; a single one ends it only where this is 0."""
+    """Share of a step's answers, all its batches together, that may have no reward, by an error or a timeout of a
+    function or a verifier, before the run ends; a single one ends it only where this is 0."""
     threshold: float | None = None
     """The weighted sum becomes 1 where it is at least this, and 0 elsewhere; null takes the sum as it is."""
 
@@ -78,4 +78,4 @@ class RewardConfig(Section):
     def rules(self) -> RewardRules:
         """What scores answers by it."""
         limits = GradingLimits(self.workers, self.seconds, self.step_seconds, self.memory_gib, "reward.")
-        return RewardRules(self.functions, self.format_pattern or "", limits, self.max_error_share, self.threshold)
+        return RewardRules(self.functions, self.format_pattern or "", limits, self.threshold)

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
-import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from kat_ray.rewards.extraction import extract_answer
+from kat_ray.rewards.limits import unusable
 from kat_ray.rewards.problems import EVALUATES_ITS_OWN, VERSION, Problem
 from kat_ray.rewards.signatures import Unusable
 
@@ -158,8 +158,8 @@ def _score(dataset: Any, answer: str, entry: Mapping[str, Any]) -> float:
 
 def _finite(score: Any) -> float:
     value = float(score)
-    if not math.isfinite(value):
-        raise Unusable(f"its scorer gave {value}, which is no finite number")
+    if (why := unusable(value)) is not None:
+        raise Unusable(f"its scorer gave {value:g}, {why}")
     return value
 
 

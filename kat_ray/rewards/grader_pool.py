@@ -13,7 +13,7 @@ from types import TracebackType
 from kat_ray.rewards.child import START_SECONDS, GradingChild
 from kat_ray.rewards.libraries import answers_worth_a_start
 from kat_ray.rewards.limits import Call, Fault, GradingLimits, Reply, Verdicts
-from kat_ray.rewards.math_grader import question, verdict
+from kat_ray.rewards.math_grader import question
 
 SLICE = 1.0  # seconds between two checks of everything else while waiting
 
@@ -42,11 +42,11 @@ class GraderPool:
     ) -> Verdicts:
         """Grade each text's mathematics against its gold answer; `within` and `check` as for `ask`.
 
-        An answer that is not reached in time is wrong, as is one that takes too long or too much memory.
+        There is no verdict on an answer that is not reached in time, takes too long or too much memory, or fails.
         """
         assert len(texts) == len(golds), f"{len(texts)} texts, {len(golds)} gold answers"
         asked = [question(text, gold) for text, gold in zip(texts, golds, strict=True)]
-        return Verdicts(tuple(map(verdict, self.ask(asked, within, check))))
+        return Verdicts.by(self.ask(asked, within, check))
 
     def ask(self, calls: Sequence[Call], within: float | None = None, check: Check = nothing) -> list[Reply]:
         """The replies to all calls, in their order, in at most `within` seconds; None: those of a step.

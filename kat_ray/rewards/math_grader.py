@@ -13,11 +13,12 @@ from types import TracebackType
 from typing import Any
 
 from kat_ray.rewards.child import START_SECONDS, GradingChild
-from kat_ray.rewards.limits import Call, Fault, GradingLimits, Outcome, Reply
+from kat_ray.rewards.limits import Call, GradingLimits, Outcome, outcome_of
 
 _LAST_CHARACTERS = 4000  # the answer stands at the end, or in a box; a loop beside it only costs time
 
 _BOX_RE = re.compile(r"\\boxed\s*\{")
+_BRACE_RE = re.compile(r"(?<!\\)[{}]")
 _BRACES_RE = re.compile(r"(?<!\\)\{[^{}]*\}")
 # What marks a part of a text as LaTeX. A backslash before it makes it another sign: \$ is a dollar, \\[2pt] a line.
 _DELIMITED = r"(?<!\\)\$.+?(?<!\\)\$|(?<!\\)\\\(.+?(?<!\\)\\\)|(?<!\\)\\\[.+?(?<!\\)\\\]"
@@ -40,11 +41,11 @@ class MathGrader:
 
         `within` bounds the seconds in all, the child's start included. `NOT_REACHED` if that was too short.
         """
-        return verdict(self._child.ask(question(text, gold), within))
+        return outcome_of(self._child.ask(question(text, gold), within))
 
     def extract(self, text: str) -> str | None:
         """The text's last expression, as it stands there; None where there is none that can be read."""
-        return self._child.ask(Call("expression", {"text": readable_part(text)})).value or None
+        return self._child.ask(Call("expression", {"text": text})).value or None
 
     def close(self) -> None:
         """End the child; the next question starts another."""
@@ -59,37 +60,34 @@ class MathGrader:
 
 def question(text: str, gold: str) -> Call:
     """What a child is asked of an answer."""
-    return Call("math", {"text": readable_part(text), "gold": gold})
-
-
-def verdict(reply: Reply) -> Outcome:
-    """What a child's reply says of the answer."""
-    if reply.fault is Fault.NOT_REACHED:
-        return Outcome.NOT_REACHED
-    if reply.fault is not None:
-        return Outcome.RAN_OUT
-    return Outcome.RIGHT if reply.value else Outcome.WRONG
+    return Call("math", {"text": text, "gold": gold})
 
 
 def readable_part(text: str) -> str:
-    r"""The end of a text, after its last complete `\boxed{...}` where that stands further up."""
+    r"""The end of a text, after its last complete `\boxed{...}` where that stands further up.
+
+    A box is complete where its brace is closed within 4,000 characters. One pass over the text.
+    """
     start = max(0, len(text) - _LAST_CHARACTERS)
-    for box in reversed(list(_BOX_RE.finditer(text))):
-        end = _closing_brace(text, box.end())
-        if end is not None:
-            return text[start:] if box.start() >= start else f"{text[box.start() : end]}\n{text[max(start, end) :]}"
-    return text[start:]
+    if (found := _last_box(text)) is None or found[0] >= start:
+        return text[start:]
+    return f"{text[found[0] : found[1]]}\n{text[max(start, found[1]) :]}"
 
 
-def _closing_brace(text: str, start: int) -> int | None:
-    """Index behind the brace that closes the one before `start`; None where that is not near, or not there."""
-    depth = 1
-    for i in range(start, min(len(text), start + _LAST_CHARACTERS)):
-        if text[i] in "{}" and text[i - 1] != "\\":
-            depth += 1 if text[i] == "{" else -1
-            if not depth:
-                return i + 1
-    return None
+def _last_box(text: str) -> tuple[int, int] | None:
+    """Where the last complete box begins, and the index behind its brace."""
+    boxes = {box.end() - 1: box.start() for box in _BOX_RE.finditer(text)}  # by their braces
+    last, opened = None, list[int]()
+    for brace in _BRACE_RE.finditer(text) if boxes else ():
+        at = brace.start()
+        if brace.group() == "{":
+            opened.append(at)
+        elif opened:
+            opening = opened.pop()
+            begin = boxes.get(opening)
+            if begin is not None and at - opening <= _LAST_CHARACTERS and (last is None or begin > last[0]):
+                last = begin, at + 1
+    return last
 
 
 def as_latex(gold: str) -> str:
@@ -130,7 +128,7 @@ def load() -> Callable[[Mapping[str, Any]], bool]:
     _equal("1", "1")
 
     def grade(asked: Mapping[str, Any]) -> bool:
-        right = _equal(asked["gold"], asked["text"])
+        right = _equal(asked["gold"], readable_part(asked["text"]))
         if not right:
             _check_memory()
         return right
@@ -143,7 +141,7 @@ def load_expression() -> Callable[[Mapping[str, Any]], str]:
     load()
 
     def extract(asked: Mapping[str, Any]) -> str:
-        found = _expression(asked["text"])
+        found = _expression(readable_part(asked["text"]))
         _check_memory()
         return found
 

@@ -8,7 +8,6 @@ say about that prompt, as TRL's functions for several tasks do, and there the ot
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,20 @@ import numpy as np
 
 from kat_ray.errors import RewardError
 from kat_ray.rewards.grader_pool import Check, GraderPool, nothing
-from kat_ray.rewards.limits import Call, Fault, GradingLimits, Outcome, Reply
+from kat_ray.rewards.limits import (
+    Call,
+    Failures,
+    Fault,
+    GradingLimits,
+    Outcome,
+    Reply,
+    last_line,
+    no_verdict,
+    unusable,
+)
 from kat_ray.rewards.source import VERIFIERS, labels
 from kat_ray.rewards.task import Task
 from kat_ray.types.records import Reward
-
-log = logging.getLogger("kat_ray.rewards")
 
 PART = "reward/part/"  # metrics of single functions, by their labels
 
@@ -37,7 +44,6 @@ class RewardRules:
     weights: Mapping[str, float]  # by function, as the configuration names it
     pattern: str = ""  # of `format`
     limits: GradingLimits = field(default_factory=GradingLimits)
-    max_error_share: float = 0.05
     threshold: float | None = None
 
 
@@ -50,6 +56,7 @@ class Answer:
     token_ids: Sequence[int]
     verdict: Outcome | None = None
     worth: float | None = None  # where it is not the verdict's 1 or 0
+    reply: Reply | None = None  # of the child that gave no verdict
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Scored:
 
     rewards: Mapping[int, Reward]
     metrics: Mapping[str, float]
+    failures: Failures = field(default_factory=Failures)
 
 
 class RewardScorer:
@@ -96,7 +104,7 @@ class RewardScorer:
         replies: Mapping[int, Mapping[str, Reply]] | None = None,
         seconds: float = 0.0,
     ) -> Scored:
-        """Reward the answers of a step, by rollout; `RewardError` where too many failed (`max_error_share`).
+        """Reward answers of a step, by rollout. How many may have failed is for the step as a whole to say.
 
         `replies` are what `ask` gave, for which the step waited `seconds`; None asks now.
         """
@@ -107,11 +115,12 @@ class RewardScorer:
             {name: given[i][name] if name in given[i] else _verdict(answer) for name in self._rules.weights}
             for i, answer in answers.items()
         ]
-        self._check_errors(found)
         prompt_ids = [answer.prompt_id for answer in answers.values()]
         silent = _silent(prompt_ids, found)
         rewards = [self._reward(parts, silent[p]) for p, parts in zip(prompt_ids, found, strict=True)]
-        return Scored(dict(zip(answers, rewards, strict=True)), self._metrics(found, seconds))
+        failures = Failures.of([_with_sum(parts, reward) for parts, reward in zip(found, rewards, strict=True)])
+        metrics = self._metrics(found, seconds) | failures.metrics if found else {}
+        return Scored(dict(zip(answers, rewards, strict=True)), metrics, failures)
 
     def try_out(self, prompt_id: str, encode: Callable[[str], Sequence[int]]) -> None:
         """Call each function once, with the gold answer of a prompt as its answer; `RewardError` where one fails.
@@ -135,36 +144,19 @@ class RewardScorer:
 
     def _reward(self, parts: Mapping[str, Reply], silent: frozenset[str]) -> Reward:
         shown = {self._labels[name]: reply.value for name, reply in parts.items()}
-        error = next((f"{self._labels[n]}: {_last_line(r.error)}" for n, r in parts.items() if r.error), "")
+        error = next((f"{self._labels[n]}: {last_line(r.error)}" for n, r in parts.items() if r.error), "")
         counted = {name: reply.value for name, reply in parts.items() if name not in silent}
         if error or not counted or any(value is None for value in counted.values()):
             return Reward(None, shown, error)
         value = sum(self._rules.weights[name] * value for name, value in counted.items())
+        if (why := unusable(value)) is not None:
+            return Reward(None, shown, f"the weighted sum is {value:g}, {why}")
         if self._rules.threshold is not None:
             value = float(value >= self._rules.threshold)
         return Reward(float(value), shown)
 
-    def _check_errors(self, found: Sequence[Mapping[str, Reply]]) -> None:
-        failed = [{n: r for n, r in parts.items() if r.fault is not None} for parts in found]
-        failed = [parts for parts in failed if parts]
-        if not failed:
-            return
-        raised = [(n, r) for parts in failed for n, r in parts.items() if r.fault is Fault.RAISED]
-        name, reply = (raised or list(failed[0].items()))[0]
-        first = f"the first error, of {name}: {reply.error}"
-        check_failed(len(failed), len(found), self._rules.max_error_share, first)
-        log.warning("%d of %d answers of a step could not be rewarded; %s", len(failed), len(found), first)
-
     def _metrics(self, found: Sequence[Mapping[str, Reply]], seconds: float) -> dict[str, float]:
-        if not found:
-            return {}
-        late = sum(any(reply.is_late for reply in parts.values()) for parts in found)
-        failed = sum(any(reply.fault is not None for reply in parts.values()) for parts in found)
-        figures = {
-            "reward/errors": float(failed - late),
-            "reward/timeouts": float(late),
-            "reward/seconds": seconds,
-        }
+        figures = {"reward/seconds": seconds}
         for name, label in self._labels.items():
             values = [parts[name].value for parts in found if parts[name].value is not None]
             if values:
@@ -172,21 +164,11 @@ class RewardScorer:
         return figures
 
 
-def check_failed(failed: int, answers: int, share: float, first: str) -> None:
-    """`RewardError` where more of a step's answers have no reward than `share` (`max_error_share`) of them.
-
-    A single one ends no run, however few answers a step has, unless none is allowed. `first` says why one failed.
-    """
-    if failed > (max(1.0, share * answers) if share else 0):
-        raise RewardError(
-            f"{failed} of {answers} answers of a step could not be rewarded, more than reward.max_error_share = "
-            f"{share:g} allows; {first}"
-        )
-
-
-def _last_line(error: str) -> str:
-    """What a traceback says at its end; all of an error that is one line."""
-    return error.rpartition("\n")[2]
+def _with_sum(parts: Mapping[str, Reply], reward: Reward) -> Mapping[str, Reply]:
+    """Replies to an answer, with one of nobody's where their weighted sum is no reward."""
+    if not reward.error or any(reply.fault is not None for reply in parts.values()):
+        return parts
+    return {**parts, "them all": Reply(fault=Fault.RAISED, error=reward.error)}
 
 
 def _verdict(answer: Answer) -> Reply:
@@ -194,7 +176,7 @@ def _verdict(answer: Answer) -> Reply:
     if answer.verdict is None or answer.verdict in _VERDICTS:
         known = None if answer.verdict is None else _VERDICTS[answer.verdict]
         return Reply(known if answer.worth is None else answer.worth)
-    return Reply(fault=Fault.TIME, error=f"grading {answer.verdict.value}")
+    return no_verdict(answer.verdict, answer.reply)
 
 
 def _silent(prompt_ids: Sequence[str], found: Sequence[Mapping[str, Reply]]) -> dict[str, frozenset[str]]:

@@ -5,7 +5,7 @@ reads `[number, seconds, grader, arguments]` and writes `[number, "value", value
 `[number, "memory", ""]`, one JSON line each. The pipes are taken from standard input and output before anything is
 loaded: what a function prints or reads goes nowhere. A child whose parent is gone ends at once, with all that it
 forked: a process beside it sees to that. Where there is no such process it ends with its input, or by an alarm that
-it sets itself.
+it sets itself. What calls leave running is bounded (kat_ray.rewards.left_behind).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 from kat_ray.rewards import math_grader, signatures
 from kat_ray.rewards.child import START_SECONDS
+from kat_ray.rewards.left_behind import LeftBehind
 
 Grader = Callable[[Mapping[str, Any]], Any]  # from a call's arguments to its value
 
@@ -70,6 +71,7 @@ def main() -> None:
         except BaseException as error:  # whatever it is, the parent is to say it
             return say("failed", name, _words(error))
     signal.setitimer(signal.ITIMER_REAL, 0)
+    left = LeftBehind()
     say("ready", "", "")
     for line in requests:
         number, seconds, name, arguments = json.loads(line)
@@ -77,6 +79,8 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, seconds + _ORPHAN_SECONDS)
         what = _answer(graders[name], arguments)
         signal.setitimer(signal.ITIMER_REAL, 0)
+        if os.getpid() == own:
+            left.bound()
         say(number, *what)
     if os.getpgrp() == own:  # what functions left running
         os.killpg(own, signal.SIGKILL)

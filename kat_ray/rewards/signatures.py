@@ -15,12 +15,21 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import inspect
-import math
 import numbers
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from kat_ray.rewards.limits import unusable
+
+
+def _to_nowhere(*_: Any, **__: Any) -> None:
+    """TRL logs what a function hands over here; this project has its own metrics of rewards."""
+
+
+# What TRL's trainer gives to functions that ask for it, and nobody here has: a column of the data goes before it.
+_OF_TRAINER = {"trainer_state": None, "log_extra": _to_nowhere, "log_metric": _to_nowhere}
 
 
 class Unusable(Exception):
@@ -86,6 +95,8 @@ async def _awaited(result: Any) -> Any:
 def _fitting(parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) -> Mapping[str, Any]:
     """Of what could be given, what a function takes."""
     kinds = inspect.Parameter
+    if "completions" in parameters:
+        given = {name: value for name, value in _OF_TRAINER.items() if name in parameters} | dict(given)
     if any(p.kind is kinds.VAR_KEYWORD for p in parameters.values()):
         taken = given
     else:
@@ -157,7 +168,7 @@ def _of_rewards(result: Any) -> float | None:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, one of numpy's or torch's too; None stays None."""
+    """A number that can be a reward, one of numpy's or torch's too; None stays None."""
     if value is None:
         return None
     if not isinstance(value, numbers.Real) and hasattr(value, "item"):
@@ -165,8 +176,8 @@ def _number(value: Any) -> float | None:
     if not isinstance(value, numbers.Real):
         raise Unusable(f"returned {_shown(value)}, which is no number")
     number = float(value)
-    if not math.isfinite(number):
-        raise Unusable(f"returned {number}, which is no finite number")
+    if (why := unusable(number)) is not None:
+        raise Unusable(f"returned {number:g}, {why}")
     return number
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from kat_ray.errors import DataError
 from kat_ray.rewards.grader_pool import Check, GraderPool, nothing
 from kat_ray.rewards.integers import extract_integer, gold_integer
-from kat_ray.rewards.limits import Call, Fault, GradingLimits, Outcome, Reply, Verdicts
+from kat_ray.rewards.limits import Call, GradingLimits, Outcome, Verdicts, last_line
 from kat_ray.rewards.math_grader import as_latex
 from kat_ray.types.records import Prompt
 
@@ -42,7 +42,8 @@ class EvalResult:
     mean_length: float  # tokens of an answer, stop id included
     truncated_share: float  # answers that reached the token limit, 0 to 1
     right: tuple[int, ...] = ()  # right answers to each problem, of k
-    ran_out: int = 0  # answers that are wrong because grading them took too much time or memory
+    ran_out: int = 0  # answers that count as wrong because grading them took too much time or memory
+    errors: int = 0  # answers that count as wrong because grading them failed
     sets: dict[str, EvalResult] | None = None  # of further held-out sets, and of greedy answers, by name
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,9 +78,9 @@ def grade(
 ) -> Verdicts:
     """Whether each text answers with its gold answer. What cannot be read is wrong.
 
-    What needs a child process is graded in `pool` (`pool_of`), in at most `within` seconds; None: those of its
-    limits. The gold answers of `environment` are problems, as JSON (`Prompt.gold`). `check` is as for
-    `GraderPool.ask`.
+    `integer` looks at a text once, from its beginning to its end, and is graded here. What needs a child process is
+    graded in `pool` (`pool_of`), in at most `within` seconds; None: those of its limits. The gold answers of
+    `environment` are problems, as JSON (`Prompt.gold`). `check` is as for `GraderPool.ask`.
     """
     assert len(texts) == len(golds), f"{len(texts)} texts, {len(golds)} gold answers"
     if verifier == "integer":
@@ -101,17 +102,7 @@ def _scored(
     """Scores by what made the problems; 1 alone is right."""
     asked = zip(texts, problems, strict=True)
     calls = [Call("environment", {"problem": problem, "text": text}) for text, problem in asked]
-    replies = pool.ask(calls, within, check)
-    raised = [reply.error for reply in replies if reply.fault is Fault.RAISED]
-    if raised:
-        log.warning("%d of %d answers could not be graded; the first: %s", len(raised), len(replies), raised[0])
-    return Verdicts(tuple(map(_outcome, replies)), tuple(reply.value for reply in replies))
-
-
-def _outcome(reply: Reply) -> Outcome:
-    if reply.fault is not None:
-        return Outcome.NOT_REACHED if reply.fault is Fault.NOT_REACHED else Outcome.RAN_OUT
-    return Outcome.RIGHT if reply.value >= 1 else Outcome.WRONG
+    return Verdicts.by(pool.ask(calls, within, check), scored=True)
 
 
 def evaluate_answers(
@@ -142,6 +133,11 @@ def evaluate_answers(
             verdicts = grade(texts, repeated, verifier, own, within, check)
     else:
         verdicts = grade(texts, repeated, verifier, pool, within, check)
+    if raised := verdicts.raised:
+        log.warning(
+            "%d of %d answers could not be graded and count as wrong; the first: %s",
+            len(raised), len(texts), raised[0],
+        )  # fmt: skip
     right = verdicts.right
     correct = [right[i : i + k] for i in range(0, len(right), k)]
     passed = sum(pass_at_k(k, sum(row), k) for row in correct)
@@ -154,6 +150,7 @@ def evaluate_answers(
         truncated_share=sum(not f for f in finished) / max(1, len(finished)),
         right=tuple(sum(row) for row in correct),
         ran_out=verdicts.ran_out,
+        errors=len(raised),
     )
 
 
@@ -194,14 +191,15 @@ def unmatchable(
 def _not_themselves(golds: Sequence[str], limits: GradingLimits | None) -> dict[str, str]:
     """Of these gold answers, those that math-verify does not find equal to themselves, with the reason."""
     with GraderPool(limits) as pool:
-        outcomes = pool.grade([as_latex(gold) for gold in golds], golds).outcomes
+        verdicts = pool.grade([as_latex(gold) for gold in golds], golds)
     reasons = {
         Outcome.WRONG: "math-verify does not find it equal to itself",
         Outcome.RAN_OUT: "comparing it with itself takes too much time or memory (evaluation.grading_seconds, "
         "evaluation.grading_memory_gib)",
     }
-    return {
-        gold: f"no answer could match the gold answer {gold!r}: {reasons[outcome]}; write it as LaTeX"
-        for gold, outcome in zip(golds, outcomes, strict=True)
-        if outcome in reasons
-    }
+    found = {}
+    for gold, outcome, reply in zip(golds, verdicts.outcomes, verdicts.replies, strict=True):
+        failed = f"comparing it with itself fails ({last_line(reply.error)})" if outcome is Outcome.RAISED else None
+        if reason := reasons.get(outcome, failed):
+            found[gold] = f"no answer could match the gold answer {gold!r}: {reason}; write it as LaTeX"
+    return found

@@ -62,14 +62,16 @@ def answers_by_family(
 ) -> dict[str, tuple[int, int]]:
     """Right answers and all of them, of each family that has any; both mappings are by rollout id.
 
-    What an engine gave up is no answer, and what a rule cut is none that is right.
+    What an engine gave up is no answer, nor is one without a verdict: a slow machine says nothing of how hard a
+    problem is. What a rule cut is an answer that is not right.
     """
     found: dict[str, tuple[int, int]] = {}
     for rollout in rollouts:
-        if rollout.outcome.stop_reason is not StopReason.FAILED:
-            right, count = found.get(families[rollout.rollout_id], (0, 0))
-            passed = correct.get(rollout.rollout_id, False)
-            found[families[rollout.rollout_id]] = right + passed, count + 1
+        outcome, passed = rollout.outcome, correct.get(rollout.rollout_id)
+        if outcome.stop_reason is StopReason.FAILED or (outcome.cut is None and passed is None):
+            continue
+        right, count = found.get(families[rollout.rollout_id], (0, 0))
+        found[families[rollout.rollout_id]] = right + bool(passed), count + 1
     return found
 
 

@@ -31,6 +31,7 @@ class Found:
     outcome: Outcome | None
     worth: float | None = None
     replies: Mapping[str, Reply] = field(default_factory=dict)
+    verifier: Reply | None = None  # of the child that graded it, where one did
 
     @property
     def is_whole(self) -> bool:

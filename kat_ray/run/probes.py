@@ -12,8 +12,8 @@ import numpy as np
 
 from kat_ray.data.accounting import FinishedRollout
 from kat_ray.rewards.grader_pool import Check, GraderPool, nothing
-from kat_ray.rewards.limits import GradingLimits, Verdicts
-from kat_ray.rewards.scoring import PART, Answer, RewardScorer, Scored, check_failed
+from kat_ray.rewards.limits import Failures, GradingLimits, Outcome, Reply, Verdicts, last_line, no_verdict
+from kat_ray.rewards.scoring import PART, Answer, RewardScorer, Scored
 from kat_ray.rewards.verifiers import Verifier, grade, pool_of
 from kat_ray.run.grading_ahead import Ended, Found, GradingAhead
 from kat_ray.termination import RULES
@@ -22,18 +22,20 @@ from kat_ray.types.records import FloatArray, Reward, RolloutOutcome, StopReason
 
 log = logging.getLogger("kat_ray.probes")
 
-_BOUNDS = "(evaluation.grading_seconds, grading_step_seconds, grading_memory_gib)"
+_KNOWN = (Outcome.RIGHT, Outcome.WRONG)
 
 
 @dataclass(frozen=True)
 class Graded:
-    """Verdicts on rollouts, by id."""
+    """Verdicts on rollouts, by id. One without a verdict, for want of time, say, is not wrong: it is left out."""
 
     correct: Mapping[int, bool]
-    ran_out: int  # of those that are wrong, by too much time or memory taken in grading
+    ran_out: int  # of those that have a gold answer and no verdict, by too much time or memory taken in grading
     seconds: float
     rewards: Mapping[int, Reward] = field(default_factory=dict)  # where training learns from them
-    reward_metrics: Mapping[str, float] = field(default_factory=dict)  # where functions gave them
+    reward_metrics: Mapping[str, float] = field(default_factory=dict)  # likewise
+    ungraded: frozenset[int] = frozenset()  # that have a gold answer, and no verdict
+    failures: Failures = field(default_factory=Failures)  # in grading them and in their rewards
 
 
 class _Spent(NamedTuple):
@@ -85,40 +87,55 @@ class RolloutGrader:
     def grade(self, rollouts: Mapping[int, tuple[str, Sequence[int]]], check: Check = nothing) -> Graded:
         """Grade rollouts, given as (prompt id, token ids) by id; those without a gold answer get no verdict.
 
-        `RewardError` where too many have no reward (`reward.max_error_share`). `check` is called every second
-        meanwhile; what it raises ends the grading.
+        `check` is called every second meanwhile; what it raises ends the grading. That too many have no reward is
+        for `check_failures` to say, of a whole step.
         """
         started = time.monotonic()
         ended = self._ended(rollouts)
         found = self._ahead.take(ended, check)
         left = {i: rollout for i, rollout in ended.items() if i not in found}
         found |= self._ask(left, check, self._spent_since(started))
-        outcomes = {i: found[i].outcome for i, rollout in ended.items() if rollout.prompt_id in self._golds}
-        verdicts = Verdicts(tuple(outcome for outcome in outcomes.values() if outcome is not None))
-        correct = dict(zip(outcomes, verdicts.right, strict=True))
-        if verdicts.ran_out:
-            log.warning(
-                "%d of %d graded rollouts took too much time or memory to grade: they count as wrong, and have no "
-                "reward %s", verdicts.ran_out, len(correct), _BOUNDS,
-            )  # fmt: skip
+        outcomes = {i: one.outcome for i in ended if (one := found[i]).outcome is not None}
+        correct = {i: outcome is Outcome.RIGHT for i, outcome in outcomes.items() if outcome in _KNOWN}
         if self._scorer is None:
-            if self._max_error_share is not None:
-                why = f"grading them took too much time or memory {_BOUNDS}"
-                check_failed(verdicts.ran_out, len(correct), self._max_error_share, why)
-            scored = Scored({i: self._reward(found[i]) for i in outcomes}, {})
+            scored = self._by_verdict({i: found[i] for i in outcomes})
         else:
             answers = {i: _answer(rollout, found[i]) for i, rollout in ended.items()}
             replies = {i: found[i].replies for i in answers}
             scored = self._scorer.score(answers, check, replies, time.monotonic() - started)
         seconds = time.monotonic() - started
-        return Graded(correct, verdicts.ran_out, seconds, scored.rewards, scored.metrics)
+        return Graded(
+            correct,
+            Verdicts(tuple(outcomes.values())).ran_out,
+            seconds,
+            scored.rewards,
+            scored.metrics,
+            frozenset(outcomes.keys() - correct.keys()),
+            scored.failures,
+        )
 
-    def _reward(self, found: Found) -> Reward:
-        """Nothing where grading took too much time or memory, since that says nothing of the answer."""
-        assert found.outcome is not None, "it has a gold answer"
-        value = found.worth
-        error = "" if value is not None else f"grading {found.outcome.value}"
-        return Reward(value, {self._verifier: value}, error)
+    def check_failures(self, graded: Graded) -> None:
+        """Say how many of a step's rollouts could not be graded; `RewardError` beyond `reward.max_error_share`."""
+        failures = graded.failures
+        if self._max_error_share is not None:
+            failures.check(self._max_error_share)
+        if failures.failed:
+            log.warning(
+                "%d of %d answers of a step could not be graded or rewarded; %s",
+                failures.failed, failures.answers, failures.first,
+            )  # fmt: skip
+
+    def _by_verdict(self, found: Mapping[int, Found]) -> Scored:
+        """Verdicts as rewards; nothing where there is none, since that says nothing of the answer."""
+        name, rewards, replies = self._verifier, dict[int, Reward](), list[dict[str, Reply]]()
+        for i, one in found.items():
+            assert one.outcome is not None, "it has a gold answer"
+            reply = Reply(one.worth) if one.worth is not None else no_verdict(one.outcome, one.verifier)
+            rewards[i] = Reward(one.worth, {name: one.worth}, last_line(reply.error))
+            replies.append({f"evaluation.verifier = {name}": reply})
+        failures = Failures.of(replies)
+        learnt = self._max_error_share is not None and found
+        return Scored(rewards, failures.metrics if learnt else {}, failures)
 
     def close(self) -> None:
         """End what grades."""
@@ -143,8 +160,10 @@ class RolloutGrader:
         texts, within = [rollouts[i].text for i in known], self._limits.total_seconds - spent.verifier
         verdicts = grade(texts, list(known.values()), self._verifier, self._pool, within, check)
         self._verified = time.monotonic()
-        worth = dict(zip(known, zip(verdicts.outcomes, verdicts.values, strict=True), strict=True))
-        found = {i: Found(*worth.get(i, (None, None))) for i in rollouts}
+        replies_of = verdicts.replies or [None] * len(known)
+        judged = zip(known, verdicts.outcomes, verdicts.values, replies_of, strict=True)
+        graded = {i: Found(outcome, worth, verifier=reply) for i, outcome, worth, reply in judged}
+        found = {i: graded.get(i, Found(None)) for i in rollouts}
         if self._scorer is None:
             return found
         answers = {i: _answer(r, found[i]) for i, r in rollouts.items()}
@@ -153,7 +172,7 @@ class RolloutGrader:
 
 
 def _answer(rollout: Ended, found: Found) -> Answer:
-    return Answer(rollout.prompt_id, rollout.text, rollout.token_ids, found.outcome, found.worth)
+    return Answer(rollout.prompt_id, rollout.text, rollout.token_ids, found.outcome, found.worth, found.verifier)
 
 
 def seen_to_the_end(rollouts: Sequence[FinishedRollout], cuts: bool) -> list[FinishedRollout]:
@@ -188,15 +207,21 @@ def together(batches: Sequence[Graded]) -> Graded | None:
         seconds=sum(batch.seconds for batch in batches),
         rewards=rewards,
         reward_metrics=metrics,
+        ungraded=frozenset().union(*(batch.ungraded for batch in batches)),
+        failures=sum((batch.failures for batch in batches), Failures()),
     )
 
 
 def grading_metrics(graded: Graded) -> dict[str, float]:
     """What grading a step's rollouts took, and what functions gave them; nothing where none was graded."""
-    if not graded.correct and not graded.rewards:
+    judged = bool(graded.correct or graded.ungraded)
+    if not judged and not graded.rewards:
         return {}
-    ran_out = {"probe/ran_out": float(graded.ran_out)} if graded.correct else {}
-    return ran_out | {"time/grade": graded.seconds} | dict(graded.reward_metrics)
+    failed = {
+        "probe/ran_out": float(graded.ran_out),
+        "probe/errors": float(len(graded.ungraded) - graded.ran_out),
+    }
+    return (failed if judged else {}) | {"time/grade": graded.seconds} | dict(graded.reward_metrics)
 
 
 def probe_metrics(

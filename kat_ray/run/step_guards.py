@@ -16,6 +16,7 @@ from kat_ray.rewards.verifiers import EvalResult
 from kat_ray.run.batch_dump import StepBatch, dump_batch
 from kat_ray.run.collapse_guards import CollapseGuards
 from kat_ray.run.held_out import HeldOutWatch
+from kat_ray.run.max_rl_report import MaxRlReport
 from kat_ray.run.refill import RefillReport
 from kat_ray.run.skipped_steps import SkipGuard
 from kat_ray.run.step_result import StepResult
@@ -33,7 +34,7 @@ class StepGuards:
             guards = guards.model_copy(update={"kl_rise": None, "kl_fall": None})
         self._guards = CollapseGuards(guards, (config.student.dtype, config.learner.dtype))
         self._tail = TailReport(config.rollout.top_k_logprobs)
-        self._refill = RefillReport(config)
+        self._refill, self._max_rl = RefillReport(config), MaxRlReport(config)
         self._held_out, self._leak = HeldOutWatch(), HeldOutWatch()
         self._has_context = any(teacher.context is not None for teacher in config.used_teachers.values())
         self._skips = SkipGuard(config.learner.max_skipped_steps)
@@ -57,7 +58,7 @@ class StepGuards:
         self._skips_due = self._skips.observe(report.skipped, report.tokens)
         if report.skipped and self._skips.in_a_row == 1:
             self._note(f"step {step.done} was skipped: its loss or gradient was not finite")
-        for line in (self._tail.observe(step), self._refill.observe(step)):
+        for line in (self._tail.observe(step), self._refill.observe(step), self._max_rl.observe(step)):
             if line is not None:
                 self._note(line)
         verdict = self._guards.observe(step)

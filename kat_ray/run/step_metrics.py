@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -79,10 +79,12 @@ def source_metrics(
     sources: Mapping[int, str],
     correct: Mapping[int, bool],
     rewards: Mapping[int, Reward],
+    ungraded: Collection[int] = (),
 ) -> dict[str, float]:
     """The figures of each source's rollouts, where it had any; all mappings are by rollout id.
 
-    A rate is of the rollouts that have a verdict, a mean of those that have a reward.
+    A rate is of the rollouts that have a verdict, a mean of those that have a reward. `ungraded` should have a
+    verdict, and have none; they are counted where there are any.
     """
     figures: dict[str, float] = {}
     for name in sorted({*sources.values()}):
@@ -96,6 +98,7 @@ def source_metrics(
             "mean_length": sum(r.counts.generated for r in own) / len(own),
             "pass_rate": sum(right) / len(right) if right else None,
             "reward": sum(worth) / len(worth) if worth else None,
+            "ungraded": sum(r.rollout_id in ungraded for r in own) or None,
         }
         figures |= {f"source/{what}/{name}": float(v) for what, v in found.items() if v is not None}
     return figures

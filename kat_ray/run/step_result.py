@@ -232,6 +232,12 @@ class StepResult:
         return self.recorded.get("reward/mean")
 
     @property
+    def reward_min(self) -> float | None:
+        """The smallest of them; with penalties for length at most the mean of these."""
+        lowest = self.recorded.get("reward/min")
+        return None if lowest is None else min(lowest, self.recorded.get("reward/overlong", 0.0))
+
+    @property
     def max_tokens_share(self) -> float | None:
         """Rollouts that ran to `rollout.max_tokens`."""
         return self.recorded.get("rollout/max_tokens_share")

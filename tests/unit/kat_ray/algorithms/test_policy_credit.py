@@ -267,6 +267,31 @@ def test_where_rewards_lie_below_zero_a_cut_is_as_the_worst_answer_of_its_step()
     assert credit(long, rewards, truncated="zero").metrics["reward/mean"] == (-0.5 - 1.5 - 1.5 - 1.5) / 4
 
 
+@pytest.mark.parametrize("changes", [{}, {"truncated": "zero"}, {"cut_reward": "probe_mean", "probe_min": 20}])
+def test_being_cut_is_no_way_round_the_penalty_for_length(changes):
+    """All answers are wrong: the worst of them has its penalty, and none is worse than being cut."""
+    capped = [
+        rollout(0, 8, StopReason.MAX_TOKENS),
+        rollout(1, 8, StopReason.MAX_TOKENS),
+        rollout(2, 7),
+        rollout(3, 5, StopReason.TRAPPED, cut=2, confirmed=5),
+    ]
+    found = credit(capped, {0: 0.0, 1: 0.0, 2: 0.0}, overlong={"buffer": 2}, **changes)
+    assert found.advantages == {0: -0.125, 1: -0.125, 2: 0.375, 3: -0.125}, (
+        "rewards -1, -1, -0.5, and -1 for the cut"
+    )
+    constant = credit(
+        capped, {0: 0.0, 1: 0.0, 2: 0.0}, overlong={"buffer": 2}, filter_constant_groups=True, **changes
+    )
+    assert constant.metrics["group/constant_share"] == 1, "penalties aside all are one answer"
+
+
+def test_an_answer_that_counts_nothing_lends_its_penalty_to_nobody():
+    capped = [rollout(0, 8, StopReason.MAX_TOKENS), *GROUP[1:]]
+    found = credit(capped, {0: 0.0, 2: 1.0, 3: 0.0}, overlong={"buffer": 2}, truncated="exclude")
+    assert found.advantages == pytest.approx({1: -1 / 3, 2: 2 / 3, 3: -1 / 3})
+
+
 def test_a_group_in_which_nobody_counts_is_neither_constant_nor_wrong():
     specs = [RolloutSpec(i, "p" if i < 2 else "q", (7, 8), 0, False, LONGEST) for i in range(4)]
     whole = [rollout(i, 3) for i in range(4)]

@@ -28,6 +28,15 @@ def test_a_weight_may_reach_zero_while_the_other_does_not():
         ObjectiveConfig.model_validate({"opd": away, "rl": away | {"anneal_steps": 9}})
 
 
+def test_a_bound_of_the_ratio_lies_outside_of_the_clip():
+    with pytest.raises(
+        ValueError, match=r"dual_clip = 1\.05: lies within clip = \[0\.2, 0\.28\], .* at least 1\.28"
+    ):
+        ObjectiveConfig.model_validate({"rl": {"dual_clip": 1.05}})
+    for rl in ({"dual_clip": 1.28}, {"dual_clip": None}, {"dual_clip": 1.05, "loss": "reinforce"}):
+        ObjectiveConfig.model_validate({"rl": rl})
+
+
 def test_gspo_has_the_mean_over_rollouts():
     assert ObjectiveConfig.model_validate({"rl": {"loss": "gspo"}}).rl.aggregate == "sequence_mean"
     same = {"rl": {"loss": "gspo", "aggregate": "sequence_mean"}}

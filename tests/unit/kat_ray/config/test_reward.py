@@ -75,5 +75,5 @@ def test_the_rules_have_the_fields(tmp_path):
         "threshold: 0.5}",
     ).reward.rules
     assert rules.limits == GradingLimits(3, 4.0, 50.0, 6.0, "reward.")
-    assert (rules.weights, rules.threshold, rules.max_error_share) == ({"r.py:f": 2.0}, 0.5, 0.05)
+    assert (rules.weights, rules.threshold) == ({"r.py:f": 2.0}, 0.5)
     assert rules.limits.words("step_seconds") == "reward.step_seconds = 50"

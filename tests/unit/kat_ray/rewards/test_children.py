@@ -10,6 +10,7 @@ import pytest
 
 from kat_ray.rewards.child import GradingChild
 from kat_ray.rewards.grader_pool import GraderPool
+from kat_ray.rewards.left_behind import MOST_LEFT
 from kat_ray.rewards.limits import Call, Fault, GradingLimits, Reply
 from kat_ray.rewards.scoring import _silent
 from tests.unit.kat_ray.rewards.functions import GOOD, TASKS, answers, scorer, values
@@ -78,7 +79,7 @@ def test_what_hangs_dies_forks_prints_or_eats_costs_its_own_reward_alone(file):
     """And nothing of it is left running. A good answer follows each bad one."""
     name = file(NASTY)
     texts = [text for nasty in NASTIEST for text in (nasty, "good")]
-    with scorer({name: 1.0}, seconds=2.0, max_error_share=1.0) as made:
+    with scorer({name: 1.0}, seconds=2.0) as made:
         scored = made.score(answers(*texts, "reads"))
     for text, reward in zip(texts, scored.rewards.values(), strict=False):
         said = NASTIEST.get(text)
@@ -127,7 +128,7 @@ def test_a_process_that_a_function_forked_answers_nothing(file):
 
 
 def test_answers_that_are_not_reached_in_a_step_are_late_and_the_next_step_is_graded(file):
-    with scorer({file(NASTY): 1.0}, processes=2, total_seconds=1.5, max_error_share=1.0) as made:
+    with scorer({file(NASTY): 1.0}, processes=2, total_seconds=1.5) as made:
         scored = made.score(answers(*["hangs"] * 6))
         assert values(scored) == [None] * 6 and scored.metrics["reward/timeouts"] == 6
         assert "not done within reward.step_seconds = 1.5" in scored.rewards[0].error
@@ -170,6 +171,64 @@ def test_hashes_are_the_same_in_every_child(file):
         with scorer({name: 1.0}) as made:
             found += values(made.score(answers("abc")))
     assert found[0] == found[1]
+
+
+LEAVES = """
+import os, time
+
+def helper():
+    if os.fork() == 0:
+        time.sleep(1000)
+        os._exit(0)
+
+helper()  # what its import starts is the function's own
+
+def leave(own_session):
+    if (first := os.fork()) == 0:
+        if own_session:
+            os.setsid()  # and its parent is gone
+            if os.fork():
+                os._exit(0)
+        with open(__file__ + ".pids", "a") as pids: print(os.getpid(), file=pids)
+        time.sleep(1000)
+        os._exit(0)
+    if own_session:
+        os.waitpid(first, 0)
+
+def score(completions, **kwargs):
+    leave(completions[0] == "daemon")
+    return [1.0]
+
+def dead(completions, **kwargs):
+    if os.fork() == 0:
+        os._exit(0)
+    return [1.0]
+"""
+
+
+@pytest.mark.parametrize("what", ["child", "daemon"])
+def test_processes_that_answers_leave_running_do_not_add_up(file, what):
+    """Each has limits of its own, so that a function which leaves one for each answer would take all there is."""
+    name = file(LEAVES)
+    with scorer({name: 1.0}) as made:
+        assert values(made.score(answers(*[what] * (MOST_LEFT + 14)))) == [1.0] * (MOST_LEFT + 14)
+        pids = list(map(int, Path(name.removesuffix(":score") + ".pids").read_text().split()))
+        wait_until(lambda: sum(map(is_alive, pids)) <= MOST_LEFT)
+        assert all(map(is_alive, pids[:MOST_LEFT])), "a pool that a function keeps stays"
+        grader = made._pool._children[0]._child.pid
+        assert is_alive(grader)
+    if what == "child":
+        wait_until(lambda: not any(map(is_alive, pids)))
+    for pid in filter(is_alive, pids):
+        os.kill(pid, 9)
+
+
+def test_dead_processes_that_nobody_waits_for_do_not_add_up(file):
+    with scorer({file(LEAVES, "dead"): 1.0}) as made:
+        assert values(made.score(answers(*["x"] * 60))) == [1.0] * 60
+        grader = made._pool._children[0]._child.pid
+        stats = [stat.read_text().rpartition(")")[2].split()[:2] for stat in Path("/proc").glob("[0-9]*/stat")]
+        assert sum(state == "Z" and int(parent) == grader for state, parent in stats) <= MOST_LEFT + 1
 
 
 def test_a_child_whose_parent_is_gone_ends(file):

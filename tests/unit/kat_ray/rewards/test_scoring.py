@@ -97,19 +97,18 @@ BAD = {
 }
 
 
-def test_what_is_no_reward_is_counted_and_never_zero(file, caplog):
+def test_what_is_no_reward_is_counted_and_never_zero(file):
     code = "".join(f"def {name}(completions):\n    {body}\n" for name, (body, _) in BAD.items())
-    with scorer({file(code, name): 1.0 for name in BAD}, max_error_share=1.0) as made:
+    with scorer({file(code, name): 1.0 for name in BAD}) as made:
         scored = made.score(answers("four"))
     reward = scored.rewards[0]
     assert reward.value is None and set(reward.parts.values()) == {None}
     assert reward.error == "raises: ZeroDivisionError: division by zero"
-    (logged,) = caplog.messages
-    assert logged.startswith("1 of 1 answers of a step could not be rewarded; the first error, of ")
-    (frame,) = re.findall(r'File "(.*?)"', logged)
+    assert scored.failures.first.startswith("the first error, of ")
+    (frame,) = re.findall(r'File "(.*?)"', scored.failures.first)
     assert frame.endswith("my_rewards.py"), "a traceback begins where the user's code does"
     assert scored.metrics["reward/errors"] == 1 and not any("part" in name for name in scored.metrics)
-    with scorer({file(code, name): 1.0 for name in BAD}, max_error_share=1.0) as made:
+    with scorer({file(code, name): 1.0 for name in BAD}) as made:
         arguments = TASKS["text"].arguments("four", ())
         replies = made._pool.ask([Call(name, arguments) for name in made._asked])
     for (name, (_, said)), reply in zip(BAD.items(), replies, strict=True):
@@ -118,7 +117,7 @@ def test_what_is_no_reward_is_counted_and_never_zero(file, caplog):
 
 def test_values_of_verl_that_are_none(file):
     code = "def score(solution_str, **kw):\n    return {'acc': 1} if solution_str == 'a' else {'score': '1'}\n"
-    with scorer({file(code): 1.0}, max_error_share=1.0) as made:
+    with scorer({file(code): 1.0}) as made:
         errors = [r.error for r in made.score(answers("a", "b")).rewards.values()]
     assert errors == [
         "score: returned {'acc': 1}: there is no 'score' in it", "score: returned '1', which is no number"
@@ -177,27 +176,73 @@ def test_verdicts_and_formats_beside_functions(file):
 def test_too_many_errors_end_the_run_with_the_first_traceback(file):
     code = "def score(completions, **kw):\n    return [1.0 / len(completions[0])]\n"
     with scorer({file(code): 1.0}) as made:
-        assert values(made.score(answers("", "a"))) == [None, 1.0], "a single error ends no run"
-        assert values(made.score(answers("", "", *["a"] * 38))) == [None, None, *[1.0] * 38]  # 2 of 40: 5 %
+        found = made.score(answers("", "a"))
+        assert values(found) == [None, 1.0]
+        found.failures.check(0.05)  # a single error ends no run
+        made.score(answers("", "", *["a"] * 38)).failures.check(0.05)  # 2 of 40: 5 %
         with pytest.raises(UserError) as error:
-            made.score(answers("", "", *["a"] * 37))
+            made.score(answers("", "", *["a"] * 37)).failures.check(0.05)
     said = str(error.value)
     assert said.startswith(
         "2 of 39 answers of a step could not be rewarded, more than reward.max_error_share = 0.05 allows; the "
         f"first error, of {file(code)}: Traceback (most recent call last):\n"
     )
     assert 'my_rewards.py", line 2, in score' in said and said.endswith("ZeroDivisionError: float division by zero")
-    with scorer({file(code): 1.0}, max_error_share=0.0) as made, pytest.raises(UserError, match="1 of 2 answers"):
-        made.score(answers("", "a"))
+    with pytest.raises(UserError, match="1 of 2 answers"):
+        found.failures.check(0.0)
 
 
 def test_a_verifier_that_runs_out_of_time_counts_among_the_errors(file):
     given = answers("2", verdict=Outcome.RAN_OUT) | {1: Answer("text", "2", (), Outcome.RIGHT)}
     with scorer({"math": 1.0}) as made:
-        assert values(made.score(given)) == [None, 1.0], "a single one ends no run"
+        scored = made.score(given)
+        assert values(scored) == [None, 1.0]
+        scored.failures.check(0.05)  # a single one ends no run
         two = given | {2: Answer("text", "2", (), Outcome.NOT_REACHED)}
         with pytest.raises(RewardError, match=r"2 of 3 answers .* = 0.05 .* of math: grading ran out$"):
-            made.score(two)
+            made.score(two).failures.check(0.05)
+
+
+def test_a_reward_that_no_group_could_hold_is_none(file):
+    """Rewards of 1.7e308 and 1.6e308 have an infinite spread; so has a sum of such, whatever its parts are."""
+    code = "def score(completions, **kw): return [float(completions[0])]\n"
+    with scorer({file(code): 1.0}) as made:
+        scored = made.score(answers("1.7e308", "-1000001", "1e6"))
+        assert values(scored) == [None, None, 1e6] and scored.metrics["reward/errors"] == 2
+        assert scored.rewards[0].error == "score: returned 1.7e+308, which is beyond 1,000,000 in size"
+    with scorer({file(code): 10.0}) as made:
+        scored = made.score(answers("5e5", "1"))
+        assert values(scored) == [None, 10.0] and scored.metrics["reward/errors"] == 1
+        assert scored.rewards[0].error == "the weighted sum is 5e+06, which is beyond 1,000,000 in size"
+        assert scored.failures.first.startswith("the first error, of them all: the weighted sum is 5e+06")
+
+
+TRAINED = """
+def score(completions, trainer_state, log_extra, log_metric, **kwargs):
+    log_extra("answer", completions)
+    log_metric("length", len(completions[0]))
+    assert not {"trainer_state", "log_extra", "log_metric"} & kwargs.keys()
+    return [1.0 if trainer_state is None else 0.0]
+
+def column(completions, log_extra):
+    return [float(log_extra[0])]
+
+def reads(completions, trainer_state):
+    return [float(trainer_state.global_step)]
+"""
+
+
+def test_what_trl_s_trainer_gives_to_functions_that_ask_for_it(file):
+    with scorer({file(TRAINED): 1.0}) as made:
+        made.try_out("text", ids_of)
+        assert values(made.score(answers("2"))) == [1.0]
+    with scorer({file(TRAINED, "column"): 1.0}, {"text": Task("?", "?", None, {"log_extra": 7})}) as made:
+        assert values(made.score(answers("2"))) == [7.0], "a column of the data goes before it"
+    with (
+        scorer({file(TRAINED, "reads"): 1.0}) as made,
+        pytest.raises(UserError, match="has no attribute 'global_step'"),
+    ):
+        made.try_out("text", ids_of)
 
 
 @pytest.mark.parametrize(

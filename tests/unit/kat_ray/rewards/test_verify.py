@@ -1,6 +1,9 @@
 """Answers read and graded; avg@k and pass@k by hand."""
 
 import itertools
+import json
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -10,8 +13,8 @@ from hypothesis import strategies as st
 from kat_ray.errors import DataError
 from kat_ray.rewards.grader_pool import GraderPool
 from kat_ray.rewards.integers import extract_integer, gold_integer
-from kat_ray.rewards.limits import GradingLimits, Outcome
-from kat_ray.rewards.math_grader import MathGrader
+from kat_ray.rewards.limits import Fault, GradingLimits, Outcome, Reply, Verdicts
+from kat_ray.rewards.math_grader import MathGrader, readable_part
 from kat_ray.rewards.verifiers import avg_at_k, check_golds, evaluate_answers, grade, pass_at_k
 from kat_ray.types.records import Prompt
 
@@ -266,4 +269,81 @@ def test_an_evaluation_counts_what_ran_out():
         ["$9^{9^{9^{9}}}$", "$4$"], ["1", "4"], k=1, lengths=[1, 1], finished=[True, True], verifier="math",
         limits=GradingLimits(seconds=2.0), within=120.0,
     )  # fmt: skip
-    assert (result.right, result.ran_out) == ((0, 1), 1)
+    assert (result.right, result.ran_out, result.errors) == ((0, 1), 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"),
+    [
+        (Fault.RAISED, Outcome.RAISED), (Fault.DIED, Outcome.RAISED), (Fault.TIME, Outcome.RAN_OUT),
+        (Fault.MEMORY, Outcome.RAN_OUT), (Fault.NOT_REACHED, Outcome.NOT_REACHED),
+    ],
+)  # fmt: skip
+def test_each_fault_is_called_what_it_is(fault, outcome):
+    found = Verdicts.by([Reply(True), Reply(False), Reply(fault=fault, error="why")])
+    assert found.outcomes == (Outcome.RIGHT, Outcome.WRONG, outcome) and found.values == [1.0, 0.0, None]
+    assert (found.ran_out, found.raised) == ((0, ["why"]) if outcome is Outcome.RAISED else (1, []))
+
+
+def test_an_evaluation_counts_grading_that_failed_apart_and_says_why(caplog):
+    class Pool:
+        def ask(self, calls, within=None, check=None):
+            return [Reply(fault=Fault.RAISED, error="ValueError: bad scorer"), Reply(1.0)]
+
+    result = evaluate_answers(
+        ["a", "b"], ["{}", "{}"], k=1, lengths=[1, 1], finished=[True, True], verifier="environment", pool=Pool()
+    )
+    assert (result.right, result.ran_out, result.errors) == ((0, 1), 0, 1)
+    (said,) = caplog.messages
+    assert said == "1 of 2 answers could not be graded and count as wrong; the first: ValueError: bad scorer"
+
+
+# A model writes what is read here. What looks at a part of a text again and again takes hours for these.
+WORST = [
+    "#### 5" + " " * 10**6 + "x", "#### " + "1" * 10**6 + "x", "#### 1" + ",111" * 250_000 + "x",
+    "**5" + " " * 10**6, "**" + " " * 10**6 + "x", "answer " * 150_000, "answer" + " " * 10**6,
+    r"\boxed{" * 150_000, r"\boxed" + " " * 10**6,
+    r"\boxed{\boxed{x}" * 60_000, r"\boxed{" + r"\text{" * 150_000 + "}", r"\boxed{" + "^ " * 500_000 + "}",
+    "1" * 10**6, "1," * 500_000, "-" * 10**6, "{," * 500_000, "<answer>" * 125_000, "<answer>" + "x" * 10**6,
+    "answer is * * " * 70_000, "####" * 250_000, "\n" * 10**6, "$" * 10**6, "\\" * 10**6,
+]  # fmt: skip
+
+
+def test_no_text_is_looked_at_again_and_again():
+    """In a process with a bound that is far from what a text takes which is read once."""
+    code = (
+        "import json, resource, sys\n"
+        "from kat_ray.rewards.extraction import extract_answer\n"
+        "from kat_ray.rewards.integers import extract_integer\n"
+        "from kat_ray.rewards.math_grader import readable_part\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (300, 300))\n"
+        "for text in json.load(sys.stdin):\n"
+        "    print(json.dumps(text[:20]), flush=True)\n"
+        "    extract_integer(text), readable_part(text)\n"
+        "    for reading in ('tags', 'stated', 'first_line'): extract_answer(text, reading)\n"
+        "print('all')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(WORST), capture_output=True, text=True)
+    assert done.stdout.endswith("all\n"), f"took for ever: {done.stdout.splitlines()[-1:]} {done.stderr}"
+
+
+def test_spaces_and_a_dot_may_follow_an_answer_behind_hashes():
+    assert [extract_integer(f"#### 5{end}\nthen 7") for end in ("", " ", ".", " .", " . ", ". x")] == [
+        *"55555",
+        "7",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("short", "short"),
+        (r"\boxed{4}" + "x" * 5000, r"\boxed{4}" + "\n" + "x" * 4000),
+        (r"\boxed{a\}b{c}}" + "y" * 4100, r"\boxed{a\}b{c}}" + "\n" + "y" * 4000),  # \} closes nothing
+        (r"\boxed{1} \boxed{" + "y" * 5000, r"\boxed{1}" + "\n" + "y" * 4000),  # the second is open
+        (r"\boxed{1} \boxed{" + "y" * 5000 + "}", r"\boxed{1}" + "\n" + "y" * 3999 + "}"),  # or too long
+        (r"\boxed{\boxed{2}" + "z" * 4100, r"\boxed{2}" + "\n" + "z" * 4000),
+    ],
+)
+def test_what_is_read_of_a_long_text_is_its_end_and_its_last_complete_box(text, part):
+    assert readable_part(text) == part

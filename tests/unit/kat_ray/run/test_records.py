@@ -18,12 +18,22 @@ from kat_ray.data.accounting import count_tokens, join_outcomes, kept_rows, trac
 from kat_ray.errors import RewardError
 from kat_ray.observability.metric_catalog import METRICS, check_names
 from kat_ray.records.traces import SCHEMA, PolicyTrace, TraceRow, read_rows, read_traces, write_traces
-from kat_ray.rewards.limits import GradingLimits
+from kat_ray.rewards.limits import Failures, Fault, GradingLimits, Reply
+from kat_ray.rewards.scoring import RewardRules, RewardScorer
+from kat_ray.rewards.task import Task
 from kat_ray.run import directory as records
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.jsonl_tracker import JsonlTracker
 from kat_ray.run.lock import RecordError
-from kat_ray.run.probes import RolloutGrader, grading_metrics, is_active, probe_metrics, seen_to_the_end
+from kat_ray.run.probes import (
+    Graded,
+    RolloutGrader,
+    grading_metrics,
+    is_active,
+    probe_metrics,
+    seen_to_the_end,
+    together,
+)
 from kat_ray.run.step_metrics import (
     answer_metrics,
     rollout_metrics,
@@ -35,7 +45,15 @@ from kat_ray.run.summary import Totals, git_commit, package_versions
 from kat_ray.termination.fixed_prefix import FixedPrefixSettings
 from kat_ray.termination.kat_stages import KatStagesSettings
 from kat_ray.termination.settings import KatSettings
-from kat_ray.types.records import ChunkRefs, RolloutOutcome, SampledRollout, StepStart, StopReason, array_bytes
+from kat_ray.types.records import (
+    ChunkRefs,
+    Reward,
+    RolloutOutcome,
+    SampledRollout,
+    StepStart,
+    StopReason,
+    array_bytes,
+)
 from tests.support.chunks import chunk, stream
 
 
@@ -386,24 +404,88 @@ def test_only_rollouts_that_no_rule_touched_are_graded():
     assert grading_metrics(grader.grade({2: ("b", [42])})) == {}
 
 
-def test_rollouts_whose_grading_runs_out_are_wrong_and_counted(caplog):
+def test_rollouts_whose_grading_runs_out_are_not_wrong_but_left_out_and_counted(caplog):
     limits = GradingLimits(seconds=0.5, total_seconds=120.0)
     with closing(RolloutGrader({"a": "4"}, lambda ids: ["$4$", "$9^{9^{9^9}}$"][ids[0]], "math", limits)) as grader:
         graded = grader.grade({0: ("a", [0]), 1: ("a", [1])})
-    assert graded.correct == {0: True, 1: False} and graded.ran_out == 1
-    assert grading_metrics(graded)["probe/ran_out"] == 1
-    assert "1 of 2 graded rollouts took too much time or memory" in caplog.text
+        grader.check_failures(graded)
+    assert graded.correct == {0: True} and graded.ran_out == 1 and graded.ungraded == {1}
+    figures = grading_metrics(graded)
+    assert (figures["probe/ran_out"], figures["probe/errors"]) == (1, 0) and "reward/errors" not in figures
+    assert "1 of 2 answers of a step could not be graded or rewarded; the first error" in caplog.text
+    assert "took longer than evaluation.grading_seconds = 0.5" in caplog.text
 
 
 def test_a_verifier_that_gives_most_answers_no_reward_ends_a_run_that_learns_from_it():
-    def ran_out(share):
+    def graded(share):
         limits = GradingLimits(total_seconds=0.0)  # no time for anything; no child is started
         grader = RolloutGrader({"a": "4"}, lambda ids: "$4$", "math", limits, max_error_share=share)
-        return grader.grade({0: ("a", [0]), 1: ("a", [1]), 2: ("b", [2])}).ran_out
+        found = grader.grade({0: ("a", [0]), 1: ("a", [1]), 2: ("b", [2])})
+        grader.check_failures(found)
+        return found
 
-    assert ran_out(None) == ran_out(1.0) == 2
-    with pytest.raises(RewardError, match=r"2 of 2 answers .* reward.max_error_share = 0.05 allows; grading them"):
-        ran_out(0.05)
+    assert graded(None).ran_out == graded(1.0).ran_out == 2
+    assert graded(1.0).reward_metrics == {"reward/errors": 0, "reward/timeouts": 2}
+    said = (
+        r"2 of 2 answers .* reward.max_error_share = 0.05 allows; the first error, of evaluation.verifier = math: "
+        r"grading not reached: not reached within evaluation.grading_step_seconds = 0$"
+    )
+    with pytest.raises(RewardError, match=said):
+        graded(0.05)
+
+
+class Raising:
+    """In place of the children that grade: an exception for each answer of `numbers`."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def ask(self, calls, within=None, check=None):
+        raised = Reply(fault=Fault.RAISED, error="Traceback (most recent call last):\nValueError: bad scorer")
+        return [raised if i in self.numbers else Reply(1.0) for i, _ in enumerate(calls)]
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("functions", [False, True])
+def test_an_exception_of_a_verifier_is_told_as_what_it_is(functions, monkeypatch):
+    """It was called too much time or memory, and counted nowhere."""
+    monkeypatch.setattr("kat_ray.run.probes.pool_of", lambda *_: Raising({0, 2}))
+    scorer = RewardScorer(RewardRules({"environment": 1.0}), {"a": Task("p", "p")}) if functions else None
+    grader = RolloutGrader({"a": "{}"}, str, "environment", scorer=scorer, max_error_share=0.5)
+    with closing(grader):
+        graded = grader.grade({i: ("a", [i]) for i in range(4)})
+        grader.check_failures(graded)
+        assert graded.correct == {1: True, 3: True} and graded.ungraded == {0, 2}
+        figures = grading_metrics(graded)
+        assert (figures["reward/errors"], figures["reward/timeouts"]) == (2, 0)
+        assert (figures["probe/errors"], figures["probe/ran_out"]) == (2, 0)
+        assert [graded.rewards[i].value for i in range(4)] == [None, 1.0, None, 1.0]
+        assert graded.rewards[0].error.endswith("ValueError: bad scorer")
+        two = {4: ("a", [4])}  # a batch of its own, whose only answer fails as well
+        whole = together([graded, grader.grade(two)])
+        with pytest.raises(
+            RewardError, match=r"(?s)3 of 5 answers .* the first error, of .*: Traceback .*bad scorer$"
+        ):
+            grader.check_failures(whole)
+
+
+def test_errors_are_judged_over_all_batches_of_a_step():
+    """Two of a step's many answers end no run, whichever batch they are of."""
+    grader = RolloutGrader({}, str, "integer", max_error_share=0.05)
+
+    def batch(first, count, failed):
+        failures = Failures(count, 0, failed, "the first error, of f: late" if failed else "")
+        return Graded({}, 0, 1.0, {first + i: Reward(0.0) for i in range(count)}, {}, failures=failures)
+
+    first, second = batch(0, 256, 0), batch(256, 8, 2)
+    grader.check_failures(together([first, second]))
+    grader.check_failures(together([batch(0, 256, 2), batch(256, 8, 0)]))
+    with pytest.raises(RewardError, match=r"^2 of 8 answers of a step"):
+        grader.check_failures(second)
+    with pytest.raises(RewardError, match=r"^14 of 264 answers of a step"):
+        grader.check_failures(together([batch(0, 256, 12), second]))
 
 
 def test_what_a_run_ran_on():

@@ -35,6 +35,11 @@ def test_figures_by_hand():
     }, "nothing is said of what has no verdict and no reward"  # fmt: skip
     check_names(figures)
     assert source_metrics(rollouts, {}, {}, {}) == {}
+    late = source_metrics(rollouts, sources, {0: True}, rewards, {1, 2})
+    assert (late["source/pass_rate/gcd"], late["source/ungraded/gcd"]) == (1.0, 2), (
+        "what is not graded is not wrong"
+    )
+    check_names(late)
 
 
 def load(tmp_path, rows, **data):
