@@ -211,9 +211,9 @@ def test_each_aggregation_has_its_denominator(aggregate, expected):
 def test_a_long_answer_loses_something_before_it_is_held_against_others():
     long = [rollout(0, 5), rollout(1, 7, StopReason.TRAPPED, cut=2, confirmed=4), rollout(2, 8), rollout(3, 7)]
     found = credit(long, {0: 1.0, 2: 1.0, 3: 0.0}, overlong={"buffer": 2})
-    # Rewards 1, 0 (cut: it has no answer to be long), 1 - 1 and 0 - 0.5, less their mean.
-    assert [found.advantages[i] for i in range(4)] == pytest.approx([0.875, -0.125, -0.125, -0.625])
-    assert found.metrics["reward/mean"] == 0.125 and found.metrics["reward/overlong"] == -1.5 / 4
+    # Rewards 1, -0.5 (cut: as the worst answer), 1 - 1 and 0 - 0.5, less their mean.
+    assert [found.advantages[i] for i in range(4)] == pytest.approx([1.0, -0.5, 0.0, -0.5])
+    assert found.metrics["reward/mean"] == 0.0 and found.metrics["reward/overlong"] == -2.0 / 4
     capped = [rollout(0, 5), rollout(1, 8, StopReason.MAX_TOKENS)]
     found = credit(capped, {0: 0.0, 1: 1.0}, overlong={"buffer": 2, "factor": 0.5}, truncated="zero")
     assert found.advantages == {0: 0.25, 1: -0.25}, "what has no reward for its answer has its penalty"
