@@ -109,7 +109,7 @@ def test_ranks_and_stages_do_what_one_rank_does(one_rank, models, world_size, st
         np.testing.assert_allclose(weights[name], value, atol=5e-4, err_msg=name)
 
 
-@pytest.mark.nightly
+@pytest.mark.integration
 def test_packed_rows_give_the_steps_of_padded_batches(one_rank, models):
     expected_reports, expected = one_rank[False]
     reports, weights = train(models, zero_stage=1, lora=LORA, batching="packed", micro_batch_tokens=24)
