@@ -15,7 +15,8 @@ import torch
 from actors.learner.learner import Learner
 from actors.learner.optimizer_state import held_pieces
 from actors.learner.settings import LearnerSettings
-from kat_ray.data.batch import assign_ranks
+from kat_ray.data.batch import assign_ranks, collect_samples
+from kat_ray.data.given import given_samples
 from kat_ray.losses.divergence import tail_and_stop
 from kat_ray.types.records import KeptRollout, TeacherRows
 from tests.support.chunks import chunk_of, random_rollouts
@@ -63,6 +64,12 @@ class Opened(Learner):
         handle.remove()
         pieces = held_pieces(loaded.engine, loaded.student, self._rank, self._settings.learner.world_size)
         return [(p.name, p.start, p.of(given[id(p.flat)]).numpy()) for p in pieces]
+
+    def given_step(self, chunks, teacher, kept, share, weight):
+        """A step with completions beside what was generated, from records instead of references to them."""
+        given = given_samples(share, share.chunks, share.teacher, chunks[0].topk_ids().shape[1])
+        self._take([*collect_samples(chunks, teacher, kept), *given])
+        return self.learn(weight, 0)
 
     def hold(self):
         """Nothing is written until `release`."""

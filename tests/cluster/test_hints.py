@@ -18,22 +18,28 @@ pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("ray_local")]
 STEPS = 4
 
 
-def config_of(folder, name, *more):
+def config_of(folder, name, weights, *more):
     return load_config(
         "demo-hints",
         [
             f"run.dir={folder}", f"run.name={name}", f"run.steps={STEPS}", "run.checkpoint_every=2",
-            "run.deterministic=true", "run.tensorboard=false", "teacher.weights=live",
+            "run.deterministic=true", "run.tensorboard=false", f"teacher.weights={weights}",
             "rollout.prompts_per_step=12", "evaluation.data.limit=6", "evaluation.k=1", "evaluation.every=2",
             "learner.threads=1", "sampler.num_cpus=0.5", "scorer.num_cpus=0.5", "learner.num_cpus=0.5", *more,
         ],
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module", params=["live", "average"])
+def weights(request):
+    """Whose weights the teacher has: the student's of the step, or their moving average."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def straight(weights, tmp_path_factory):
     """A run from the first step to the last."""
-    return train(config_of(tmp_path_factory.mktemp("runs"), "straight"))
+    return train(config_of(tmp_path_factory.mktemp("runs"), "straight", weights))
 
 
 def test_the_teacher_reads_the_solution_and_the_student_does_not(straight):
@@ -45,7 +51,7 @@ def test_the_teacher_reads_the_solution_and_the_student_does_not(straight):
 
 
 def test_a_resumed_run_has_the_same_bits(straight, tmp_path):
-    """From its second step on, in a copy: the new scorer is given the student's weights of then."""
+    """From its second step on, in a copy: the new scorer is given the weights of then, or their average."""
     copy = tmp_path / "copy"
     shutil.copytree(straight, copy)
     shutil.rmtree(copy / "checkpoints" / f"step-{STEPS}")
@@ -54,9 +60,10 @@ def test_a_resumed_run_has_the_same_bits(straight, tmp_path):
     assert everything(copy) == everything(straight)
 
 
-def test_the_scorer_dies_and_the_next_one_holds_the_students_weights(straight, tmp_path):
+def test_the_scorer_dies_and_the_next_one_holds_the_students_weights(straight, weights, tmp_path):
     """With a step's rollouts under way. The steps before are those of the run without it, to the bit."""
-    config = config_of(tmp_path, "killed", "run.steps=8", "evaluation.data=null", "cluster.max_restarts=5")
+    more = ("run.steps=8", "evaluation.data=null", "cluster.max_restarts=5")
+    config = config_of(tmp_path, "killed", weights, *more)
     metrics, ended = tmp_path / "killed" / "metrics.jsonl", named("kat:scorer:0")
     with AtSteps(metrics, (2, partial(kill_named, "kat:scorer:0", ended))) as killed:
         path = train(config)

@@ -13,12 +13,14 @@ from actors.learner.schedule import lr_factor
 from actors.learner.settings import LearnerSettings
 from actors.learner.tensors import model_arguments, token_rows
 from kat_ray.algorithms.aggregation import token_weights
+from kat_ray.config import ObjectiveConfig
 from kat_ray.data.batch import assign_ranks, collect_samples
 from kat_ray.data.collate import PaddedCollator
+from kat_ray.data.given import GivenCompletion, GivenShare, given_chunk
 from kat_ray.losses.distillation import Distillation
 from kat_ray.losses.divergence import event_logprobs, is_stop, reverse_kl, tail_and_stop
 from kat_ray.models.load import check_output_layer
-from kat_ray.types.records import PolicyCredit
+from kat_ray.types.records import PolicyCredit, Prompt
 from tests.cluster.ranks import Group, step_of
 from tests.support.chunks import random_rollouts
 from tests.support.models import make_model
@@ -111,6 +113,35 @@ def test_packed_rows_give_the_step_of_padded_batches(one_rank, models, stage):
         assert (other.tokens, other.dropped_tokens) == (report.tokens, 0)
     for name, value in expected.items():
         np.testing.assert_allclose(weights[name], value, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.nightly
+def test_packed_rows_hold_given_completions_as_padded_batches_do(models):
+    """Imitated beside what was generated, with a denominator of their own."""
+    objective = ObjectiveConfig.model_validate({"off_policy": {"share": 0.5, "loss": "sft"}})
+    completions = [
+        GivenCompletion(100 + i, Prompt(f"p{i}", (5, 6, 7)[: i + 1], completion_ids=(*range(10, 14 + 5 * i), 1)))
+        for i in range(3)
+    ]
+    tokens = sum(len(c.token_ids) for c in completions)
+    share = GivenShare([given_chunk(completions)], [], [c.kept for c in completions], 1 / tokens)
+    found = []
+    for batching, budget in (("padded", 64), ("packed", 24), ("packed", 200)):
+        learner = {"zero_stage": 1, "batching": batching, "micro_batch_tokens": budget}
+        with Group(models, 1, told={"objective": objective}, **learner) as group:
+            chunk, teacher, kept = step_of(models, random_rollouts(7, seed=0))
+            weight = sum(k.weight for k in kept)
+            reports = [group.all("given_step", [chunk], [teacher], kept, share, weight)[0] for _ in range(2)]
+            found.append((reports, group.weights()))
+    (expected, parameters), *others = found
+    assert expected[0].given.tokens == tokens
+    for reports, weights in others:
+        for report, other in zip(expected, reports, strict=True):
+            assert other.loss == pytest.approx(report.loss, rel=1e-5)
+            assert other.grad_norm == pytest.approx(report.grad_norm, rel=1e-5)
+            assert other.given.loss == pytest.approx(report.given.loss, rel=1e-5)
+        for name, value in parameters.items():
+            np.testing.assert_allclose(weights[name], value, atol=1e-5, err_msg=name)
 
 
 def test_tokens_of_weight_zero_are_as_good_as_cut(models):

@@ -109,6 +109,18 @@ def test_ranks_and_stages_do_what_one_rank_does(one_rank, models, world_size, st
         np.testing.assert_allclose(weights[name], value, atol=5e-4, err_msg=name)
 
 
+@pytest.mark.integration
+def test_packed_rows_give_the_steps_of_padded_batches(one_rank, models):
+    expected_reports, expected = one_rank[False]
+    reports, weights = train(models, zero_stage=1, lora=LORA, batching="packed", micro_batch_tokens=24)
+    for report, other in zip(expected_reports, reports, strict=True):
+        assert other["loss"] == pytest.approx(report["loss"], rel=1e-4)
+        assert other["grad_norm"] == pytest.approx(report["grad_norm"], rel=1e-3)
+        assert (other["tokens"], other["dropped_tokens"]) == (report["tokens"], 0)
+    for name, value in expected.items():
+        np.testing.assert_allclose(weights[name], value, atol=5e-4, err_msg=name)
+
+
 @pytest.mark.nightly
 def test_what_stage_3_really_divides(tmp_path):
     """Each parameter of the others is so small that a rank keeps it whole once it was."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -14,6 +15,7 @@ from kat_ray.data.prompt_order import given_places
 from kat_ray.demo.problems import problems
 from kat_ray.records.traces import read_traces
 from kat_ray.run.resume import resumed_config
+from tests.cluster.disturb import AtSteps, kill_named, named
 from tests.support.runs import everything
 
 pytestmark = [pytest.mark.nightly, pytest.mark.usefixtures("ray_local")]
@@ -26,11 +28,13 @@ CASES = {
         },
         "off_policy": {"share": 0.4},
     },
+    "jsd": {"opd": {"divergence": "jsd", "beta": 0.3}, "off_policy": {"share": 0.4}},
+    "forward": {"opd": {"divergence": "forward"}, "off_policy": {"share": 0.4}},
     "sft": {"off_policy": {"share": 0.5, "loss": "sft", "weight": 0.5, "steps": 2}},
 }  # fmt: skip
 
 
-def config_of(folder, objective):
+def config_of(folder, objective, steps=STEPS):
     rows = [
         {"id": f"p{i}", "prompt": p.prompt, "answer": str(p.answer), "solution": p.solution()}
         for i, p in enumerate(islice(problems("train", 5), 40))
@@ -38,7 +42,7 @@ def config_of(folder, objective):
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = load_config("demo").model_dump(mode="json")
     tree["run"] |= {
-        "dir": str(folder), "name": "run", "steps": STEPS, "checkpoint_every": 2, "deterministic": True,
+        "dir": str(folder), "name": "run", "steps": steps, "checkpoint_every": 2, "deterministic": True,
         "tensorboard": False, "check_agreement": False,
     }  # fmt: skip
     tree["data"] |= {"path": str(folder / "prompts.jsonl"), "completion_column": "solution"}
@@ -74,7 +78,7 @@ def test_a_run_counts_its_completions_apart_and_resumes_to_the_bit(tmp_path, cas
     assert all(np.isfinite(m["learner/loss"]) and m["learner/loss"] >= 0 for m in steps)
     assert all(0 < m["offpolicy/loss"] < 20 and not m["offpolicy/dropped_tokens"] for m in with_some)
     assert summary["given_tokens"] == sum(m["offpolicy/tokens"] for m in with_some) > 0
-    assert (summary.get("given_scored_tokens", 0) > 0) == (case == "distillation")
+    assert (summary.get("given_scored_tokens", 0) > 0) == (case != "sft")
     assert summary["generated_tokens"] == sum(summary[f"{n}_tokens"] for n in ("kept", "overshoot", "cut_back"))
     assert summary["rollouts_started"] == 2 * (STEPS * PROMPTS - sum(map(len, places))) == len(traces)
     assert summary["scored_tokens"] == sum(len(d) for d in traces["d"].to_pylist()), (
@@ -88,3 +92,20 @@ def test_a_run_counts_its_completions_apart_and_resumes_to_the_bit(tmp_path, cas
     (copy / "summary.json").unlink()
     train(resumed_config(copy, []), resume=copy)
     assert everything(copy) == everything(path)
+
+
+def test_a_scorer_dies_and_the_next_one_scores_what_is_left(tmp_path):
+    """Of forward KL, with completions beside the rollouts: nothing of either is lost."""
+    config, steps = config_of(tmp_path, CASES["forward"], steps=8), range(8)
+    metrics, ended = tmp_path / "run" / "metrics.jsonl", named("kat:scorer:0")
+    with AtSteps(metrics, (2, partial(kill_named, "kat:scorer:0", ended))) as killed:
+        path = train(config)
+    lines = [m for m in map(json.loads, metrics.read_text().splitlines()) if "learner/loss" in m]
+    assert killed.done and killed.done[0] < 7 and sum(m["pool/restarts"] for m in lines) >= 1
+    places = [len(given_places(config, step)) for step in steps]
+    assert [m.get("offpolicy/completions", 0) for m in lines] == places
+    assert all(np.isfinite(m["learner/loss"]) and not m["offpolicy/dropped_tokens"] for m in lines)
+    summary = json.loads((path / "summary.json").read_text())
+    assert summary["rollouts_ended"]["failed"] == 0
+    assert summary["rollouts_started"] == 2 * (len(steps) * PROMPTS - sum(places))
+    assert summary["given_tokens"] == sum(m["offpolicy/tokens"] for m in lines)

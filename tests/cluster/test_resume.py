@@ -37,6 +37,8 @@ class Kind:
     every: int  # steps from one checkpoint to the next
     rewards: bool = False  # whether it learns from them, beside the teacher
     lora: bool = False  # whether adapters are trained, and not the weights
+    publish: str = "merged"  # how samplers are given them
+    rounded: bool = False  # whether weights are bfloat16, and sums and logits float32
 
     @property
     def model(self):
@@ -57,6 +59,8 @@ STUBS = Kind("tests.cluster.stub_train", 12, 4)
 LONG = Kind("kat_ray.cli", 20, 5)
 REWARDS = Kind("kat_ray.cli", 12, 4, rewards=True)
 LORA = Kind("kat_ray.cli", 12, 4, lora=True)
+ADAPTERS = Kind("kat_ray.cli", 12, 4, lora=True, publish="adapters")
+ROUNDED = Kind("kat_ray.cli", 12, 4, rounded=True)
 
 # Stubs in the gate, and runs with real engines in the nightly tier.
 KINDS = pytest.mark.parametrize(
@@ -66,6 +70,8 @@ KINDS = pytest.mark.parametrize(
         pytest.param(LONG, id="long", marks=pytest.mark.nightly),
         pytest.param(REWARDS, id="rewards", marks=pytest.mark.nightly),
         pytest.param(LORA, id="lora", marks=pytest.mark.nightly),
+        pytest.param(ADAPTERS, id="adapters", marks=pytest.mark.nightly),
+        pytest.param(ROUNDED, id="bfloat16", marks=pytest.mark.nightly),
     ],
 )
 
@@ -91,12 +97,18 @@ def run_config(kind, files, tmp_path, name):
         "rollout": {"top_k_logprobs": 16, "prompts_per_step": 4, "rollouts_per_prompt": 6, "top_p": 1.0},
     }  # fmt: skip
     sections = rewarded if kind.rewards else {"rollout": {"top_k_logprobs": 16}}
+    learner = {"world_size": 1}
+    if kind.lora:
+        learner["lora"] = {"rank": 4, "publish": kind.publish}
+    if kind.rounded:
+        learner |= {"dtype": "bfloat16", "zero_stage": 2, "reduce_dtype": "float32"}
+        sections |= {"student": {"dtype": "bfloat16"}, "numerics": {"fp32_output_layer": True}}
     config = config_of(
         files, tmp_path,
         run={"name": name, "steps": kind.steps, "checkpoint_every": kind.every, "deterministic": True,
              "keep_checkpoints": 10},
         evaluation={"every": 2 * kind.every}, sampler={"replicas": 1}, scorer={"replicas": 1},
-        learner={"world_size": 1} | ({"lora": {"rank": 4}} if kind.lora else {}), **sections,
+        learner=learner, **sections,
     )  # fmt: skip
     path = tmp_path / f"{name}.yaml"
     path.write_text(config_yaml(config))
