@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from kat_ray.config.cluster import Section, changed_fields
+from kat_ray.rewards.limits import LARGEST_REWARD
 
 Share = Annotated[float, Field(gt=0)]
 
@@ -93,7 +94,7 @@ class OverlongPenalty(Section):
 
     buffer: int = Field(0, ge=0)
     """Last tokens of rollout.max_tokens over which the penalty grows from 0, in a straight line; 0 sets none."""
-    factor: float = Field(1.0, gt=0)
+    factor: float = Field(1.0, gt=0, le=LARGEST_REWARD)
     """The whole of it, in units of the reward."""
 
 

@@ -43,8 +43,8 @@ class EvalResult:
     truncated_share: float  # answers that reached the token limit, 0 to 1
     right: tuple[int, ...] = ()  # right answers to each problem, of k
     ran_out: int = 0  # answers that count as wrong because grading them took too much time or memory
-    errors: int = 0  # answers that count as wrong because grading them failed
     sets: dict[str, EvalResult] | None = None  # of further held-out sets, and of greedy answers, by name
+    errors: int = 0  # answers that count as wrong because grading them failed
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON; `sets` where there are any."""

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -9,9 +10,11 @@ import pytest
 from actors.driver.preparation import _check_refill
 from kat_ray.analysis.objective import differences, recorded_steps, replayed
 from kat_ray.config import Config
-from kat_ray.errors import UserError
+from kat_ray.errors import RewardError, UserError
 from kat_ray.records.traces import write_traces
-from kat_ray.types.records import StopReason
+from kat_ray.rewards.limits import Failures
+from kat_ray.rewards.scoring import Scored
+from kat_ray.types.records import Reward, StopReason
 from tests.support.rewarded import written
 from tests.support.scenarios import ALONE, LAYOUTS, PLAIN, PROMPTS, Run, check, compare
 
@@ -128,6 +131,45 @@ def test_a_cut_rollout_is_a_wrong_answer_and_its_group_may_be_replaced():
     cut = [row for row in rows if row.stop_reason is StopReason.TRAPPED]
     batches = [m["group/gen_batches"] for _, m in result.run.metrics]
     assert cut and max(batches) > 1
+
+
+class FewLate:
+    """Rewards by the last token; two answers of the first batch that is drawn for others are late, in each step."""
+
+    def __init__(self):
+        self.late, self.steps = False, 0
+
+    def ask(self, answers, check=None, spent=0.0):
+        return {i: {} for i in answers}
+
+    def score(self, answers, check=None, replies=None, seconds=0.0):
+        is_first = len(answers) == 2 * WANTED
+        late = 0 if is_first or self.late else 2
+        self.late = not is_first and (self.late or late > 0)
+        self.steps += late > 0
+        worth = [None] * late + [float(a.token_ids[-1] % 3) for a in [*answers.values()][late:]]
+        rewards = {i: Reward(value) for i, value in zip(answers, worth, strict=True)}
+        return Scored(rewards, {}, Failures(len(answers), 0, late, "late" if late else ""))
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(("share", "ends"), [(0.2, False), (0.1, True)])
+def test_errors_are_counted_over_all_batches_of_a_step(share, ends, monkeypatch):
+    """Two late answers are more than a batch of few prompts may have, and not more than its step may."""
+    scorer = FewLate()
+    monkeypatch.setattr(Run, "_replaced", lambda run, own=Run._replaced: own(run) | {
+        "actors.driver.training_run.make_scorer": lambda *_: scorer
+    })  # fmt: skip
+    result = Run(0, changes(reward={"max_error_share": share})).go()
+    assert scorer.steps, "other prompts were drawn"
+    if not ends:
+        assert result.error is None and result.finished
+        check(result)
+        return
+    assert isinstance(result.error, RewardError) and not result.finished
+    assert re.match(r"2 of \d\d answers of a step could not be rewarded", str(result.error))
 
 
 def refused(**how):

@@ -93,4 +93,5 @@ def test_a_configuration_with_one_set_is_evaluated_as_ever():
     result = make_evaluator(config, Prepared(facts, one, None, one, None)).run(Samplers((1,)), 3)
     assert result.sets is None and result.as_dict().keys() == {
         "avg_at_k", "pass_at_k", "k", "problems", "mean_length", "truncated_share", "right", "ran_out",
+        "errors",
     }  # fmt: skip

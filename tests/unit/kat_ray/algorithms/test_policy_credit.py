@@ -52,6 +52,18 @@ def test_the_policy_is_told_of_the_tokens_up_to_the_confirmation_and_the_teacher
     assert {k.policy.weight for k in kept.values()} == {1 / 14}
 
 
+def test_the_stop_token_is_in_both_masks_and_an_engine_s_word_for_it_counts():
+    """Elsewhere it was masked, never learnt, and answers that ended on another stop id were called truncated."""
+    ended = [rollout(0, 3), rollout(1, LONGEST), rollout(2, LONGEST, StopReason.MAX_TOKENS)]
+    found = credit(ended, {0: 1.0, 1: 0.0, 2: 0.0}, truncated="exclude")
+    kept = {k.rollout_id: k for k in found.kept}
+    for i in (0, 1):  # the second stops with the last token that it may have
+        generated = ended[i].counts.generated
+        assert kept[i].kept == kept[i].policy.tokens == generated and kept[i].weights is None, "all have their KL"
+        assert kept[i].policy.weight > 0 and kept[i].policy.advantage != 0
+    assert kept[2].policy is None and found.metrics["reward/left_out_truncated"] == 1
+
+
 def test_weighted_probes_stand_for_what_was_cut():
     found = credit(cut_reward="probe_weighted", aggregate="sequence_sum")
     kept = {k.rollout_id: k for k in found.kept}
@@ -211,7 +223,7 @@ def test_each_aggregation_has_its_denominator(aggregate, expected):
 def test_a_long_answer_loses_something_before_it_is_held_against_others():
     long = [rollout(0, 5), rollout(1, 7, StopReason.TRAPPED, cut=2, confirmed=4), rollout(2, 8), rollout(3, 7)]
     found = credit(long, {0: 1.0, 2: 1.0, 3: 0.0}, overlong={"buffer": 2})
-    # Rewards 1, -0.5 (cut: as the worst answer), 1 - 1 and 0 - 0.5, less their mean.
+    # Rewards 1, 1 - 1 and 0 - 0.5, and of the one that was cut as the worst of them; their mean is 0.
     assert [found.advantages[i] for i in range(4)] == pytest.approx([1.0, -0.5, 0.0, -0.5])
     assert found.metrics["reward/mean"] == 0.0 and found.metrics["reward/overlong"] == -2.0 / 4
     capped = [rollout(0, 5), rollout(1, 8, StopReason.MAX_TOKENS)]

@@ -207,6 +207,7 @@ def test_eval_of_a_run_takes_its_newest_checkpoint_and_configuration(config, tmp
     assert json.loads(capsys.readouterr().out) == {
         "model": str(run_dir / "checkpoints" / "step-10"),
         "ran_out": 0,
+        "errors": 0,
         "avg_at_k": 0.25,
         "pass_at_k": 0.5,
         "k": 8,

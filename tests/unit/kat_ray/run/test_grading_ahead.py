@@ -105,6 +105,17 @@ class Scorer:
         pass
 
 
+def test_ids_are_those_that_were_sampled_whatever_their_text_is_tokenised_to():
+    """Elsewhere text was tokenised again between turns, and other ids were learnt than had been sampled."""
+    scorer, sampled = Scorer(), {0: ("p", [7, 7]), 1: ("p", [14]), 2: ("p", [3, 4, 7])}
+    with closing(RolloutGrader({"p": "4"}, lambda ids: "answer 4", "integer", scorer=scorer)) as grader:
+        grader.begin(sampled)
+        graded = grader.grade(sampled | {1: ("p", [7, 7])})  # of the same text, and other ids: it is graded again
+    assert graded.correct == {0: True, 1: True, 2: True}
+    assert {i: r.value for i, r in graded.rewards.items()} == {0: 7.0, 1: 7.0, 2: 7.0}
+    assert sorted(scorer.asked) == [0, 1, 1, 2]
+
+
 @pytest.mark.parametrize("order", [(), ([5], [2, 0]), ([0, 1, 2, 3, 4, 5],), ([3], [3], [4])])
 def test_a_step_is_graded_the_same_whatever_was_begun(order):
     """And each rollout once, unless it ended otherwise; the fifth was begun with other tokens, and one was cut."""

@@ -159,6 +159,25 @@ def test_a_run_whose_rewards_are_hacked_is_told_once_and_can_end(tmp_path):
             assert sum("held_out_fall" in line for line in lines) == 1
 
 
+@pytest.mark.parametrize(("advantage", "said"), [("max_rl", 1), ("grpo", 0)])
+def test_rewards_below_zero_are_told_once_to_what_divides_by_their_mean(tmp_path, advantage, said):
+    lines, rl = [], {"weight": 1.0, "advantage": advantage}
+    rollout = {"rollouts_per_prompt": 2, "top_p": 1.0}
+    watched = StepGuards(make_config("s", "t", objective={"rl": rl}, rollout=rollout), tmp_path, lines.append)
+    nothing = {"reward/mean": 0.5, "reward/overlong": 0.0}
+    for done, own in enumerate([{}, {"reward/min": 0.0}, {"reward/min": -0.5}, {"reward/min": -0.5}], 1):
+        watched.check(step(done, recorded=nothing | own))
+    assert (
+        sum("step 3: rewards go down to -0.5, and objective.rl.advantage = max_rl" in line for line in lines)
+        == said
+    )
+    assert sum("max_rl" in line for line in lines) == said
+    lines.clear()
+    again = StepGuards(make_config("s", "t", objective={"rl": rl}, rollout=rollout), tmp_path, lines.append)
+    again.check(step(1, recorded={"reward/mean": 0.5, "reward/min": 0.0, "reward/overlong": -0.25}))
+    assert sum("max_rl" in line for line in lines) == said, "a penalty makes a reward negative, too"
+
+
 @pytest.mark.parametrize(("last", "said"), [(0.4, 1), (0.5, 0)])
 def test_the_evaluation_after_the_last_step_is_judged_too(tmp_path, last, said):
     lines = []

@@ -50,7 +50,7 @@ def test_a_checkpoint_without_a_version_is_read_whole(tmp_path):
         "held_out": HeldOutWatch().state(),
         "leak": HeldOutWatch().state(),
     }
-    before = AT_3AA4268["evaluations"]["before"] | {"ran_out": 0, "sets": None}
+    before = AT_3AA4268["evaluations"]["before"] | {"ran_out": 0, "errors": 0, "sets": None}
     evaluations = AT_3AA4268["evaluations"] | {"before": before}
     assert state.to_json() == AT_3AA4268 | {
         "version": 1, "watch": watch, "evaluations": evaluations, "probe_rewards": [], "reward_files": {},
