@@ -210,13 +210,14 @@ def test_a_run_on_its_own_top_k_is_about_that_of_a_local_teacher(straight, tmp_p
 
 
 def test_a_resumed_run_has_the_same_bits(straight, tmp_path):
-    """From its last step but one on, in a copy of its directory."""
+    """From its last step but one on, in a copy. What the server does not report is NaN, which equals nothing."""
     copy = tmp_path / "copy"
     shutil.copytree(straight, copy)
     shutil.rmtree(copy / "checkpoints" / "step-3")
     (copy / "summary.json").unlink()
     train(resumed_config(copy, []), resume=copy)
-    assert everything(copy) == everything(straight)
+    ours, theirs = (everything(run) for run in (copy, straight))
+    assert [name for name in ours if repr(ours[name]) != repr(theirs[name])] == []
 
 
 @pytest.mark.usefixtures("ray_local")

@@ -121,8 +121,8 @@ def last_checkpoint(path, config):
 
 
 def timeless(line):
-    """A line of metrics.jsonl without what is measured by the clock."""
-    clocked = ("time", "throughput", "store", "learner/seconds")
+    """A line of metrics.jsonl without what is measured by the clock, or of requests, which bear their numbers."""
+    clocked = ("time", "throughput", "store", "learner/seconds", "transfer/http")
     return {k: v for k, v in line.items() if not k.startswith(clocked)}
 
 
