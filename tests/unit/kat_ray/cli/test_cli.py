@@ -194,7 +194,10 @@ def test_eval_of_a_run_takes_its_newest_checkpoint_and_configuration(config, tmp
     run_dir = tmp_path / "run"
     for step in (9, 10):
         (run_dir / "checkpoints" / f"step-{step}").mkdir(parents=True)
-    (run_dir / "config.yaml").write_text(config.read_text() + "evaluation: {data: {path: h.jsonl}}\n")
+    (tmp_path / "h.jsonl").touch()
+    (run_dir / "config.yaml").write_text(
+        config.read_text() + f"evaluation: {{data: {{path: {tmp_path}/h.jsonl}}}}\n"
+    )
     seen = []
 
     def evaluate_model(config, model_dir):

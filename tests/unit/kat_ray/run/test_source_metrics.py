@@ -60,7 +60,7 @@ def test_a_column_says_it(tmp_path):
     ("second", "said"),
     [
         ({}, r"prompts.jsonl:2: .*'source'.*data.source_column"),
-        ({"source": [1]}, r"prompts.jsonl:2: source is a list; what a prompt is from"),
+        ({"source": [1]}, r"prompts.jsonl:2: source is a list; a source is a name or a whole number"),
         ({"source": " "}, r"prompts.jsonl:2: source is empty"),
     ],
 )
