@@ -106,7 +106,8 @@ def run_config(kind, files, tmp_path, name):
     config = config_of(
         files, tmp_path,
         run={"name": name, "steps": kind.steps, "checkpoint_every": kind.every, "deterministic": True,
-             "keep_checkpoints": 10},
+             "keep_checkpoints": 10,
+             "check_agreement": not kind.rounded},  # of random weights: half of them change little in bfloat16
         evaluation={"every": 2 * kind.every}, sampler={"replicas": 1}, scorer={"replicas": 1},
         learner=learner, **sections,
     )  # fmt: skip
