@@ -17,7 +17,7 @@ from actors.cluster.scorers import ScorerActors
 from actors.teacher.scorer import TeacherScorer
 from kat_ray.config import Config
 from kat_ray.data.given import GivenCompletion, GivenShare, given_chunk
-from kat_ray.types.records import ChunkRefs, KeptRollout, TeacherRows, array_bytes
+from kat_ray.types.records import ChunkRefs, KeptRollout, ScoredGiven, TeacherRows, array_bytes
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class GivenStep:
     completions: Sequence[GivenCompletion]
     chunks: Sequence[ChunkRefs]
     weight: float  # of each token
-    distils: bool  # teachers were asked
+    scored: Sequence[ScoredGiven]  # what teachers were asked; none where none are
 
     @property
     def kept(self) -> list[KeptRollout]:
@@ -53,7 +53,7 @@ class GivenStep:
     def scored_tokens(self) -> dict[str, int]:
         """Prompt and given tokens that each teacher was asked about, by its name."""
         counts: dict[str, int] = {}
-        for c in self.completions if self.distils else ():
+        for c in self.completions if self.scored else ():
             counts[c.prompt.teacher] = counts.get(c.prompt.teacher, 0) + len(c.scored_prompt) + len(c.token_ids)
         return counts
 
@@ -70,19 +70,24 @@ def prepare_given(config: Config, actors: RunActors, completions: Sequence[Given
     settings = config.objective.off_policy
     distils = settings.loss == "distillation"
     chunks: list[ChunkRefs] = []
+    scored: list[ScoredGiven] = []
     if distils:
         for group in config.scorer_groups:
             own = [c for c in completions if c.prompt.teacher in group.teachers]
             if own:
-                chunks += _scored(actors.teachers[group.name], own)
+                more, answers = _scored(actors.teachers[group.name], own)
+                chunks += more
+                scored += answers
     else:
         chunk = given_chunk(completions)
         chunks.append(ChunkRefs(_ids(completions), ray.put(chunk), array_bytes(chunk)))
     tokens = sum(len(c.token_ids) for c in completions)
-    return GivenStep(completions, chunks, settings.weight / tokens, distils)
+    return GivenStep(completions, chunks, settings.weight / tokens, scored)
 
 
-def _scored(group: ScorerActors, completions: Sequence[GivenCompletion]) -> list[ChunkRefs]:
+def _scored(
+    group: ScorerActors, completions: Sequence[GivenCompletion]
+) -> tuple[list[ChunkRefs], list[ScoredGiven]]:
     """One chunk for each scorer of a group; the teacher's rows stay where they are until they are learnt."""
     count = len(group.replicas)
     parts = [completions[i::count] for i in range(count)]  # of few completions some have none
@@ -90,16 +95,17 @@ def _scored(group: ScorerActors, completions: Sequence[GivenCompletion]) -> list
     chunks = [ray.put(chunk) for chunk in made]
     rows: dict[int, Ref[TeacherRows]] = {}
 
-    def ask(i: int, scorer: Handle[TeacherScorer]) -> Ref[float]:
-        seconds, rows[i] = remote_pair(scorer, TeacherScorer.score_given)(chunks[i])
-        return seconds
+    def ask(i: int, scorer: Handle[TeacherScorer]) -> Ref[ScoredGiven]:
+        scored, rows[i] = remote_pair(scorer, TeacherScorer.score_given)(chunks[i])
+        return scored
 
-    group.call(ask, "completions to be scored")
-    return [
+    answers = group.call(ask, "completions to be scored")
+    refs = [
         ChunkRefs(_ids(part), chunks[i], array_bytes(made[i]), teacher=rows[i])
         for i, part in enumerate(parts)
         if part
     ]
+    return refs, answers
 
 
 def _ids(completions: Sequence[GivenCompletion]) -> tuple[int, ...]:

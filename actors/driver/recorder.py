@@ -94,7 +94,7 @@ class StepRecorder:
             {"policy_version": float(sampled.version)}
             | rollout_metrics(sampled.rollouts, sampled.step_start)
             | score_metrics(sampled.scored, kept)
-            | transfer_metrics(sampled.chunks, sampled.scored, self._asks_servers)
+            | self._transfer_metrics(sampled)
             | (teacher_metrics(sampled.rollouts, traces, sampled.step_start) if self._names_teachers else {})
             | probe_metrics(
                 [r.outcome for r in sampled.rollouts if active[r.outcome.teacher]], traces, graded.correct, True
@@ -104,6 +104,12 @@ class StepRecorder:
             | self._policy_metrics(sampled, graded)
             | _given_metrics(sampled.given, self._config.rollout.max_tokens)
         )
+
+    def _transfer_metrics(self, sampled: SampledStep) -> dict[str, float]:
+        """Bytes of a step's records."""
+        given = sampled.given
+        chunks, scored = ([*given.chunks], [*given.scored]) if given else ([], [])
+        return transfer_metrics([*sampled.chunks, *chunks], sampled.scored, self._asks_servers, scored)
 
     def _source_metrics(self, sampled: SampledStep, graded: Graded) -> dict[str, float]:
         """Of each source, where prompts say what they are from."""

@@ -33,6 +33,7 @@ from kat_ray.types.records import (
     IntArray,
     RolloutChunk,
     ScoredChunk,
+    ScoredGiven,
     TeacherRows,
     WeightUpdate,
     array_bytes,
@@ -117,17 +118,19 @@ class TeacherScorer:
         with self._timeline.span("score"), self._heartbeat.busy("score"):
             return self._score(chunk)
 
-    def score_given(self, chunk: RolloutChunk) -> tuple[float, TeacherRows]:
+    def score_given(self, chunk: RolloutChunk) -> tuple[ScoredGiven, TeacherRows]:
         """Score completions that no student generated, over the teacher's own top k; all of them are whole.
 
-        The seconds that it took, and the rows for the learner. There is no KL to any student in it.
+        What it took, and the rows for the learner.
         """
         if self._version is None:
             raise StateLost(f"{self._name} was not told which of the student's weights to hold: its process is new")
         started = time.monotonic()
         with self._timeline.span("score"), self._heartbeat.busy("score"):
+            before = self._http_bytes()
             columns, _ = self._columns(chunk, chunk.topk_ids(), self._top_k)
-            return time.monotonic() - started, self._rows(columns)
+            rows = self._rows(columns)
+            return ScoredGiven(time.monotonic() - started, array_bytes(rows), *self._http_bytes_since(before)), rows
 
     def follow(self, version: int, update: WeightUpdate | None, unless_held: bool = False) -> None:
         """Hold the student's weights of this version, for the rollouts to come; None: those that it was given.
@@ -154,7 +157,7 @@ class TeacherScorer:
         columns, run = self._columns(chunk, topk_ids, self._own_top)
         scored, rows = self._compare(chunk, topk_ids, columns, started, run)
         self._busy_seconds += scored.seconds
-        sent, received = (b - a for a, b in zip(before, self._http_bytes(), strict=True))
+        sent, received = self._http_bytes_since(before)
         moved = replace(scored, row_bytes=array_bytes(rows), http_sent=sent, http_received=received)
         return moved, rows
 
@@ -163,6 +166,10 @@ class TeacherScorer:
         if not isinstance(self._teacher, AsksServer):
             return 0, 0
         return self._teacher.traffic.sent_bytes, self._teacher.traffic.received_bytes
+
+    def _http_bytes_since(self, before: tuple[int, int]) -> tuple[int, int]:
+        sent, received = self._http_bytes()
+        return sent - before[0], received - before[1]
 
     def _columns(self, chunk: RolloutChunk, topk_ids: IntArray, own_top: int) -> tuple[TeacherColumns, int]:
         """What the teacher says of a chunk, and the tokens that it ran for it."""

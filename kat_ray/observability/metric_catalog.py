@@ -175,7 +175,9 @@ METRICS = {
         Metric("time/decision_mean", "s", "from building a chunk to applying the decision on it, mean"),
         Metric("time/decision_max", "s", "the slowest decision of the step"),
         Metric("scorer/row_bytes_per_token", "bytes", "of the teacher's rows, which the learner fetches"),
-        Metric("transfer/chunk_bytes", "bytes", "of the arrays of the step's chunks, in the object store"),
+        Metric(
+            "transfer/chunk_bytes", "bytes", "of the arrays of the step's chunks, those of given completions too"
+        ),
         Metric("transfer/score_bytes", "bytes", "of those of its scores, which monitors and driver fetch"),
         Metric("transfer/row_bytes", "bytes", "of those of the teacher's rows"),
         Metric(

@@ -81,8 +81,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live.is_started:
-            self._live.stop()
+        self._stop_drawing()
 
     def phase(self, text: str) -> None:
         """What is being done now; said with its duration when it is over."""
@@ -139,8 +138,9 @@ class Progress:
         )
 
     def finish(self, summary: Mapping[str, Any], paths: Mapping[str, object]) -> None:
-        """The table of results and where everything lies."""
+        """The table of results and where everything lies; nothing is drawn below it any more."""
         self._end_phase()
+        self._stop_drawing()
         self._console.print(_evaluations(summary))
         ended, started = summary["rollouts_ended"], summary["rollouts_started"]
         rows = {
@@ -155,6 +155,10 @@ class Progress:
         for name, value in rows.items():
             table.add_row(Text(name), Text(value, overflow="fold"))
         self._console.print(table)
+
+    def _stop_drawing(self) -> None:
+        if self._live.is_started:
+            self._live.stop()
 
     def _end_phase(self) -> None:
         if self._phase:

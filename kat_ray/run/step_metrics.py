@@ -8,7 +8,16 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from kat_ray.data.accounting import FinishedRollout, kept_rows
-from kat_ray.types.records import ChunkRefs, FloatArray, Reward, ScoredChunk, StepStart, StopReason, array_bytes
+from kat_ray.types.records import (
+    ChunkRefs,
+    FloatArray,
+    Reward,
+    ScoredChunk,
+    ScoredGiven,
+    StepStart,
+    StopReason,
+    array_bytes,
+)
 
 _FEATURES = {
     "health/overlap": "overlap",
@@ -141,16 +150,24 @@ def score_metrics(scored: Sequence[ScoredChunk], kept: Mapping[int, int]) -> dic
 
 
 def transfer_metrics(
-    chunks: Sequence[ChunkRefs], scored: Sequence[ScoredChunk], asks_servers: bool
+    chunks: Sequence[ChunkRefs],
+    scored: Sequence[ScoredChunk],
+    asks_servers: bool,
+    given: Sequence[ScoredGiven] = (),
 ) -> dict[str, float]:
-    """Bytes of the records of a step's rollouts, each counted once, and of requests to teachers' servers if any."""
+    """Bytes of a step's records, each counted once, and of requests to teachers' servers if any.
+
+    `chunks` are of its rollouts and of completions of the data; `scored` and `given` what teachers said of either.
+    """
     figures = {"transfer/chunk_bytes": sum(c.chunk_bytes for c in chunks)}
+    both: list[ScoredChunk | ScoredGiven] = [*scored, *given]
     if scored:
         figures["transfer/score_bytes"] = sum(map(array_bytes, scored))
-        figures["transfer/row_bytes"] = sum(c.row_bytes for c in scored)
-    if scored and asks_servers:
-        figures["transfer/http_sent_bytes"] = sum(c.http_sent for c in scored)
-        figures["transfer/http_received_bytes"] = sum(c.http_received for c in scored)
+    if both:
+        figures["transfer/row_bytes"] = sum(c.row_bytes for c in both)
+    if both and asks_servers:
+        figures["transfer/http_sent_bytes"] = sum(c.http_sent for c in both)
+        figures["transfer/http_received_bytes"] = sum(c.http_received for c in both)
     return {k: float(v) for k, v in figures.items()}
 
 

@@ -206,6 +206,16 @@ class ScoredChunk(ChunkRows):
 
 
 @dataclass(frozen=True)
+class ScoredGiven:
+    """What the driver hears of a chunk of completions that no student generated: there is no KL in it."""
+
+    seconds: float  # time the scorer worked on it
+    row_bytes: int  # of its `TeacherRows`
+    http_sent: int  # as of a `ScoredChunk`
+    http_received: int
+
+
+@dataclass(frozen=True)
 class TeacherRows:
     """The teacher's side of the loss for one chunk; stays in the object store until the learner fetches it.
 

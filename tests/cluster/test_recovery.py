@@ -55,21 +55,36 @@ def test_rewards_alone_survive_kills(ray_local, files, tmp_path):
     check_alike(config, path, (quiet, quiet_path))
 
 
+REWARDS = {
+    "objective": {"rl": {"weight": 1.0}}, "student": {"path": "demo:student"}, "data": {"path": "demo:train"},
+    "rollout": {"top_k_logprobs": 16, "prompts_per_step": 4, "rollouts_per_prompt": 6, "top_p": 1.0},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("victims", "ranks", "lora"),
+    ("victims", "ranks", "sections"),
     [
-        (["sampler", "learner"], 1, None),
-        pytest.param([*CLASSES], 2, None, marks=pytest.mark.nightly),
-        pytest.param(["learner", "sampler"], 2, {"rank": 4, "publish": "adapters"}, marks=pytest.mark.nightly),
+        (["sampler", "learner"], 1, {}),
+        pytest.param([*CLASSES], 2, {}, marks=pytest.mark.nightly),
+        pytest.param(
+            ["learner", "sampler"], 2, {"learner": {"lora": {"rank": 4, "publish": "adapters"}}},
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(["learner", "sampler"], 1, {"learner": {"lora": {"dora": True}}}, marks=pytest.mark.nightly),
+        pytest.param(
+            ["learner", "scorer"], 2, {"learner": {"batching": "packed", "micro_batch_tokens": 256}},
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param([*CLASSES, "scorer", "monitor"], 1, REWARDS, marks=pytest.mark.nightly),
     ],
-    ids=["gate", "long", "lora"],
-)
-def test_real_engines_die_one_after_the_other(ray_local, files, tmp_path, victims, ranks, lora):
+    ids=["gate", "long", "adapters", "dora", "packed", "rewards"],
+)  # fmt: skip
+def test_real_engines_die_one_after_the_other(ray_local, files, tmp_path, victims, ranks, sections):
     # Engines load their models for longer on a slow machine, and none is frozen here: a limit that nobody meets.
     config = config_of(
         files, tmp_path, run={"steps": 6, "checkpoint_every": 2}, cluster={"max_restarts": 100, "hang_timeout": 30},
         evaluation={"data": None}, sampler={"replicas": ranks}, scorer={"replicas": ranks},
-        learner={"world_size": ranks, "lora": lora},
+        **sections | {"learner": {"world_size": ranks} | sections.get("learner", {})},
     )  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
     with Disturber(metrics, victims, kills=len(victims), pauses=(0.5, 2.0)) as disturber:
@@ -78,6 +93,8 @@ def test_real_engines_die_one_after_the_other(ray_local, files, tmp_path, victim
     _, traces, steps = check_books(config, path)
     assert all(m["learner/logprob_diff_max"] < 1e-3 for m in steps), "samplers came back with the right weights"
     assert any(t["cut"] is not None for t in traces)
+    if "objective" in sections:
+        assert any(m["advantage/abs_mean"] for m in steps) and not any(m["reward/errors"] for m in steps)
 
 
 def test_an_actor_that_keeps_dying_stops_the_run(ray_local, files, tmp_path):

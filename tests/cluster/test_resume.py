@@ -38,7 +38,9 @@ class Kind:
     rewards: bool = False  # whether it learns from them, beside the teacher
     lora: bool = False  # whether adapters are trained, and not the weights
     publish: str = "merged"  # how samplers are given them
+    dora: bool = False  # whether an adapter learns each output's length apart
     rounded: bool = False  # whether weights are bfloat16, and sums and logits float32
+    packed: bool = False  # whether rollouts lie behind each other in one row
 
     @property
     def model(self):
@@ -60,7 +62,9 @@ LONG = Kind("kat_ray.cli", 20, 5)
 REWARDS = Kind("kat_ray.cli", 12, 4, rewards=True)
 LORA = Kind("kat_ray.cli", 12, 4, lora=True)
 ADAPTERS = Kind("kat_ray.cli", 12, 4, lora=True, publish="adapters")
+DORA = Kind("kat_ray.cli", 12, 4, lora=True, dora=True)
 ROUNDED = Kind("kat_ray.cli", 12, 4, rounded=True)
+PACKED = Kind("kat_ray.cli", 12, 4, packed=True)
 
 # Stubs in the gate, and runs with real engines in the nightly tier.
 KINDS = pytest.mark.parametrize(
@@ -71,7 +75,9 @@ KINDS = pytest.mark.parametrize(
         pytest.param(REWARDS, id="rewards", marks=pytest.mark.nightly),
         pytest.param(LORA, id="lora", marks=pytest.mark.nightly),
         pytest.param(ADAPTERS, id="adapters", marks=pytest.mark.nightly),
+        pytest.param(DORA, id="dora", marks=pytest.mark.nightly),
         pytest.param(ROUNDED, id="bfloat16", marks=pytest.mark.nightly),
+        pytest.param(PACKED, id="packed", marks=pytest.mark.nightly),
     ],
 )
 
@@ -99,7 +105,9 @@ def run_config(kind, files, tmp_path, name):
     sections = rewarded if kind.rewards else {"rollout": {"top_k_logprobs": 16}}
     learner = {"world_size": 1}
     if kind.lora:
-        learner["lora"] = {"rank": 4, "publish": kind.publish}
+        learner["lora"] = {"rank": 4, "publish": kind.publish, "dora": kind.dora}
+    if kind.packed:
+        learner |= {"batching": "packed", "micro_batch_tokens": 256}
     if kind.rounded:
         learner |= {"dtype": "bfloat16", "zero_stage": 2, "reduce_dtype": "float32"}
         sections |= {"student": {"dtype": "bfloat16"}, "numerics": {"fp32_output_layer": True}}

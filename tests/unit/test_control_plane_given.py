@@ -29,6 +29,9 @@ def test_what_is_given_is_counted_apart(loss):
     assert summary["given_tokens"] > 0
     asked = summary["given_tokens"] + summary["given_prompt_tokens"] if loss == "distillation" else 0
     assert summary["given_scored_tokens"] == asked
+    for metric, rows in zip(metrics, result.run.traces.values(), strict=True):
+        own = metric["scorer/row_bytes_per_token"] * sum(len(row.d) for row in rows)
+        assert (metric["transfer/row_bytes"] > own + 1) == (loss == "distillation")
 
 
 def test_the_calibration_is_that_of_the_rollouts_alone():

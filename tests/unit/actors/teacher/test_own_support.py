@@ -109,8 +109,9 @@ def test_given_completions_are_scored_whole_and_learnt_as_the_definition_says(pa
         for i, (prompt, tokens) in rollouts.items()
     ]
     scorer, chunk = scorer_of(root, divergence="forward"), given_chunk(completions)
-    seconds, rows = scorer.score_given(chunk)
-    assert seconds > 0 and scorer.stats()["states"] == 0, "nothing of them is held"
+    scored, rows = scorer.score_given(chunk)
+    assert scored.seconds > 0 and (scored.row_bytes, scored.http_sent) == (array_bytes(rows), 0)
+    assert scorer.stats()["states"] == 0, "nothing of them is held"
     tokens = sum(len(t) for _, t in rollouts.values())
     share = GivenShare([], [], [c.kept for c in completions], 1 / tokens)
     samples = given_samples(share, [chunk], [rows], K)

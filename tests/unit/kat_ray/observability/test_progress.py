@@ -113,6 +113,17 @@ def test_a_terminal_has_a_bar_and_courses_below_what_stays(terminal, width, more
     assert out.screen() == ["evaluated"] * 3, "of the rest nothing is left"
 
 
+def test_nothing_is_drawn_below_the_results(terminal):
+    out = terminal(120)
+    with Progress(8, out) as progress:
+        stepped(progress, 8)
+        progress.finish(SUMMARY, {"log": Path("run.log")})
+        at_the_end = out.screen()
+        progress.phase("removing what is old")
+        assert at_the_end[-1].split() == ["log", "run.log"]
+    assert "step 8/8" not in out.getvalue().rpartition("run.log")[2] and "removing" not in out.getvalue()
+
+
 def cut(text, width):
     return text if len(text) <= width else text[: width - 1] + "…"
 

@@ -50,6 +50,7 @@ from kat_ray.types.records import (
     Reward,
     RolloutOutcome,
     SampledRollout,
+    ScoredGiven,
     StepStart,
     StopReason,
     array_bytes,
@@ -303,6 +304,9 @@ def test_bytes_of_a_step_by_hand():
     local = {name: value for name, value in expected.items() if "http" not in name}
     assert transfer_metrics(refs, scores, asks_servers=False) == local
     assert transfer_metrics(refs, [], asks_servers=False) == {"transfer/chunk_bytes": 164}, "nobody scores"
+    given = [ScoredGiven(0.5, row_bytes=30, http_sent=7, http_received=5)]
+    more = {"transfer/row_bytes": 86, "transfer/http_sent_bytes": 207, "transfer/http_received_bytes": 125}
+    assert transfer_metrics(refs, scores, True, given) == expected | more
     assert set(expected) <= set(METRICS)
 
 
