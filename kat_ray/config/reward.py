@@ -25,8 +25,10 @@ class RewardConfig(Section):
     """Regular expression of `format`; a dot matches line breaks too. It is searched for: ^ and $ tie it to the
     ends of the answer."""
     workers: Resumable[int] = Field(2, ge=1)
-    """Child processes that call reward functions at the same time; of functions that wait for a server, as many as
-    it can answer."""
+    """Child processes that call reward functions at the same time."""
+    calls_at_once: Resumable[int] = Field(16, ge=1)
+    """Calls of an `async` function that a worker has under way at once, such as requests to a judge; of others it
+    makes one after the other."""
     seconds: Resumable[float] = Field(5.0, gt=0)
     """Seconds after which a call about one answer is ended, with its process; the answer is not graded."""
     step_seconds: Resumable[float] = Field(60.0, gt=0)
@@ -77,5 +79,7 @@ class RewardConfig(Section):
     @property
     def rules(self) -> RewardRules:
         """What scores answers by it."""
-        limits = GradingLimits(self.workers, self.seconds, self.step_seconds, self.memory_gib, "reward.")
+        limits = GradingLimits(
+            self.workers, self.seconds, self.step_seconds, self.memory_gib, "reward.", self.calls_at_once
+        )
         return RewardRules(self.functions, self.format_pattern or "", limits, self.threshold)

@@ -25,6 +25,7 @@ from kat_ray.rewards.limits import Call, Fault, GradingLimits, Reply
 
 START_SECONDS = 120.0  # importing sympy, or what a user's file imports, on a busy machine
 _BLOCK = 1 << 16  # bytes that are written or read at once
+_SLACK = 2.0  # seconds that a call which was given up may take to end
 _LONGEST_LINE = 1 << 20  # bytes; a reply is a number, or a text that its side keeps short
 
 
@@ -41,6 +42,7 @@ class GradingChild:
         self._started = 0.0
         self._asked = 0
         self._read_so_far = b""
+        self.together: frozenset[str] = frozenset()  # graders that take several calls at once, once it has started
 
     def ask(self, call: Call, within: float = START_SECONDS) -> Reply:
         """What a call gives, in at most `within` seconds in all, the child's start included.
@@ -74,6 +76,25 @@ class GradingChild:
             return Reply(fault=Fault.NOT_REACHED, error=f"not done within {self._limits.words('step_seconds')}")
         return Reply(fault=Fault.TIME, error=f"took longer than {self._limits.words('seconds')}")
 
+    def ask_together(self, calls: Sequence[Call], within: float) -> list[Reply | None]:
+        """What calls of one grader of `together` give, in at most `within` seconds in all.
+
+        None: this call is to be asked alone. Its time was over, or its process came to its end, and others were
+        under way beside it, whose doing that may have been.
+        """
+        first, seconds = self._asked + 1, self._limits.seconds
+        self._asked += len(calls)
+        replies: list[Reply | None] = [None] * len(calls)
+        end = time.monotonic() + within
+        request = json.dumps([first, seconds, calls[0].grader, [call.arguments for call in calls]]).encode() + b"\n"
+        if self._send(request, end) and self._take_replies(replies, first, end):
+            return replies
+        self.close()
+        if time.monotonic() >= end:
+            late = Reply(fault=Fault.NOT_REACHED, error=f"not done within {self._limits.words('step_seconds')}")
+            replies = [reply or late for reply in replies]
+        return replies
+
     def start(self, within: float) -> bool:
         """Whether the child takes calls; it goes on starting where it does not yet after `within` seconds."""
         if self._ready:
@@ -87,7 +108,7 @@ class GradingChild:
             return False
         said = _parsed(line)
         if said is not None and said[0] == "ready":
-            self._ready = True
+            self._ready, self.together = True, frozenset(said[1])
             return True
         self._refuse(line, said)
 
@@ -119,8 +140,18 @@ class GradingChild:
 
     # --- inside -----------------------------------------------------------------------------------------------
 
+    def _take_replies(self, replies: list[Reply | None], first: int, end: float) -> bool:
+        """Write the replies to calls from the number `first` on into `replies`; False where some do not come."""
+        for _ in replies:
+            said = _parsed(self._line(min(end, time.monotonic() + self._limits.seconds + _SLACK)))
+            if said is None or said[1] == "memory":
+                return False
+            replies[said[0] - first] = _alone(said[1:])
+        return True
+
     def _spawn(self) -> subprocess.Popen[bytes]:
-        setup = [int(self._limits.memory_gib * 2**30), self._graders, self._pattern]
+        limits = self._limits
+        setup = [int(limits.memory_gib * 2**30), self._graders, self._pattern, limits.calls_at_once]
         # One thread: those of a pool take address space, which is limited. Hashes are the same in every child.
         environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONHASHSEED": "0"}
         child = subprocess.Popen(
@@ -192,6 +223,14 @@ class GradingChild:
             self._read_so_far += block
         line, _, self._read_so_far = self._read_so_far.partition(b"\n")
         return line
+
+
+def _alone(said: Sequence[Any]) -> Reply | None:
+    """A reply that does not depend on what was under way beside it."""
+    what, value = said
+    if what == "late":
+        return None
+    return Reply(value) if what == "value" else Reply(fault=Fault.RAISED, error=str(value))
 
 
 def _wait(pipe: int, event: int, deadline: float) -> bool:

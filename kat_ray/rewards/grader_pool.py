@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 
@@ -22,6 +22,51 @@ Check = Callable[[], object]
 
 def nothing() -> None:
     """There is nothing to look at while waiting."""
+
+
+class _Todo:
+    """Which of some calls are still to be asked; several threads take from it."""
+
+    def __init__(self, calls: Sequence[Call] = (), children: int = 1, at_once: int = 1) -> None:
+        self._calls, self._children, self._at_once = calls, children, at_once
+        self._most = math.ceil(len(calls) / children)  # for one child at once: none shall be without
+        self._left = deque(range(len(calls)))
+        self._alone: set[int] = set()
+        self._ended = False
+        self._lock = threading.Lock()
+
+    def __bool__(self) -> bool:
+        return bool(self._left)
+
+    def take(self, together: Container[str]) -> list[int]:
+        """The next call; of graders of `together` as many as one child should get; nothing where none is left."""
+        with self._lock:
+            if not self._left:
+                return []
+            first = self._left.popleft()
+            grader = self._calls[first].grader
+            if self._at_once == 1 or grader not in together or first in self._alone:
+                return [first]
+            others = [i for i in self._left if self._calls[i].grader == grader and i not in self._alone]
+            # Half of a child's share, so that one that is slow gets fewer in the end.
+            half = math.ceil((len(others) + 1) / (2 * self._children))
+            more = others[: min(max(self._at_once, half), self._most) - 1]
+            taken = set(more)
+            self._left = deque(i for i in self._left if i not in taken)
+            return [first, *more]
+
+    def put_back(self, i: int) -> None:
+        """A call that is to be asked alone."""
+        with self._lock:
+            if not self._ended:
+                self._alone.add(i)
+                self._left.append(i)
+
+    def end(self) -> None:
+        """Nothing is to be asked any more."""
+        with self._lock:
+            self._ended = True
+            self._left.clear()
 
 
 class GraderPool:
@@ -53,33 +98,40 @@ class GraderPool:
 
         `check` is called every second meanwhile. What it raises ends the calls, with their processes.
         """
+        if not calls:
+            return []
         end = time.monotonic() + (self._limits.total_seconds if within is None else within)
         late = Reply(fault=Fault.NOT_REACHED, error=f"not reached within {self._limits.words('step_seconds')}")
         replies = [late] * len(calls)
-        todo = deque(range(len(calls)))
+        children = self._of(len(calls))
+        todo = _Todo(calls, len(children), self._limits.calls_at_once)
 
         def work(child: GradingChild) -> None:
-            while (left := end - time.monotonic()) > 0:
-                try:
-                    i = todo.popleft()
-                except IndexError:  # another thread took the last
-                    return
-                replies[i] = child.ask(calls[i], left)
+            while todo and (left := end - time.monotonic()) > 0 and child.start(left):
+                taken = todo.take(child.together)
+                asked = [calls[i] for i in taken]
+                if len(taken) == 1:
+                    replies[taken[0]] = child.ask(asked[0], left)
+                elif taken:
+                    for i, reply in zip(taken, child.ask_together(asked, left), strict=True):
+                        if reply is None:
+                            todo.put_back(i)
+                        else:
+                            replies[i] = reply
 
-        if calls:
-            self._on_each(self._of(len(calls)), work, check, todo)
+        self._on_each(children, work, check, todo)
         return replies
 
     def start(self, calls: int, check: Check = nothing) -> None:
         """Wait until the children that so many calls get are ready; `UserError` where one cannot be."""
-        self._on_each(self._of(calls), lambda child: child.start(START_SECONDS), check, deque())
+        self._on_each(self._of(calls), lambda child: child.start(START_SECONDS), check, _Todo())
 
     def _on_each(
         self,
         children: Sequence[GradingChild],
         work: Callable[[GradingChild], object],
         check: Check,
-        todo: deque[int],
+        todo: _Todo,
     ) -> None:
         """Do the work with all children at the same time, each in a thread that takes from `todo`."""
         while not self._free.acquire(timeout=SLICE):
@@ -94,7 +146,7 @@ class GraderPool:
         children: Sequence[GradingChild],
         work: Callable[[GradingChild], object],
         check: Check,
-        todo: deque[int],
+        todo: _Todo,
     ) -> None:
         with ThreadPoolExecutor(len(children), "grader") as threads:
             left = {threads.submit(work, child) for child in children}
@@ -106,7 +158,7 @@ class GraderPool:
                     if left:
                         check()
                 except BaseException:
-                    todo.clear()
+                    todo.end()
                     while wait(left, SLICE / 10).not_done:
                         for child in children:
                             child.interrupt()

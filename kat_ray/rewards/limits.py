@@ -29,6 +29,7 @@ class GradingLimits:
     total_seconds: float = 60.0  # for all answers of a step
     memory_gib: float = 1.0  # of one process
     fields: str = "evaluation.grading_"  # how the names of these fields begin, for messages
+    calls_at_once: int = 1  # of an async function, in one process
 
     def words(self, field: str) -> str:
         """A field of the configuration and its value: `seconds`, `step_seconds` or `memory_gib`."""

@@ -1,23 +1,30 @@
-"""What a grading child runs: `python -m kat_ray.rewards.serve '[BYTES, ["grader", ...], "pattern"]'`.
+"""What a grading child runs: `python -m kat_ray.rewards.serve '[BYTES, ["grader", ...], "pattern", AT_ONCE]'`.
 
-It limits its own memory, loads its graders, and says `["ready", "", ""]`, or `["failed", grader, reason]`. Then it
-reads `[number, seconds, grader, arguments]` and writes `[number, "value", value]`, `[number, "error", text]` or
-`[number, "memory", ""]`, one JSON line each. The pipes are taken from standard input and output before anything is
-loaded: what a function prints or reads goes nowhere. A child whose parent is gone ends at once, with all that it
-forked: a process beside it sees to that. Where there is no such process it ends with its input, or by an alarm that
-it sets itself. What calls leave running is bounded (kat_ray.rewards.left_behind).
+It limits its own memory, loads its graders, and says `["ready", ["async grader", ...], ""]`, or `["failed", grader,
+reason]`. Then it reads `[number, seconds, grader, arguments]` and writes `[number, "value", value]`, `[number,
+"error", text]` or `[number, "memory", ""]`, one JSON line each.
+
+An async grader also takes a list of arguments: calls with the numbers from `number` on, of which AT_ONCE are under
+way. Each is answered as it ends; one that takes longer than `seconds` is given up here (`[number, "late", ""]`).
+
+The pipes are taken from standard input and output before anything is loaded: what a function prints or reads goes
+nowhere. A child whose parent is gone ends at once, with all that it forked: a process beside it sees to that. Where
+there is no such process it ends with its input, or by an alarm that it sets itself. What calls leave running is
+bounded (kat_ray.rewards.left_behind).
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
 import os
 import re
 import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -51,7 +58,7 @@ def load(name: str, pattern: str) -> Grader:
 
 def main() -> None:
     """Serve until the input ends."""
-    limit, names, pattern = json.loads(sys.argv[1])
+    limit, names, pattern, at_once = json.loads(sys.argv[1])
     if os.getpgrp() == os.getpid():
         _end_group_with(os.getppid(), os.getpid())
     requests, replies = _own_pipes()
@@ -72,16 +79,22 @@ def main() -> None:
             return say("failed", name, _words(error))
     signal.setitimer(signal.ITIMER_REAL, 0)
     left = LeftBehind()
-    say("ready", "", "")
+    say("ready", [name for name, grader in graders.items() if is_async(grader)], "")
     for line in requests:
         number, seconds, name, arguments = json.loads(line)
+        rounds = math.ceil(len(arguments) / at_once) if isinstance(arguments, list) else 1
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, seconds + _ORPHAN_SECONDS)
-        what = _answer(graders[name], arguments)
+        signal.setitimer(signal.ITIMER_REAL, rounds * seconds + _ORPHAN_SECONDS)
+        if isinstance(arguments, list):
+            _answer_together(graders[name], number, arguments, seconds, at_once, say)
+            what = None
+        else:
+            what = _answer(graders[name], arguments)
         signal.setitimer(signal.ITIMER_REAL, 0)
         if os.getpid() == own:
             left.bound()
-        say(number, *what)
+        if what is not None:
+            say(number, *what)
     if os.getpgrp() == own:  # what functions left running
         os.killpg(own, signal.SIGKILL)
 
@@ -122,6 +135,41 @@ def _answer(grader: Grader, arguments: Mapping[str, Any]) -> tuple[str, Any]:
         return "memory", ""
     except BaseException as error:  # such as the CancelledError of an async function
         return "error", _words(error)
+
+
+def is_async(grader: Grader) -> bool:
+    """Whether several of its calls can be under way at once."""
+    return isinstance(grader, signatures.RewardFunction) and grader.is_async
+
+
+def _answer_together(
+    grader: Grader,
+    first: int,
+    asked: Sequence[Mapping[str, Any]],
+    seconds: float,
+    at_once: int,
+    say: Callable[..., None],
+) -> None:
+    """Answer calls whose numbers begin with `first`, each as it ends."""
+    assert isinstance(grader, signatures.RewardFunction), "the parent was told which are async"
+
+    async def answer(gate: asyncio.Semaphore, number: int, arguments: Mapping[str, Any]) -> None:
+        async with gate:
+            limit = asyncio.timeout(seconds)
+            try:
+                async with limit:
+                    what: tuple[str, Any] = "value", await grader.awaited(arguments)
+            except MemoryError:
+                what = "memory", ""
+            except BaseException as error:  # as in `_answer`
+                what = ("late", "") if limit.expired() else ("error", _words(error))
+        say(number, *what)
+
+    async def answer_all() -> None:
+        gate = asyncio.Semaphore(at_once)
+        await asyncio.gather(*(answer(gate, first + i, each) for i, each in enumerate(asked)))
+
+    grader.loop.run_until_complete(answer_all())
 
 
 def _own_pipes() -> tuple[TextIO, TextIO]:

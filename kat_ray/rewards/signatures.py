@@ -36,11 +36,40 @@ class Unusable(Exception):
     """A function that cannot be called, or a value that is no reward; its text says all."""
 
 
-def load(name: str) -> Callable[[Mapping[str, Any]], float | None]:
-    """Import `file.py:name`; what it returns takes a call's arguments (`Task.arguments`) and gives the reward.
+class RewardFunction:
+    """A function of a user's file. Called with a call's arguments (`Task.arguments`) it gives the reward.
 
-    None is a reward that was left out on purpose. `Unusable` where the file lacks the name, or it cannot be called.
+    None is a reward that was left out on purpose.
     """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments_of: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        value_of: Callable[[Any], float | None],
+    ) -> None:
+        self._function, self._arguments_of, self._value_of = function, arguments_of, value_of
+        self.loop = asyncio.new_event_loop()  # one for all calls: a session of a client belongs to its loop
+
+    @property
+    def is_async(self) -> bool:
+        """Whether several calls can be under way at once."""
+        called = type(self._function).__call__
+        return inspect.iscoroutinefunction(self._function) or inspect.iscoroutinefunction(called)
+
+    def __call__(self, asked: Mapping[str, Any]) -> float | None:
+        result = self._function(**self._arguments_of(asked))
+        if inspect.isawaitable(result):
+            result = self.loop.run_until_complete(_awaited(result))
+        return self._value_of(result)
+
+    async def awaited(self, asked: Mapping[str, Any]) -> float | None:
+        """As a call, within `loop`."""
+        return self._value_of(await self._function(**self._arguments_of(asked)))
+
+
+def load(name: str) -> RewardFunction:
+    """Import `file.py:name`; `Unusable` where the file lacks the name, or it cannot be called."""
     path, _, attribute = name.rpartition(":")
     module = _module(Path(path).expanduser())
     if not hasattr(module, attribute):
@@ -62,15 +91,7 @@ def load(name: str) -> Callable[[Mapping[str, Any]], float | None]:
             "as for verl), or `queries` (and `prompts`, `labels`, as for OpenRLHF)"
         )
     ((arguments_of, value_of),) = known
-    loop = asyncio.new_event_loop()
-
-    def call(asked: Mapping[str, Any]) -> float | None:
-        result = function(**_fitting(parameters, arguments_of(asked)))
-        if inspect.isawaitable(result):
-            result = loop.run_until_complete(_awaited(result))
-        return value_of(result)
-
-    return call
+    return RewardFunction(function, lambda asked: _fitting(parameters, arguments_of(asked)), value_of)
 
 
 def _module(path: Path) -> Any:

@@ -72,8 +72,8 @@ def test_the_rules_have_the_fields(tmp_path):
     rules = load(
         tmp_path,
         "reward: {functions: {'r.py:f': 2}, workers: 3, seconds: 4, step_seconds: 50, memory_gib: 6, "
-        "threshold: 0.5}",
+        "calls_at_once: 7, threshold: 0.5}",
     ).reward.rules
-    assert rules.limits == GradingLimits(3, 4.0, 50.0, 6.0, "reward.")
+    assert rules.limits == GradingLimits(3, 4.0, 50.0, 6.0, "reward.", 7)
     assert (rules.weights, rules.threshold) == ({"r.py:f": 2.0}, 0.5)
     assert rules.limits.words("step_seconds") == "reward.step_seconds = 50"

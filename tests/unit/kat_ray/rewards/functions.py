@@ -17,7 +17,7 @@ GOOD = "def score(completions, **kw): return [1.0]\n"
 @contextmanager
 def scorer(functions, tasks=TASKS, **rules):
     limits = {"processes": 1, "seconds": 30.0, "total_seconds": 120.0, "fields": "reward."}
-    limits |= {name: rules.pop(name) for name in (*limits, "memory_gib") if name in rules}
+    limits |= {name: rules.pop(name) for name in (*limits, "memory_gib", "calls_at_once") if name in rules}
     made = RewardScorer(RewardRules(functions, limits=GradingLimits(**limits), **rules), tasks)
     try:
         yield made

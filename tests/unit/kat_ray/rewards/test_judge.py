@@ -5,6 +5,8 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
 from tests.unit.kat_ray.rewards.functions import answers, scorer, values
 
 JUDGE = """
@@ -83,3 +85,80 @@ def test_a_judge_that_is_busy_or_hangs_costs_its_own_answer_alone(file):
         assert values(scored) == [0.25, None, None, 0.5]
         assert (scored.metrics["reward/errors"], scored.metrics["reward/timeouts"]) == (0, 1)
         assert scored.rewards[1].error == "", "None on purpose is no error"
+
+
+def test_a_worker_has_several_calls_under_way(file):
+    """It would wait for ever if one were made after the other; the seventh waits for a place."""
+    with judge(together=6) as server:
+        name = file(f"PORT = {server.server_address[1]}\n{JUDGE}")
+        with scorer({name: 1.0}, calls_at_once=6) as made:
+            scored = made.score(answers(*"abcdef", *("ab",) * 6))
+        assert values(scored) == [0.25] * 6 + [0.5] * 6
+        assert server.most == 6 and len(server.asked) == 12
+
+
+def test_workers_share_calls_that_are_under_way_at_once(file):
+    with judge(together=6) as server:
+        name = file(f"PORT = {server.server_address[1]}\n{JUDGE}")
+        with scorer({name: 1.0}, processes=3, calls_at_once=2) as made:
+            assert values(made.score(answers(*"abcdef"))) == [0.25] * 6
+        assert server.most == 6
+
+
+MIXED = """
+import asyncio, os, time
+
+async def score(completions, **kwargs):
+    text = completions[0]
+    await asyncio.sleep(0)
+    if text == "raises":
+        raise ValueError("no answer")
+    if text == "waits":
+        await asyncio.Event().wait()
+    if text == "stays":
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await asyncio.Event().wait()
+    if text == "blocks":
+        time.sleep(1e6)
+    if text == "dies":
+        os._exit(3)
+    if text == "eats":
+        return [bytearray(1 << 40)]
+    return [len(text)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("bad", "fault"),
+    [
+        ("raises", "ValueError: no answer"), ("waits", "took longer than reward.seconds = 2"),
+        ("stays", "took longer than reward.seconds = 2"), ("blocks", "took longer than reward.seconds = 2"),
+        ("dies", "ended its process (exit code 3)"), ("eats", "took more memory than"),
+    ],
+)  # fmt: skip
+def test_one_answers_calls_are_that_answers_affair_alone(file, bad, fault):
+    with scorer({file(MIXED): 1.0}, seconds=2.0, calls_at_once=4) as made:
+        scored = made.score(answers("a", bad, "abc", "abcd", "abcde", "ab"))
+    assert values(scored) == [1, None, 3, 4, 5, 2]
+    assert fault in scored.rewards[1].error
+
+
+def test_who_stops_waiting_ends_what_is_under_way(file):
+    class Enough(Exception):
+        pass
+
+    def check():
+        raise Enough
+
+    with scorer({file(MIXED): 1.0}, seconds=1e6, total_seconds=1e6, calls_at_once=4) as made:
+        with pytest.raises(Enough):
+            made.ask(answers(*("waits",) * 8), check)
+        assert values(made.score(answers("a", "ab"))) == [1, 2], "another process goes on"
+
+
+def test_the_time_of_a_step_ends_calls_that_are_under_way(file):
+    with scorer({file(MIXED): 1.0}, seconds=60.0, total_seconds=3.0, calls_at_once=4) as made:
+        scored = made.score(answers("a", "waits", "abc"))
+    assert values(scored) == [1, None, 3] and "not done within reward.step_seconds = 3" in scored.rewards[1].error
