@@ -20,6 +20,7 @@ from kat_ray.algorithms.base import Credit, EndedStep, RolloutCredit
 from kat_ray.algorithms.choice import algorithm_of, check_rule
 from kat_ray.analysis.replay import load_table, with_changes
 from kat_ray.config import Config
+from kat_ray.config.load import section_error
 from kat_ray.data.accounting import FinishedRollout, count_tokens
 from kat_ray.data.prompt_order import given_places
 from kat_ray.errors import UserError
@@ -212,12 +213,12 @@ def _bits(value: float | None) -> bytes | None:
 
 def with_objective(config: Config, changes: Mapping[str, Any]) -> Config:
     """The configuration with other values in `objective.rl`; UserError says which a run would not be allowed."""
-    rl = with_changes(config.objective.rl, changes)
+    rl = with_changes(config.objective.rl, changes, "objective.rl")
     changed = config.model_copy(update={"objective": config.objective.model_copy(update={"rl": rl})})
     try:
         changed = Config.model_validate(changed.model_dump())
     except ValidationError as error:
-        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
+        raise section_error(error, (), {}) from None
     check_rule(changed)
     return changed
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
 from kat_ray.config import Config
-from kat_ray.config.load import refuse_flags
+from kat_ray.config.load import refuse_flags, section_error
 from kat_ray.data.prompt_order import is_probe
 from kat_ray.errors import UserError
 from kat_ray.records.traces import read_rows
@@ -25,7 +25,7 @@ from kat_ray.termination import RULES, RunFacts, make_rule
 from kat_ray.termination.base import Finished
 from kat_ray.termination.calibration import MinimaBuffer
 from kat_ray.termination.kat import KatRule, tells_all
-from kat_ray.termination.settings import KatParameters, with_threshold_of
+from kat_ray.termination.settings import KatParameters, RuleSettings, with_threshold_of
 from kat_ray.termination.staircase import Staircase, staircase
 from kat_ray.types.records import DEFAULT_TEACHER, FloatArray, IntArray
 
@@ -399,15 +399,13 @@ def _probes(traces: Traces, rule: KatParameters, seed: int) -> IntArray:
     return np.array([is_probe(drawn, int(i), rule.probe_share) for i in traces.rollout_id], dtype=bool)
 
 
-def with_changes(base: Settings, changes: Mapping[str, Any]) -> Settings:
-    """`base` with other values; `UserError` names the one that is not allowed."""
+def with_changes(base: Settings, changes: Mapping[str, Any], section: str = "termination") -> Settings:
+    """`base`, of a section of a configuration, with other values; `UserError` names what is not allowed."""
     taken = with_threshold_of(changes) if isinstance(base, KatParameters) else changes
     try:
         changed_one = type(base).model_validate({**base.model_dump(), **taken})
         refuse_flags(taken, changed_one)
         return changed_one
     except ValidationError as error:
-        changed = ", ".join(f"{name} = {value!r}" for name, value in changes.items())
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"][1:] or first["loc"]))
-        raise UserError(": ".join(filter(None, (changed, field, first["msg"])))) from error
+        rule = (base.rule,) if isinstance(base, RuleSettings) else ()
+        raise section_error(error, (*section.split("."), *rule), changes) from None

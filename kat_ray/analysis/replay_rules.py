@@ -39,13 +39,20 @@ from kat_ray.types.records import FloatArray, IntArray
 COLUMNS = tuple(name for name in NewTokens._fields if name != "d")
 
 
+def rules_of(base: RuleSettings, grid: Mapping[str, Sequence[Any]]) -> list[RuleSettings]:
+    """Every combination of the grid's values on top of `base`; `UserError` where one is not allowed."""
+    names = sorted(grid, key=lambda name: name != "window")  # windows are the work: one after the other
+    return [
+        with_changes(base, dict(zip(names, values, strict=True)))
+        for values in itertools.product(*(grid[name] for name in names))
+    ]
+
+
 def sweep(traces: Traces, base: RuleSettings, grid: Mapping[str, Sequence[Any]], facts: RunFacts) -> list[Tradeoff]:
     """Every combination of the grid's values on top of `base`, each on rollouts that were seen to their end."""
-    names = sorted(grid, key=lambda name: name != "window")  # windows are the work: one after the other
     results = []
     width, windows = 0, None
-    for values in itertools.product(*(grid[name] for name in names)):
-        rule = with_changes(base, dict(zip(names, values, strict=True)))
+    for rule in rules_of(base, grid):
         kat = kat_parameters(rule)
         if kat is not None:
             if windows is None or kat.window != width:

@@ -190,7 +190,7 @@ def _version() -> str:
 
 def _train(args: argparse.Namespace) -> int:
     from kat_ray.config.load import load_config
-    from kat_ray.run.resume import is_finished, resumed_config
+    from kat_ray.run.resume import finished_steps, resumed_config
 
     overrides = [*args.overrides, *(["run.profile=true"] if args.profile else [])]
     args.resume = _found(args.resume)
@@ -202,8 +202,8 @@ def _train(args: argparse.Namespace) -> int:
         if args.config is not None and "=" not in args.config:
             raise UserError(f"{args.config}: --resume takes the run's own configuration; leave this one out")
         config = resumed_config(args.resume, [*([args.config] if args.config else []), *overrides])
-        if is_finished(args.resume, config.run.steps):
-            print(f"{args.resume}: all {config.run.steps} steps are done; a larger run.steps=N adds more")
+        if (done := finished_steps(args.resume)) >= config.run.steps:
+            print(f"{args.resume}: all {done} steps are done; a larger run.steps=N adds more")
             return 0
     from kat_ray.cluster.versions import skew
 

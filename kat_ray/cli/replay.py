@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kat_ray.analysis.replay import Replayed, Traces, load_traces, uncensored, with_changes
-from kat_ray.analysis.replay_rules import reproduce, sweep
+from kat_ray.analysis.replay_rules import reproduce, rules_of, sweep
 from kat_ray.analysis.tradeoff import Tradeoff, frontier, recommend
 from kat_ray.config import Config
 from kat_ray.config.load import load_config, yaml_value
@@ -36,6 +36,7 @@ def replay(
     console, config = terminal(), run_config(run_dir)
     base = _base(config, rule)
     grid = _grid(base, settings, config.rollout.max_tokens)
+    rules_of(base, grid)  # what is not allowed is said before anything is read
     read = {name for rule in (base, config.termination) for name in RULES[rule.rule].reads}
     traces, notes = load_traces(run_dir, sorted(read))
     for note in notes:

@@ -45,6 +45,8 @@ def replay_objective(run_dir: Path, settings: Sequence[str], out: Path | None) -
     """
     console, config = terminal(), run_config(run_dir)
     grid = _grid(settings)
+    changes = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())] if grid else []
+    changed = [with_objective(config, each) for each in changes]  # what is not allowed is said before all else
     steps, notes = recorded_steps(run_dir, config)
     for note in notes:
         console.print(f"warning: {note}", markup=False)
@@ -55,9 +57,8 @@ def replay_objective(run_dir: Path, settings: Sequence[str], out: Path | None) -
         console.print(ratio_words(ratios, config.objective.rl.clip), markup=False)
     mine = config.objective.rl.model_dump()
     results = [worth({name: mine[name] for name in grid}, own, own)]
-    for values in itertools.product(*grid.values()) if grid else ():
-        changes = dict(zip(grid, values, strict=True))
-        results.append(worth(changes, replayed(steps, with_objective(config, changes)), own))
+    for each, other in zip(changes, changed, strict=True):
+        results.append(worth(each, replayed(steps, other), own))
     _print(console, results)
     path = (out or run_dir / "replay") / "objective.csv"
     with writing(path.parent):

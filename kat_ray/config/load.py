@@ -241,6 +241,18 @@ def _validate(tree: Mapping[str, Any], source: Source) -> Config:
     return config
 
 
+def section_error(error: ValidationError, section: Path_, changes: Mapping[str, Any]) -> ConfigError:
+    """What is wrong with a section that was read alone, in the words of a whole configuration's errors.
+
+    `changes` are what was given on the command line; a section of a rule is ("termination", NAME).
+    """
+    place = _without_tags(section)
+    given: dict[Path_, str] = {(*place, name): f"{name}={_shown(value)}" for name, value in changes.items()}
+    source = Source("the command", overrides=given)
+    lines = dict.fromkeys(_message({**e, "loc": (*section, *e["loc"])}, source) for e in error.errors())
+    return ConfigError("\n".join(lines))
+
+
 def _check_texts(value: Any, path: Path_, source: Source) -> None:
     """Refuse text that no file, tokenizer or terminal takes, and secrets: a run stores its configuration."""
     if isinstance(value, Mapping):

@@ -109,10 +109,10 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, tree
 
 
-def is_finished(run: Place, steps: int) -> bool:
-    """Whether a run has done so many steps and written its summary."""
+def finished_steps(run: Place) -> int:
+    """Steps of a run that has written its summary; 0 of another."""
     file = (copied(run, ("summary.json",)) if isinstance(run, Address) else run) / "summary.json"
-    return file.is_file() and int(read_json(file, SUMMARY).get("steps", 0)) >= steps
+    return int(read_json(file, SUMMARY).get("steps", 0)) if file.is_file() else 0
 
 
 def in_ray_job() -> bool:
@@ -134,4 +134,4 @@ def unfinished_run(config: Config) -> Place | None:
     except UserError:
         return None
     config = pinned_like(config, before)
-    return path if not changes(before, config) and not is_finished(path, config.run.steps) else None
+    return path if not changes(before, config) and finished_steps(path) < config.run.steps else None

@@ -75,7 +75,7 @@ REWARDS = {
             ["learner", "scorer"], 2, {"learner": {"batching": "packed", "micro_batch_tokens": 256}},
             marks=pytest.mark.nightly,
         ),
-        pytest.param([*CLASSES, "scorer", "monitor"], 1, REWARDS, marks=pytest.mark.nightly),
+        pytest.param([*CLASSES], 1, REWARDS, marks=pytest.mark.nightly),
     ],
     ids=["gate", "long", "adapters", "dora", "packed", "rewards"],
 )  # fmt: skip

@@ -212,7 +212,10 @@ def test_what_no_run_is_allowed_is_not_replayed(rule, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["advantage=best"], "advantage = 'best'"),
+        (
+            ["advantage=best"],
+            'objective.rl.advantage = "best": must be one of grpo, dr_grpo',
+        ),
         (["cut_reward=probe_weighted"], "must be 'rloo' or 'dr_grpo' with cut_reward = 'probe_weighted'"),
         (["cut=3"], "must be FIELD=VALUE or FIELD=[VALUE, ...] with one of advantage, min_std"),
         (["clip=[0.1, 0.2]"], "objective.rl.clip is the learner's, which a replay does without"),

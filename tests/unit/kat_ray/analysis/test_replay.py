@@ -374,8 +374,8 @@ def test_the_command_takes_any_rule(tmp_path, capsys):
     for arguments, message in (
         (["--rule", "trap"], "--rule 'trap': must be one of kat"),
         (["--rule", "fixed_prefix", "eta=0.3"], "with one of probe_share, n"),
-        (["--rule", "fixed_prefix", "n=0"], "n = 0: n: Input should be greater"),
-        (["--rule", "length_matched"], "run: Field required"),
+        (["--rule", "fixed_prefix", "n=0"], "override n=0: termination.n = 0: must be a whole number >= 1"),
+        (["--rule", "length_matched"], "termination.run is missing: text"),
         (["--rule", "prune_opd"], "needs the overlap"),
         (["--rule", "kat_stages"], "must be one of kat, fixed_prefix"),
     ):

@@ -17,7 +17,7 @@ from kat_ray.observability.trackers import TensorBoardTracker, Trackers
 from kat_ray.run.directory import RunDirectory
 from kat_ray.run.jsonl_tracker import JsonlTracker
 from kat_ray.run.lock import RecordError
-from kat_ray.run.resume import changes, check_prompts, is_finished, resumable, resumed_config, unfinished_run
+from kat_ray.run.resume import changes, check_prompts, finished_steps, resumable, resumed_config, unfinished_run
 from kat_ray.types.records import Prompt
 
 
@@ -46,7 +46,8 @@ def test_what_a_resume_may_change_is_what_it_was_when_it_was_a_list():
     # Added since: the check before the first step, bounds of grading.
     expected |= {"run.check_agreement"}
     expected |= {f"evaluation.grading_{name}" for name in ("processes", "seconds", "step_seconds", "memory_gib")}
-    expected |= {f"reward.{n}" for n in ("workers", "seconds", "step_seconds", "memory_gib", "max_error_share")}
+    expected |= {f"reward.{n}" for n in ("workers", "calls_at_once", "seconds", "step_seconds")}
+    expected |= {f"reward.{n}" for n in ("memory_gib", "max_error_share")}
     expected |= {"learner.batching"}  # as `micro_batch_tokens`: what shares a pass
     expected |= {"learner.reduce_dtype"}  # as `zero_stage`: how sums are rounded
     expected |= {"evaluation.every_k"}  # as `every`: how often and how well it is looked at, not what is done
@@ -102,7 +103,7 @@ def test_only_a_ray_job_goes_on_by_itself(run, tmp_path, monkeypatch):
     assert unfinished_run(config_in(tmp_path, "run.seed=3")) is None
     assert unfinished_run(config_in(tmp_path, "run.name=other")) is None
     (run / "summary.json").write_text(json.dumps({"steps": config.run.steps}))
-    assert is_finished(run, config.run.steps) and unfinished_run(config) is None
+    assert finished_steps(run) == config.run.steps and unfinished_run(config) is None
     further = config_in(tmp_path, f"run.steps={config.run.steps + 1}")
     assert unfinished_run(further) == run
 
