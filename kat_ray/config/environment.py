@@ -179,6 +179,11 @@ def check_environment(
             f"{of_it[0]} = {paths[of_it[0]]!r}: needs the section environment, such as "
             "environment.families={chain_sum: {}}"
         )
+    if environment is not None and not of_it:
+        raise ValueError(
+            f"environment: none of its problems is asked, since data.path = {train!r}; name data.path = "
+            f"{PREFIX}train, or leave the section out"
+        )
     if verifier == "environment" and len(of_it) < len(paths):
         (other, *_) = (field for field in paths if field not in of_it)
         raise ValueError(

@@ -159,6 +159,8 @@ def config(environment=None, verifier="environment", path="environment:train", h
         ({"heldout": "h.jsonl"}, "evaluation.verifier = 'environment': grades problems of the environment alone, "
             "and evaluation.data.path = 'h.jsonl' is none"),
         ({"path": "t.jsonl"}, "and data.path = 't.jsonl' is none"),
+        ({"path": "t.jsonl", "heldout": "h.jsonl", "verifier": "integer"}, "environment: none of its problems is "
+            "asked, since data.path = 't.jsonl'"),
         ({"verifier": "math"}, r"data.path = 'environment:train': needs evaluation.verifier = 'environment'"),
         ({"environment": {"families": {"countdown": {}}}}, "families.countdown: its scorer runs the answer as code "
             r"\(parse_expr of sympy, which is eval\).*environment.allow_unsafe = \[countdown\] takes that risk"),
