@@ -239,7 +239,12 @@ def test_a_retried_job_goes_on_by_itself(straight, files, tmp_path, monkeypatch,
         status, text = ended(jobs, job)
         assert status == JobStatus.FAILED, text
         _, job = submitted(dashboard, train)
-        until(lambda: steps_done(metrics) >= 2 * kind.every + 2, 300, "another checkpoint, and two steps more")
+        goal = 2 * kind.every + 2
+        until(
+            lambda: steps_done(metrics) >= goal or jobs.get_job_status(job).is_terminal(), 300,
+            "another checkpoint, and two steps more",
+        )  # fmt: skip
+        assert steps_done(metrics) >= goal, job_logs(jobs, job)
         jobs.stop_job(job)
         status, text = ended(jobs, job)
         assert re.search(rf"after step ({kind.every}|{2 * kind.every})\b", text) and "saving step" in text, text

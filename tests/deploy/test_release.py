@@ -115,7 +115,8 @@ def test_an_extra_resolves_beside_the_pinned_torch(extra, built, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     brought = [found["metadata"]["name"] for found in json.loads(report.read_text())["install"]]
-    assert not [name for name in brought if name.startswith(("torch", "nvidia", "triton", "cuda"))]
+    harmless = {"nvidia-ml-py"}  # Python alone, which reads the load of a GPU
+    assert not [n for n in brought if n.startswith(("torch", "nvidia", "triton", "cuda")) and n not in harmless]
 
 
 @pytest.fixture(scope="module")
