@@ -148,6 +148,7 @@ def installed(built, tmp_path_factory):
 
 @pytest.mark.integration
 def test_what_is_installed_answers_outside_the_tree(installed):
+    assert "FAIL" not in installed("kat-ray", "doctor", "demo", seconds=300)
     where = installed("python", "-c", "import kat_ray, actors; print(kat_ray.__file__, actors.__file__)")
     assert all(str(installed.folder) in path for path in where.split())
     assert installed("kat-ray", "--version").startswith("kat-ray ")
@@ -155,9 +156,8 @@ def test_what_is_installed_answers_outside_the_tree(installed):
     assert "demo:heldout" in installed("kat-ray", "config", "demo-long")
 
 
-@pytest.mark.nightly
+@pytest.mark.integration
 def test_what_is_installed_trains_and_reports(own_ray, installed):
-    assert "FAIL" not in installed("kat-ray", "doctor", "demo", seconds=300)
     said = installed(
         "kat-ray", "train", "demo", "run.steps=2", "run.dir=runs", "evaluation.data.limit=4", "evaluation.k=1",
         "rollout.prompts_per_step=4", "data.limit=40", seconds=900,
