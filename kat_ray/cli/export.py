@@ -98,7 +98,9 @@ def _put(model: Path, out: Path, aside: Path) -> None:
 def find_source(source: Path) -> Source:
     """The checkpoint that is meant; `UserError` where there is none."""
     if not source.is_dir():
-        raise UserError(f"{source}: no such directory; name a run, such as runs/latest, or one of its checkpoints")
+        there = sorted(p.name for p in source.parent.glob("step-*")) if source.parent.name == "checkpoints" else []
+        instead = f"there are {', '.join(there)}" if there else "name a run, such as runs/latest, or a checkpoint"
+        raise UserError(f"{source}: no such directory; {instead}")
     if (source / "config.yaml").is_file():
         return Source(newest_checkpoint(source), source, load_config(source / "config.yaml", []))
     run = source.resolve().parent.parent
