@@ -1,7 +1,7 @@
 """What a run's models take of the memory, estimated from their sizes before anything is loaded: docs/numbers.md.
 
-Left out: what libraries take beside it (contexts of a GPU, fragments, Ray itself: some GiB in all), and samplers
-and scorers on other GPUs than the learner's, whose vLLM takes a share of the memory that is a field of its own.
+Left out: what libraries take beside it on a GPU (contexts, fragments: some GiB in all), and samplers and scorers on
+other GPUs than the learner's, whose vLLM takes a share of the memory that is a field of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ _WHOLE, _DIVIDED = 6, 12
 _HIDDEN_KEPT, _MLP_KEPT = 11, 4
 # float32 logits of a chunk, their gradient in the weights' type, and one more while they are turned into the other.
 _LOGITS_KEPT = 3
+# What processes take before they hold a model, with vLLM, torch and DeepSpeed: measured with the embedded pair.
+_RUN, _SAMPLER, _SCORER, _RANK = 1.2 * GIB, 0.9 * GIB, 0.4 * GIB, 0.7 * GIB  # the first: driver, monitor and Ray
+# Copies of the student's weights between learner and samplers: one being collected, one that is published, and the
+# one before it, which samplers may still read.
+_PUBLISHED = 3
 
 
 @dataclass(frozen=True)
@@ -98,12 +103,18 @@ def memory_needed(
         return
     if gpu is not None:  # the machine's memory is then not what the engines use
         return
-    sampler = config.sampler
-    rest = sampler.bounds[1] * (student * _BYTES[config.student.dtype] + sampler.kv_cache_gib * GIB)
-    for group in loaded:
-        rest += group.scorer.bounds[1] * (teachers[group.section] or 0) * _BYTES[group.model.dtype]
-    total = config.learner.world_size * rank + rest
-    yield "memory", total, f"weights, optimiser, KV caches and micro-batches{words}"
+    total = config.learner.world_size * (_RANK + rank) + _beside_on_cpus(config, student, teachers)
+    yield "memory", total, f"processes, weights, optimiser, KV caches and micro-batches{words}"
+
+
+def _beside_on_cpus(config: Config, student: int, teachers: Mapping[str, int | None]) -> float:
+    """Bytes of all but the learner's ranks, where they share the machine's memory with them."""
+    weights, sampler = student * _BYTES[config.student.dtype], config.sampler
+    total = _RUN + _PUBLISHED * weights + sampler.bounds[1] * (_SAMPLER + weights + sampler.kv_cache_gib * GIB)
+    for group in _loaded(config):
+        held = (teachers[group.section] or 0) * _BYTES[group.model.dtype]
+        total += group.scorer.bounds[1] * (_SCORER + held)
+    return total
 
 
 def _loaded(config: Config) -> list[ScorerGroup]:

@@ -46,7 +46,7 @@ def test_doctor_finds_nothing_wrong_on_the_hardware_of_the_page(recipe, tmp_path
     config = load_config(recipe, [*stand_ins(plain, tmp_path), *read])
     gpus, memory = HARDWARE.get(recipe.stem, (0, None))
     monkeypatch.setattr(doctor, "gpu_memory", lambda: memory)
-    monkeypatch.setattr(doctor, "free_memory", lambda: 12 * GIB)
+    monkeypatch.setattr(doctor, "free_memory", lambda: 16 * GIB)
     checks = [*doctor._settings(config), *resources(config, 64, gpus), *doctor._models_and_data(config)]
     said = {check.name: str(check) for check in checks}
     assert [str(check) for check in checks if check.level == "FAIL" or "will not fit" in check.text] == []

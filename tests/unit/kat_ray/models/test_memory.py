@@ -60,7 +60,8 @@ def test_one_memory_for_all_on_a_cpu():
     ((name, needed, words),) = memory_needed(config, FACTS, 40, None)
     batch = micro_batch(config, INFO, 40).bytes
     assert name == "memory" and "a micro-batch of 100 tokens" in words
-    assert needed == pytest.approx(18e6 + batch + 2 * (4e6 + 0.5 * GIB) + 3 * 8e6)
+    processes = (1.2 + 2 * 0.9 + 3 * 0.4 + 0.7) * GIB
+    assert needed == pytest.approx(processes + 18e6 + batch + 3 * 4e6 + 2 * (4e6 + 0.5 * GIB) + 3 * 8e6)
     assert not list(
         memory_needed(config, replace(FACTS, teachers={"teacher": replace(INFO, parameters=None)}), 40, None)
     )
@@ -104,7 +105,8 @@ def test_of_a_student_with_adapters_a_rank_holds_the_weights_and_little_more():
 
 def test_what_does_not_fit_is_said_and_what_to_do():
     (line,) = memory_notes(a_config(), FACTS, 40, 10**6, None)
-    assert line.startswith("memory: weights, optimiser, KV caches and micro-batches (") and "will not fit" in line
+    assert line.startswith("memory: processes, weights, optimiser, KV caches and micro-batches (")
+    assert "will not fit" in line
     assert "learner.micro_batch_tokens = 100)" in line and "lower learner.micro_batch_tokens" in line
     assert not list(memory_notes(a_config(), FACTS, 40, 10 * GIB, None))
     on_gpu = a_config(learner={"num_gpus": 1})
