@@ -133,12 +133,14 @@ class StudentSampler:
     def generate(self, request: GenerateRequest) -> SamplerReport:
         """Generate rollouts to their ends, scored and monitored meanwhile. Returns once all have ended.
 
-        `StateLost` if this is a new process that does not hold the requested weights yet.
+        `StateLost` if this is a new process that does not hold the requested weights yet, or knows no scorers.
         """
-        if request.version != self._version or self._scorers is None:
+        if request.version != self._version:
             raise StateLost(
                 f"{self._name} holds version {self._version}, not {request.version}: its process is new"
             )
+        if self._scorers is None:  # lost between two steps: it was given the weights like any other
+            raise StateLost(f"{self._name} was not told which scorers to ask: its process is new")
         with self._heartbeat.busy("generate"):
             self._generation = _Generation(self, request, self._scorers)
             return self._generation.run()
