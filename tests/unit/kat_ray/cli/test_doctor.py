@@ -111,11 +111,14 @@ def test_memory_that_is_not_there(files):
 
 def test_a_micro_batch_that_is_not_there(files):
     from kat_ray.models.inspect import check_models
+    from kat_ray.models.memory import memory_needed
 
     wide = config(files, rollout={"prompts_per_step": 4096, "max_tokens": 200})
     facts = check_models(wide)
-    (few,) = doctor._memory_needed(config(files), facts, 70, free=100 * 2**20, gpu=None)
-    (check,) = doctor._memory_needed(wide, facts, 210, free=100 * 2**20, gpu=None)
+    ((_, needed, _),) = memory_needed(config(files), facts, 70, None)
+    free = int(needed + 100 * 2**20)
+    (few,) = doctor._memory_needed(config(files), facts, 70, free, gpu=None)
+    (check,) = doctor._memory_needed(wide, facts, 210, free, gpu=None)
     assert (few.level, check.level) == ("ok", "warn")
     assert "a micro-batch of 16384 tokens; learner.micro_batch_tokens = 16384)" in check.text
 
