@@ -20,6 +20,7 @@ from actors.driver.training_run import TrainingRun
 from actors.learner.schedule import schedule_note
 from kat_ray.cluster.machine import free_memory
 from kat_ray.config import Config
+from kat_ray.config.environment import unused_environment
 from kat_ray.config.load import config_yaml
 from kat_ray.config.rule_warnings import rule_warnings
 from kat_ray.errors import Stopped
@@ -108,6 +109,8 @@ def _notes(config: Config, prepared: Prepared) -> Iterator[str]:
         )
     if config.reward.functions and not config.objective.rl.weight:
         yield "reward.functions is not used: objective.rl.weight = 0"
+    if (note := unused_environment(config.environment, config.data.path)) is not None:
+        yield note
     if prepared.golds.note:
         yield prepared.golds.note
     if (note := dtype_note(config.student.dtype, config.learner.dtype)) is not None:

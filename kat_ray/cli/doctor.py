@@ -23,6 +23,7 @@ from kat_ray.cluster.auth import fault
 from kat_ray.cluster.machine import free_memory, own_cores
 from kat_ray.cluster.threads import threads_of
 from kat_ray.config import Config, DataConfig
+from kat_ray.config.environment import unused_environment
 from kat_ray.config.rule_warnings import rule_warnings
 from kat_ray.errors import DataError, UserError
 from kat_ray.models.cpu_dtypes import cpu_flags, slow_dtypes
@@ -222,6 +223,8 @@ def _ray(env: Mapping[str, str], config: Config | None) -> Iterator[Check]:
 def _settings(config: Config) -> Iterator[Check]:
     """Settings that are allowed, but do not do what they seem to."""
     rollout = config.rollout
+    if (said := unused_environment(config.environment, config.data.path)) is not None:
+        yield warn("environment", said)
     for text in rule_warnings(config):
         yield warn("termination", text)
     if (note := dtype_note(config.student.dtype, config.learner.dtype)) is not None:

@@ -13,7 +13,7 @@ from kat_ray.config import Config, ModelConfig
 from kat_ray.config.load import load_config, usable_path
 from kat_ray.errors import UserError, writing
 from kat_ray.models.hub_upload import PREFIX, HubRepository
-from kat_ray.run.checkpoint import MANIFEST, check_model
+from kat_ray.run.checkpoint import MANIFEST, check_model, checkpoint_names
 
 _MODELS = ("config.json", "adapter_config.json")  # what a folder that may be replaced holds
 
@@ -98,7 +98,7 @@ def _put(model: Path, out: Path, aside: Path) -> None:
 def find_source(source: Path) -> Source:
     """The checkpoint that is meant; `UserError` where there is none."""
     if not source.is_dir():
-        there = sorted(p.name for p in source.parent.glob("step-*")) if source.parent.name == "checkpoints" else []
+        there = checkpoint_names(source.parent) if source.parent.name == "checkpoints" else []
         instead = f"there are {', '.join(there)}" if there else "name a run, such as runs/latest, or a checkpoint"
         raise UserError(f"{source}: no such directory; {instead}")
     if (source / "config.yaml").is_file():

@@ -162,6 +162,16 @@ def is_environment(path: str) -> bool:
     return path.startswith(PREFIX)
 
 
+def unused_environment(environment: EnvironmentConfig | None, train: str) -> str | None:
+    """What to say of an environment whose problems no step asks; `train` is `data.path`."""
+    if environment is None or is_environment(train):
+        return None
+    return (
+        f"environment: no step asks its problems, since data.path = {train!r}; name data.path = {PREFIX}train, or "
+        "leave the section out"
+    )
+
+
 def check_environment(
     environment: EnvironmentConfig | None, verifier: str, train: str, heldout: str | None
 ) -> None:
@@ -178,11 +188,6 @@ def check_environment(
         raise ValueError(
             f"{of_it[0]} = {paths[of_it[0]]!r}: needs the section environment, such as "
             "environment.families={chain_sum: {}}"
-        )
-    if environment is not None and not of_it:
-        raise ValueError(
-            f"environment: none of its problems is asked, since data.path = {train!r}; name data.path = "
-            f"{PREFIX}train, or leave the section out"
         )
     if verifier == "environment" and len(of_it) < len(paths):
         (other, *_) = (field for field in paths if field not in of_it)

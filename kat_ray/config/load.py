@@ -248,6 +248,8 @@ def section_error(error: ValidationError, section: Path_, changes: Mapping[str, 
     """
     place = _without_tags(section)
     given: dict[Path_, str] = {(*place, name): f"{name}={_shown(value)}" for name, value in changes.items()}
+    if changes:  # of what no single field is to blame for
+        given[place] = " ".join(given.values())
     source = Source("the command", overrides=given)
     lines = dict.fromkeys(_message({**e, "loc": (*section, *e["loc"])}, source) for e in error.errors())
     return ConfigError("\n".join(lines))

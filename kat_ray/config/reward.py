@@ -30,7 +30,8 @@ class RewardConfig(Section):
     """Calls of an `async` function that a worker has under way at once, such as requests to a judge; of others it
     makes one after the other."""
     seconds: Resumable[float] = Field(5.0, gt=0)
-    """Seconds after which a call about one answer is ended, with its process; the answer is not graded."""
+    """Seconds after which a call about one answer is ended, with its process; the answer is not graded. One of an
+    `async` function is made once more before that, alone."""
     step_seconds: Resumable[float] = Field(60.0, gt=0)
     """Seconds that all calls of one step (of each batch that it samples) may take once its rollouts have ended;
     answers that are not reached are not graded."""

@@ -103,14 +103,20 @@ def memory_needed(
         return
     if gpu is not None:  # the machine's memory is then not what the engines use
         return
-    total = config.learner.world_size * (_RANK + rank) + _beside_on_cpus(config, student, teachers)
+    adapters = config.learner.published_adapters
+    published = student if adapters is None else adapter_parameters(facts.student.config, adapters) or 0
+    total = config.learner.world_size * (_RANK + rank) + _beside_on_cpus(config, student, published, teachers)
     yield "memory", total, f"processes, weights, optimiser, KV caches and micro-batches{words}"
 
 
-def _beside_on_cpus(config: Config, student: int, teachers: Mapping[str, int | None]) -> float:
-    """Bytes of all but the learner's ranks, where they share the machine's memory with them."""
-    weights, sampler = student * _BYTES[config.student.dtype], config.sampler
-    total = _RUN + _PUBLISHED * weights + sampler.bounds[1] * (_SAMPLER + weights + sampler.kv_cache_gib * GIB)
+def _beside_on_cpus(config: Config, student: int, published: int, teachers: Mapping[str, int | None]) -> float:
+    """Bytes of all but the learner's ranks, where they share the machine's memory with them.
+
+    `student` and `published` are numbers of parameters: of a whole student, and of what samplers are given.
+    """
+    size, sampler = _BYTES[config.student.dtype], config.sampler
+    engine = _SAMPLER * sampler.tensor_parallel_size + student * size + sampler.kv_cache_gib * GIB
+    total = _RUN + _PUBLISHED * published * size + sampler.bounds[1] * engine
     for group in _loaded(config):
         held = (teachers[group.section] or 0) * _BYTES[group.model.dtype]
         total += group.scorer.bounds[1] * (_SCORER + held)

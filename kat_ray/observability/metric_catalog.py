@@ -178,7 +178,7 @@ METRICS = {
         Metric(
             "transfer/chunk_bytes", "bytes", "of the arrays of the step's chunks, those of given completions too"
         ),
-        Metric("transfer/score_bytes", "bytes", "of those of its scores, which monitors and driver fetch"),
+        Metric("transfer/score_bytes", "bytes", "of the arrays of its scores, which monitors and driver fetch"),
         Metric("transfer/row_bytes", "bytes", "of those of the teacher's rows"),
         Metric(
             "transfer/http_sent_bytes",

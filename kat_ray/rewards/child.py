@@ -1,8 +1,9 @@
-"""A child process that grades, one call after the other, and can be ended: the parent's side of `serve.py`.
+"""A child process that grades, and can be ended: the parent's side of `serve.py`.
 
 The parent works from any thread of any process. Both sides speak JSON, a line each, over pipes that nothing else
 writes to. A call that takes too long, or ends the child, costs that call: the child's whole process group is killed
-(what a function forked is in it), and the next call starts another child.
+(what a function forked is in it), and the next call starts another child. Of several calls under way at once, each
+that could have been its victim is to be asked again, alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 
 from kat_ray.errors import RewardError, UserError
 from kat_ray.rewards.libraries import library_of
-from kat_ray.rewards.limits import Call, Fault, GradingLimits, Reply
+from kat_ray.rewards.limits import Again, Call, Fault, GradingLimits, Reply
 
 START_SECONDS = 120.0  # importing sympy, or what a user's file imports, on a busy machine
 _BLOCK = 1 << 16  # bytes that are written or read at once
@@ -76,24 +77,25 @@ class GradingChild:
             return Reply(fault=Fault.NOT_REACHED, error=f"not done within {self._limits.words('step_seconds')}")
         return Reply(fault=Fault.TIME, error=f"took longer than {self._limits.words('seconds')}")
 
-    def ask_together(self, calls: Sequence[Call], within: float) -> list[Reply | None]:
+    def ask_together(self, calls: Sequence[Call], within: float) -> list[Reply | Again]:
         """What calls of one grader of `together` give, in at most `within` seconds in all.
 
-        None: this call is to be asked alone. Its time was over, or its process came to its end, and others were
-        under way beside it, whose doing that may have been.
+        The process is ended where one of them is late: what it has left running would be beside the next ones.
         """
-        first, seconds = self._asked + 1, self._limits.seconds
+        first, seconds, end = self._asked + 1, self._limits.seconds, time.monotonic() + within
         self._asked += len(calls)
-        replies: list[Reply | None] = [None] * len(calls)
-        end = time.monotonic() + within
         request = json.dumps([first, seconds, calls[0].grader, [call.arguments for call in calls]]).encode() + b"\n"
-        if self._send(request, end) and self._take_replies(replies, first, end):
-            return replies
-        self.close()
+        found: dict[int, Reply | Again] = {}
+        whole = self._send(request, end) and self._take_replies(found, first, len(calls), end)
+        if not whole or Again.ALONE in found.values():
+            self.close()
+        started = len(found) + self._limits.calls_at_once  # they are begun in their order
+        for i in range(len(calls)):
+            found.setdefault(i, Again.ALONE if i < started else Again.ANYHOW)
         if time.monotonic() >= end:
             late = Reply(fault=Fault.NOT_REACHED, error=f"not done within {self._limits.words('step_seconds')}")
-            replies = [reply or late for reply in replies]
-        return replies
+            found = {i: late if isinstance(reply, Again) else reply for i, reply in found.items()}
+        return [found[i] for i in range(len(calls))]
 
     def start(self, within: float) -> bool:
         """Whether the child takes calls; it goes on starting where it does not yet after `within` seconds."""
@@ -140,13 +142,15 @@ class GradingChild:
 
     # --- inside -----------------------------------------------------------------------------------------------
 
-    def _take_replies(self, replies: list[Reply | None], first: int, end: float) -> bool:
-        """Write the replies to calls from the number `first` on into `replies`; False where some do not come."""
-        for _ in replies:
+    def _take_replies(self, found: dict[int, Reply | Again], first: int, count: int, end: float) -> bool:
+        """Take the replies to `count` calls from the number `first` on; False where some do not come."""
+        numbers = {first + i for i in range(count)}
+        while numbers:
             said = _parsed(self._line(min(end, time.monotonic() + self._limits.seconds + _SLACK)))
-            if said is None or said[1] == "memory":
+            if said is None or said[0] not in numbers or said[1] == "memory":
                 return False
-            replies[said[0] - first] = _alone(said[1:])
+            numbers.remove(said[0])
+            found[said[0] - first] = _reply_of(*said[1:])
         return True
 
     def _spawn(self) -> subprocess.Popen[bytes]:
@@ -225,11 +229,10 @@ class GradingChild:
         return line
 
 
-def _alone(said: Sequence[Any]) -> Reply | None:
-    """A reply that does not depend on what was under way beside it."""
-    what, value = said
+def _reply_of(what: str, value: Any) -> Reply | Again:
+    """What one of several calls gave."""
     if what == "late":
-        return None
+        return Again.ALONE
     return Reply(value) if what == "value" else Reply(fault=Fault.RAISED, error=str(value))
 
 

@@ -6,15 +6,16 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 
 from kat_ray.rewards.child import START_SECONDS, GradingChild
 from kat_ray.rewards.libraries import answers_worth_a_start
-from kat_ray.rewards.limits import Call, Fault, GradingLimits, Reply, Verdicts
+from kat_ray.rewards.limits import Again, Call, Fault, GradingLimits, Reply, Verdicts
 from kat_ray.rewards.math_grader import question
 
+_FAILURES = 3  # batches that were broken off, after which calls are made one after the other
 SLICE = 1.0  # seconds between two checks of everything else while waiting
 
 Check = Callable[[], object]
@@ -27,46 +28,63 @@ def nothing() -> None:
 class _Todo:
     """Which of some calls are still to be asked; several threads take from it."""
 
-    def __init__(self, calls: Sequence[Call] = (), children: int = 1, at_once: int = 1) -> None:
-        self._calls, self._children, self._at_once = calls, children, at_once
+    def __init__(self, calls: Sequence[Call] = (), children: int = 1, at_once: int = 1, end: float = 0.0) -> None:
+        self._calls, self._children, self._at_once, self._end = calls, children, at_once, end
         self._most = math.ceil(len(calls) / children)  # for one child at once: none shall be without
         self._left = deque(range(len(calls)))
         self._alone: set[int] = set()
-        self._ended = False
-        self._lock = threading.Lock()
+        self._asked = 0  # calls that a thread has taken and not brought back
+        self._failures = 0
+        self._changed = threading.Condition()
 
-    def __bool__(self) -> bool:
-        return bool(self._left)
+    def wait(self) -> bool:
+        """Whether there is something to take, once there is; False when all is done, or time is over."""
+        with self._changed:
+            while not self._left and self._asked and (left := self._end - time.monotonic()) > 0:
+                self._changed.wait(left)
+            return bool(self._left) and time.monotonic() < self._end
 
     def take(self, together: Container[str]) -> list[int]:
         """The next call; of graders of `together` as many as one child should get; nothing where none is left."""
-        with self._lock:
-            if not self._left:
-                return []
-            first = self._left.popleft()
-            grader = self._calls[first].grader
-            if self._at_once == 1 or grader not in together or first in self._alone:
-                return [first]
-            others = [i for i in self._left if self._calls[i].grader == grader and i not in self._alone]
-            # Half of a child's share, so that one that is slow gets fewer in the end.
-            half = math.ceil((len(others) + 1) / (2 * self._children))
-            more = others[: min(max(self._at_once, half), self._most) - 1]
-            taken = set(more)
-            self._left = deque(i for i in self._left if i not in taken)
-            return [first, *more]
+        with self._changed:
+            taken = self._next(together)
+            self._asked += len(taken)
+            return taken
 
-    def put_back(self, i: int) -> None:
-        """A call that is to be asked alone."""
-        with self._lock:
-            if not self._ended:
-                self._alone.add(i)
-                self._left.append(i)
+    def _next(self, together: Container[str]) -> list[int]:
+        if not self._left:
+            return []
+        first = self._left.popleft()
+        grader = self._calls[first].grader
+        at_once = self._at_once if self._failures < _FAILURES else 1
+        if at_once == 1 or grader not in together or first in self._alone:
+            return [first]
+        others = [i for i in self._left if self._calls[i].grader == grader and i not in self._alone]
+        # Half of a child's share, so that one that is slow gets fewer in the end.
+        half = math.ceil((len(others) + 1) / (2 * self._children))
+        more = others[: min(max(at_once, half), self._most) - 1]
+        taken = set(more)
+        self._left = deque(i for i in self._left if i not in taken)
+        return [first, *more]
+
+    def bring_back(self, answers: Mapping[int, Reply | Again]) -> dict[int, Reply]:
+        """What a thread found of all that it took: what is to be asked again is left, the rest returned."""
+        again = {i: answer for i, answer in answers.items() if isinstance(answer, Again)}
+        with self._changed:
+            self._asked -= len(answers)
+            if self._end:
+                self._left.extend(again)
+                self._alone.update(i for i, how in again.items() if how is Again.ALONE)
+                self._failures += Again.ANYHOW in again.values()
+            self._changed.notify_all()
+        return {i: answer for i, answer in answers.items() if isinstance(answer, Reply)}
 
     def end(self) -> None:
         """Nothing is to be asked any more."""
-        with self._lock:
-            self._ended = True
+        with self._changed:
+            self._end = 0.0
             self._left.clear()
+            self._changed.notify_all()
 
 
 class GraderPool:
@@ -104,20 +122,16 @@ class GraderPool:
         late = Reply(fault=Fault.NOT_REACHED, error=f"not reached within {self._limits.words('step_seconds')}")
         replies = [late] * len(calls)
         children = self._of(len(calls))
-        todo = _Todo(calls, len(children), self._limits.calls_at_once)
+        todo = _Todo(calls, len(children), self._limits.calls_at_once, end)
 
         def work(child: GradingChild) -> None:
-            while todo and (left := end - time.monotonic()) > 0 and child.start(left):
-                taken = todo.take(child.together)
-                asked = [calls[i] for i in taken]
-                if len(taken) == 1:
-                    replies[taken[0]] = child.ask(asked[0], left)
-                elif taken:
-                    for i, reply in zip(taken, child.ask_together(asked, left), strict=True):
-                        if reply is None:
-                            todo.put_back(i)
-                        else:
-                            replies[i] = reply
+            while todo.wait() and child.start(end - time.monotonic()):
+                if not (taken := todo.take(child.together)):  # another thread was quicker
+                    continue
+                asked, left = [calls[i] for i in taken], end - time.monotonic()
+                answers = [child.ask(asked[0], left)] if len(taken) == 1 else child.ask_together(asked, left)
+                for i, reply in todo.bring_back(dict(zip(taken, answers, strict=True))).items():
+                    replies[i] = reply
 
         self._on_each(children, work, check, todo)
         return replies

@@ -122,6 +122,13 @@ class Reply:
         return self.fault in (Fault.TIME, Fault.NOT_REACHED)
 
 
+class Again(Enum):
+    """How a call is to be asked that has no reply yet."""
+
+    ALONE = "alone"  # it was late, or under way when its process came to its end: others were beside it
+    ANYHOW = "anyhow"  # it had not begun
+
+
 def outcome_of(reply: Reply) -> Outcome:
     """What a child's reply says of an answer; a value of 1 (or True) alone is right."""
     match reply.fault:

@@ -25,6 +25,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -79,7 +80,10 @@ def main() -> None:
             return say("failed", name, _words(error))
     signal.setitimer(signal.ITIMER_REAL, 0)
     left = LeftBehind()
-    say("ready", [name for name, grader in graders.items() if is_async(grader)], "")
+    together = [name for name, grader in graders.items() if is_async(grader)]
+    if together:  # of `asyncio.to_thread`, which has few threads by itself
+        signatures.event_loop().set_default_executor(ThreadPoolExecutor(at_once))
+    say("ready", together, "")
     for line in requests:
         number, seconds, name, arguments = json.loads(line)
         rounds = math.ceil(len(arguments) / at_once) if isinstance(arguments, list) else 1
@@ -169,7 +173,7 @@ def _answer_together(
         gate = asyncio.Semaphore(at_once)
         await asyncio.gather(*(answer(gate, first + i, each) for i, each in enumerate(asked)))
 
-    grader.loop.run_until_complete(answer_all())
+    signatures.event_loop().run_until_complete(answer_all())
 
 
 def _own_pipes() -> tuple[TextIO, TextIO]:

@@ -13,6 +13,7 @@ without `**kwargs` gets what it has parameters for.
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.util
 import inspect
 import numbers
@@ -36,6 +37,12 @@ class Unusable(Exception):
     """A function that cannot be called, or a value that is no reward; its text says all."""
 
 
+@functools.cache
+def event_loop() -> asyncio.AbstractEventLoop:
+    """The loop of all calls of all functions: a client's session, which a module may hold, belongs to its loop."""
+    return asyncio.new_event_loop()
+
+
 class RewardFunction:
     """A function of a user's file. Called with a call's arguments (`Task.arguments`) it gives the reward.
 
@@ -49,7 +56,6 @@ class RewardFunction:
         value_of: Callable[[Any], float | None],
     ) -> None:
         self._function, self._arguments_of, self._value_of = function, arguments_of, value_of
-        self.loop = asyncio.new_event_loop()  # one for all calls: a session of a client belongs to its loop
 
     @property
     def is_async(self) -> bool:
@@ -60,11 +66,11 @@ class RewardFunction:
     def __call__(self, asked: Mapping[str, Any]) -> float | None:
         result = self._function(**self._arguments_of(asked))
         if inspect.isawaitable(result):
-            result = self.loop.run_until_complete(_awaited(result))
+            result = event_loop().run_until_complete(_awaited(result))
         return self._value_of(result)
 
     async def awaited(self, asked: Mapping[str, Any]) -> float | None:
-        """As a call, within `loop`."""
+        """As a call, within `event_loop`."""
         return self._value_of(await self._function(**self._arguments_of(asked)))
 
 

@@ -160,6 +160,12 @@ class Manifest(BaseModel):
         return {name: FileDigest(file.size, file.sha256) for name, file in self.files.items()}
 
 
+def checkpoint_names(folder: Path) -> list[str]:
+    """Names of the checkpoints in a folder, whole or not, in their order."""
+    steps = [int(name[1]) for path in folder.glob("step-*") if (name := STEP_NAME.fullmatch(path.name))]
+    return [f"step-{step}" for step in sorted(steps)]
+
+
 class Checkpoints:
     """The checkpoints of one run. One writer at a time: `begin`, files by whoever has them, `commit`."""
 

@@ -240,7 +240,7 @@ def test_what_is_not_there_any_more_is_said(run, tmp_path, capsys):
         (["{run}"], "name one place for the model: --to DIR, or --to hub:owner/name"),
         (["{run}", "{tmp}/o", "--to", "{tmp}/o"], "name one place for the model"),
         (["{tmp}/none", "--to", "{tmp}/o"], "none: no such directory; name a run"),
-        (["{run}/checkpoints/step-3", "--to", "{tmp}/o"], "step-3: no such directory; there are step-20"),
+        (["{run}/checkpoints/step-3", "--to", "{tmp}/o"], "step-3: no such directory; there are step-20$"),
         (["{run}", "--to", "{tmp}/student"], "is there already; name a directory that is not, or add --overwrite"),
         (["{run}", "--to", "{tmp}/student/LICENSE"], "is there already, and is no directory of its own"),
         (["{run}", "--to", "{tmp}", "--overwrite"], "is where the checkpoint lies"),

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from kat_ray.config import Config, DataConfig, EnvironmentConfig
+from kat_ray.config.environment import unused_environment
 from kat_ray.config.load import load_config
 from kat_ray.data import environment as rows_module
 from kat_ray.data.environment import columns_of
@@ -159,8 +160,6 @@ def config(environment=None, verifier="environment", path="environment:train", h
         ({"heldout": "h.jsonl"}, "evaluation.verifier = 'environment': grades problems of the environment alone, "
             "and evaluation.data.path = 'h.jsonl' is none"),
         ({"path": "t.jsonl"}, "and data.path = 't.jsonl' is none"),
-        ({"path": "t.jsonl", "heldout": "h.jsonl", "verifier": "integer"}, "environment: none of its problems is "
-            "asked, since data.path = 't.jsonl'"),
         ({"verifier": "math"}, r"data.path = 'environment:train': needs evaluation.verifier = 'environment'"),
         ({"environment": {"families": {"countdown": {}}}}, "families.countdown: its scorer runs the answer as code "
             r"\(parse_expr of sympy, which is eval\).*environment.allow_unsafe = \[countdown\] takes that risk"),
@@ -182,6 +181,13 @@ def test_the_section_is_asked_for():
         Config.model_validate(
             {"student": {"path": "s"}, "teacher": {"path": "t"}, "data": {"path": "environment:train"}}
         )
+
+
+def test_problems_that_no_step_asks_are_named():
+    asked = config(path="environment:train")
+    assert unused_environment(asked.environment, "environment:train") is None
+    assert "since data.path = 't.jsonl'" in unused_environment(asked.environment, "t.jsonl")
+    assert unused_environment(None, "t.jsonl") is None
 
 
 def test_what_can_be():

@@ -16,6 +16,14 @@ FACTS = ModelFacts(INFO, {"teacher": replace(INFO, parameters=2 * 10**6)}, None,
 TOKEN = 3 * (11 * 10 + 4 * 20) * 4  # bytes: 3 layers, in float32
 
 
+def shape_of_three_layers():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=1000, hidden_size=10, intermediate_size=20, num_hidden_layers=3, num_attention_heads=1
+    )
+
+
 def a_config(**sections):
     base = {
         "rollout": {"prompts_per_step": 8},
@@ -67,6 +75,20 @@ def test_one_memory_for_all_on_a_cpu():
     )
 
 
+def test_on_a_cpu_each_process_of_a_sampler_counts_and_adapters_alone_are_published():
+    ((_, needed, _),) = memory_needed(a_config(), FACTS, 40, None)
+    ((_, parallel, _),) = memory_needed(a_config(sampler={"tensor_parallel_size": 2}), FACTS, 40, None)
+    assert parallel - needed == pytest.approx(0.9 * GIB)
+    facts = replace(FACTS, student=replace(INFO, config=shape_of_three_layers()))
+    merged, alone = (
+        memory_needed(a_config(learner={"lora": {"rank": 4, "publish": publish}}), facts, 40, None)
+        for publish in ("merged", "adapters")
+    )
+    ((_, whole, _),), ((_, part, _),) = merged, alone
+    adapters = 3 * 4 * (4 * (10 + 10) + 3 * (10 + 20))
+    assert whole - part == pytest.approx(3 * 4 * (10**6 - adapters))
+
+
 def test_what_shares_the_learners_gpu_is_added_up():
     """vLLM's part is a share of the memory; a teacher of transformers takes its weights."""
     parts = {
@@ -88,12 +110,7 @@ def test_what_shares_the_learners_gpu_is_added_up():
 
 
 def test_of_a_student_with_adapters_a_rank_holds_the_weights_and_little_more():
-    from transformers import LlamaConfig
-
-    shape = LlamaConfig(
-        vocab_size=1000, hidden_size=10, intermediate_size=20, num_hidden_layers=3, num_attention_heads=1
-    )
-    facts = replace(FACTS, student=replace(INFO, config=shape))
+    facts = replace(FACTS, student=replace(INFO, config=shape_of_three_layers()))
     adapters = 3 * 4 * (4 * (10 + 10) + 3 * (10 + 20))  # rank 4 beside four matrices of attention and three others
     for ranks, stage, held in ((1, 1, 4e6), (2, 1, 4e6), (2, 3, 2e6)):
         learner = {"num_gpus": 1, "world_size": ranks, "zero_stage": stage, "lora": {"rank": 4}}

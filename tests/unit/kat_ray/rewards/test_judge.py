@@ -145,6 +145,60 @@ def test_one_answers_calls_are_that_answers_affair_alone(file, bad, fault):
     assert fault in scored.rewards[1].error
 
 
+COUNTS = """
+import asyncio, os
+now = most = 0
+
+async def score(completions, **kwargs):
+    global now, most
+    if completions[0] == "dies":
+        os._exit(3)
+    now += 1
+    most = max(most, now)
+    await asyncio.sleep(0.05)
+    now -= 1
+    return [most]
+"""
+
+
+def test_calls_that_had_not_begun_are_no_victims_of_one_that_ends_the_process(file):
+    """The reward is how many a process has had under way at once; three were beside the one and are asked alone."""
+    with scorer({file(COUNTS): 1.0}, calls_at_once=4) as made:
+        scored = made.score(answers("dies", *("ab",) * 12))
+    assert "ended its process" in scored.rewards[0].error
+    assert values(scored) == [None, *[1.0] * 3, *[4.0] * 9]
+
+
+def test_processes_that_keep_ending_have_the_rest_asked_one_at_a_time(file):
+    """Three batches are broken off; what was in none of them is asked alone as well."""
+    with scorer({file(COUNTS): 1.0}, calls_at_once=2, total_seconds=120.0) as made:
+        scored = made.score(answers(*["dies", *("ab",) * 5] * 4))
+    assert sum("ended its process" in reward.error for reward in scored.rewards.values()) == 4
+    assert all(value in (1.0, 2.0) for value in values(scored) if value is not None)
+    assert values(scored).count(None) == 4
+
+
+LOOP = """
+import asyncio
+held = None
+
+async def first(completions, **kwargs):
+    global held
+    held = held or asyncio.get_running_loop().create_future()
+    return [1.0]
+
+async def second(completions, **kwargs):
+    assert held is None or held.get_loop() is asyncio.get_running_loop()
+    return [2.0]
+"""
+
+
+def test_functions_of_one_file_share_a_loop(file):
+    name = file(LOOP).rpartition(":")[0]
+    with scorer({f"{name}:first": 1.0, f"{name}:second": 1.0}, calls_at_once=4) as made:
+        assert values(made.score(answers(*"abcdef"))) == [3.0] * 6
+
+
 def test_who_stops_waiting_ends_what_is_under_way(file):
     class Enough(Exception):
         pass
